@@ -1,0 +1,84 @@
+"""The options of the planner and of the online loop: frozen pydantic models that refuse unknown keys."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .errors import ConfigError
+
+__all__ = ["Options", "PlannerOptions", "RebalancerOptions", "config_error"]
+
+
+
+
+def config_error(source: str, error: ValidationError) -> ConfigError:
+    """The pydantic error as one line per wrong option, `source` naming where the values came from."""
+    lines = [
+        f"{'.'.join(str(part) for part in item['loc']) or source}: {item['msg']} (got {item['input']!r})"
+        for item in error.errors()
+    ]
+    return ConfigError(f"{source}: " + "; ".join(lines))
+
+
+class Options(BaseModel):
+    """Base of all option models. A wrong value raises ConfigError, whichever way the model is made."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise config_error(type(self).__name__, error) from None
+
+
+class PlannerOptions(Options):
+    """How a placement is planned."""
+
+    policy: Literal["ensemble", "greedy"] = "ensemble"
+    """`ensemble`: many candidates, refined; `greedy`: the plain algorithm that engines use today."""
+
+    objective: Literal["peak", "spread"] = "peak"
+    """What packing minimises: the load of the heaviest pack, or heaviest minus lightest."""
+
+    num_candidates: int = Field(128, ge=1, le=4096)
+    """Candidate packings per row; 1 is LPT alone."""
+
+    refine_rounds: int = Field(20, ge=0, le=1000)
+    """Most rounds of swaps that refine each candidate."""
+
+    tolerance: float = Field(1e-4, ge=0, lt=1)
+    """A row is finished when its peak is within this share of the lower bound."""
+
+    memory_mib: int = Field(256, ge=1)
+    """Bound on the scratch memory of packing, in MiB; more work is done in slices."""
+
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Seed of the candidates' noise. The same seed and load give the same plan everywhere."""
+
+
+class RebalancerOptions(Options):
+    """How the online loop runs."""
+
+    interval: int = Field(1000, ge=1)
+    """Steps between two rebalances."""
+
+    snapshots: int = Field(16, ge=1, le=1024)
+    """Snapshots that an interval is folded into (fewer where the interval has fewer steps)."""
+
+    history: int = Field(4, ge=1, le=64)
+    """Intervals that the window spans; a plan is made from all of them."""
+
+    min_gain: float = Field(0.01, ge=0, lt=1)
+    """Skip rule: a layer whose predicted balancedness rises by less than this stays as it is."""
+
+    planning: Literal["leader", "sharded"] = "leader"
+    """`leader`: rank 0 plans and broadcasts; `sharded`: every rank plans its share of the layers."""
+
+    local_first: bool = False
+    """Send a token to a replica on its own rank when there is one, instead of spreading evenly."""
+
+    staging_mib: int = Field(256, ge=1)
+    """Bound on the buffers that receive weights, in MiB per rank; a single layer may exceed it."""

@@ -1,0 +1,44 @@
+"""The one place that checks a load before anything is computed from it."""
+
+from __future__ import annotations
+
+import torch
+
+from .errors import LoadError
+
+__all__ = ["as_snapshots"]
+
+
+def as_snapshots(load: torch.Tensor, name: str = "load") -> torch.Tensor:
+    """Check a load and give it its snapshot axis.
+
+    Args:
+        load: [layers, logical] or [snapshots, layers, logical], tokens; any integer or float dtype.
+        name: what to call it in errors.
+
+    Returns:
+        float64 [snapshots, layers, logical] on the device of `load`, never the same memory.
+
+    Raises:
+        LoadError: wrong shape or dtype, or NaN, infinite or negative values.
+    """
+    if not isinstance(load, torch.Tensor):
+        raise LoadError(f"{name} is a {type(load).__name__}, not a tensor")
+    if load.dim() not in (2, 3) or load.numel() == 0:
+        raise LoadError(
+            f"{name} has shape {tuple(load.shape)}, not [layers, logical] or [snapshots, layers, logical]"
+        )
+    if load.dtype == torch.bool or load.is_complex():
+        raise LoadError(f"{name} has dtype {load.dtype}, not an integer or a float")
+    out = load.detach().to(torch.float64, copy=True)
+    if out.dim() == 2:
+        out = out.unsqueeze(0)
+    bad = ~(torch.isfinite(out) & (out >= 0))
+    if bool(bad.any()):
+        snapshot, layer, expert = (int(x) for x in bad.nonzero()[0])
+        raise LoadError(
+            f"{name} of snapshot {snapshot}, layer {layer}, expert {expert} is "
+            f"{float(out[snapshot, layer, expert])}; {int(bad.sum())} of {out.numel()} values are "
+            "NaN, infinite or negative"
+        )
+    return out

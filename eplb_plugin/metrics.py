@@ -1,0 +1,89 @@
+"""How good a placement is for a load, and how far one placement is from another."""
+
+from __future__ import annotations
+
+import torch
+
+from .errors import LoadError, PlacementError
+from .load import as_snapshots
+from .placement import Placement
+from .topology import Topology
+
+__all__ = ["balancedness", "count_moves", "rank_loads"]
+
+
+def rank_loads(load: torch.Tensor, placement: Placement, topology: Topology) -> torch.Tensor:
+    """Load of every rank when the tokens of an expert spread evenly over its replicas.
+
+    Args:
+        load: [layers, logical] or [snapshots, layers, logical], tokens.
+        placement: the placement to score.
+        topology: gives slots per rank.
+
+    Returns:
+        float64 [snapshots, layers, ranks], tokens, on the device of `load`.
+
+    Raises:
+        LoadError: the load is malformed or its layers or experts differ from the placement's.
+        PlacementError: the placement's slots differ from the topology's.
+    """
+    load = as_snapshots(load)
+    _check_fit(load, placement, topology)
+    placement = placement.to(load.device)
+    per_replica = load / placement.replica_count
+    ids = placement.physical_to_logical.expand(load.shape[0], -1, -1)
+    return per_replica.gather(2, ids).unflatten(2, (topology.num_ranks, topology.slots_per_rank)).sum(3)
+
+
+def balancedness(load: torch.Tensor, placement: Placement, topology: Topology) -> float:
+    """Sum over layers of the mean rank load / sum over layers of the max rank load; 1 is perfect.
+
+    Of several snapshots: the mean of that over the snapshots that hold any tokens. A load without tokens
+    gives 1. Arguments and errors as for `rank_loads`.
+    """
+    loads = rank_loads(load, placement, topology)
+    peak = loads.amax(2).sum(1)
+    busy = peak > 0
+    if not bool(busy.any()):
+        return 1.0
+    return float((loads.mean(2).sum(1)[busy] / peak[busy]).mean())
+
+
+def count_moves(old: Placement, new: Placement, topology: Topology) -> torch.Tensor:
+    """How many (rank, expert) pairs of each layer hold an expert that the rank did not hold before.
+
+    Each is one transfer of that expert's weights, also where the rank gets it into several slots.
+
+    Returns:
+        int64 [layers], on the device of `new`.
+
+    Raises:
+        PlacementError: the placements differ in shape, or from the topology's slots.
+    """
+    if (
+        old.num_logical != new.num_logical
+        or old.physical_to_logical.shape != new.physical_to_logical.shape
+        or new.num_slots != topology.num_slots
+    ):
+        raise PlacementError(f"cannot compare {old} with {new} on {topology}")
+    held_before = _held(old.to(new.device), topology)
+    held_after = _held(new, topology)
+    return (held_after & ~held_before).sum((1, 2))
+
+
+def _held(placement: Placement, topology: Topology) -> torch.Tensor:
+    """bool [layers, ranks, logical]: whether the rank holds the expert."""
+    ids = placement.physical_to_logical.unflatten(1, (topology.num_ranks, topology.slots_per_rank))
+    held = torch.zeros(
+        (placement.num_layers, topology.num_ranks, placement.num_logical), dtype=torch.bool, device=ids.device
+    )
+    return held.scatter_(2, ids, True)
+
+
+def _check_fit(load: torch.Tensor, placement: Placement, topology: Topology) -> None:
+    if load.shape[1:] != (placement.num_layers, placement.num_logical):
+        raise LoadError(
+            f"load has {load.shape[1]} layers of {load.shape[2]} experts, "
+            f"the placement {placement.num_layers} of {placement.num_logical}"
+        )
+    placement.validate(topology)
