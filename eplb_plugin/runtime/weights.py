@@ -1,0 +1,120 @@
+"""Expert weights of one rank as rows of bytes, whatever their dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ..errors import TransferError
+from ..topology import Topology
+
+__all__ = ["ExpertWeights", "byte_rows"]
+
+# torch packs several values of these into a byte, but counts strides in values.
+_PACKED_DTYPES = (torch.quint4x2, torch.quint2x4)
+
+
+def byte_rows(tensor: torch.Tensor, name: str, slots: int) -> torch.Tensor:
+    """The tensor's own memory as uint8 [slots, bytes per slot]; writing to it writes the tensor.
+
+    Args:
+        tensor: [slots, ...], any dtype; slots may lie apart, each slot's values in one piece.
+        name: what to call it in errors.
+        slots: slots on this rank.
+
+    Raises:
+        TransferError: the tensor has another layout, and what is wrong with it.
+    """
+    if not isinstance(tensor, torch.Tensor):
+        raise TransferError(f"{name} is a {type(tensor).__name__}, not a tensor")
+    if is_traceable_wrapper_subclass(tensor):
+        raise TransferError(f"{name} is a {type(tensor).__name__}, which wraps other tensors; register those")
+    described = f"{name} ({tensor.dtype} {tuple(tensor.shape)}, strides {_strides(tensor)})"
+    if tensor.layout != torch.strided:
+        raise TransferError(f"{name} has layout {tensor.layout}, not strided")
+    if tensor.dim() == 0 or tensor.shape[0] != slots:
+        raise TransferError(f"{described} has to have slots first, {slots} on each rank")
+    if tensor.is_conj() or tensor.is_neg():
+        raise TransferError(f"{described} is a lazy conjugate or negation; call resolve_conj, resolve_neg")
+    if tensor.dtype in _PACKED_DTYPES or (
+        tensor.is_quantized and tensor.qscheme() != torch.per_tensor_affine
+    ):
+        raise TransferError(f"{described} has a quantisation whose scales would not move with its slots")
+    if tensor.numel() and not tensor[0].is_contiguous():
+        raise TransferError(f"{described} has slots whose values do not lie in one piece")
+    row_bytes = tensor.numel() // slots * tensor.element_size()
+    stride = tensor.stride(0) * tensor.element_size() if slots > 1 else row_bytes
+    if stride < row_bytes:
+        raise TransferError(f"{described} has slots that overlap: {stride} bytes apart, {row_bytes} each")
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(
+        tensor.untyped_storage(),
+        tensor.storage_offset() * tensor.element_size(),
+        (slots, row_bytes),
+        (stride, 1),
+    )
+
+
+class ExpertWeights:
+    """Everything that has to move when an expert moves: per layer, tensors [slots on this rank, ...].
+
+    Layers may differ from each other in number, shape and dtype of tensors; ranks may not.
+
+    Args:
+        layers: for each layer, its tensors: weights, scales, biases.
+        topology: gives the slots of a rank.
+
+    Raises:
+        TransferError: a tensor is malformed (see `byte_rows`), on another device, or given twice.
+    """
+
+    def __init__(self, layers: Sequence[Sequence[torch.Tensor]], topology: Topology) -> None:
+        self.rows: list[list[torch.Tensor]] = []
+        described = []
+        seen: dict[int, str] = {}
+        for layer, tensors in enumerate(layers):
+            if isinstance(tensors, torch.Tensor):
+                raise TransferError(f"weights of layer {layer} are one tensor, not a list of tensors")
+            rows = []
+            for index, tensor in enumerate(tensors):
+                name = f"tensor {index} of layer {layer}"
+                row = byte_rows(tensor, name, topology.slots_per_rank)
+                described.append(f"{layer} {tensor.dtype} {tuple(tensor.shape[1:])} {_quantisation(tensor)}")
+                if not row.numel():
+                    continue
+                if row.device != self._device(row):
+                    raise TransferError(f"{name} is on {row.device}, others are on {self._device(row)}")
+                # Moving the same memory for two tensors would move it twice.
+                if row.data_ptr() in seen:
+                    raise TransferError(f"{name} starts at the memory of {seen[row.data_ptr()]}")
+                seen[row.data_ptr()] = name
+                rows.append(row)
+            self.rows.append(rows)
+        self.signature = "\n".join(described)
+        """What has to be the same on all ranks."""
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.rows)
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the weights are; None when there are none."""
+        return next((row.device for rows in self.rows for row in rows), None)
+
+    def expert_bytes(self, layer: int) -> int:
+        """Bytes of one expert of the layer, over all its tensors."""
+        return sum(row.shape[1] for row in self.rows[layer])
+
+    def _device(self, row: torch.Tensor) -> torch.device:
+        return self.device if self.device is not None else row.device
+
+
+def _strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    return tensor.stride() if tensor.layout == torch.strided else ()
+
+
+def _quantisation(tensor: torch.Tensor) -> str:
+    """Scale and zero point that the slots share with the tensor, hence have to be alike on all ranks."""
+    return f"{tensor.q_scale()} {tensor.q_zero_point()}" if tensor.is_quantized else ""
