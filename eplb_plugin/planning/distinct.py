@@ -1,0 +1,109 @@
+"""Put replicas of one expert on distinct ranks, by exchanges that hardly raise the peak."""
+
+from __future__ import annotations
+
+import torch
+
+from ..topology import Topology
+
+__all__ = ["shared_replicas", "spread_over_ranks"]
+
+_PEAK_ALLOWANCE = 0.01  # an exchange may raise the peak by this share
+_SENTINEL = torch.inf
+
+
+def shared_replicas(physical_to_logical: torch.Tensor, topology: Topology) -> torch.Tensor:
+    """Slots whose expert sits in a lower slot of the same rank too: bool [layers, slots]."""
+    ids = physical_to_logical.reshape(-1, topology.slots_per_rank)
+    by_expert, order = ids.sort(dim=1, stable=True)
+    repeated = torch.zeros_like(ids, dtype=torch.bool)
+    repeated[:, 1:] = by_expert[:, 1:] == by_expert[:, :-1]
+    return torch.empty_like(repeated).scatter_(1, order, repeated).view_as(physical_to_logical)
+
+
+def spread_over_ranks(
+    physical_to_logical: torch.Tensor, share: torch.Tensor, topology: Topology
+) -> torch.Tensor:
+    """Exchange slots between ranks of a node until no rank holds an expert twice, as far as that is cheap.
+
+    One exchange per layer and round, always the one with the lowest peak. It may not raise a layer's peak
+    by more than 1 % over the peak at the start; where none such exists the better balance is kept.
+
+    Args:
+        physical_to_logical: int64 [layers, slots].
+        share: float64 [snapshots, layers, logical], load of one replica of each expert.
+        topology: as from `effective_topology`.
+
+    Returns:
+        int64 [layers, slots]; check it with `shared_replicas`.
+    """
+    result = physical_to_logical.clone()
+    repeated = shared_replicas(result, topology)
+    layers = repeated.any(1).nonzero()[:, 0]
+    limit = _peak(result, share, topology) * (1 + _PEAK_ALLOWANCE)
+    given_up = torch.zeros_like(repeated)
+    while layers.numel():
+        ids, pending = result[layers], (repeated & ~given_up)[layers]
+        slot = pending.to(torch.int8).argmax(dim=1)
+        peak, partner = _best_exchange(ids, share[:, layers], slot, topology)
+        allowed = peak <= limit[layers]
+        given_up[layers, slot] = ~allowed
+        row, mine, theirs = layers[allowed], slot[allowed], partner[allowed]
+        result[row, mine], result[row, theirs] = result[row, theirs], result[row, mine]
+        if row.numel():
+            repeated = shared_replicas(result, topology)
+            # A new arrangement may allow what was impossible before, but never adds repeats.
+            given_up[row] = False
+        layers = (repeated & ~given_up).any(1).nonzero()[:, 0]
+    return result
+
+
+def _rank_loads(ids: torch.Tensor, share: torch.Tensor, topology: Topology) -> torch.Tensor:
+    placed = share.gather(2, ids.expand(share.shape[0], -1, -1))
+    return placed.unflatten(2, (topology.num_ranks, topology.slots_per_rank)).sum(3)
+
+
+def _peak(ids: torch.Tensor, share: torch.Tensor, topology: Topology) -> torch.Tensor:
+    """Sum over snapshots of the peak rank load: float64 [layers]."""
+    return _rank_loads(ids, share, topology).amax(2).sum(0)
+
+
+def _best_exchange(
+    ids: torch.Tensor, share: torch.Tensor, slot: torch.Tensor, topology: Topology
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each layer the slot to exchange with `slot` [layers]: (peak after it, or infinity; that slot).
+
+    The partner lies on another rank of the node that lacks the expert of `slot`, and holds an expert that
+    the rank of `slot` lacks, so that every exchange removes a repeat and adds none.
+    """
+    layers, num_slots = ids.shape
+    row = torch.arange(layers, device=ids.device)
+    rank_of_slot = topology.rank_of_slot(ids.device)
+    rank = rank_of_slot[slot]
+    expert = ids[row, slot]
+    per_rank = ids.unflatten(1, (topology.num_ranks, topology.slots_per_rank))
+    lacks_mine = ~(per_rank == expert[:, None, None]).any(2)
+    held_here = torch.zeros((layers, share.shape[2]), dtype=torch.bool, device=ids.device)
+    held_here.scatter_(1, per_rank[row, rank], True)
+    same_node = rank_of_slot // topology.ranks_per_node == (rank // topology.ranks_per_node)[:, None]
+    possible = lacks_mine[:, rank_of_slot] & ~held_here.gather(1, ids) & same_node
+
+    load = _rank_loads(ids, share, topology)
+    peak = torch.zeros((layers, num_slots), dtype=share.dtype, device=ids.device)
+    for snapshot in range(share.shape[0]):
+        loads = load[snapshot]
+        shift = share[snapshot][row, expert][:, None] - share[snapshot].gather(1, ids)
+        rest = _peak_without(loads, rank)[:, rank_of_slot]
+        pair = torch.maximum(loads[row, rank][:, None] - shift, loads[:, rank_of_slot] + shift)
+        peak += torch.maximum(rest, pair)
+    peak = torch.where(possible, peak, _SENTINEL)
+    best = peak.argmin(dim=1)
+    return peak[row, best], best
+
+
+def _peak_without(loads: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
+    """Largest load among the ranks other than `rank` [layers] and each rank in turn: [layers, ranks]."""
+    rest = loads.scatter(1, rank[:, None], -_SENTINEL)
+    first = rest.argmax(dim=1, keepdim=True)
+    without_first = rest.scatter(1, first, -_SENTINEL).amax(1, keepdim=True)
+    return rest.amax(1, keepdim=True).expand_as(rest).scatter(1, first, without_first)
