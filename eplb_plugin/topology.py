@@ -63,7 +63,9 @@ class Topology:
         if num_logical < 1:
             raise TopologyError(f"num_logical={num_logical} is below 1")
         if num_logical > self.num_slots:
-            raise TopologyError(f"num_logical={num_logical} experts need a slot each, num_slots={self.num_slots}")
+            raise TopologyError(
+                f"num_logical={num_logical} experts do not fit into num_slots={self.num_slots}"
+            )
 
     def rank_of_slot(self, device: torch.device | str | None = None) -> torch.Tensor:
         """The rank of every slot: int64 [slots]."""

@@ -124,7 +124,7 @@ def _best_candidate(
     num_packs: int,
     options: PlannerOptions,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pack and refine candidates of `rows`; the items [rows, packs, capacity] and value [rows] of the best."""
+    """Pack and refine candidates of `rows`: items [rows, packs, capacity] and value [rows] of the best."""
     order = ensemble.orders(rows, first, last)
     num_candidates = order.shape[1]
     weight = exact[:, rows].movedim(0, 1)

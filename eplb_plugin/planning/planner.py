@@ -85,10 +85,8 @@ def plan(
     usable = effective_topology(topology, num_logical)
     _tell_global(topology, num_logical)
 
-    if options.policy == "greedy":
-        ids = _greedy(snapshots, usable)
-    else:
-        ids = _ensemble(snapshots, usable, options)
+    policy = _greedy if options.policy == "greedy" else _ensemble
+    ids = policy(snapshots, usable, options)
     if in_force is not None:
         ids = keep_slots(ids, in_force.physical_to_logical, topology)
     placement = Placement(ids, num_logical)
@@ -137,7 +135,7 @@ def rebalance_experts(
     return placement.physical_to_logical, placement.logical_to_physical, placement.replica_count
 
 
-def _greedy(load: torch.Tensor, topology: Topology) -> torch.Tensor:
+def _greedy(load: torch.Tensor, topology: Topology, _: PlannerOptions) -> torch.Tensor:
     """Greedy replication and LPT with capacity on the summed load: the algorithm of engines today."""
     return place_from_scratch(
         load.sum(0, keepdim=True), topology, lambda w, packs: lpt_packing(w.sum(0), packs), False
