@@ -32,7 +32,8 @@ def rank_loads(load: torch.Tensor, placement: Placement, topology: Topology) -> 
     placement = placement.to(load.device)
     per_replica = load / placement.replica_count
     ids = placement.physical_to_logical.expand(load.shape[0], -1, -1)
-    return per_replica.gather(2, ids).unflatten(2, (topology.num_ranks, topology.slots_per_rank)).sum(3)
+    shape = (*ids.shape[:2], topology.num_ranks, topology.slots_per_rank)
+    return per_replica.gather(2, ids).view(shape).sum(3)
 
 
 def balancedness(load: torch.Tensor, placement: Placement, topology: Topology) -> float:
@@ -73,7 +74,7 @@ def count_moves(old: Placement, new: Placement, topology: Topology) -> torch.Ten
 
 def _held(placement: Placement, topology: Topology) -> torch.Tensor:
     """bool [layers, ranks, logical]: whether the rank holds the expert."""
-    ids = placement.physical_to_logical.unflatten(1, (topology.num_ranks, topology.slots_per_rank))
+    ids = placement.physical_to_logical.view(-1, topology.num_ranks, topology.slots_per_rank)
     held = torch.zeros(
         (placement.num_layers, topology.num_ranks, placement.num_logical), dtype=torch.bool, device=ids.device
     )

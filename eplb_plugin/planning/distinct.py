@@ -60,7 +60,7 @@ def spread_over_ranks(
 
 def _rank_loads(ids: torch.Tensor, share: torch.Tensor, topology: Topology) -> torch.Tensor:
     placed = share.gather(2, ids.expand(share.shape[0], -1, -1))
-    return placed.unflatten(2, (topology.num_ranks, topology.slots_per_rank)).sum(3)
+    return placed.view(*placed.shape[:2], topology.num_ranks, topology.slots_per_rank).sum(3)
 
 
 def _peak(ids: torch.Tensor, share: torch.Tensor, topology: Topology) -> torch.Tensor:
@@ -81,7 +81,7 @@ def _best_exchange(
     rank_of_slot = topology.rank_of_slot(ids.device)
     rank = rank_of_slot[slot]
     expert = ids[row, slot]
-    per_rank = ids.unflatten(1, (topology.num_ranks, topology.slots_per_rank))
+    per_rank = ids.view(layers, topology.num_ranks, topology.slots_per_rank)
     lacks_mine = ~(per_rank == expert[:, None, None]).any(2)
     held_here = torch.zeros((layers, share.shape[2]), dtype=torch.bool, device=ids.device)
     held_here.scatter_(1, per_rank[row, rank], True)

@@ -46,7 +46,7 @@ def place_from_scratch(
     group_size = num_logical // groups
 
     # Groups to nodes. `in_node[l, x]` is the expert at place x when experts are listed node by node.
-    group_load = load.unflatten(2, (groups, group_size)).sum(3)
+    group_load = load.view(num_snapshots, num_layers, groups, group_size).sum(3)
     node, place = pack(group_load, nodes)
     order = torch.empty_like(node).scatter_(
         1, node * (groups // nodes) + place, torch.arange(groups, device=load.device).expand_as(node)

@@ -134,7 +134,7 @@ def _best_candidate(
     value = objective_value(weight, items, options.objective).view(-1, num_candidates)
     best = value.argmin(dim=1)
     row = torch.arange(rows.numel(), device=rows.device)
-    return items.unflatten(0, (-1, num_candidates))[row, best], value[row, best]
+    return items.view(-1, num_candidates, *items.shape[1:])[row, best], value[row, best]
 
 
 def _chunked_greedy(total: torch.Tensor, order: torch.Tensor, num_packs: int) -> torch.Tensor:
@@ -173,7 +173,7 @@ def _items_of(packing: tuple[torch.Tensor, torch.Tensor], num_packs: int, capaci
     """int64 [X, packs, capacity] item ids of (pack_index, rank_in_pack)."""
     place = packing[0] * capacity + packing[1]
     item = torch.arange(place.shape[1], device=place.device).expand_as(place)
-    return torch.empty_like(place).scatter_(1, place, item).unflatten(1, (num_packs, capacity))
+    return torch.empty_like(place).scatter_(1, place, item).view(-1, num_packs, capacity)
 
 
 def _indices_of(items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

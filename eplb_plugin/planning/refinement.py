@@ -76,7 +76,7 @@ def refine(weight: torch.Tensor, items: torch.Tensor, options: PlannerOptions) -
 def _gather_items(weight: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
     """Weights in their places: float64 [B, snapshots, packs, capacity]."""
     index = items.flatten(1)[:, None, :].expand(-1, weight.shape[1], -1)
-    return weight.gather(2, index).unflatten(2, items.shape[1:])
+    return weight.gather(2, index).view(*weight.shape[:2], *items.shape[1:])
 
 
 def _pack_loads(weight: torch.Tensor, items: torch.Tensor) -> torch.Tensor:
