@@ -59,26 +59,29 @@ class LoadWindow:
         self._num_snapshots = min(snapshots, interval)
         self._steps = 0  # of the interval under way, dummy steps included
         self._history: deque[torch.Tensor] = deque(maxlen=history)
-        # The step under way. Bin 0 takes what is not counted: ids of -1 and masked tokens.
-        self._step = torch.zeros(num_layers, num_logical + 1, dtype=torch.int64, device=device)
+        # Not inference tensors, whatever the mode of the caller: those refuse writes outside of it.
+        with torch.inference_mode(False):
+            # The step under way. Bin 0 takes what is not counted: ids of -1 and masked tokens.
+            self._step = torch.zeros(num_layers, num_logical + 1, dtype=torch.int64, device=device)
+            self._snapshots = torch.zeros(
+                self._num_snapshots, num_layers, num_logical, dtype=torch.int64, device=device
+            )
+            # One element read n times: the source of every scatter-add. As the addend of the shift it
+            # also spares the temporary that a Python number would cost.
+            self._one = torch.ones(1, dtype=torch.int64, device=device)
+            self._ids = torch.empty(0, dtype=torch.int64, device=device)
+            self._mask = torch.empty(0, dtype=torch.int64, device=device)
         self.device = self._step.device
         self._bins = list(self._step.unbind(0))
         self._counts = list(self._step[:, 1:].unbind(0))
-        self._snapshots = torch.zeros(
-            self._num_snapshots, num_layers, num_logical, dtype=torch.int64, device=device
-        )
-        # One element read n times: the source of every scatter-add. As the addend of the shift it
-        # also spares the temporary that a Python number would cost.
-        self._one = torch.ones(1, dtype=torch.int64, device=device)
-        self._ids = torch.empty(0, dtype=torch.int64, device=device)
-        self._mask = torch.empty(0, dtype=torch.int64, device=device)
 
     def reserve(self, num_ids: int) -> None:
         """Make room for batches of `num_ids` = tokens x top_k ids, before a graph is captured, say."""
         if num_ids > self._ids.numel():
             size = 1 << (num_ids - 1).bit_length()
-            self._ids = torch.empty(size, dtype=torch.int64, device=self.device)
-            self._mask = torch.empty(size, dtype=torch.int64, device=self.device)
+            with torch.inference_mode(False):
+                self._ids = torch.empty(size, dtype=torch.int64, device=self.device)
+                self._mask = torch.empty(size, dtype=torch.int64, device=self.device)
 
     def record(self, layer: int, expert_ids: torch.Tensor, valid: torch.Tensor | None = None) -> None:
         """Count the tokens that one layer routed in the step under way.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -53,6 +53,8 @@ class RankGroup:
             self.group = group if group is not None else dist.group.WORLD
         self.size = dist.get_world_size(self.group) if self.group is not None else 1
         self.rank = dist.get_rank(self.group) if self.group is not None else 0
+        if self.rank < 0:
+            raise EplbError(f"this process is not one of the {self.size} of the group")
         self.device = torch.device(device) if device is not None else self._default_device()
 
     def check_topology(self, topology: Topology) -> None:
@@ -120,8 +122,7 @@ class RankGroup:
         if failed:
             causes = "; ".join(f"rank {rank}: {text}" for rank, text in failed.items())
             raise raises(f"{phase} failed on {len(failed)} of {self.size} ranks: {causes}") from error
-        assert result is not None
-        return result
+        return cast(_T, result)
 
     def _default_device(self) -> torch.device:
         if self.group is not None and "nccl" in str(dist.get_backend(self.group)):

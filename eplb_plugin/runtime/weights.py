@@ -48,12 +48,15 @@ def byte_rows(tensor: torch.Tensor, name: str, slots: int) -> torch.Tensor:
     stride = tensor.stride(0) * tensor.element_size() if slots > 1 else row_bytes
     if stride < row_bytes:
         raise TransferError(f"{described} has slots that overlap: {stride} bytes apart, {row_bytes} each")
-    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(
-        tensor.untyped_storage(),
-        tensor.storage_offset() * tensor.element_size(),
-        (slots, row_bytes),
-        (stride, 1),
-    )
+    # Not an inference tensor, even when an engine registers its weights in inference mode: those refuse
+    # to be written to outside of it.
+    with torch.inference_mode(False):
+        return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(
+            tensor.untyped_storage(),
+            tensor.storage_offset() * tensor.element_size(),
+            (slots, row_bytes),
+            (stride, 1),
+        )
 
 
 class ExpertWeights:

@@ -1,0 +1,106 @@
+"""Reading `.npz` files from strangers: nothing is unpickled and nothing large is unpacked unasked."""
+
+from __future__ import annotations
+
+import math
+import zipfile
+import zlib
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+from numpy.lib import format as npy
+
+from .errors import TraceError
+
+__all__ = ["MAX_BYTES", "NpzReader"]
+
+MAX_BYTES = 2 * 2**30
+"""Default bound on the unpacked size of all arrays read from one file, in bytes."""
+
+_MAX_HEADER = 4096
+# Everything that zipfile and zlib raise for damaged, encrypted or exotic archives.
+_DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError, ValueError)
+
+
+class NpzReader:
+    """An open `.npz` file whose arrays are read one by one, each checked before it is unpacked.
+
+    Args:
+        path: the file.
+        max_bytes: bound on the unpacked bytes of all arrays that are read.
+
+    Raises:
+        TraceError: the file is missing, unreadable or not a zip archive.
+    """
+
+    def __init__(self, path: str | Path, max_bytes: int = MAX_BYTES) -> None:
+        self.path = Path(path)
+        self._max_bytes = self._left = max_bytes
+        try:
+            self._zip = zipfile.ZipFile(self.path)
+        except FileNotFoundError:
+            raise TraceError(f"{self.path}: no such file") from None
+        except _DAMAGE as error:
+            raise TraceError(f"{self.path}: not a readable .npz (zip) file: {error}") from None
+        self.names = frozenset(
+            name[: -len(".npy")] for name in self._zip.namelist() if name.endswith(".npy")
+        )
+
+    def __enter__(self) -> NpzReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._zip.close()
+
+    def read(self, name: str) -> np.ndarray[Any, Any]:
+        """The array `name`.
+
+        Raises:
+            TraceError: it is missing, damaged, holds Python objects, or is larger than it may be.
+        """
+        place = f"{self.path}: array {name!r}"
+        if name not in self.names:
+            raise TraceError(f"{place} is missing; the file has {sorted(self.names)}")
+        info = self._zip.getinfo(f"{name}.npy")
+        # zipfile never unpacks more than the declared size, so bounding that bounds the work.
+        if info.file_size > self._left:
+            raise TraceError(
+                f"{place} declares {info.file_size} bytes, {self._left} of the {self._max_bytes} "
+                "allowed for the file are left"
+            )
+        self._left -= info.file_size
+        try:
+            with self._zip.open(info) as stream:
+                return self._read_array(stream, info.file_size, place)
+        except TraceError:
+            raise
+        except _DAMAGE as error:
+            raise TraceError(f"{place} is damaged: {error}") from None
+
+    @staticmethod
+    def _read_array(stream: IO[bytes], size: int, place: str) -> np.ndarray[Any, Any]:
+        version = npy.read_magic(stream)
+        if version == (1, 0):
+            shape, fortran, dtype = npy.read_array_header_1_0(stream, max_header_size=_MAX_HEADER)
+        elif version == (2, 0):
+            shape, fortran, dtype = npy.read_array_header_2_0(stream, max_header_size=_MAX_HEADER)
+        else:
+            raise TraceError(f"{place} has npy format {version}, not 1.0 or 2.0")
+        if dtype.hasobject or dtype.names is not None:
+            raise TraceError(f"{place} has dtype {dtype}: only plain numbers and text are read")
+        # The header's shape decides how much numpy allocates, so it must agree with the size.
+        expected = math.prod(shape) * dtype.itemsize
+        if min(shape, default=0) < 0 or expected != size - stream.tell():
+            raise TraceError(
+                f"{place} declares shape {shape} of {dtype} ({expected} bytes) but holds "
+                f"{size - stream.tell()} bytes"
+            )
+        data = stream.read(expected + 1)
+        if len(data) != expected:
+            raise TraceError(f"{place} ends after {len(data)} of {expected} bytes")
+        array: np.ndarray[Any, Any] = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
+        return array

@@ -1,0 +1,199 @@
+"""`Rebalancer`: the online loop that records loads, plans, agrees, moves weights and switches over."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from ..config import PlannerOptions, RebalancerOptions
+from ..errors import EplbError, PlacementError, TransferError
+from ..metrics import balancedness, rank_loads
+from ..migration import plan_migration
+from ..placement import Placement
+from ..planning.planner import plan
+from ..topology import Topology
+from ..window import LoadWindow
+from .collectives import RankGroup, fingerprint, try_action
+from .dispatch import DispatchTables
+from .transfer import execute
+from .weights import ExpertWeights
+
+__all__ = ["RebalanceReport", "Rebalancer"]
+
+_logger = logging.getLogger(__name__)
+_REPORTS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class RebalanceReport:
+    """What one rebalance did. All but the seconds is the same on every rank.
+
+    Attributes:
+        step: steps that the rebalancer had seen.
+        skipped: whether everything stayed as it was.
+        reason: why it was skipped, else empty.
+        balancedness_before: of the interval that just ended, under the placement it ran with.
+        balancedness_after: of the same interval, had it run under the placement now in force.
+        layers: layers whose placement changed.
+        moves: transfers of one expert to one rank, over all ranks.
+        bytes_moved: bytes sent between ranks, over all ranks; 0 where the engine moves the weights.
+        gather_seconds: time to sum the interval over the ranks.
+        plan_seconds: time to plan, to hand the plan to every rank and to agree on it.
+        transfer_seconds: time to get the weights into the staging buffers.
+        commit_seconds: time to write them to their slots and to switch the dispatch tables.
+    """
+
+    step: int
+    skipped: bool
+    reason: str
+    balancedness_before: float
+    balancedness_after: float
+    layers: int
+    moves: int
+    bytes_moved: int
+    gather_seconds: float
+    plan_seconds: float
+    transfer_seconds: float
+    commit_seconds: float
+
+
+class Rebalancer:
+    """Balances the experts of a model while it serves. One per rank; all ranks construct it together.
+
+    In each forward step an engine calls `record` and `physical` per MoE layer, then `step` once; every
+    rank calls `step` equally often, with `is_dummy=True` where it had no tokens of its own.
+
+    Args:
+        topology: one rank for each process of the group.
+        num_layers: MoE layers.
+        num_logical: logical experts per layer.
+        weights: for each layer, its tensors [slots on this rank, ...]: weights, scales, biases. None
+            where the engine moves weights itself: then only the maps change.
+        placement: where the experts are now; None is the order that engines load them in.
+        options: of the loop.
+        planner: of the planner.
+        group: process group; None is the default group where one is initialised, else a lone rank.
+        device: where expert ids arrive; None is where the weights are.
+
+    Raises:
+        TopologyError: the group has another size, or experts outnumber slots.
+        PlacementError, TransferError: the placement or the weights do not fit, on any rank.
+        AgreementError: ranks differ in options, placement, or the structure of their weights.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        num_layers: int,
+        num_logical: int,
+        *,
+        weights: Sequence[Sequence[torch.Tensor]] | None = None,
+        placement: Placement | None = None,
+        options: RebalancerOptions | None = None,
+        planner: PlannerOptions | None = None,
+        group: dist.ProcessGroup | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        self.topology = topology
+        self.options = options or RebalancerOptions()
+        self.planner = planner or PlannerOptions()
+        self.reports: deque[RebalanceReport] = deque(maxlen=_REPORTS)
+        topology.check_experts(num_logical)
+        if device is None:
+            device = next((t.device for tensors in weights or () for t in tensors), None)
+        self._group = RankGroup(group, device)
+        self._group.check_topology(topology)
+        self._steps = 0
+        self._told_failure = False
+
+        # All ranks: what can be wrong on one of them is checked before anyone goes on.
+        def check() -> tuple[Placement, ExpertWeights]:
+            start = placement or Placement.default(num_layers, num_logical, topology.num_slots)
+            start.validate(topology)
+            if (start.num_layers, start.num_logical) != (num_layers, num_logical):
+                raise PlacementError(f"{start} is not for {num_layers} layers of {num_logical} experts")
+            if weights is not None and len(weights) != num_layers:
+                raise TransferError(f"weights of {len(weights)} layers were given, num_layers={num_layers}")
+            return start.to("cpu"), ExpertWeights(weights or [[]] * num_layers, topology)
+
+        self._placement, self._weights = self._group.attempt("registration", check, TransferError)
+        described = f"{topology} {self.options.model_dump_json()} {self.planner.model_dump_json()}"
+        self._group.agree("topology and options", fingerprint(described))
+        self._group.agree("the placement at the start", fingerprint(self._placement.physical_to_logical))
+        self._group.agree("the structure of the expert weights", fingerprint(self._weights.signature))
+
+        self.window = LoadWindow(
+            num_layers,
+            num_logical,
+            interval=self.options.interval,
+            snapshots=self.options.snapshots,
+            history=self.options.history,
+            device=self._group.device,
+        )
+        self.tables = DispatchTables(
+            self._placement,
+            topology,
+            rank=self._group.rank,
+            local_first=self.options.local_first,
+            device=self._group.device,
+        )
+
+    @property
+    def placement(self) -> Placement:
+        """The placement in force; its tables are on the CPU."""
+        return self._placement
+
+    @property
+    def rank(self) -> int:
+        """This rank within the group."""
+        return self._group.rank
+
+    def record(self, layer: int, expert_ids: torch.Tensor, valid: torch.Tensor | None = None) -> None:
+        """Count tokens per logical expert; see `LoadWindow.record`. Hot path: device work only."""
+        self.window.record(layer, expert_ids, valid)
+
+    def record_counts(self, layer: int, counts: torch.Tensor) -> None:
+        """Add counts, integer [logical], tokens; see `LoadWindow.record_counts`."""
+        self.window.record_counts(layer, counts)
+
+    def physical(self, layer: int, expert_ids: torch.Tensor) -> torch.Tensor:
+        """The slots to send tokens to; see `DispatchTables.physical`. Hot path: device work only."""
+        return self.tables.physical(layer, expert_ids)
+
+    def step(self, is_dummy: bool = False) -> RebalanceReport | None:
+        """End a forward step. All ranks call it; every `interval` steps it rebalances and reports."""
+        self.window.step(is_dummy)
+        self._steps += 1
+        if self._steps % self.options.interval:
+            return None
+        return self.rebalance()
+
+    def rebalance(self) -> RebalanceReport:
+        """Plan from the recorded window and switch over now. All ranks call it.
+
+        A planner that fails on any rank leaves all ranks with the placement in force; the report says so.
+
+        Raises:
+            AgreementError: on all ranks, when they hold different plans; nothing was moved.
+            TransferError: on all ranks, when weights could not be moved on one of them. Each layer has
+                its old placement or its new one, alike on all ranks, and `placement` tells which.
+        """
+        old = self._placement
+        # Phase 1, all ranks: sum the interval over the group.
+        start = time.perf_counter()
+        interval_load = self._group.sum(self.window.take())
+        self.window.push(interval_load)
+        load = self.window.load()
+        has_load = bool(load.any())
+        gathered = time.perf_counter()
+        before = balancedness(interval_load, old, self.topology) if interval_load.shape[0] else 1.0
+
+        def report(reason: str = "", **values: float) -> RebalanceReport:
+            after = before if self._placement is old else balancedness(load_after, self._placement, self.topology)
+            ...

@@ -1,0 +1,210 @@
+"""Recorded loads and recorded expert choices: two frozen values and their `.npz` files."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .errors import TraceError
+from .npz import MAX_BYTES, NpzReader
+
+__all__ = ["LoadTrace", "TokenTrace", "read_trace", "save_load_trace"]
+
+_Array = np.ndarray[Any, Any]
+# Counts above this are no longer exact as float64, in which planning computes.
+_MAX_COUNT = 2**53
+
+
+@dataclass(frozen=True, eq=False)
+class LoadTrace:
+    """The load of every step of a run.
+
+    Attributes:
+        load: [steps, layers, experts], tokens; int32, int64, float32 or float64, on the CPU.
+        name: where it comes from, for titles and errors.
+
+    Raises:
+        TraceError: wrong shape or dtype, no elements, or NaN, infinite or negative values.
+    """
+
+    load: torch.Tensor
+    name: str = "load"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.load, torch.Tensor):
+            raise TraceError(f"{self.name}: load is a {type(self.load).__name__}, not a tensor")
+        if self.load.dim() != 3 or self.load.numel() == 0:
+            raise TraceError(
+                f"{self.name}: load has shape {tuple(self.load.shape)}, not [steps, layers, experts]"
+            )
+        if self.load.dtype not in (torch.int32, torch.int64, torch.float32, torch.float64):
+            raise TraceError(f"{self.name}: load has dtype {self.load.dtype}, not int32/64 or float32/64")
+        bad = ~(torch.isfinite(self.load) & (self.load >= 0))
+        if bool(bad.any()):
+            step, layer, expert = (int(x) for x in bad.nonzero()[0])
+            raise TraceError(
+                f"{self.name}: load of step {step}, layer {layer}, expert {expert} is "
+                f"{self.load[step, layer, expert].item()}; {int(bad.sum())} of {bad.numel()} values are "
+                "NaN, infinite or negative"
+            )
+
+    @property
+    def num_steps(self) -> int:
+        return self.load.shape[0]
+
+    @property
+    def num_layers(self) -> int:
+        return self.load.shape[1]
+
+    @property
+    def num_experts(self) -> int:
+        return self.load.shape[2]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenTrace:
+    """The experts that every token of some requests chose.
+
+    Attributes:
+        topk_ids: integer [tokens, layers, top_k], the chosen experts, in `0..num_experts-1`.
+        request: int64 [tokens], the request of each token; it never falls, and a request's tokens are in
+            the order in which they were computed.
+        category: text or integer [requests], the kind of each request.
+        num_experts: experts per layer.
+        name: where it comes from, for titles and errors.
+        first: int64 [requests + 1], derived: request `r` has the tokens `first[r]..first[r+1]-1`.
+
+    Raises:
+        TraceError: a wrong shape or dtype, an id out of range, or requests that are not sorted.
+    """
+
+    topk_ids: _Array
+    request: _Array
+    category: _Array
+    num_experts: int
+    name: str = "tokens"
+    first: _Array = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        ids, request, category = self.topk_ids, self.request, self.category
+        if ids.ndim != 3 or ids.size == 0 or ids.dtype.kind not in "iu":
+            raise TraceError(
+                f"{self.name}: topk_ids is {ids.dtype} {ids.shape}, not integers [tokens, layers, top_k]"
+            )
+        if request.shape != ids.shape[:1] or request.dtype.kind not in "iu":
+            raise TraceError(
+                f"{self.name}: request is {request.dtype} {request.shape}, not integers [{ids.shape[0]}]"
+            )
+        if category.ndim != 1 or category.dtype.kind not in "iuSU":
+            raise TraceError(
+                f"{self.name}: category is {category.dtype} {category.shape}, not text or integers [requests]"
+            )
+        if self.num_experts < 1:
+            raise TraceError(f"{self.name}: num_experts={self.num_experts} is below 1")
+        self._check_range("topk_ids", ids, self.num_experts, "num_experts")
+        self._check_range("request", request, len(category), "requests in category")
+        request = request.astype(np.int64)
+        fall = np.flatnonzero(np.diff(request) < 0)
+        if fall.size:
+            token = int(fall[0]) + 1
+            raise TraceError(
+                f"{self.name}: request is not sorted: token {token} belongs to request {request[token]}, "
+                f"the token before it to {request[token - 1]}"
+            )
+        object.__setattr__(self, "request", request)
+        object.__setattr__(self, "first", np.searchsorted(request, np.arange(len(category) + 1)))
+
+    def _check_range(self, name: str, values: _Array, bound: int, what: str) -> None:
+        if int(values.min()) >= 0 and int(values.max()) < bound:
+            return
+        place = tuple(int(x) for x in np.argwhere((values < 0) | (values >= bound))[0])
+        raise TraceError(
+            f"{self.name}: {name}[{', '.join(map(str, place))}]={int(values[place])} is outside "
+            f"0..{bound - 1} ({what}: {bound})"
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.topk_ids.shape[0])
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.topk_ids.shape[1])
+
+    @property
+    def top_k(self) -> int:
+        return int(self.topk_ids.shape[2])
+
+    @property
+    def lengths(self) -> _Array:
+        """int64 [requests], tokens of each request; a request may have none."""
+        return np.diff(self.first)
+
+
+def read_trace(path: str | Path, max_bytes: int = MAX_BYTES) -> LoadTrace | TokenTrace:
+    """Read a trace file; which kind it is follows from the arrays it has.
+
+    Args:
+        path: `.npz` with `load [steps, layers, experts]`, or with `topk_ids [tokens, layers, top_k]`,
+            `request [tokens]`, `category [requests]` and `num_experts`. Other arrays are not looked at.
+        max_bytes: bound on the unpacked size.
+
+    Raises:
+        TraceError: the file is damaged, too large, of neither kind, or holds values that make no sense.
+    """
+    with NpzReader(path, max_bytes) as reader:
+        name = str(reader.path)
+        if ("load" in reader.names) == ("topk_ids" in reader.names):
+            raise TraceError(
+                f"{name}: expected either an array 'load' or an array 'topk_ids'; the file has "
+                f"{sorted(reader.names)}"
+            )
+        if "load" in reader.names:
+            return LoadTrace(_as_load(reader.read("load"), name), name)
+        num_experts = reader.read("num_experts")
+        if num_experts.size != 1 or num_experts.dtype.kind not in "iu":
+            raise TraceError(
+                f"{name}: num_experts is {num_experts.dtype} {num_experts.shape}, not a single integer"
+            )
+        return TokenTrace(
+            reader.read("topk_ids"),
+            reader.read("request"),
+            reader.read("category"),
+            int(num_experts.reshape(())),
+            name,
+        )
+
+
+def save_load_trace(path: str | Path, trace: LoadTrace) -> None:
+    """Write `trace` as a compressed `.npz`; the file appears whole or not at all.
+
+    Raises:
+        TraceError: the file cannot be written.
+    """
+    path = Path(path)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as stream:
+            np.savez_compressed(stream, load=trace.load.numpy())
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise TraceError(f"{path}: cannot be written: {error}") from None
+
+
+def _as_load(array: _Array, name: str) -> torch.Tensor:
+    """The array as one of the dtypes of LoadTrace, in native byte order; values stay what they are."""
+    if array.dtype.kind == "f" and array.dtype.itemsize <= 8:
+        dtype = np.float64 if array.dtype.itemsize == 8 else np.float32
+        return torch.from_numpy(array.astype(dtype))
+    if array.dtype.kind not in "iu":
+        raise TraceError(f"{name}: load has dtype {array.dtype}, not an integer or a float of at most 64 bits")
+    peak = int(array.max()) if array.size else 0
+    if peak > _MAX_COUNT:
+        raise TraceError(f"{name}: load has the value {peak}, above {_MAX_COUNT}")
+    return torch.from_numpy(array.astype(np.int32 if peak < 2**31 and array.itemsize <= 4 else np.int64))
