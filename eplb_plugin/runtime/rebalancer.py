@@ -192,8 +192,87 @@ class Rebalancer:
         load = self.window.load()
         has_load = bool(load.any())
         gathered = time.perf_counter()
-        before = balancedness(interval_load, old, self.topology) if interval_load.shape[0] else 1.0
 
-        def report(reason: str = "", **values: float) -> RebalanceReport:
-            after = before if self._placement is old else balancedness(load_after, self._placement, self.topology)
-            ...
+        # Phase 2, all ranks: plan, exchange, agree. Without load, all ranks know and none goes on.
+        new, reason = self._plan(load) if has_load else (old, "no load was recorded")
+        planned = time.perf_counter()
+
+        # Phase 3, all ranks: move the weights, chunk by chunk of layers; each chunk is switched over
+        # when every rank has what it needs.
+        migration = plan_migration(old, new, self.topology)
+        if not migration.layers.numel() and not reason:
+            reason = f"no layer gains min_gain={self.options.min_gain}"
+        times = execute(
+            migration,
+            self._weights,
+            self.topology,
+            self._group,
+            staging_bytes=self.options.staging_mib << 20,
+            committed=lambda layers: self._switch(new, layers),
+        )
+        report = RebalanceReport(
+            step=self._steps,
+            skipped=not migration.layers.numel(),
+            reason=reason,
+            balancedness_before=self._balancedness(interval_load, old),
+            balancedness_after=self._balancedness(interval_load, new),
+            layers=migration.layers.numel(),
+            moves=migration.num_sends,
+            bytes_moved=sum(self._weights.expert_bytes(layer) for layer in migration.sends.layer.tolist()),
+            gather_seconds=gathered - start,
+            plan_seconds=planned - gathered,
+            transfer_seconds=times.transfer,
+            commit_seconds=times.commit,
+        )
+        self.reports.append(report)
+        return report
+
+    def _plan(self, load: torch.Tensor) -> tuple[Placement, str]:
+        """The placement to go to, the same on all ranks, and why it is the old one where planning failed."""
+        layers, group = self._placement.num_layers, self._group
+        leader = self.options.planning == "leader"
+        share = layers if leader else -(-layers // group.size)
+        first = min(group.rank * share, layers)
+        last = min(first + share, layers)
+        rows = torch.zeros(share, self.topology.num_slots, dtype=torch.int64, device=group.device)
+
+        def work() -> None:
+            if first < last:
+                rows[: last - first] = self._plan_layers(load, first, last).to(group.device)
+
+        failed = group.failures(try_action(work)[1])
+        if failed:
+            reason = "planning failed: " + "; ".join(f"rank {rank}: {text}" for rank, text in failed.items())
+            if not self._told_failure:
+                self._told_failure = True
+                _logger.error("%s. The placement in force stays; later failures are only reported", reason)
+            return self._placement, reason
+        rows = group.broadcast(rows) if leader else group.all_gather(rows).flatten(0, 1)[:layers]
+        rows = rows.cpu()
+        group.agree("the plan", fingerprint(rows))
+        return Placement(rows, self._placement.num_logical), ""
+
+    def _plan_layers(self, load: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        """int64 [last - first, slots]: the planned rows, and today's where a layer gains too little."""
+        load = load[:, first:last]
+        current = Placement(self._placement.physical_to_logical[first:last], self._placement.num_logical)
+        planned = plan(load, self.topology, current, self.planner).placement
+        gain = self._layer_balancedness(load, planned) - self._layer_balancedness(load, current)
+        keep = (gain < self.options.min_gain).cpu()
+        return planned.to("cpu").with_layers(keep, current).physical_to_logical
+
+    def _layer_balancedness(self, load: torch.Tensor, placement: Placement) -> torch.Tensor:
+        """float64 [layers]: mean rank load / peak rank load, both summed over snapshots; 1 without load."""
+        loads = rank_loads(load, placement, self.topology)
+        peak = loads.amax(2).sum(0)
+        return torch.where(peak > 0, loads.mean(2).sum(0) / peak, 1.0)
+
+    def _balancedness(self, interval_load: torch.Tensor, placement: Placement) -> float:
+        if not interval_load.shape[0]:
+            return 1.0
+        return balancedness(interval_load, placement, self.topology)
+
+    def _switch(self, new: Placement, layers: list[int]) -> None:
+        """Put `layers` of the new placement in force, their weights being in place."""
+        self._placement = self._placement.with_layers(torch.tensor(layers), new)
+        self.tables.update(self._placement, layers)

@@ -152,9 +152,7 @@ class _Stage:
             plan.arrivals.send[arrives].tolist(), (plan.arrivals.slot[arrives] - first).tolist(), strict=True
         ):
             self._targets[send].append(slot)
-        self._incoming = _triples(
-            sends.source_rank, sends.layer, torch.arange(plan.num_sends), receiving
-        )
+        self._incoming = _triples(sends.source_rank, sends.layer, torch.arange(plan.num_sends), receiving)
         mine = wanted[copies.layer] & (copies.rank == rank)
         local = (copies.layer, copies.source_slot - first, copies.slot - first)
         self._staged_copies = _triples(*local, mine & copies.staged)
