@@ -113,7 +113,8 @@ class RankGroup:
         return {rank: text for rank, text in enumerate(messages) if text is not None}
 
     def attempt(self, phase: str, action: Callable[[], _T], raises: type[EplbError]) -> _T:
-        """Run `action` on every rank; if it fails on any, `raises` is raised on all, naming ranks and causes.
+        """Run `action` on every rank; if it fails on any, `raises` is raised on all, naming ranks and causes
+        (on a rank that failed with an error of this package: that kind of error).
 
         `action` itself must not call a collective, or a rank that fails early leaves the others in it.
         """
@@ -121,7 +122,8 @@ class RankGroup:
         failed = self.failures(error)
         if failed:
             causes = "; ".join(f"rank {rank}: {text}" for rank, text in failed.items())
-            raise raises(f"{phase} failed on {len(failed)} of {self.size} ranks: {causes}") from error
+            kind = type(error) if isinstance(error, EplbError) else raises
+            raise kind(f"{phase} failed on {len(failed)} of {self.size} ranks: {causes}") from error
         return cast(_T, result)
 
     def _default_device(self) -> torch.device:

@@ -83,7 +83,8 @@ class Rebalancer:
 
     Raises:
         TopologyError: the group has another size, or experts outnumber slots.
-        PlacementError, TransferError: the placement or the weights do not fit, on any rank.
+        PlacementError, TransferError: the placement or the weights do not fit; EplbError on ranks where
+            they do, but not on another.
         AgreementError: ranks differ in options, placement, or the structure of their weights.
     """
 
@@ -122,7 +123,7 @@ class Rebalancer:
                 raise TransferError(f"weights of {len(weights)} layers were given, num_layers={num_layers}")
             return start.to("cpu"), ExpertWeights(weights or [[]] * num_layers, topology)
 
-        self._placement, self._weights = self._group.attempt("registration", check, TransferError)
+        self._placement, self._weights = self._group.attempt("registration", check, EplbError)
         described = f"{topology} {self.options.model_dump_json()} {self.planner.model_dump_json()}"
         self._group.agree("topology and options", fingerprint(described))
         self._group.agree("the placement at the start", fingerprint(self._placement.physical_to_logical))

@@ -221,7 +221,7 @@ class _Stage:
             work.wait()
 
     def commit(self) -> None:
-        """Write everything staged to its slot. Sources of direct copies keep their expert, so order is free."""
+        """Write what was staged to its slots. Direct copies read slots that nothing writes: any order will do."""
         for target, staged in self._writes:
             target.copy_(staged)
         for layer, source, slot in self._direct_copies:

@@ -1,0 +1,214 @@
+"""A small expert-parallel MoE language model in plain PyTorch, balanced by `Rebalancer`.
+
+Real in structure, toy in size: it is what the demo serves, and what to copy from into another engine.
+An engine touches the rebalancer in five places, marked (1) to (5) below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from pydantic import Field
+
+from eplb_plugin.config import Options, PlannerOptions, RebalancerOptions
+from eplb_plugin.placement import Placement
+from eplb_plugin.runtime.rebalancer import RebalanceReport, Rebalancer
+from eplb_plugin.topology import Topology
+
+__all__ = ["MoEConfig", "MoEModel", "expert_tensors"]
+
+
+class MoEConfig(Options):
+    """The shape of the model, and what its weights are made from."""
+
+    vocab: int = Field(1024, ge=1)
+    """Token ids; id `t` belongs to topic `t % num_topics`."""
+
+    num_topics: int = Field(8, ge=1)
+    """Clusters of token embeddings. Tokens of one topic tend to choose the same experts."""
+
+    topic_strength: float = Field(2.0, ge=0)
+    """How far apart the topics are, in standard deviations of the tokens within one."""
+
+    hidden: int = Field(64, ge=1)
+    """Size of the residual stream."""
+
+    expert_hidden: int = Field(128, ge=1)
+    """Inner size of each expert."""
+
+    num_layers: int = Field(4, ge=1)
+    """MoE layers."""
+
+    num_logical: int = Field(32, ge=1)
+    """Logical experts per layer."""
+
+    top_k: int = Field(4, ge=1)
+    """Experts per token."""
+
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Seed of all weights."""
+
+
+def expert_tensors(config: MoEConfig, layer: int, expert: int) -> list[torch.Tensor]:
+    """The weights of one logical expert, from (seed, layer, expert) alone, so that any rank can make them.
+
+    Returns:
+        gate [expert_hidden, hidden], up [expert_hidden, hidden], down [hidden, expert_hidden], scale [].
+    """
+    generator = _generator(config, 1 + layer * config.num_logical + expert)
+    h, f = config.hidden, config.expert_hidden
+    gate, up = (torch.randn(f, h, generator=generator) * h**-0.5 for _ in range(2))
+    down = torch.randn(h, f, generator=generator) * f**-0.5
+    return [gate, up, down, torch.rand((), generator=generator) + 0.5]
+
+
+class MoEModel:
+    """One rank's part of the model. All ranks construct it, and call `forward` and `step`, together.
+
+    Args:
+        config: shape and seed.
+        topology: ranks and slots; None is one rank that holds each expert once, without communication:
+            the reference for all others.
+        placement: where the experts start; None is the default order.
+        options: of the rebalancer.
+        planner: of its planner.
+        group: process group; None is the default group (for a `topology` of one rank: none).
+    """
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        topology: Topology | None = None,
+        *,
+        placement: Placement | None = None,
+        options: RebalancerOptions | None = None,
+        planner: PlannerOptions | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.config = config
+        self.topology = topology or Topology(num_ranks=1, num_slots=config.num_logical)
+        self.group = group
+        h = config.hidden
+        generator = _generator(config, 0)
+        topics = torch.randn(config.num_topics, h, generator=generator) * config.topic_strength
+        noise = torch.randn(config.vocab, h, generator=generator)
+        self.embedding = topics[torch.arange(config.vocab) % config.num_topics] + noise
+        self.routers = [
+            torch.randn(config.num_logical, h, generator=generator) * h**-0.5
+            for _ in range(config.num_layers)
+        ]
+        self.head = torch.randn(config.vocab, h, generator=generator) * h**-0.5
+
+        # (1) Load the experts where the placement wants them, and register all that belongs to one.
+        rank = dist.get_rank(group) if self.topology.num_ranks > 1 else 0
+        start = placement or Placement.default(config.num_layers, config.num_logical, self.topology.num_slots)
+        here = start.physical_to_logical[:, self.topology.slots_of_rank(rank)].tolist()
+        self.experts = [
+            _stack([expert_tensors(config, layer, expert) for expert in experts])
+            for layer, experts in enumerate(here)
+        ]
+        self.rebalancer = Rebalancer(
+            self.topology,
+            config.num_layers,
+            config.num_logical,
+            weights=self.experts,
+            placement=start,
+            options=options,
+            planner=planner,
+            group=group,
+        )
+
+    @torch.inference_mode()
+    def forward(self, tokens: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits, float32 [tokens, vocab], of this rank's token ids, int64 [tokens].
+
+        `valid`, bool [tokens], is False for padding. Ranks may have different numbers of tokens, also none.
+        """
+        x = self.embedding[tokens]
+        for layer in range(self.config.num_layers):
+            x = x + self._moe(layer, _norm(x), valid)
+        return F.linear(_norm(x), self.head)
+
+    def step(self, is_dummy: bool = False) -> RebalanceReport | None:
+        """(5) End a forward step: a report whenever the rebalancer ran. `is_dummy`: the rank had no work."""
+        return self.rebalancer.step(is_dummy)
+
+    def wrong_slots(self) -> int:
+        """How many of this rank's slots hold other weights than the placement in force says, to the bit."""
+        slots = self.topology.slots_of_rank(self.rebalancer.rank)
+        wrong = 0
+        for layer, experts in enumerate(self.rebalancer.placement.physical_to_logical[:, slots].tolist()):
+            for slot, expert in enumerate(experts):
+                made = expert_tensors(self.config, layer, expert)
+                held = [tensor[slot] for tensor in self.experts[layer]]
+                wrong += not all(torch.equal(a, b) for a, b in zip(made, held, strict=True))
+        return wrong
+
+    def _moe(self, layer: int, x: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+        """One MoE layer: [tokens, hidden] to [tokens, hidden]."""
+        top_k = self.config.top_k
+        weight, expert_ids = F.linear(x, self.routers[layer]).softmax(-1).topk(top_k)
+        weight = weight / weight.sum(-1, keepdim=True)
+
+        # (2) Tell the rebalancer what the router chose, as logical experts.
+        self.rebalancer.record(layer, expert_ids, valid)
+        # (3) Ask it which replica each token goes to.
+        slots = self.rebalancer.physical(layer, expert_ids).flatten()
+
+        # Dispatch: rows sorted by slot are sorted by rank too.
+        slots, order = slots.sort(stable=True)
+        rows = x[order // top_k]
+        sent = torch.bincount(slots, minlength=self.topology.num_slots).view(self.topology.num_ranks, -1)
+        received = self._exchange(sent, None, None)  # [ranks, slots on this rank]
+        to_rank, from_rank = sent.sum(1).tolist(), received.sum(1).tolist()
+        rows = self._exchange(rows, to_rank, from_rank)
+
+        # Rows arrive by source rank, then slot; the experts want them by slot.
+        slot = torch.arange(received.shape[1]).repeat(received.shape[0]).repeat_interleave(received.flatten())
+        by_slot = slot.argsort(stable=True)
+        out = torch.empty_like(rows)
+        out[by_slot] = self._run_experts(layer, rows[by_slot], received.sum(0).tolist())
+
+        # Combine: back to the ranks that the rows came from, then weighted sums.
+        back = self._exchange(out, from_rank, to_rank)
+        result = torch.empty_like(back)
+        result[order] = back
+        return (result.view(-1, top_k, x.shape[1]) * weight.unsqueeze(-1)).sum(1)
+
+    def _run_experts(self, layer: int, rows: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        """SwiGLU of each slot's expert on its rows; `counts` rows per slot of this rank, in order."""
+        # (4) Nothing to do: a rebalance writes new weights into these very tensors.
+        gate, up, down, scale = self.experts[layer]
+        outs = [
+            F.linear(F.silu(F.linear(x, gate[i])) * F.linear(x, up[i]), down[i]) * scale[i]
+            for i, x in enumerate(rows.split(counts))
+        ]
+        return torch.cat(outs)
+
+    def _exchange(
+        self, rows: torch.Tensor, to_rank: list[int] | None, from_rank: list[int] | None
+    ) -> torch.Tensor:
+        """All-to-all of rows sorted by rank, given how many go to and come from each (None: equally many)."""
+        if self.topology.num_ranks == 1:
+            return rows
+        num_rows = rows.shape[0] if from_rank is None else sum(from_rank)
+        received = rows.new_empty(num_rows, *rows.shape[1:])
+        dist.all_to_all_single(received, rows, from_rank, to_rank, group=self.group)
+        return received
+
+
+def _norm(x: torch.Tensor) -> torch.Tensor:
+    return F.rms_norm(x, x.shape[-1:])
+
+
+def _stack(experts: list[list[torch.Tensor]]) -> list[torch.Tensor]:
+    """Per tensor of an expert: [slots on this rank, ...]."""
+    return [torch.stack(parts) for parts in zip(*experts, strict=True)]
+
+
+def _generator(config: MoEConfig, stream: int) -> torch.Generator:
+    # Multiplied apart, so that neighbouring seeds do not share streams.
+    return torch.Generator().manual_seed(config.seed * 1_000_003 + stream)
