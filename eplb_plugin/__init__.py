@@ -1,0 +1,48 @@
+"""Expert-parallel load balancing for mixture-of-experts serving engines."""
+
+from .config import PlannerOptions, RebalancerOptions
+from .errors import (
+    AgreementError,
+    ConfigError,
+    EplbError,
+    LoadError,
+    PlacementError,
+    TopologyError,
+    TraceError,
+    TransferError,
+)
+from .metrics import balancedness, count_moves, rank_loads
+from .migration import MigrationPlan, plan_migration
+from .placement import Placement
+from .planning.packing import balanced_packing
+from .planning.planner import Plan, plan, rebalance_experts
+from .topology import Topology
+
+__all__ = [
+    # plan
+    "balanced_packing",
+    "rebalance_experts",
+    "plan",
+    "Plan",
+    "PlannerOptions",
+    # values
+    "Topology",
+    "Placement",
+    # run
+    "RebalancerOptions",
+    # look
+    "balancedness",
+    "count_moves",
+    "rank_loads",
+    "plan_migration",
+    "MigrationPlan",
+    # errors
+    "EplbError",
+    "AgreementError",
+    "ConfigError",
+    "LoadError",
+    "PlacementError",
+    "TopologyError",
+    "TraceError",
+    "TransferError",
+]

@@ -1,0 +1,520 @@
+"""Compiled search over the placements of single layers, for loads on the CPU.
+
+The functions here release the interpreter lock and are cached on disk. They run without `fastmath`, and
+every sum has a fixed order, so the same input gives the same placement on every machine.
+
+A layer's state is: `slot_expert [slots]`, `count [logical]` (replicas), `held [logical, ranks]` (how many
+slots of a rank hold an expert), `share [snapshots, slots]` (load of what each slot holds), `load
+[snapshots, ranks]`, and `slot_load [snapshots, slots]`, the load of each slot's rank. Loads are float32,
+scaled so that the mean rank load, summed over snapshots, is 1.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+__all__ = ["plan_layers"]
+
+_compile = numba.njit(nogil=True, cache=True, fastmath=False, boundscheck=False)
+
+_TRIED_RANKS = 4  # heavy ranks that a round looks at before the search gives up
+_SHORTLIST = 3  # slots that are looked at closely for each expert that might get a replica
+_PATIENCE = 3  # candidates in a row that may fail to improve on the best
+
+
+@_compile
+def plan_layers(
+    weight, first, last, num_ranks, ranks_per_node, expert_node, current, price, max_moves, rounds,
+    candidates, tolerance, seed, result,
+):  # fmt: skip
+    """Plan layers `first..last-1`, writing `result`.
+
+    Args:
+        weight: float64 [snapshots, layers, logical], tokens times the weight of their snapshot.
+        num_ranks, ranks_per_node: the topology.
+        expert_node: int64 [layers, logical], the node that each expert belongs to.
+        current: int64 [layers, slots], the placement to grow from, or [layers, 0] to start from scratch.
+        price: what a move costs, as a share of the mean rank load.
+        max_moves: most moves per layer away from `current`.
+        rounds: most rounds of improvement per candidate.
+        candidates: most candidates per layer from scratch.
+        tolerance: stop within this share of the mean rank load above the lower bound.
+        seed: of the candidates' noise.
+        result: int64 [layers, slots], written.
+    """
+    num_snapshots, _, num_logical = weight.shape
+    num_slots = result.shape[1]
+    scaled = np.empty((num_snapshots, num_logical), np.float32)
+    slot_expert = np.empty(num_slots, np.int64)
+    for layer in range(first, last):
+        total = 0.0
+        for snapshot in range(num_snapshots):
+            for expert in range(num_logical):
+                total += weight[snapshot, layer, expert]
+        if total <= 0.0:
+            if current.shape[1]:
+                result[layer] = current[layer]
+                continue
+            # Nothing to balance, but replicas still belong on distinct ranks: plan for even loads.
+            scaled[:] = np.float32(num_ranks / (num_snapshots * num_logical))
+        else:
+            scale = num_ranks / total
+            for snapshot in range(num_snapshots):
+                for expert in range(num_logical):
+                    scaled[snapshot, expert] = np.float32(weight[snapshot, layer, expert] * scale)
+        if current.shape[1]:
+            slot_expert[:] = current[layer]
+            _improve(
+                scaled, slot_expert, num_ranks, ranks_per_node, True, price, max_moves, rounds, tolerance
+            )
+            result[layer] = slot_expert
+        else:
+            _from_scratch(
+                scaled, expert_node[layer], num_ranks, ranks_per_node, rounds, candidates, tolerance, seed,
+                result[layer],
+            )  # fmt: skip
+
+
+@_compile
+def _from_scratch(
+    scaled, expert_node, num_ranks, ranks_per_node, rounds, candidates, tolerance, seed, best
+):
+    """Candidates from nothing, each improved; the one with the lowest peak goes to `best`."""
+    num_snapshots, num_logical = scaled.shape
+    slot_expert = np.empty(best.shape[0], np.int64)
+    total = np.zeros(num_logical, np.float64)
+    for snapshot in range(num_snapshots):
+        for expert in range(num_logical):
+            total[expert] += scaled[snapshot, expert]
+    count = _replicate(total, expert_node, best.shape[0], num_ranks, ranks_per_node)
+    best_peak = np.inf
+    failures = 0
+    for candidate in range(candidates):
+        _hand_out(total, count, expert_node, num_ranks, ranks_per_node, candidate, seed, slot_expert)
+        peak = _improve(scaled, slot_expert, num_ranks, ranks_per_node, False, 0.0, 0, rounds, tolerance)
+        if peak < best_peak - 1e-5:
+            failures = 0
+        else:
+            failures += 1
+        if peak < best_peak:
+            best_peak = peak
+            best[:] = slot_expert
+        if best_peak <= 1.0 + tolerance or failures >= _PATIENCE:
+            break
+
+
+@_compile
+def _replicate(total, expert_node, num_slots, num_ranks, ranks_per_node):
+    """Replicas of each expert, int64 [logical]: greedy on load per replica, within each node's slots."""
+    num_logical = total.shape[0]
+    num_nodes = num_ranks // ranks_per_node
+    node_slots = num_slots // num_nodes
+    count = np.ones(num_logical, np.int64)
+    for node in range(num_nodes):
+        members = 0
+        for expert in range(num_logical):
+            if expert_node[expert] == node:
+                members += 1
+        if members == 0:
+            continue
+        bound = max(ranks_per_node, -(-node_slots // members))
+        for _ in range(node_slots - members):
+            chosen = -1
+            most = -1.0
+            for expert in range(num_logical):
+                if expert_node[expert] == node and count[expert] < bound:
+                    share = total[expert] / count[expert]
+                    if share > most:
+                        most = share
+                        chosen = expert
+            count[chosen] += 1
+    return count
+
+
+@_compile
+def _mix(x):
+    """A bijection of 64-bit words that spreads every bit (the finaliser of SplitMix64)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@_compile
+def _hand_out(total, count, expert_node, num_ranks, ranks_per_node, candidate, seed, slot_expert):
+    """Longest processing time with capacity: each replica to the lightest rank of its node that has room
+    and lacks the expert. Candidates after the first take the replicas in a noisy order."""
+    num_logical = total.shape[0]
+    num_slots = slot_expert.shape[0]
+    capacity = num_slots // num_ranks
+    key = np.empty(num_logical, np.float64)
+    for expert in range(num_logical):
+        key[expert] = -total[expert] / count[expert]
+        if candidate > 0:
+            word = _mix(np.uint64(seed) * np.uint64(4096) + np.uint64(candidate))
+            word = _mix(word + np.uint64(expert))
+            # In [0.8, 1.2), as the document that the ensemble comes from has it.
+            key[expert] *= 0.8 + 0.4 * (np.float64(word >> np.uint64(11)) * 2.0**-53)
+    order = np.argsort(key, kind="mergesort")
+    load = np.zeros(num_ranks, np.float64)
+    used = np.zeros(num_ranks, np.int64)
+    last_of = np.full(num_ranks, -1, np.int64)  # the expert that a rank got last: its replicas come in a row
+    for expert in order:
+        share = total[expert] / count[expert]
+        start = expert_node[expert] * ranks_per_node
+        for _ in range(count[expert]):
+            chosen = -1
+            fallback = -1
+            for rank in range(start, start + ranks_per_node):
+                if used[rank] < capacity:
+                    if last_of[rank] != expert:
+                        if chosen < 0 or load[rank] < load[chosen]:
+                            chosen = rank
+                    elif fallback < 0 or load[rank] < load[fallback]:
+                        fallback = rank
+            if chosen < 0:
+                chosen = fallback
+            slot_expert[chosen * capacity + used[chosen]] = expert
+            used[chosen] += 1
+            load[chosen] += share
+            last_of[chosen] = expert
+
+
+@_compile
+def _improve(
+    scaled, slot_expert, num_ranks, ranks_per_node, grown, price, max_moves, rounds, tolerance
+):
+    """Lower the peak by swaps and changes of replicas, in place; returns the peak, summed over snapshots.
+
+    A round relieves the rank whose lead over the others costs most. With `grown`, a change also has to
+    earn the price of its moves, and there are at most `max_moves` of them.
+    """
+    num_snapshots, num_logical = scaled.shape
+    num_slots = slot_expert.shape[0]
+    capacity = num_slots // num_ranks
+    count = np.zeros(num_logical, np.int64)
+    held = np.zeros((num_logical, num_ranks), np.int16)
+    for slot in range(num_slots):
+        count[slot_expert[slot]] += 1
+        held[slot_expert[slot], slot // capacity] += 1
+    origin = held.copy() if grown else held
+    share = np.empty((num_snapshots, num_slots), np.float32)
+    load = np.empty((num_snapshots, num_ranks), np.float32)
+    slot_load = np.empty((num_snapshots, num_slots), np.float32)
+    peak = np.empty(num_snapshots, np.float32)
+    top = np.empty(num_snapshots, np.int64)
+    lead = np.empty(num_ranks, np.float64)
+    gain = np.empty((capacity, num_slots), np.float32)
+    rest = np.empty(num_slots, np.float32)
+    weight = np.zeros(num_logical, np.float64)
+    for snapshot in range(num_snapshots):
+        for expert in range(num_logical):
+            weight[expert] += np.float64(scaled[snapshot, expert])
+    moves = 0
+    _recompute(scaled, slot_expert, count, share, load, slot_load)
+    threshold = 1e-5
+    for _ in range(rounds):
+        total_peak = _leads(load, peak, top, lead)
+        if total_peak <= 1.0 + tolerance:
+            break
+        improved = False
+        for _ in range(_TRIED_RANKS):
+            heavy = 0
+            for rank in range(1, num_ranks):
+                if lead[rank] > lead[heavy]:
+                    heavy = rank
+            if lead[heavy] <= threshold:
+                break
+            gained, mine, other, cost = _best_swap(
+                share, load, slot_load, peak, top, slot_expert, held, origin, heavy, ranks_per_node, grown,
+                price, max_moves - moves, threshold, gain, rest,
+            )  # fmt: skip
+            swap_value = gained - price * cost
+            expert, slot, change_gain, change_cost = _best_change(
+                scaled, weight, load, peak, top, slot_expert, count, held, origin, heavy, ranks_per_node, grown,
+                price, max_moves - moves, max(threshold, swap_value),
+            )  # fmt: skip
+            if slot >= 0:
+                old = slot_expert[slot]
+                rank = slot // capacity
+                held[old, rank] -= 1
+                count[old] -= 1
+                held[expert, rank] += 1
+                count[expert] += 1
+                slot_expert[slot] = expert
+                moves += change_cost
+                _recompute(scaled, slot_expert, count, share, load, slot_load)
+                improved = True
+                break
+            if mine >= 0:
+                _swap(share, load, slot_load, slot_expert, held, mine, other, capacity)
+                moves += cost
+                improved = True
+                break
+            lead[heavy] = -1.0
+        if not improved:
+            break
+    _recompute(scaled, slot_expert, count, share, load, slot_load)
+    return _leads(load, peak, top, lead)
+
+
+@_compile
+def _recompute(scaled, slot_expert, count, share, load, slot_load):
+    num_snapshots, num_slots = share.shape
+    num_ranks = load.shape[1]
+    capacity = num_slots // num_ranks
+    inverse = np.empty(num_slots, np.float32)
+    for slot in range(num_slots):
+        inverse[slot] = np.float32(1.0) / np.float32(count[slot_expert[slot]])
+    for snapshot in range(num_snapshots):
+        for slot in range(num_slots):
+            share[snapshot, slot] = scaled[snapshot, slot_expert[slot]] * inverse[slot]
+        for rank in range(num_ranks):
+            total = np.float32(0.0)
+            for slot in range(rank * capacity, (rank + 1) * capacity):
+                total += share[snapshot, slot]
+            load[snapshot, rank] = total
+            for slot in range(rank * capacity, (rank + 1) * capacity):
+                slot_load[snapshot, slot] = total
+
+
+@_compile
+def _leads(load, peak, top, lead):
+    """Peak and heaviest rank of each snapshot; by how much each rank leads, summed over the snapshots in
+    which it is the heaviest. Returns the sum of the peaks."""
+    num_snapshots, num_ranks = load.shape
+    lead[:] = 0.0
+    total = 0.0
+    for snapshot in range(num_snapshots):
+        first = 0
+        for rank in range(1, num_ranks):
+            if load[snapshot, rank] > load[snapshot, first]:
+                first = rank
+        second = np.float32(0.0)
+        for rank in range(num_ranks):
+            if rank != first and load[snapshot, rank] > second:
+                second = load[snapshot, rank]
+        peak[snapshot] = load[snapshot, first]
+        top[snapshot] = first
+        # The small extra lets ranks that tie for the peak be relieved one after the other.
+        lead[first] += np.float64(peak[snapshot] - second) + 1e-4 * np.float64(peak[snapshot])
+        total += np.float64(peak[snapshot])
+    return total
+
+
+@_compile
+def _best_swap(
+    share, load, slot_load, peak, top, slot_expert, held, origin, heavy, ranks_per_node, grown, price,
+    moves_left, threshold, gain, rest,
+):  # fmt: skip
+    """The best swap of a slot of `heavy` with another of its node: (gain, slot, other slot, moves).
+
+    The gain is by how much the sum of the peaks falls; slot -1 when no swap is worth it.
+    """
+    num_snapshots, num_ranks = load.shape
+    num_slots = slot_expert.shape[0]
+    capacity = num_slots // num_ranks
+    begin = heavy * capacity
+    node = heavy // ranks_per_node
+    low, high = node * ranks_per_node * capacity, (node + 1) * ranks_per_node * capacity
+    width = high - low
+    # Slices that start at 0: an index that might be negative would keep the loops from being vectorised.
+    gain = gain[:, :width]
+    gain[:] = np.float32(0.0)
+    rest = rest[:width]
+    zero = np.float32(0.0)
+    # Only where the rank is the heaviest can a swap gain, so after those snapshots the gains are bounds.
+    for leading in (True, False):
+        for snapshot in range(num_snapshots):
+            if (top[snapshot] == heavy) != leading:
+                continue
+            mine = load[snapshot, heavy]
+            first = -1
+            for rank in range(num_ranks):
+                if rank != heavy and (first < 0 or load[snapshot, rank] > load[snapshot, first]):
+                    first = rank
+            second = zero
+            for rank in range(num_ranks):
+                if rank != heavy and rank != first and load[snapshot, rank] > second:
+                    second = load[snapshot, rank]
+            now = peak[snapshot]
+            share_row, load_row = share[snapshot, low:high], slot_load[snapshot, low:high]
+            if num_snapshots == 1:
+                rest[:] = zero  # judged by the pair alone, so that ties for the peak are lowered one by one
+            else:
+                rest[:] = load[snapshot, first]
+                if low <= first * capacity < high:
+                    rest[first * capacity - low : (first + 1) * capacity - low] = second
+            for place in range(capacity):
+                given = share[snapshot, begin + place]
+                gain_row = gain[place]
+                for at in range(width):
+                    shift = given - share_row[at]
+                    after = mine - shift
+                    theirs = load_row[at] + shift
+                    after = theirs if theirs > after else after
+                    after = rest[at] if rest[at] > after else after
+                    gain_row[at] += now - after
+        if leading:
+            most = zero
+            for place in range(capacity):
+                gain_row = gain[place]
+                for at in range(width):
+                    most = gain_row[at] if gain_row[at] > most else most
+            if most <= threshold - 2.0 * price * grown:
+                return 0.0, -1, -1, 0
+    best = threshold
+    best_gain, best_mine, best_other, best_cost = 0.0, -1, -1, 0
+    for place in range(capacity):
+        x = slot_expert[begin + place]
+        for at in range(width):
+            if gain[place, at] + 2.0 * price <= best:
+                continue
+            slot = low + at
+            rank = slot // capacity
+            y = slot_expert[slot]
+            if rank == heavy or held[x, rank] > 0 or held[y, heavy] > 0:
+                continue
+            cost = 0
+            if grown:
+                cost = _move_cost(origin, held, x, heavy, rank) + _move_cost(origin, held, y, rank, heavy)
+                if cost > 0 and cost > moves_left:
+                    continue
+            value = gain[place, at] - price * cost
+            if value > best:
+                best = value
+                best_gain = np.float64(gain[place, at])
+                best_mine, best_other, best_cost = begin + place, slot, cost
+    return best_gain, best_mine, best_other, best_cost
+
+
+@_compile
+def _move_cost(origin, held, expert, leaves, enters):
+    """Moves that it adds when one replica of `expert` goes from rank to rank: -1, 0 or 1."""
+    cost = 0
+    if origin[expert, enters] == 0 and held[expert, enters] == 0:
+        cost += 1
+    if origin[expert, leaves] == 0 and held[expert, leaves] == 1:
+        cost -= 1
+    return cost
+
+
+@_compile
+def _swap(share, load, slot_load, slot_expert, held, mine, other, capacity):
+    x, y = slot_expert[mine], slot_expert[other]
+    a, b = mine // capacity, other // capacity
+    held[x, a] -= 1
+    held[y, b] -= 1
+    held[x, b] += 1
+    held[y, a] += 1
+    slot_expert[mine], slot_expert[other] = y, x
+    for snapshot in range(load.shape[0]):
+        shift = share[snapshot, mine] - share[snapshot, other]
+        share[snapshot, mine], share[snapshot, other] = share[snapshot, other], share[snapshot, mine]
+        load[snapshot, a] -= shift
+        load[snapshot, b] += shift
+        for slot in range(a * capacity, (a + 1) * capacity):
+            slot_load[snapshot, slot] = load[snapshot, a]
+        for slot in range(b * capacity, (b + 1) * capacity):
+            slot_load[snapshot, slot] = load[snapshot, b]
+
+
+@_compile
+def _best_change(
+    scaled, weight, load, peak, top, slot_expert, count, held, origin, heavy, ranks_per_node, grown, price,
+    moves_left, threshold,
+):  # fmt: skip
+    """The best way to give an expert of `heavy` one more replica, in a slot of an expert that has several.
+
+    Returns (expert, slot, gain, moves); slot -1 when nothing is worth more than `threshold`.
+    """
+    num_snapshots, num_ranks = load.shape
+    num_logical = scaled.shape[1]
+    num_slots = slot_expert.shape[0]
+    capacity = num_slots // num_ranks
+    node = heavy // ranks_per_node
+    low, high = node * ranks_per_node * capacity, (node + 1) * ranks_per_node * capacity
+
+    # Everything summed over snapshots, to make a short list.
+    total = np.zeros(num_ranks, np.float64)
+    for snapshot in range(num_snapshots):
+        for rank in range(num_ranks):
+            total[rank] += load[snapshot, rank]
+    # The heaviest rank that shares an expert with several replicas bounds what taking one away costs.
+    heaviest_holder = np.zeros(num_logical, np.float64)
+    for slot in range(low, high):
+        expert = slot_expert[slot]
+        if total[slot // capacity] > heaviest_holder[expert]:
+            heaviest_holder[expert] = total[slot // capacity]
+
+    best = threshold
+    best_expert, best_slot, best_gain, best_cost = -1, -1, 0.0, 0
+    short_slot = np.empty(_SHORTLIST, np.int64)
+    short_value = np.empty(_SHORTLIST, np.float64)
+    after = np.empty(num_ranks, np.float32)
+    for place in range(heavy * capacity, (heavy + 1) * capacity):
+        x = slot_expert[place]
+        # What the heavy rank is relieved of where it is the heaviest bounds the gain.
+        relief = 0.0
+        for snapshot in range(num_snapshots):
+            if top[snapshot] == heavy:
+                relief += np.float64(scaled[snapshot, x])
+        relief *= 1.0 / count[x] - 1.0 / (count[x] + 1)
+        if relief + price * grown <= best:
+            continue
+        short_slot[:] = -1
+        short_value[:] = np.inf
+        for slot in range(low, high):
+            y = slot_expert[slot]
+            rank = slot // capacity
+            if count[y] < 2 or y == x or held[x, rank] > 0:
+                continue
+            arrival = total[rank] - weight[y] / count[y] + weight[x] / (count[x] + 1)
+            burden = heaviest_holder[y] + weight[y] / (count[y] - 1) - weight[y] / count[y]
+            value = max(arrival, burden)
+            if value >= total[heavy]:
+                continue
+            at = _SHORTLIST - 1
+            if value >= short_value[at]:
+                continue
+            while at > 0 and value < short_value[at - 1]:
+                short_value[at], short_slot[at] = short_value[at - 1], short_slot[at - 1]
+                at -= 1
+            short_value[at], short_slot[at] = value, slot
+        for at in range(_SHORTLIST):
+            slot = short_slot[at]
+            if slot < 0:
+                break
+            y = slot_expert[slot]
+            rank = slot // capacity
+            cost = 0
+            if grown:
+                cost = 1 if origin[x, rank] == 0 else 0
+                if origin[y, rank] == 0 and held[y, rank] == 1:
+                    cost -= 1
+                if cost > 0 and cost > moves_left:
+                    continue
+            gain = 0.0
+            fewer = np.float32(1.0 / count[x] - 1.0 / (count[x] + 1))
+            more = np.float32(1.0 / (count[y] - 1) - 1.0 / count[y])
+            arriving = np.float32(1.0 / (count[x] + 1))
+            leaving = np.float32(1.0 / count[y])
+            for snapshot in range(num_snapshots):
+                after[:] = load[snapshot]
+                wx, wy = scaled[snapshot, x], scaled[snapshot, y]
+                for r in range(low // capacity, high // capacity):
+                    if held[x, r] > 0:
+                        after[r] -= wx * fewer * np.float32(held[x, r])
+                    if held[y, r] > 0:
+                        kept = held[y, r] - (1 if r == rank else 0)
+                        after[r] += wy * more * np.float32(kept)
+                after[rank] += wx * arriving - wy * leaving
+                highest = np.float32(0.0)
+                for r in range(num_ranks):
+                    highest = after[r] if after[r] > highest else highest
+                gain += np.float64(peak[snapshot] - highest)
+            value = gain - price * cost
+            if value > best:
+                best = value
+                best_expert, best_slot, best_gain, best_cost = x, slot, gain, cost
+    return best_expert, best_slot, best_gain, best_cost

@@ -1,0 +1,186 @@
+"""The ensemble packer: capacity, optimality on small cases, never worse than LPT, same result everywhere."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eplb_plugin import LoadError, PlannerOptions, TopologyError, balanced_packing
+from eplb_plugin.planning.exact import to_exact, uniform_noise
+from eplb_plugin.planning.greedy import lpt_packing
+from eplb_plugin.planning.packing import pack_lower_bound
+
+
+def weights(*shape: int, seed: int = 0, sigma: float = 0.8) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.empty(*shape, dtype=torch.float64).log_normal_(0, sigma, generator=generator)
+
+
+def pack_loads(weight: torch.Tensor, pack_index: torch.Tensor, num_packs: int) -> torch.Tensor:
+    """float64 [snapshots, X, packs], item by item."""
+    weight = weight if weight.dim() == 3 else weight[None]
+    loads = torch.zeros(*weight.shape[:2], num_packs, dtype=torch.float64)
+    for snapshot, row, item in itertools.product(*map(range, weight.shape)):
+        loads[snapshot, row, pack_index[row, item]] += weight[snapshot, row, item]
+    return loads
+
+
+def peak(weight: torch.Tensor, pack_index: torch.Tensor, num_packs: int) -> torch.Tensor:
+    """Sum over snapshots of the heaviest pack, [X]."""
+    return pack_loads(weight, pack_index, num_packs).amax(2).sum(0)
+
+
+def best_peak(weight: list[float], num_packs: int) -> float:
+    """The optimum by trying every assignment with full packs."""
+    capacity = len(weight) // num_packs
+
+    def search(item: int, load: list[float], used: list[int], best: float) -> float:
+        if item == len(weight):
+            return min(best, max(load))
+        for pack in range(num_packs):
+            if used[pack] < capacity and load[pack] + weight[item] < best:
+                load[pack] += weight[item]
+                used[pack] += 1
+                best = search(item + 1, load, used, best)
+                load[pack] -= weight[item]
+                used[pack] -= 1
+            if used[pack] == 0:
+                break  # empty packs are alike
+        return best
+
+    return search(0, [0.0] * num_packs, [0] * num_packs, float("inf"))
+
+
+@given(
+    rows=st.integers(1, 4),
+    num_packs=st.integers(1, 6),
+    capacity=st.integers(1, 5),
+    snapshots=st.integers(0, 3),
+    seed=st.integers(0, 2**20),
+    objective=st.sampled_from(["peak", "spread"]),
+)
+@settings(max_examples=60, deadline=None)
+def test_every_pack_is_full_and_lpt_is_never_better(rows, num_packs, capacity, snapshots, seed, objective):
+    shape = (rows, num_packs * capacity)
+    weight = weights(*((snapshots, *shape) if snapshots else shape), seed=seed)
+    options = PlannerOptions(num_candidates=8, objective=objective)
+    pack_index, rank_in_pack = balanced_packing(weight, num_packs, options)
+    assert pack_index.dtype == rank_in_pack.dtype == torch.int64
+    for row in range(rows):
+        places = sorted(zip(pack_index[row].tolist(), rank_in_pack[row].tolist(), strict=True))
+        assert places == list(itertools.product(range(num_packs), range(capacity)))
+    lpt, _ = lpt_packing(weight.sum(0) if snapshots else weight, num_packs)
+    ours, theirs = pack_loads(weight, pack_index, num_packs), pack_loads(weight, lpt, num_packs)
+    value = [x.amax(2) - (x.amin(2) if objective == "spread" else 0) for x in (ours, theirs)]
+    assert (value[0].sum(0) <= value[1].sum(0) * (1 + 1e-9) + 1e-9).all()
+
+
+@pytest.mark.parametrize(("num_packs", "capacity"), [(2, 2), (2, 4), (3, 2), (3, 3), (4, 2)])
+def test_small_cases_reach_the_optimum(num_packs, capacity):
+    weight = weights(25, num_packs * capacity, seed=num_packs * 10 + capacity)
+    pack_index, _ = balanced_packing(weight, num_packs, PlannerOptions(tolerance=0))
+    optimum = [best_peak(row.tolist(), num_packs) for row in weight]
+    assert peak(weight, pack_index, num_packs).tolist() == pytest.approx(optimum, rel=1e-9)
+
+
+def test_large_rows_come_close_to_the_mean():
+    weight = weights(6, 288, sigma=0.3)
+    pack_index, _ = balanced_packing(weight, 32)
+    assert (peak(weight, pack_index, 32) <= weight.sum(1) / 32 * 1.0005).all()
+
+
+def test_snapshots_count_each_peak():
+    # Summed up all items are alike; over time 0 and 1 are hot together, and so are 2 and 3.
+    weight = torch.tensor([[[5, 5, 1, 1]], [[1, 1, 5, 5]]])
+    pack_index, _ = balanced_packing(weight, 2)
+    assert peak(weight.double(), pack_index, 2).item() == 12
+    assert pack_index[0, 0] != pack_index[0, 1]
+
+
+def test_the_same_row_packs_alike_in_any_batch_and_memory():
+    weight = weights(9, 48, seed=3)
+    options = PlannerOptions(num_candidates=32, tolerance=0)
+    together, _ = balanced_packing(weight, 4, options)
+    alone = torch.cat([balanced_packing(row[None], 4, options)[0] for row in weight])
+    sliced, _ = balanced_packing(weight, 4, options.model_copy(update={"memory_mib": 1}))
+    reordered, _ = balanced_packing(weight.flip(0), 4, options)
+    assert torch.equal(together, alone)
+    assert torch.equal(together, sliced)
+    assert torch.equal(together, reordered.flip(0))
+
+
+def test_the_seed_counts_and_the_global_random_state_does_not():
+    weight = weights(4, 60, seed=5)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first, _ = balanced_packing(weight, 5, PlannerOptions(tolerance=0))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert torch.equal(first, balanced_packing(weight, 5, PlannerOptions(tolerance=0))[0])
+    row_seed = torch.arange(3)
+    noise = uniform_noise(row_seed, 0, torch.arange(500), 64)
+    assert abs(float(noise.mean()) - 0.5) < 0.01
+    assert not torch.equal(noise, uniform_noise(row_seed, 1, torch.arange(500), 64))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32])
+def test_any_dtype(dtype):
+    weight = torch.tensor([[9, 7, 5, 3, 3, 1], [0, 0, 0, 0, 0, 0]]).to(dtype)
+    pack_index, _ = balanced_packing(weight, 2)
+    assert peak(weight.double(), pack_index, 2).tolist() == [14, 0]
+
+
+@pytest.mark.parametrize("scale", [2.0**62, 1e300, 1e-300, 5e-324])
+def test_any_scale(scale):
+    weight = torch.tensor([[4.0, 3, 2, 1]], dtype=torch.float64) * scale
+    pack_index, _ = balanced_packing(weight, 2)
+    assert pack_index[0, 0] == pack_index[0, 3] != pack_index[0, 1]
+
+
+def test_one_item_per_pack_and_one_pack():
+    assert sorted(balanced_packing(weights(1, 4), 4)[0][0].tolist()) == [0, 1, 2, 3]
+    pack_index, rank_in_pack = balanced_packing(weights(1, 4), 1)
+    assert pack_index.tolist() == [[0] * 4]
+    assert sorted(rank_in_pack[0].tolist()) == [0, 1, 2, 3]
+
+
+def test_inputs_are_not_written_to():
+    weight = weights(2, 12)
+    copy = weight.clone()
+    balanced_packing(weight, 3)
+    assert torch.equal(weight, copy)
+
+
+@pytest.mark.parametrize(
+    ("weight", "num_packs", "error", "message"),
+    [
+        (torch.ones(2, 7), 2, TopologyError, "7 items are not divisible by num_packs=2"),
+        (torch.ones(2, 6), 0, TopologyError, "num_packs=0"),
+        (torch.tensor([[1.0, float("nan")]]), 2, LoadError, "expert 1 is nan"),
+        (torch.tensor([[1.0, float("inf")]]), 2, LoadError, "expert 1 is inf"),
+        (torch.tensor([[-1, 2]]), 2, LoadError, "expert 0 is -1.0; 1 of 2"),
+        (torch.ones(4), 2, LoadError, r"shape \(4,\)"),
+        (torch.ones(0, 4), 2, LoadError, r"shape \(0, 4\)"),
+        (torch.ones(1, 4, dtype=torch.bool), 2, LoadError, "bool"),
+        ([[1, 2]], 2, LoadError, "list"),
+    ],
+)
+def test_bad_input_names_the_numbers(weight, num_packs, error, message):
+    with pytest.raises(error, match=message):
+        balanced_packing(weight, num_packs)
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 64), st.floats(1e-6, 1e12), st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_exact_weights_are_whole_and_sum_without_rounding(snapshots, rows, items, scale, seed):
+    exact = to_exact(weights(snapshots, rows, items, seed=seed) * scale)
+    assert torch.equal(exact, exact.round())
+    total = exact.sum(dim=(0, 2))
+    assert (total < 2**50).all()
+    for row in range(rows):
+        assert sum(int(x) for x in exact[:, row].flatten().tolist()) == int(total[row])
+    assert (pack_lower_bound(exact, 1) == total).all()

@@ -1,0 +1,222 @@
+"""The pipeline: every placement rule over random topologies, the greedy baseline, bounds and errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import eplb_plugin as eplb
+from eplb_plugin.planning.distinct import shared_replicas
+
+README_WEIGHT = torch.tensor(
+    [
+        [90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86],
+        [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27],
+    ]
+)
+GREEDY = eplb.PlannerOptions(policy="greedy")
+
+
+def random_load(*shape: int, seed: int = 0, sigma: float = 1.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.empty(*shape).log_normal_(4, sigma, generator=generator).round()
+
+
+@st.composite
+def topologies(draw) -> tuple[eplb.Topology, int]:
+    """A topology and a number of experts, hierarchical or not, with zero to many spare slots."""
+    nodes, ranks_per_node = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    groups = draw(st.sampled_from([1, nodes, 2 * nodes, 3]))
+    experts = groups * draw(st.integers(1, 6))
+    ranks = nodes * ranks_per_node
+    fewest = -(-experts // ranks)
+    slots = ranks * draw(st.integers(fewest, fewest + 3))
+    return eplb.Topology(num_nodes=nodes, num_ranks=ranks, num_slots=slots, num_groups=groups), experts
+
+
+def check_rules(load: torch.Tensor, topology: eplb.Topology, planned: eplb.Plan) -> None:
+    """Every rule of a placement, slot by slot."""
+    rows = planned.placement.physical_to_logical
+    num_logical = load.shape[-1]
+    for layer, row in enumerate(rows.tolist()):
+        assert len(row) == topology.num_slots
+        assert set(row) == set(range(num_logical))
+        for expert in range(num_logical):
+            slots = [slot for slot, held in enumerate(row) if held == expert]
+            assert planned.placement.replica_count[layer, expert] == len(slots)
+            table = planned.placement.logical_to_physical[layer, expert].tolist()
+            assert table == slots + [-1] * (len(table) - len(slots))
+        if planned.hierarchical:
+            group_size = num_logical // topology.num_groups
+            for group in range(topology.num_groups):
+                nodes = {
+                    slot // topology.slots_per_node
+                    for slot, held in enumerate(row)
+                    if held // group_size == group
+                }
+                assert len(nodes) == 1
+    repeats = sum(
+        topology.slots_per_rank - len(set(ids))
+        for row in rows
+        for ids in row.view(topology.num_ranks, -1).tolist()
+    )
+    assert planned.shared_replicas == repeats
+    peaks = eplb.rank_loads(load, planned.placement, topology).amax(2).mean(0)
+    assert (planned.lower_bound <= peaks * (1 + 1e-9)).all()
+    assert planned.balancedness == eplb.balancedness(load, planned.placement, topology)
+
+
+@given(topologies(), st.integers(1, 3), st.integers(0, 3), st.integers(0, 2**20), st.booleans())
+@settings(max_examples=80, deadline=None)
+def test_rules_hold_over_random_topologies(case, layers, snapshots, seed, greedy):
+    topology, experts = case
+    shape = (layers, experts) if snapshots == 0 else (snapshots, layers, experts)
+    load = random_load(*shape, seed=seed)
+    options = GREEDY if greedy else eplb.PlannerOptions(num_candidates=6)
+    check_rules(load, topology, eplb.plan(load, topology, options=options))
+
+
+@given(topologies(), st.integers(0, 2**20))
+@settings(max_examples=40, deadline=None)
+def test_moves_and_slots_follow_the_placement_in_force(case, seed):
+    topology, experts = case
+    options = eplb.PlannerOptions(num_candidates=4)
+    old = eplb.plan(random_load(2, experts, seed=seed), topology, options=options).placement
+    load = random_load(2, experts, seed=seed + 1)
+    planned = eplb.plan(load, topology, old, options)
+    check_rules(load, topology, planned)
+    moves = 0
+    for before, after in zip(old.physical_to_logical, planned.placement.physical_to_logical, strict=True):
+        for rank in range(topology.num_ranks):
+            was = before[topology.slots_of_rank(rank)].tolist()
+            now = after[topology.slots_of_rank(rank)].tolist()
+            moves += len(set(now) - set(was))
+            for expert in set(now) & set(was):
+                kept = sum(a == b == expert for a, b in zip(was, now, strict=True))
+                assert kept == min(was.count(expert), now.count(expert))
+    assert planned.moves == moves
+    again = eplb.plan(load, topology, planned.placement.physical_to_logical, options)
+    assert again.balancedness >= planned.balancedness - 1e-12
+
+
+def test_greedy_gives_the_placement_of_deepseeks_readme():
+    topology = eplb.Topology(num_nodes=2, num_ranks=8, num_slots=16, num_groups=4)
+    placement = eplb.plan(README_WEIGHT, topology, options=GREEDY).placement
+    assert placement.physical_to_logical.tolist() == [
+        [5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1],
+        [7, 10, 6, 8, 6, 11, 8, 9, 2, 4, 5, 1, 5, 0, 3, 1],
+    ]
+
+
+def test_rebalance_experts_is_a_drop_in():
+    phy2log, log2phy, count = eplb.rebalance_experts(README_WEIGHT, 16, 4, 2, 8)
+    assert (phy2log.dtype, phy2log.shape) == (torch.int64, (2, 16))
+    assert log2phy.shape == (2, 12, int(count.max()))
+    assert (count.sum(1) == 16).all()
+    aligned, _, _ = eplb.rebalance_experts(README_WEIGHT, 16, 4, 2, 8, current=phy2log)
+    assert torch.equal(aligned, phy2log)
+
+
+@pytest.mark.parametrize("sigma", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize(
+    ("experts", "slots", "groups", "nodes", "ranks"),
+    [(64, 80, 8, 4, 16), (64, 72, 1, 1, 8), (64, 96, 1, 1, 48), (128, 160, 1, 2, 16)],
+)
+def test_the_ensembles_mean_peak_is_not_above_that_of_greedy(experts, slots, groups, nodes, ranks, sigma):
+    topology = eplb.Topology(num_nodes=nodes, num_ranks=ranks, num_slots=slots, num_groups=groups)
+    load = random_load(12, experts, sigma=sigma)
+    peaks = [
+        eplb.rank_loads(load, eplb.plan(load, topology, options=options).placement, topology).amax(2).mean()
+        for options in (None, GREEDY)
+    ]
+    assert peaks[0] <= peaks[1] * (1 + 1e-9)
+
+
+def test_layers_are_planned_independently():
+    topology = eplb.Topology(num_ranks=4, num_slots=20)
+    load = random_load(3, 6, 16, seed=4)
+    whole = eplb.plan(load, topology).placement.physical_to_logical
+    parts = [eplb.plan(load[:, i : i + 1], topology).placement.physical_to_logical for i in range(6)]
+    assert torch.equal(whole, torch.cat(parts))
+
+
+def test_replicas_share_a_rank_only_where_they_must():
+    topology = eplb.Topology(num_ranks=2, num_slots=8)
+    planned = eplb.plan(torch.tensor([[1000, 1, 1]]), topology)
+    check_rules(torch.tensor([[1000, 1, 1]]), topology, planned)
+    # Three experts on two ranks of four slots: two slots have to repeat an expert.
+    assert planned.shared_replicas == 2
+    roomy = eplb.Topology(num_ranks=4, num_slots=16)
+    planned = eplb.plan(random_load(8, 12, sigma=2), roomy)
+    assert not shared_replicas(planned.placement.physical_to_logical, roomy).any()
+
+
+def test_where_groups_do_not_divide_the_result_says_so(caplog):
+    topology = eplb.Topology(num_nodes=3, num_ranks=6, num_slots=24, num_groups=7)
+    with caplog.at_level("WARNING", "eplb_plugin"):
+        first = eplb.plan(random_load(1, 14), topology)
+        eplb.plan(random_load(1, 14), topology)
+    assert not first.hierarchical
+    assert [record.getMessage() for record in caplog.records] == [
+        "planning globally: num_nodes=3, num_groups=7 and 14 experts do not divide"
+    ]
+
+
+@pytest.mark.parametrize("load", [torch.zeros(2, 8), torch.zeros(3, 2, 8, dtype=torch.int64)])
+def test_zero_loads_give_a_valid_placement(load):
+    topology = eplb.Topology(num_ranks=4, num_slots=12)
+    planned = eplb.plan(load, topology)
+    check_rules(load, topology, planned)
+    assert planned.balancedness == 1
+    assert planned.shared_replicas == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: eplb.Topology(num_ranks=32, num_slots=290), eplb.TopologyError, "290 .*num_ranks=32"),
+        (lambda: eplb.Topology(num_nodes=3, num_ranks=8, num_slots=8), eplb.TopologyError, "num_nodes=3"),
+        (lambda: eplb.Topology(num_ranks=0, num_slots=8), eplb.TopologyError, "num_ranks=0"),
+        (lambda: eplb.Topology(num_ranks=1.5, num_slots=8), eplb.TopologyError, "1.5"),
+        (
+            lambda: eplb.plan(torch.ones(1, 9), eplb.Topology(num_ranks=4, num_slots=8)),
+            eplb.TopologyError,
+            "num_logical=9 .*num_slots=8",
+        ),
+        (
+            lambda: eplb.plan(
+                torch.ones(1, 4), eplb.Topology(num_ranks=2, num_slots=4), torch.tensor([[0, 1, 2, 2]])
+            ),
+            eplb.PlacementError,
+            "layer 0 has no slot for expert 3",
+        ),
+        (
+            lambda: eplb.plan(
+                torch.ones(1, 3), eplb.Topology(num_ranks=2, num_slots=4), torch.tensor([[0, 1, 2, 3]])
+            ),
+            eplb.PlacementError,
+            "slot 3 holds expert 3",
+        ),
+        (
+            lambda: eplb.plan(
+                torch.ones(2, 4), eplb.Topology(num_ranks=2, num_slots=4), torch.tensor([[0, 1, 2, 3]])
+            ),
+            eplb.LoadError,
+            "load has 2 layers .*in force 1",
+        ),
+        (
+            lambda: eplb.plan(
+                torch.ones(1, 4), eplb.Topology(num_ranks=2, num_slots=6), torch.tensor([[0, 1, 2, 3]])
+            ),
+            eplb.PlacementError,
+            "4 slots, the topology 6",
+        ),
+        (lambda: eplb.PlannerOptions(num_candidates=0), eplb.ConfigError, "num_candidates"),
+        (lambda: eplb.PlannerOptions(candidates=3), eplb.ConfigError, "candidates"),
+    ],
+)
+def test_bad_input_names_the_numbers(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

@@ -1,0 +1,95 @@
+"""Dispatch tables: right slots, even spreading, local replicas, and buffers that stay where they are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import eplb_plugin as eplb
+from eplb_plugin.runtime.dispatch import DispatchTables
+from tests.runtime.cases import random_placement
+
+TOPOLOGY = eplb.Topology(num_ranks=4, num_slots=12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**31), rank=st.integers(0, 3), local_first=st.booleans())
+def test_tokens_go_to_slots_that_hold_their_expert(seed: int, rank: int, local_first: bool) -> None:
+    placement = random_placement(3, 7, 12, seed)
+    tables = DispatchTables(placement, TOPOLOGY, rank=rank, local_first=local_first)
+    generator = torch.Generator().manual_seed(seed)
+    for dtype in (torch.int32, torch.int64):
+        ids = torch.randint(-1, 7, (20, 3), generator=generator).to(dtype)
+        for layer in range(3):
+            slots = tables.physical(layer, ids)
+            assert slots.dtype == dtype
+            held = placement.physical_to_logical[layer][slots.clamp(min=0).long()].to(dtype)
+            assert torch.equal(torch.where(ids >= 0, held, -1), ids)
+            assert torch.equal(slots < 0, ids < 0)
+            if local_first:
+                mine = placement.physical_to_logical[layer, TOPOLOGY.slots_of_rank(rank)]
+                has_local = torch.isin(ids, mine.to(dtype))
+                assert torch.equal(has_local, (slots // 3 == rank) & (slots >= 0))
+    assert torch.equal(tables.physical(0, ids[:, 0]), tables.physical(0, ids)[:, 0])
+
+
+@pytest.mark.parametrize("replicas", [2, 3, 4, 5])
+@pytest.mark.parametrize("stride", [1, 2, 3, 4, 7, 8, 16])
+def test_runs_and_strides_of_tokens_spread_evenly(replicas: int, stride: int) -> None:
+    # The hot expert is chosen by every `stride`-th token, as when topics alternate in a batch.
+    placement = eplb.Placement(torch.tensor([[0] * replicas + list(range(1, 13 - replicas))]), 13 - replicas)
+    for rank in range(4):
+        tables = DispatchTables(placement, TOPOLOGY, rank=rank)
+        for tokens in (10, 100, 1000):
+            ids = torch.full((tokens * stride,), -1)
+            ids[::stride] = 0
+            slots = tables.physical(0, ids)
+            share = torch.bincount(slots[slots >= 0], minlength=replicas)
+            assert (share - tokens / replicas).abs().max() <= 3, share
+
+
+def test_ranks_start_at_different_replicas() -> None:
+    placement = eplb.Placement(torch.tensor([[0, 1, 2, 0, 3, 4, 0, 5, 6, 0, 7, 8]]), 9)
+    first = [
+        int(DispatchTables(placement, TOPOLOGY, rank=rank).physical(0, torch.tensor([0])))
+        for rank in range(4)
+    ]
+    assert sorted(first) == [0, 3, 6, 9]
+
+
+def test_local_replicas_share_among_themselves() -> None:
+    placement = eplb.Placement(torch.tensor([[0, 0, 1, 0, 2, 3, 4, 5, 6, 7, 8, 0]]), 9)
+    tables = DispatchTables(placement, TOPOLOGY, rank=0, local_first=True)
+    assert sorted(tables.physical(0, torch.zeros(8, dtype=torch.int64)).unique().tolist()) == [0, 1]
+    assert tables.replica_count[0, 0] == 2
+    other = DispatchTables(placement, TOPOLOGY, rank=2, local_first=True)
+    assert sorted(other.physical(0, torch.zeros(50, dtype=torch.int64)).unique().tolist()) == [0, 1, 3, 11]
+
+
+def test_updates_are_in_place_and_only_for_the_given_layers() -> None:
+    old, new = random_placement(3, 7, 12, 0), random_placement(3, 7, 12, 1)
+    with torch.inference_mode():
+        tables = DispatchTables(old, TOPOLOGY)
+    where = (tables.logical_to_physical.data_ptr(), tables.replica_count.data_ptr())
+    tables.update(new, [1])
+    tables.update(new, [])
+    mixed = old.with_layers(torch.tensor([1]), new)
+    assert (tables.logical_to_physical.data_ptr(), tables.replica_count.data_ptr()) == where
+    width = mixed.logical_to_physical.shape[2]
+    assert torch.equal(tables.logical_to_physical[:, :, :width], mixed.logical_to_physical)
+    assert (tables.logical_to_physical[:, :, width:] == -1).all()
+    assert torch.equal(tables.replica_count, mixed.replica_count)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    tables = DispatchTables(random_placement(3, 7, 12, 0), TOPOLOGY)
+    assert tables.physical(0, torch.empty(0, 2, dtype=torch.int64)).shape == (0, 2)
+    with pytest.raises(eplb.LoadError, match="layer 3 of 3"):
+        tables.physical(3, torch.tensor([0]))
+    with pytest.raises(eplb.PlacementError, match="3 layers of 7"):
+        tables.update(random_placement(3, 6, 12, 0))
+    for expert in (-2, 7):
+        with pytest.raises((IndexError, RuntimeError)):
+            tables.physical(2, torch.tensor([expert]))

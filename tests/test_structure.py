@@ -1,0 +1,129 @@
+"""The package as a whole: who may import whom, what importing it does, and that the wheel works."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "eplb_plugin"
+
+# Layers from the bottom up; a module imports from its own layer's siblings below it and lower layers only.
+LAYERS = [
+    {"errors"},
+    {"topology", "placement"},
+    {"load", "config", "metrics", "window", "migration", "npz", "drift", "traces", "traffic", "folding"},
+    {"planning"},
+    {"simulation"},
+    {"runtime"},
+    {"settings"},
+    {"integration"},
+    {"cli"},
+]
+ENGINES = {"vllm", "sglang"}
+
+
+def layer_of(part: str) -> int:
+    return next(index for index, names in enumerate(LAYERS) if part in names)
+
+
+def imported_modules(path: Path, package: str) -> list[str]:
+    """Absolute names of everything a file imports, relative imports resolved."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            names.append(".".join([*base, *([node.module] if node.module else [])]))
+            names += [f"{names[-1]}.{alias.name}" for alias in node.names]
+    return names
+
+
+def package_files() -> list[tuple[Path, str]]:
+    files = []
+    for top, name in ((PACKAGE, "eplb_plugin"), (ROOT / "integration", "eplb_plugin.integration")):
+        for path in sorted(top.rglob("*.py")):
+            parents = path.relative_to(top).parent.parts
+            files.append((path, ".".join([name, *parents])))
+    return files
+
+
+@pytest.mark.parametrize(("path", "package"), package_files(), ids=lambda x: getattr(x, "name", x))
+def test_modules_import_from_lower_layers_only(path, package):
+    own = package.split(".")[1] if "." in package else path.stem
+    if own == "__init__":
+        return
+    for name in imported_modules(path, package):
+        parts = name.split(".")
+        if parts[0] == "eplb_plugin" and len(parts) > 1:
+            known = any(parts[1] in names for names in LAYERS)
+            assert not known or parts[1] == own or layer_of(parts[1]) <= layer_of(own), f"{path}: {name}"
+        if parts[:2] == ["torch", "distributed"]:
+            assert own in {"runtime", "integration", "cli"}, f"{path} uses {name}"
+        if parts[0] in ENGINES:
+            assert own == "integration", f"{path} uses {name}"
+        assert parts[0] != "integration", f"{path} imports the adapters by the wrong name"
+
+
+def test_importing_the_package_is_quiet():
+    code = (
+        "import os, sys, threading\n"
+        "import torch\n"
+        "threads = threading.active_count()\n"
+        "class Watched(dict):\n"
+        "    def __getitem__(self, key): raise AssertionError(f'reads {key}')\n"
+        "    get = __contains__ = __getitem__\n"
+        "import pydantic\n"
+        "os.environ = Watched()\n"
+        "import eplb_plugin\n"
+        "assert threading.active_count() == threads\n"
+        "heavy = {'vllm', 'sglang', 'matplotlib', 'numba', 'scipy', 'typer', 'rich', 'yaml'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+        "missing = [name for name in eplb_plugin.__all__ if not hasattr(eplb_plugin, name)]\n"
+        "assert not missing, missing\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd="/", timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == result.stderr == ""
+
+
+def test_the_wheel_installs_and_imports(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("eplb_plugin", "integration", "configs"):
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, source / name, ignore=ignore)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    run = {"check": True, "timeout": 240, "capture_output": True, "text": True}
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, source], **run)
+    (wheel,) = tmp_path.glob("*.whl")
+    clean = tmp_path / "clean"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", clean], **run)
+    python = clean / "bin" / "python"
+    subprocess.run([*pip, "--python", python, "install", "--no-deps", wheel], **run)
+    # The dependencies come from the environment of the tests, the package from the wheel alone.
+    (site,) = clean.glob("lib/python*/site-packages")
+    (site / "dependencies.pth").write_text(str(Path(torch.__file__).parents[1]) + "\n")
+    code = (
+        "import eplb_plugin, eplb_plugin.integration, importlib.util, torch\n"
+        "assert importlib.util.find_spec('integration') is None\n"
+        "topology = eplb_plugin.Topology(num_ranks=2, num_slots=6)\n"
+        "print(eplb_plugin.__file__, eplb_plugin.plan(torch.ones(1, 4), topology).balancedness)\n"
+    )
+    env = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    result = subprocess.run([python, "-c", code], cwd="/", env=env, **run)
+    assert str(clean) in result.stdout
+    assert (site / "eplb_plugin" / "py.typed").exists()
+    assert not (site / "integration").exists()

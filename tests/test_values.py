@@ -1,0 +1,114 @@
+"""Topology, Placement and the metrics, against element-by-element oracles."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eplb_plugin import (
+    LoadError,
+    Placement,
+    PlacementError,
+    Topology,
+    TopologyError,
+    balancedness,
+    count_moves,
+    rank_loads,
+)
+
+
+@st.composite
+def placements(draw, count: int = 1) -> tuple[Topology, list[Placement]]:
+    ranks, slots_per_rank = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    layers, slots = draw(st.integers(1, 3)), ranks * slots_per_rank
+    experts = draw(st.integers(1, slots))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+
+    def row() -> torch.Tensor:
+        extra = torch.randint(experts, (slots - experts,), generator=generator)
+        return torch.cat([torch.arange(experts), extra])[torch.randperm(slots, generator=generator)]
+
+    made = [Placement(torch.stack([row() for _ in range(layers)]), experts) for _ in range(count)]
+    return Topology(num_ranks=ranks, num_slots=slots), made
+
+
+@given(placements(), st.integers(1, 3), st.integers(0, 2**20))
+@settings(max_examples=60, deadline=None)
+def test_rank_loads_and_balancedness(case, snapshots, seed):
+    topology, (placement,) = case
+    shape = (snapshots, placement.num_layers, placement.num_logical)
+    load = torch.randint(0, 100, shape, generator=torch.Generator().manual_seed(seed))
+    expected = torch.zeros(*shape[:2], topology.num_ranks, dtype=torch.float64)
+    for layer, row in enumerate(placement.physical_to_logical.tolist()):
+        for slot, expert in enumerate(row):
+            share = load[:, layer, expert].double() / row.count(expert)
+            expected[:, layer, slot // topology.slots_per_rank] += share
+    assert torch.allclose(rank_loads(load, placement, topology), expected)
+    ratios = [float(step.mean(1).sum() / step.amax(1).sum()) for step in expected if step.sum() > 0]
+    assert balancedness(load, placement, topology) == pytest.approx(
+        sum(ratios) / len(ratios) if ratios else 1.0
+    )
+
+
+@given(placements(2))
+@settings(max_examples=60, deadline=None)
+def test_count_moves(case):
+    topology, (old, new) = case
+    expected = []
+    for before, after in zip(old.physical_to_logical, new.physical_to_logical, strict=True):
+        ranks = [topology.slots_of_rank(rank) for rank in range(topology.num_ranks)]
+        expected.append(sum(len(set(after[r].tolist()) - set(before[r].tolist())) for r in ranks))
+    assert count_moves(old, new, topology).tolist() == expected
+    assert count_moves(old, old, topology).sum() == 0
+
+
+def test_the_default_placement_wraps_round():
+    placement = Placement.default(2, 4, 6)
+    assert placement.physical_to_logical.tolist() == [[0, 1, 2, 3, 0, 1]] * 2
+    assert placement.logical_to_physical[0].tolist() == [[0, 4], [1, 5], [2, -1], [3, -1]]
+    with pytest.raises(TopologyError, match="num_logical=7"):
+        Placement.default(1, 7, 6)
+
+
+def test_a_placement_keeps_its_own_copy():
+    ids = torch.tensor([[0, 1, 1]])
+    placement = Placement(ids, 2)
+    ids[0, 0] = 1
+    assert placement.physical_to_logical.tolist() == [[0, 1, 1]]
+    assert placement == Placement(torch.tensor([[0, 1, 1]], dtype=torch.int32), 2)
+    assert placement != Placement(torch.tensor([[1, 0, 1]]), 2)
+
+
+def test_layers_of_two_placements_mix():
+    a, b = Placement(torch.tensor([[0, 1], [0, 1]]), 2), Placement(torch.tensor([[1, 0], [1, 0]]), 2)
+    assert a.with_layers(torch.tensor([1]), b).physical_to_logical.tolist() == [[0, 1], [1, 0]]
+    with pytest.raises(PlacementError, match=r"\(2, 2\) and \(1, 2\)"):
+        a.with_layers(torch.tensor([0]), Placement(torch.tensor([[0, 1]]), 2))
+
+
+@pytest.mark.parametrize(
+    ("ids", "num_logical", "message"),
+    [
+        (torch.tensor([0, 1]), 2, r"shape \(2,\)"),
+        (torch.zeros(1, 0, dtype=torch.int64), 2, r"shape \(1, 0\)"),
+        (torch.tensor([[0.0, 1.0]]), 2, "float32"),
+        (torch.tensor([[0, -1]]), 2, "layer 0, slot 1 holds expert -1"),
+        (torch.tensor([[0, 1], [0, 2]]), 2, "layer 1, slot 1 holds expert 2, outside 0..1"),
+        (torch.tensor([[0, 1], [0, 0]]), 2, "layer 1 has no slot for expert 1 of 2"),
+        (torch.tensor([[0, 1]]), 0, "num_logical=0"),
+        ([[0, 1]], 2, "list"),
+    ],
+)
+def test_bad_placements_are_refused(ids, num_logical, message):
+    with pytest.raises(PlacementError, match=message):
+        Placement(ids, num_logical)
+
+
+def test_loads_that_do_not_fit_the_placement():
+    placement, topology = Placement.default(2, 4, 4), Topology(num_ranks=2, num_slots=4)
+    with pytest.raises(LoadError, match="3 layers of 4 experts, the placement 2 of 4"):
+        rank_loads(torch.ones(3, 4), placement, topology)
+    with pytest.raises(PlacementError, match="4 slots, topology has 8"):
+        rank_loads(torch.ones(2, 4), placement, Topology(num_ranks=2, num_slots=8))
