@@ -11,7 +11,7 @@ from .drift import topic_mix
 from .errors import TraceError
 from .traces import LoadTrace, TokenTrace
 
-__all__ = ["decode_schedule", "fold_decode", "fold_prefill"]
+__all__ = ["category_mix", "decode_schedule", "fold_decode", "fold_prefill"]
 
 _Ints = np.ndarray[Any, np.dtype[np.int64]]
 # Tokens gathered at once; bounds the scratch memory, whatever the trace.
@@ -121,9 +121,38 @@ def fold_prefill(trace: TokenTrace, max_tokens: int) -> LoadTrace:
         following = int(np.searchsorted(ends, bounds[-1], side="right"))
         bounds.append(int(ends[max(fits, following)]))
     tokens = np.arange(trace.num_tokens)
-    return LoadTrace(
-        _count(trace, tokens, np.array(bounds)), f"{trace.name} (prefill, {max_tokens} tokens)"
-    )
+    return LoadTrace(_count(trace, tokens, np.array(bounds)), f"{trace.name} (prefill, {max_tokens} tokens)")
+
+
+def category_mix(
+    trace: TokenTrace, tokens: _Ints | None = None, *, steps: int | None = None
+) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Which kinds of requests are computed when.
+
+    Args:
+        trace: the tokens.
+        tokens: int64 [steps, batch], a schedule as from `decode_schedule`; None takes the file's order.
+        steps: for the file's order, how many equal parts to cut it into.
+
+    Returns:
+        float64 [steps, categories], the share of each category; categories in sorted order.
+
+    Raises:
+        TraceError: the file's order is asked for, and there are fewer tokens than steps.
+    """
+    names, category = np.unique(trace.category, return_inverse=True)
+    if tokens is None:
+        steps = steps or 1
+        if trace.num_tokens < steps:
+            raise TraceError(f"{trace.name} has {trace.num_tokens} tokens, fewer than steps={steps}")
+        # Parts differ by one token at most; the repeats of a shorter one change its shares hardly at all.
+        width = -(-trace.num_tokens // steps)
+        start = np.arange(steps) * trace.num_tokens // steps
+        tokens = np.minimum(start[:, None] + np.arange(width), trace.num_tokens - 1)
+    kind = category[trace.request[tokens]] + np.arange(len(tokens))[:, None] * len(names)
+    count = np.bincount(kind.reshape(-1), minlength=len(tokens) * len(names)).reshape(len(tokens), -1)
+    mix: np.ndarray[Any, np.dtype[np.float64]] = count / count.sum(1, keepdims=True)
+    return mix
 
 
 def _count(trace: TokenTrace, tokens: _Ints, bounds: _Ints) -> torch.Tensor:

@@ -44,9 +44,7 @@ class NpzReader:
             raise TraceError(f"{self.path}: no such file") from None
         except _DAMAGE as error:
             raise TraceError(f"{self.path}: not a readable .npz (zip) file: {error}") from None
-        self.names = frozenset(
-            name[: -len(".npy")] for name in self._zip.namelist() if name.endswith(".npy")
-        )
+        self.names = frozenset(name[: -len(".npy")] for name in self._zip.namelist() if name.endswith(".npy"))
 
     def __enter__(self) -> NpzReader:
         return self

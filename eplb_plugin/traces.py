@@ -203,7 +203,9 @@ def _as_load(array: _Array, name: str) -> torch.Tensor:
         dtype = np.float64 if array.dtype.itemsize == 8 else np.float32
         return torch.from_numpy(array.astype(dtype))
     if array.dtype.kind not in "iu":
-        raise TraceError(f"{name}: load has dtype {array.dtype}, not an integer or a float of at most 64 bits")
+        raise TraceError(
+            f"{name}: load has dtype {array.dtype}, not an integer or a float of at most 64 bits"
+        )
     peak = int(array.max()) if array.size else 0
     if peak > _MAX_COUNT:
         raise TraceError(f"{name}: load has the value {peak}, above {_MAX_COUNT}")

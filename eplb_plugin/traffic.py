@@ -50,9 +50,7 @@ PROFILES: Mapping[str, TrafficProfile] = MappingProxyType(
         item.name: item
         for item in (
             TrafficProfile(name="kimi-k2.5", layers=60, experts=384, top_k=8, log_std=0.48),
-            TrafficProfile(
-                name="deepseek-v3", layers=58, experts=256, top_k=8, log_std=0.65, num_groups=8
-            ),
+            TrafficProfile(name="deepseek-v3", layers=58, experts=256, top_k=8, log_std=0.65, num_groups=8),
             TrafficProfile(name="glm-5.2", layers=75, experts=256, top_k=8, log_std=0.81),
             TrafficProfile(name="deepseek-v2-lite", layers=26, experts=64, top_k=6, log_std=0.81),
             TrafficProfile(name="gpt-oss-20b", layers=24, experts=32, top_k=4, log_std=1.21),
@@ -133,12 +131,14 @@ def generate(
     mix = topic_mix(steps, topics, drift=drift, period=period, rng=rng)
     shares = _topic_shares(base.log_std, mix.mean(0), layers, experts, rng)
     # The wander forgets with time constant 64: about as slowly as a batch of decoding requests turns over.
+    # A token chooses an expert only once; the margin is for the noise of drawing.
+    bound = 0.9 / base.top_k
     keep = np.exp(-1 / 64)
     wander = jitter * rng.standard_normal((layers, experts))
     load = np.empty((steps, layers, experts), np.int32)
     for step in range(steps):
         mean = np.tensordot(mix[step], shares, 1) * np.exp(wander)
-        load[step] = rng.multinomial(tokens_per_step * base.top_k, _at_most(mean, 1 / base.top_k))
+        load[step] = rng.multinomial(tokens_per_step * base.top_k, _at_most(mean, bound))
         wander = keep * wander + np.sqrt(1 - keep**2) * jitter * rng.standard_normal((layers, experts))
     return LoadTrace(torch.from_numpy(load), f"{base.name} (generated)")
 
@@ -170,13 +170,14 @@ def _draw_shares(shape: float, topics: int, layers: int, experts: int, rng: np.r
     common = rng.gamma(TOPIC_CORRELATION * shape, size=(1, layers, experts))
     own = rng.gamma((1 - TOPIC_CORRELATION) * shape, size=(topics, layers, experts))
     # The floor keeps an expert that no topic likes from having no share at all.
-    shares: _Floats = common + own + 1e-6 * shape
-    return shares / shares.sum(2, keepdims=True)
+    weight = common + own + 1e-6 * shape
+    shares: _Floats = weight / weight.sum(2, keepdims=True)
+    return shares
 
 
 def _at_most(weight: _Floats, bound: float) -> _Floats:
-    """`weight` as proportions of its last axis, none above `bound`: a token chooses an expert only once."""
-    share = weight / weight.sum(-1, keepdims=True)
+    """`weight` as proportions of its last axis, none above `bound` where that is possible."""
+    share: _Floats = weight / weight.sum(-1, keepdims=True)
     for _ in range(8):
         over = share > bound
         if not over.any():
@@ -184,7 +185,8 @@ def _at_most(weight: _Floats, bound: float) -> _Floats:
         free = np.where(over, 0, share)
         room = 1 - bound * over.sum(-1, keepdims=True)
         share = np.where(over, bound, free * (room / np.maximum(free.sum(-1, keepdims=True), 1e-300)))
-    return share / share.sum(-1, keepdims=True)
+    share /= share.sum(-1, keepdims=True)
+    return share
 
 
 class TokenStream:
