@@ -17,6 +17,7 @@ from .placement import Placement
 from .planning.packing import balanced_packing
 from .planning.planner import Plan, plan, rebalance_experts
 from .topology import Topology
+from .warmup import warmup
 
 __all__ = [
     # plan
@@ -25,6 +26,7 @@ __all__ = [
     "plan",
     "Plan",
     "PlannerOptions",
+    "warmup",
     # values
     "Topology",
     "Placement",

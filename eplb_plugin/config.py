@@ -11,8 +11,6 @@ from .errors import ConfigError
 __all__ = ["Options", "PlannerOptions", "RebalancerOptions", "config_error"]
 
 
-
-
 def config_error(source: str, error: ValidationError) -> ConfigError:
     """The pydantic error as one line per wrong option, `source` naming where the values came from."""
     lines = [
@@ -47,10 +45,22 @@ class PlannerOptions(Options):
     """Candidate packings per row; 1 is LPT alone."""
 
     refine_rounds: int = Field(20, ge=0, le=1000)
-    """Most rounds of swaps that refine each candidate."""
+    """Most rounds of swaps that refine each candidate. The compiled search, which refines few candidates,
+    makes ten times as many, but one exchange a round."""
 
-    tolerance: float = Field(1e-4, ge=0, lt=1)
+    tolerance: float = Field(5e-4, ge=0, lt=1)
     """A row is finished when its peak is within this share of the lower bound."""
+
+    move_price: float = Field(0.012, ge=0)
+    """What an exchange has to lower the peak by for every move that it takes, as a share of the mean load of
+    a slot. With 0 moves are free and a placement from scratch is tried too."""
+
+    max_moves: int | None = Field(None, ge=0)
+    """Most moves per layer and rebalance; None leaves it to the price. A layer whose placement in force breaks
+    the hierarchical policy is planned anew whatever that takes."""
+
+    snapshot_decay: float = Field(0.97, gt=0, le=1)
+    """Weight of a snapshot relative to the next one in time; 1 weighs all alike."""
 
     memory_mib: int = Field(256, ge=1)
     """Bound on the scratch memory of packing, in MiB; more work is done in slices."""

@@ -31,8 +31,10 @@ def to_exact(weight: torch.Tensor) -> torch.Tensor:
     snapshots, _, num_items = weight.shape
     largest = weight.amax(dim=(0, 2), keepdim=True)
     terms_bits = (snapshots * num_items).bit_length()
-    exponent = (_TOTAL_BITS - terms_bits - torch.frexp(largest).exponent).clamp(-1000, 1000)
-    return torch.round(weight * torch.exp2(exponent.to(torch.float64)))
+    exponent = (_TOTAL_BITS - terms_bits - torch.frexp(largest).exponent).to(torch.float64)
+    # In two steps, since the power itself may lie outside of float64.
+    half = torch.floor(exponent / 2)
+    return torch.round(weight * torch.exp2(half) * torch.exp2(exponent - half))
 
 
 def row_hash(exact: torch.Tensor) -> torch.Tensor:

@@ -14,19 +14,18 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-__all__ = ["plan_layers"]
+__all__ = ["peak_loads", "plan_layers"]
 
 _compile = numba.njit(nogil=True, cache=True, fastmath=False, boundscheck=False)
 
 _TRIED_RANKS = 4  # heavy ranks that a round looks at before the search gives up
 _SHORTLIST = 3  # slots that are looked at closely for each expert that might get a replica
-_PATIENCE = 3  # candidates in a row that may fail to improve on the best
 
 
 @_compile
 def plan_layers(
     weight, first, last, num_ranks, ranks_per_node, expert_node, current, price, max_moves, rounds,
-    candidates, tolerance, seed, result,
+    candidates, patience, tolerance, seed, result,
 ):  # fmt: skip
     """Plan layers `first..last-1`, writing `result`.
 
@@ -39,6 +38,7 @@ def plan_layers(
         max_moves: most moves per layer away from `current`.
         rounds: most rounds of improvement per candidate.
         candidates: most candidates per layer from scratch.
+        patience: candidates in a row that may fail to improve on the best.
         tolerance: stop within this share of the mean rank load above the lower bound.
         seed: of the candidates' noise.
         result: int64 [layers, slots], written.
@@ -71,14 +71,14 @@ def plan_layers(
             result[layer] = slot_expert
         else:
             _from_scratch(
-                scaled, expert_node[layer], num_ranks, ranks_per_node, rounds, candidates, tolerance, seed,
-                result[layer],
+                scaled, expert_node[layer], num_ranks, ranks_per_node, rounds, candidates, patience, tolerance,
+                seed, result[layer],
             )  # fmt: skip
 
 
 @_compile
 def _from_scratch(
-    scaled, expert_node, num_ranks, ranks_per_node, rounds, candidates, tolerance, seed, best
+    scaled, expert_node, num_ranks, ranks_per_node, rounds, candidates, patience, tolerance, seed, best
 ):
     """Candidates from nothing, each improved; the one with the lowest peak goes to `best`."""
     num_snapshots, num_logical = scaled.shape
@@ -88,6 +88,7 @@ def _from_scratch(
         for expert in range(num_logical):
             total[expert] += scaled[snapshot, expert]
     count = _replicate(total, expert_node, best.shape[0], num_ranks, ranks_per_node)
+    bound = max(1.0, _packing_bound(scaled, count, best.shape[0] // num_ranks))
     best_peak = np.inf
     failures = 0
     for candidate in range(candidates):
@@ -100,8 +101,29 @@ def _from_scratch(
         if peak < best_peak:
             best_peak = peak
             best[:] = slot_expert
-        if best_peak <= 1.0 + tolerance or failures >= _PATIENCE:
+        if best_peak <= bound + tolerance or failures >= patience:
             break
+
+
+@_compile
+def _packing_bound(scaled, count, capacity):
+    """No packing with these replica counts has a lower sum of peaks: the heaviest replica of a snapshot
+    shares its rank with at least the lightest ones."""
+    num_snapshots, num_logical = scaled.shape
+    num_slots = count.sum()
+    share = np.empty(num_slots, np.float32)
+    bound = 0.0
+    for snapshot in range(num_snapshots):
+        at = 0
+        for expert in range(num_logical):
+            for _ in range(count[expert]):
+                share[at] = scaled[snapshot, expert] / np.float32(count[expert])
+                at += 1
+        share.sort()
+        bound += np.float64(share[num_slots - 1])
+        for place in range(capacity - 1):
+            bound += np.float64(share[place])
+    return bound
 
 
 @_compile
@@ -181,9 +203,7 @@ def _hand_out(total, count, expert_node, num_ranks, ranks_per_node, candidate, s
 
 
 @_compile
-def _improve(
-    scaled, slot_expert, num_ranks, ranks_per_node, grown, price, max_moves, rounds, tolerance
-):
+def _improve(scaled, slot_expert, num_ranks, ranks_per_node, grown, price, max_moves, rounds, tolerance):
     """Lower the peak by swaps and changes of replicas, in place; returns the peak, summed over snapshots.
 
     A round relieves the rank whose lead over the others costs most. With `grown`, a change also has to
@@ -204,8 +224,8 @@ def _improve(
     peak = np.empty(num_snapshots, np.float32)
     top = np.empty(num_snapshots, np.int64)
     lead = np.empty(num_ranks, np.float64)
-    gain = np.empty((capacity, num_slots), np.float32)
-    rest = np.empty(num_slots, np.float32)
+    gain = np.empty((capacity, ranks_per_node * capacity), np.float32)
+    rest = np.empty(ranks_per_node * capacity, np.float32)
     weight = np.zeros(num_logical, np.float64)
     for snapshot in range(num_snapshots):
         for expert in range(num_logical):
@@ -303,6 +323,17 @@ def _leads(load, peak, top, lead):
 
 
 @_compile
+def _add_gains(gain, share, slot_load, rest, given, mine, now):
+    """Add by how much a snapshot's peak falls when `given` is swapped with each slot.
+
+    This is where the time goes. All four arrays have to be contiguous, or the loop is not vectorised.
+    """
+    for at in range(gain.shape[0]):
+        shift = given - share[at]
+        gain[at] += now - max(max(mine - shift, slot_load[at] + shift), rest[at])
+
+
+@_compile
 def _best_swap(
     share, load, slot_load, peak, top, slot_expert, held, origin, heavy, ranks_per_node, grown, price,
     moves_left, threshold, gain, rest,
@@ -318,10 +349,7 @@ def _best_swap(
     node = heavy // ranks_per_node
     low, high = node * ranks_per_node * capacity, (node + 1) * ranks_per_node * capacity
     width = high - low
-    # Slices that start at 0: an index that might be negative would keep the loops from being vectorised.
-    gain = gain[:, :width]
     gain[:] = np.float32(0.0)
-    rest = rest[:width]
     zero = np.float32(0.0)
     # Only where the rank is the heaviest can a swap gain, so after those snapshots the gains are bounds.
     for leading in (True, False):
@@ -347,14 +375,7 @@ def _best_swap(
                     rest[first * capacity - low : (first + 1) * capacity - low] = second
             for place in range(capacity):
                 given = share[snapshot, begin + place]
-                gain_row = gain[place]
-                for at in range(width):
-                    shift = given - share_row[at]
-                    after = mine - shift
-                    theirs = load_row[at] + shift
-                    after = theirs if theirs > after else after
-                    after = rest[at] if rest[at] > after else after
-                    gain_row[at] += now - after
+                _add_gains(gain[place], share_row, load_row, rest, given, mine, now)
         if leading:
             most = zero
             for place in range(capacity):
@@ -518,3 +539,30 @@ def _best_change(
                 best = value
                 best_expert, best_slot, best_gain, best_cost = x, slot, gain, cost
     return best_expert, best_slot, best_gain, best_cost
+
+
+@_compile
+def peak_loads(weight, slot_expert, num_ranks, first, last, peaks):
+    """Write the peak rank load of layers `first..last-1` to float64 `peaks` [snapshots, layers].
+
+    Args:
+        weight: float64 [snapshots, layers, logical], tokens.
+        slot_expert: int64 [layers, slots].
+    """
+    num_snapshots, _, num_logical = weight.shape
+    num_slots = slot_expert.shape[1]
+    capacity = num_slots // num_ranks
+    count = np.empty(num_logical, np.float64)
+    for layer in range(first, last):
+        count[:] = 0.0
+        for slot in range(num_slots):
+            count[slot_expert[layer, slot]] += 1.0
+        for snapshot in range(num_snapshots):
+            highest = 0.0
+            for rank in range(num_ranks):
+                total = 0.0
+                for slot in range(rank * capacity, (rank + 1) * capacity):
+                    expert = slot_expert[layer, slot]
+                    total += weight[snapshot, layer, expert] / count[expert]
+                highest = max(highest, total)
+            peaks[snapshot, layer] = highest

@@ -10,13 +10,16 @@ import torch
 
 from ..config import PlannerOptions
 from ..load import as_snapshots
+from .backend import use_kernels
 from .candidates import FIXED_ORDERS, OrderEnsemble
+from .compiled import pack_rows
 from .exact import to_exact
 from .greedy import items_per_pack, lpt_packing
 from .refinement import objective_value, refine
 
 __all__ = ["balanced_packing", "pack_exact", "pack_lower_bound"]
 
+_COMPILED_ROUNDS = 10  # compiled rounds for each of the tensor version, which refine many candidates at once
 _COPIES = 12  # temporaries of the refinement's swap matrix that can be alive at once
 
 
@@ -27,7 +30,8 @@ def balanced_packing(
 
     Minimises the load of the heaviest pack (or heaviest minus lightest, `options.objective`); of several
     snapshots, its mean over the snapshots. Never worse than longest-processing-time packing on any row. A
-    row gives the same result in every batch and on every device.
+    row gives the same result in every batch. The peak of a load on the CPU is minimised by the compiled
+    search, everything else by the tensor version; each gives the same result on every machine.
 
     Args:
         weight: [X, n] or [snapshots, X, n], integer or float, any device.
@@ -44,7 +48,18 @@ def balanced_packing(
     """
     snapshots = as_snapshots(weight, "weight")
     items_per_pack(snapshots.shape[2], num_packs)
-    return pack_exact(to_exact(snapshots), num_packs, options or PlannerOptions())
+    options = options or PlannerOptions()
+    if use_kernels(snapshots, options):
+        return pack_rows(
+            snapshots,
+            num_packs,
+            rounds=_COMPILED_ROUNDS * options.refine_rounds,
+            candidates=options.num_candidates,
+            patience=options.num_candidates,
+            tolerance=options.tolerance,
+            seed=options.seed,
+        )
+    return pack_exact(to_exact(snapshots), num_packs, options)
 
 
 def pack_lower_bound(exact: torch.Tensor, num_packs: int) -> torch.Tensor:

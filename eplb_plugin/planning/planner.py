@@ -16,12 +16,14 @@ from ..metrics import balancedness, count_moves
 from ..placement import Placement
 from ..topology import Topology
 from .alignment import keep_slots
+from .backend import use_kernels
 from .bounds import peak_lower_bound
 from .distinct import shared_replicas, spread_over_ranks
 from .exact import to_exact
 from .greedy import lpt_packing
 from .hierarchy import effective_topology, place_from_scratch
 from .packing import pack_exact
+from .search import search_placement
 
 __all__ = ["Plan", "plan", "rebalance_experts"]
 
@@ -85,10 +87,13 @@ def plan(
     usable = effective_topology(topology, num_logical)
     _tell_global(topology, num_logical)
 
-    policy = _greedy if options.policy == "greedy" else _ensemble
-    ids = policy(snapshots, usable, options)
-    if in_force is not None:
-        ids = keep_slots(ids, in_force.physical_to_logical, topology)
+    current_ids = None if in_force is None else in_force.physical_to_logical
+    if options.policy == "greedy":
+        ids = _greedy(snapshots, usable)
+    else:
+        ids = _ensemble(snapshots, usable, options, current_ids)
+    if current_ids is not None:
+        ids = keep_slots(ids, current_ids, topology)
     placement = Placement(ids, num_logical)
     return Plan(
         placement=placement,
@@ -135,18 +140,28 @@ def rebalance_experts(
     return placement.physical_to_logical, placement.logical_to_physical, placement.replica_count
 
 
-def _greedy(load: torch.Tensor, topology: Topology, _: PlannerOptions) -> torch.Tensor:
+def _greedy(load: torch.Tensor, topology: Topology) -> torch.Tensor:
     """Greedy replication and LPT with capacity on the summed load: the algorithm of engines today."""
     return place_from_scratch(
         load.sum(0, keepdim=True), topology, lambda w, packs: lpt_packing(w.sum(0), packs), False
     )
 
 
-def _ensemble(load: torch.Tensor, topology: Topology, options: PlannerOptions) -> torch.Tensor:
-    exact = to_exact(load)
-    ids = place_from_scratch(exact, topology, partial(_pack, options=options))
-    count = Placement(ids, load.shape[2]).replica_count
-    return spread_over_ranks(ids, exact / count, topology)
+def _ensemble(
+    load: torch.Tensor, topology: Topology, options: PlannerOptions, current: torch.Tensor | None
+) -> torch.Tensor:
+    num_snapshots = load.shape[0]
+    age = torch.arange(num_snapshots - 1, -1, -1, dtype=torch.float64, device=load.device)
+    weighted = load * (options.snapshot_decay**age)[:, None, None]
+    if use_kernels(load, options, current is not None):
+        on_host = None if current is None else current.cpu()
+        ids = search_placement(weighted.cpu(), topology, options, on_host).to(load.device)
+    else:
+        ids = place_from_scratch(to_exact(weighted), topology, partial(_pack, options=options))
+    if bool(shared_replicas(ids, topology).any()):
+        count = Placement(ids, load.shape[2]).replica_count
+        ids = spread_over_ranks(ids, to_exact(weighted) / count, topology)
+    return ids
 
 
 def _pack(weight: torch.Tensor, num_packs: int, options: PlannerOptions) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,129 @@
+"""Planning time and peak load of the policies, side by side in one run.
+
+    python benchmarks/bench_plan.py [--repeat 9]
+
+Prints a table and, as the last line, one JSON object. vLLM's default policy takes part where it can be
+imported (`make bench-peers` fetches it).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import eplb_plugin as eplb
+
+# layers, experts, slots, groups, nodes, ranks
+SIZES = [
+    (58, 256, 288, 8, 4, 32),
+    (58, 256, 288, 8, 18, 144),
+    (94, 128, 160, 1, 2, 16),
+    (60, 384, 448, 1, 8, 64),
+]
+Planner = Callable[[torch.Tensor, eplb.Topology], torch.Tensor]
+
+
+def lognormal(layers: int, experts: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.empty(layers, experts).log_normal_(6, 0.8, generator=generator).round()
+
+
+def zipf(layers: int, experts: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    load = 1e5 / torch.arange(1, experts + 1)
+    return torch.stack([load[torch.randperm(experts, generator=generator)] for _ in range(layers)]).round()
+
+
+def ours(policy: str, **options: float) -> Planner:
+    chosen = eplb.PlannerOptions(policy=policy, **options)
+    return lambda load, topology: eplb.plan(load, topology, options=chosen).placement.physical_to_logical
+
+
+def vllm_default() -> Planner | None:
+    """vLLM's own policy, from an installed vLLM; None where there is none."""
+    try:
+        from vllm.distributed.eplb.policy.default import DefaultEplbPolicy
+    except ImportError:
+        return None
+
+    def plan(load: torch.Tensor, topology: eplb.Topology) -> torch.Tensor:
+        result = DefaultEplbPolicy.rebalance_experts(
+            load, topology.num_slots, topology.num_groups, topology.num_nodes, topology.num_ranks
+        )
+        return torch.as_tensor(result[0] if isinstance(result, tuple) else result)
+
+    return plan
+
+
+def measure(planners: dict[str, Planner], repeat: int) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = []
+    for layers, experts, slots, groups, nodes, ranks in SIZES:
+        topology = eplb.Topology(num_nodes=nodes, num_ranks=ranks, num_slots=slots, num_groups=groups)
+        for name, draw in (("lognormal", lognormal), ("zipf", zipf)):
+            load = draw(layers, experts)
+            # Interleaved, so that whatever else the machine does hits all of them alike.
+            times: dict[str, list[float]] = {policy: [] for policy in planners}
+            peaks = {}
+            for _ in range(repeat):
+                for policy, planner in planners.items():
+                    start = time.perf_counter()
+                    ids = planner(load, topology)
+                    times[policy].append(time.perf_counter() - start)
+                    peaks[policy] = eplb.rank_loads(load, eplb.Placement(ids, experts), topology).amax(2)
+            bound = eplb.plan(load, topology).lower_bound
+            rows += [
+                {
+                    "size": [layers, experts, slots, groups, nodes, ranks],
+                    "load": name,
+                    "policy": policy,
+                    "plan_ms": statistics.median(times[policy]) * 1e3,
+                    "peak_over_mean": float(peaks[policy].mean() / load.sum(1).div(ranks).mean()),
+                    "peak_over_bound": float((peaks[policy][0] / bound).mean()),
+                    "time_over_greedy": statistics.median(times[policy]) / statistics.median(times["greedy"]),
+                }
+                for policy in planners
+            ]
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeat", type=int, default=9)
+    repeat = parser.parse_args().repeat
+    eplb.warmup()
+    planners: dict[str, Planner] = {"greedy": ours("greedy"), "ensemble": ours("ensemble")}
+    theirs = vllm_default()
+    if theirs is not None:
+        planners["vllm default"] = theirs
+    rows = measure(planners, repeat)
+    table = Table(title="Planning from one summed load (median of interleaved runs)")
+    for column in ("layers, experts, slots, groups, nodes, ranks", "load", "policy", "ms", "x greedy"):
+        table.add_column(column)
+    table.add_column("peak / mean")
+    table.add_column("peak / lower bound")
+    for row in rows:
+        table.add_row(
+            ", ".join(map(str, row["size"])),
+            str(row["load"]),
+            str(row["policy"]),
+            f"{row['plan_ms']:.1f}",
+            f"{row['time_over_greedy']:.2f}",
+            f"{row['peak_over_mean']:.4f}",
+            f"{row['peak_over_bound']:.4f}",
+        )
+    console = Console()
+    console.print(table)
+    if theirs is None:
+        console.print("vLLM cannot be imported: its policy was left out.")
+    print(json.dumps({"benchmark": "plan", "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

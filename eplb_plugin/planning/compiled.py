@@ -1,0 +1,166 @@
+"""Running the compiled kernels: over layers, on a few threads of our own, without the interpreter lock.
+
+Numba's own threading layers are avoided on purpose: workqueue does not allow several threads to start work,
+GNU OpenMP does not survive a fork, and engines do both.
+"""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..topology import Topology
+
+__all__ = ["compile_kernels", "grow", "pack_rows", "plan_from_scratch", "step_peaks"]
+
+_MAX_THREADS = 8
+_CHUNKS_PER_THREAD = 4  # layers differ in effort; small chunks even that out
+_INT64 = np.dtype(np.int64)
+
+
+def plan_from_scratch(
+    weight: torch.Tensor,
+    topology: Topology,
+    expert_node: torch.Tensor,
+    *,
+    rounds: int,
+    candidates: int,
+    patience: int,
+    tolerance: float,
+    seed: int,
+) -> torch.Tensor:
+    """The best of several candidates per layer: greedy counts, longest processing time, swaps and changes.
+
+    Args:
+        weight: float64 [snapshots, layers, logical] on the CPU.
+        topology: nodes, ranks and slots.
+        expert_node: int64 [layers, logical], the node of each expert.
+        rounds, candidates, patience, tolerance, seed: as in `kernels.plan_layers`.
+
+    Returns:
+        physical_to_logical: int64 [layers, slots].
+    """
+    current = torch.empty((weight.shape[1], 0), dtype=torch.int64)
+    return _run(weight, topology, expert_node, current, 0.0, 0, rounds, candidates, patience, tolerance, seed)
+
+
+def grow(
+    weight: torch.Tensor,
+    topology: Topology,
+    current: torch.Tensor,
+    *,
+    price: float,
+    max_moves: int,
+    rounds: int,
+    tolerance: float,
+) -> torch.Tensor:
+    """Improve `current` [layers, slots] by swaps and changes of replicas that earn the price of their moves.
+
+    Arguments and result as for `plan_from_scratch`; experts stay on the node where they are.
+    """
+    unused = torch.zeros(weight.shape[1:], dtype=torch.int64)
+    return _run(weight, topology, unused, current, price, max_moves, rounds, 1, 1, tolerance, 0)
+
+
+def pack_rows(
+    weight: torch.Tensor,
+    num_packs: int,
+    *,
+    rounds: int,
+    candidates: int,
+    patience: int,
+    tolerance: float,
+    seed: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pack items instead of replicas: float64 [snapshots, X, n] to pack_index and rank_in_pack [X, n]."""
+    topology = Topology(num_ranks=num_packs, num_slots=weight.shape[2])
+    items = plan_from_scratch(
+        weight,
+        topology,
+        torch.zeros(weight.shape[1:], dtype=torch.int64),
+        rounds=rounds,
+        candidates=candidates,
+        patience=patience,
+        tolerance=tolerance,
+        seed=seed,
+    )
+    slot = torch.empty_like(items).scatter_(1, items, torch.arange(items.shape[1]).expand_as(items))
+    return slot // topology.slots_per_rank, slot % topology.slots_per_rank
+
+
+def step_peaks(weight: torch.Tensor, physical_to_logical: torch.Tensor, num_ranks: int) -> torch.Tensor:
+    """The peak rank load of each snapshot and layer, float64 [snapshots, layers], of a load on the CPU."""
+    from . import kernels
+
+    peaks = np.empty(weight.shape[:2])
+    load, ids = _array(weight), _array(physical_to_logical)
+    _over_layers(lambda first, last: kernels.peak_loads(load, ids, num_ranks, first, last, peaks), weight)
+    return torch.from_numpy(peaks)
+
+
+def compile_kernels() -> None:
+    """Compile everything that a plan on the CPU calls, or load it from the cache on disk."""
+    topology = Topology(num_ranks=2, num_slots=6)
+    load = torch.arange(1.0, 5.0, dtype=torch.float64).expand(2, 1, -1).contiguous()
+    node = torch.zeros(1, 4, dtype=torch.int64)
+    ids = plan_from_scratch(load, topology, node, rounds=4, candidates=2, patience=1, tolerance=0.0, seed=0)
+    grow(load, topology, ids, price=0.0, max_moves=4, rounds=4, tolerance=0.0)
+    step_peaks(load, ids, topology.num_ranks)
+
+
+def _run(
+    weight: torch.Tensor,
+    topology: Topology,
+    expert_node: torch.Tensor,
+    current: torch.Tensor,
+    price: float,
+    max_moves: int,
+    rounds: int,
+    candidates: int,
+    patience: int,
+    tolerance: float,
+    seed: int,
+) -> torch.Tensor:
+    # Importing numba takes a while and reads the environment: only when it is needed.
+    from . import kernels
+
+    result = np.empty((weight.shape[1], topology.num_slots), _INT64)
+    load, node, start = _array(weight), _array(expert_node), _array(current)
+
+    def work(first: int, last: int) -> None:
+        kernels.plan_layers(
+            load, first, last, topology.num_ranks, topology.ranks_per_node, node, start, price, max_moves,
+            rounds, candidates, patience, tolerance, seed, result,
+        )  # fmt: skip
+
+    _over_layers(work, weight)
+    return torch.from_numpy(result)
+
+
+def _over_layers(work: Any, weight: torch.Tensor) -> None:
+    """Call `work(first, last)` for chunks of the layers. Layers are independent, so order does not matter."""
+    num_layers = weight.shape[1]
+    threads = min(_MAX_THREADS, _usable_cores(), num_layers)
+    if threads == 1:
+        work(0, num_layers)
+        return
+    size = -(-num_layers // (threads * _CHUNKS_PER_THREAD))
+    bounds = [(at, min(at + size, num_layers)) for at in range(0, num_layers, size)]
+    # A pool per call: a process that forks later does not inherit a pool whose threads are gone.
+    with ThreadPoolExecutor(threads, thread_name_prefix="eplb-plan") as pool:
+        for future in [pool.submit(work, first, last) for first, last in bounds]:
+            future.result()
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    return np.ascontiguousarray(tensor.detach().numpy())

@@ -1,0 +1,57 @@
+"""Name the ranks of a new placement so that it overlaps most with the placement in force."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ..topology import Topology
+
+__all__ = ["overlap_ranks"]
+
+
+def overlap_ranks(
+    physical_to_logical: torch.Tensor, current: torch.Tensor, topology: Topology
+) -> torch.Tensor:
+    """Exchange whole ranks within nodes, then whole nodes, for the fewest moves from `current`.
+
+    Ranks of a node do the same work under any names, and so do nodes, so this changes no peak. Each is an
+    assignment problem, solved exactly (the algorithm of Jonker and Volgenant, in scipy).
+
+    Args:
+        physical_to_logical: int64 [layers, slots] on the CPU, the new placement.
+        current: int64 [layers, slots] on the CPU, the placement in force.
+        topology: nodes, ranks and slots.
+
+    Returns:
+        int64 [layers, slots].
+    """
+    # scipy takes a while to import, and only plans from scratch need it.
+    from scipy.optimize import linear_sum_assignment
+
+    nodes, width = topology.num_nodes, topology.ranks_per_node
+    new = physical_to_logical.numpy().reshape(-1, topology.num_ranks, topology.slots_per_rank)
+    old = current.numpy().reshape(new.shape)
+    result = np.empty_like(new)
+    num_logical = int(max(new.max(), old.max())) + 1
+    for layer in range(new.shape[0]):
+        kept = _held(old[layer], num_logical) @ _held(new[layer], num_logical).T
+        worth = np.zeros((nodes, nodes))
+        names = np.empty((nodes, nodes, width), np.int64)
+        for here in range(nodes):
+            for there in range(nodes):
+                block = kept[here * width : (here + 1) * width, there * width : (there + 1) * width]
+                row, column = linear_sum_assignment(block, maximize=True)
+                worth[here, there] = block[row, column].sum()
+                names[here, there] = column
+        for here, there in zip(*linear_sum_assignment(worth, maximize=True), strict=True):
+            at = slice(here * width, (here + 1) * width)
+            result[layer, at] = new[layer, there * width + names[here, there]]
+    return torch.from_numpy(result).view_as(physical_to_logical)
+
+
+def _held(ids: np.ndarray, num_logical: int) -> np.ndarray:
+    """float32 [ranks, logical]: 1 where a rank holds an expert."""
+    held = np.zeros((ids.shape[0], num_logical), np.float32)
+    np.put_along_axis(held, ids, 1.0, axis=1)
+    return held

@@ -1,0 +1,103 @@
+"""The default planner on the CPU: grow from the placement in force, or search from scratch and relabel."""
+
+from __future__ import annotations
+
+import torch
+
+from ..config import PlannerOptions
+from ..topology import Topology
+from .compiled import grow, pack_rows, plan_from_scratch, step_peaks
+from .relabel import overlap_ranks
+
+__all__ = ["search_placement"]
+
+_ROUNDS = 10  # compiled rounds for each of `PlannerOptions.refine_rounds`
+_PATIENCE = 2  # candidates from scratch that may fail to improve on the best
+
+
+def search_placement(
+    load: torch.Tensor, topology: Topology, options: PlannerOptions, current: torch.Tensor | None
+) -> torch.Tensor:
+    """Plan with the compiled kernels.
+
+    With a placement in force, exchanges that earn their price are made to it, one after the other. A layer
+    is planned from scratch where there is none, where it breaks the hierarchical policy, and, when moves
+    are free, where that gives the lower peak; its ranks are then named for the most overlap.
+
+    Args:
+        load: float64 [snapshots, layers, logical] on the CPU, weighted by snapshot.
+        topology: as from `effective_topology`.
+        options: effort, price and bound of moves.
+        current: int64 [layers, slots] on the CPU, or None.
+
+    Returns:
+        physical_to_logical: int64 [layers, slots].
+    """
+    if current is None:
+        return _from_scratch(load, topology, options)
+    broken = ~_groups_within_nodes(current, load.shape[2], topology)
+    rounds = _ROUNDS * options.refine_rounds
+    ids = grow(
+        load,
+        topology,
+        current,
+        price=options.move_price / topology.slots_per_rank,
+        max_moves=topology.num_slots if options.max_moves is None else options.max_moves,
+        rounds=rounds,
+        tolerance=options.tolerance,
+    )
+    anew = broken
+    if options.move_price == 0 and options.max_moves is None:
+        anew = torch.ones_like(broken)
+    if bool(anew.any()):
+        layers = anew.nonzero()[:, 0]
+        some = load[:, layers].contiguous()
+        fresh = overlap_ranks(_from_scratch(some, topology, options), current[layers], topology)
+        peaks = [step_peaks(some, x, topology.num_ranks).sum(0) for x in (fresh, ids[layers])]
+        better = (peaks[0] < peaks[1]) | broken[layers]
+        ids[layers[better]] = fresh[better]
+    return ids
+
+
+def _from_scratch(load: torch.Tensor, topology: Topology, options: PlannerOptions) -> torch.Tensor:
+    rounds = _ROUNDS * options.refine_rounds
+    return plan_from_scratch(
+        load,
+        topology,
+        _expert_nodes(load, topology, options),
+        rounds=rounds,
+        candidates=options.num_candidates,
+        patience=_PATIENCE,
+        tolerance=options.tolerance,
+        seed=options.seed,
+    )
+
+
+def _expert_nodes(load: torch.Tensor, topology: Topology, options: PlannerOptions) -> torch.Tensor:
+    """Pack groups to nodes: int64 [layers, logical], the node of each expert."""
+    num_snapshots, num_layers, num_logical = load.shape
+    if topology.num_nodes == 1:
+        return torch.zeros((num_layers, num_logical), dtype=torch.int64)
+    group_size = num_logical // topology.num_groups
+    group_load = load.view(num_snapshots, num_layers, topology.num_groups, group_size).sum(3)
+    node, _ = pack_rows(
+        group_load,
+        topology.num_nodes,
+        rounds=_ROUNDS * options.refine_rounds,
+        candidates=options.num_candidates,
+        patience=options.num_candidates,
+        tolerance=options.tolerance,
+        seed=options.seed,
+    )
+    return node.repeat_interleave(group_size, dim=1)
+
+
+def _groups_within_nodes(ids: torch.Tensor, num_logical: int, topology: Topology) -> torch.Tensor:
+    """Whether each layer keeps every group within one node: bool [layers]."""
+    if topology.num_nodes == 1:
+        return torch.ones(ids.shape[0], dtype=torch.bool)
+    group = ids // (num_logical // topology.num_groups)
+    node = torch.arange(topology.num_slots) // topology.slots_per_node
+    lowest = torch.full((ids.shape[0], topology.num_groups), topology.num_nodes)
+    lowest.scatter_reduce_(1, group, node.expand_as(group), "amin")
+    return (lowest.gather(1, group) == node).all(1)

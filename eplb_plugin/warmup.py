@@ -1,0 +1,28 @@
+"""Compile before serving, so that no compilation falls into the first rebalance."""
+
+from __future__ import annotations
+
+import torch
+
+from .placement import Placement
+from .planning.planner import plan
+from .topology import Topology
+
+__all__ = ["warmup"]
+
+
+def warmup(topology: Topology | None = None) -> None:
+    """Compile whatever the first plan would compile, or load it from the cache on disk; seconds at most.
+
+    Args:
+        topology: plan for it once, so that everything which that plan needs is loaded; by default a small
+            one, which compiles the same code.
+    """
+    if topology is None:
+        topology = Topology(num_nodes=2, num_ranks=4, num_slots=12, num_groups=2)
+    num_logical = topology.num_groups * max(1, topology.num_slots // (2 * topology.num_groups))
+    num_logical = min(num_logical, topology.num_slots)
+    load = torch.arange(1, num_logical + 1, dtype=torch.float64).expand(2, 1, -1)
+    current = Placement.default(1, num_logical, topology.num_slots)
+    plan(load, topology)
+    plan(load, topology, current)
