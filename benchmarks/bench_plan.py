@@ -104,13 +104,12 @@ def main() -> None:
         planners["vllm default"] = theirs
     rows = measure(planners, repeat)
     table = Table(title="Planning from one summed load (median of interleaved runs)")
-    for column in ("layers, experts, slots, groups, nodes, ranks", "load", "policy", "ms", "x greedy"):
-        table.add_column(column)
-    table.add_column("peak / mean")
-    table.add_column("peak / lower bound")
+    table.caption = "size: layers, experts, slots, groups, nodes, ranks"
+    for column in ("size", "load", "policy", "ms", "x greedy", "peak/mean", "peak/bound"):
+        table.add_column(column, no_wrap=True, justify="left" if column in ("size", "load") else "right")
     for row in rows:
         table.add_row(
-            ", ".join(map(str, row["size"])),
+            " ".join(map(str, row["size"])),
             str(row["load"]),
             str(row["policy"]),
             f"{row['plan_ms']:.1f}",

@@ -56,8 +56,8 @@ class PlannerOptions(Options):
     a slot. With 0 moves are free and a placement from scratch is tried too."""
 
     max_moves: int | None = Field(None, ge=0)
-    """Most moves per layer and rebalance; None leaves it to the price. A layer whose placement in force breaks
-    the hierarchical policy is planned anew whatever that takes."""
+    """Most moves per layer and rebalance; None leaves it to the price. A layer whose placement in force
+    breaks the hierarchical policy is planned anew whatever that takes."""
 
     snapshot_decay: float = Field(0.97, gt=0, le=1)
     """Weight of a snapshot relative to the next one in time; 1 weighs all alike."""

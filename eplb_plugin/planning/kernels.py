@@ -71,8 +71,8 @@ def plan_layers(
             result[layer] = slot_expert
         else:
             _from_scratch(
-                scaled, expert_node[layer], num_ranks, ranks_per_node, rounds, candidates, patience, tolerance,
-                seed, result[layer],
+                scaled, expert_node[layer], num_ranks, ranks_per_node, rounds, candidates, patience,
+                tolerance, seed, result[layer],
             )  # fmt: skip
 
 
@@ -250,9 +250,9 @@ def _improve(scaled, slot_expert, num_ranks, ranks_per_node, grown, price, max_m
                 price, max_moves - moves, threshold, gain, rest,
             )  # fmt: skip
             swap_value = gained - price * cost
-            expert, slot, change_gain, change_cost = _best_change(
-                scaled, weight, load, peak, top, slot_expert, count, held, origin, heavy, ranks_per_node, grown,
-                price, max_moves - moves, max(threshold, swap_value),
+            expert, slot, _, change_cost = _best_change(
+                scaled, weight, load, peak, top, slot_expert, count, held, origin, heavy, ranks_per_node,
+                grown, price, max_moves - moves, max(threshold, swap_value),
             )  # fmt: skip
             if slot >= 0:
                 old = slot_expert[slot]
@@ -330,7 +330,7 @@ def _add_gains(gain, share, slot_load, rest, given, mine, now):
     """
     for at in range(gain.shape[0]):
         shift = given - share[at]
-        gain[at] += now - max(max(mine - shift, slot_load[at] + shift), rest[at])
+        gain[at] += now - max(mine - shift, slot_load[at] + shift, rest[at])
 
 
 @_compile
@@ -363,7 +363,7 @@ def _best_swap(
                     first = rank
             second = zero
             for rank in range(num_ranks):
-                if rank != heavy and rank != first and load[snapshot, rank] > second:
+                if rank not in (heavy, first) and load[snapshot, rank] > second:
                     second = load[snapshot, rank]
             now = peak[snapshot]
             share_row, load_row = share[snapshot, low:high], slot_load[snapshot, low:high]
@@ -465,8 +465,7 @@ def _best_change(
     heaviest_holder = np.zeros(num_logical, np.float64)
     for slot in range(low, high):
         expert = slot_expert[slot]
-        if total[slot // capacity] > heaviest_holder[expert]:
-            heaviest_holder[expert] = total[slot // capacity]
+        heaviest_holder[expert] = max(heaviest_holder[expert], total[slot // capacity])
 
     best = threshold
     best_expert, best_slot, best_gain, best_cost = -1, -1, 0.0, 0
