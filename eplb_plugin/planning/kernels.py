@@ -19,6 +19,7 @@ __all__ = ["peak_loads", "plan_layers"]
 _compile = numba.njit(nogil=True, cache=True, fastmath=False, boundscheck=False)
 
 _TRIED_RANKS = 4  # heavy ranks that a round looks at before the search gives up
+_HYSTERESIS = (1.2, 1.0)  # how much heavier an expert counts that would lose a replica
 _SHORTLIST = 3  # slots that are looked at closely for each expert that might get a replica
 
 
@@ -64,16 +65,108 @@ def plan_layers(
                 for expert in range(num_logical):
                     scaled[snapshot, expert] = np.float32(weight[snapshot, layer, expert] * scale)
         if current.shape[1]:
-            slot_expert[:] = current[layer]
-            _improve(
-                scaled, slot_expert, num_ranks, ranks_per_node, True, price, max_moves, rounds, tolerance
-            )
-            result[layer] = slot_expert
+            _grow(
+                scaled, current[layer], num_ranks, ranks_per_node, price, max_moves, rounds, tolerance,
+                result[layer],
+            )  # fmt: skip
         else:
             _from_scratch(
                 scaled, expert_node[layer], num_ranks, ranks_per_node, rounds, candidates, patience,
                 tolerance, seed, result[layer],
             )  # fmt: skip
+
+
+@_compile
+def _grow(scaled, current, num_ranks, ranks_per_node, price, max_moves, rounds, tolerance, best):
+    """Candidates grown from `current`; the one with the lowest peak plus price of its moves goes to `best`.
+
+    The first starts from the placement as it is. Single exchanges rarely find their way to other replica
+    counts, so the others start from counts chosen anew, more or less in favour of those in force.
+    """
+    num_snapshots, num_logical = scaled.shape
+    num_slots = current.shape[0]
+    total = np.zeros(num_logical, np.float64)
+    for snapshot in range(num_snapshots):
+        for expert in range(num_logical):
+            total[expert] += np.float64(scaled[snapshot, expert])
+    capacity = num_slots // num_ranks
+    count = np.zeros(num_logical, np.int64)
+    expert_node = np.zeros(num_logical, np.int64)
+    for slot in range(num_slots):
+        count[current[slot]] += 1
+        expert_node[current[slot]] = slot // capacity // ranks_per_node
+    slot_expert = current.copy()
+    peak, moves = _improve(
+        scaled, slot_expert, current, num_ranks, ranks_per_node, True, price, max_moves, rounds, tolerance
+    )
+    best_score = peak + price * moves
+    best[:] = slot_expert
+    for bonus in _HYSTERESIS:
+        if best_score <= 1.0 + tolerance:
+            break
+        target = _replicate(total, expert_node, count, bonus, num_slots, num_ranks, ranks_per_node)
+        changes = 0
+        for expert in range(num_logical):
+            changes += max(0, target[expert] - count[expert])
+        if changes == 0 or changes > max_moves:
+            continue
+        slot_expert[:] = current
+        _regrow(total, count, target, slot_expert, num_ranks, ranks_per_node)
+        peak, moves = _improve(
+            scaled, slot_expert, current, num_ranks, ranks_per_node, True, price, max_moves, rounds, tolerance
+        )
+        if moves <= max_moves and peak + price * moves < best_score:
+            best_score = peak + price * moves
+            best[:] = slot_expert
+
+
+@_compile
+def _regrow(total, count, target, slot_expert, num_ranks, ranks_per_node):
+    """Change `slot_expert` from `count` to `target` replicas: surplus ones leave the heaviest ranks, missing
+    ones go to the lightest rank of their node that has room and lacks the expert."""
+    num_logical = total.shape[0]
+    num_slots = slot_expert.shape[0]
+    capacity = num_slots // num_ranks
+    load = np.zeros(num_ranks, np.float64)
+    for slot in range(num_slots):
+        expert = slot_expert[slot]
+        load[slot // capacity] += total[expert] / target[expert]
+    node_of = np.zeros(num_logical, np.int64)
+    for slot in range(num_slots):
+        node_of[slot_expert[slot]] = slot // capacity // ranks_per_node
+    for expert in range(num_logical):
+        for _ in range(count[expert] - target[expert]):
+            leaves = -1
+            for slot in range(num_slots):
+                if slot_expert[slot] == expert:
+                    if leaves < 0 or load[slot // capacity] > load[leaves // capacity]:
+                        leaves = slot
+            slot_expert[leaves] = -1
+            load[leaves // capacity] -= total[expert] / target[expert]
+    key = np.empty(num_logical, np.float64)
+    for expert in range(num_logical):
+        key[expert] = -total[expert] / target[expert]
+    for expert in np.argsort(key, kind="mergesort"):
+        low = node_of[expert] * ranks_per_node * capacity
+        for _ in range(target[expert] - count[expert]):
+            chosen, fallback = -1, -1
+            for slot in range(low, low + ranks_per_node * capacity):
+                if slot_expert[slot] >= 0:
+                    continue
+                rank = slot // capacity
+                lacks = True
+                for other in range(rank * capacity, (rank + 1) * capacity):
+                    if slot_expert[other] == expert:
+                        lacks = False
+                if lacks:
+                    if chosen < 0 or load[rank] < load[chosen // capacity]:
+                        chosen = slot
+                elif fallback < 0 or load[rank] < load[fallback // capacity]:
+                    fallback = slot
+            if chosen < 0:
+                chosen = fallback
+            slot_expert[chosen] = expert
+            load[chosen // capacity] += total[expert] / target[expert]
 
 
 @_compile
@@ -87,13 +180,16 @@ def _from_scratch(
     for snapshot in range(num_snapshots):
         for expert in range(num_logical):
             total[expert] += scaled[snapshot, expert]
-    count = _replicate(total, expert_node, best.shape[0], num_ranks, ranks_per_node)
+    ones = np.ones(num_logical, np.int64)
+    count = _replicate(total, expert_node, ones, 1.0, best.shape[0], num_ranks, ranks_per_node)
     bound = max(1.0, _packing_bound(scaled, count, best.shape[0] // num_ranks))
     best_peak = np.inf
     failures = 0
     for candidate in range(candidates):
         _hand_out(total, count, expert_node, num_ranks, ranks_per_node, candidate, seed, slot_expert)
-        peak = _improve(scaled, slot_expert, num_ranks, ranks_per_node, False, 0.0, 0, rounds, tolerance)
+        peak, _ = _improve(
+            scaled, slot_expert, slot_expert, num_ranks, ranks_per_node, False, 0.0, 0, rounds, tolerance
+        )
         if peak < best_peak - 1e-5:
             failures = 0
         else:
@@ -127,8 +223,11 @@ def _packing_bound(scaled, count, capacity):
 
 
 @_compile
-def _replicate(total, expert_node, num_slots, num_ranks, ranks_per_node):
-    """Replicas of each expert, int64 [logical]: greedy on load per replica, within each node's slots."""
+def _replicate(total, expert_node, in_force, bonus, num_slots, num_ranks, ranks_per_node):
+    """Replicas of each expert, int64 [logical]: greedy on load per replica, within each node's slots.
+
+    An expert with fewer replicas than `in_force` counts as `bonus` times as heavy.
+    """
     num_logical = total.shape[0]
     num_nodes = num_ranks // ranks_per_node
     node_slots = num_slots // num_nodes
@@ -147,6 +246,8 @@ def _replicate(total, expert_node, num_slots, num_ranks, ranks_per_node):
             for expert in range(num_logical):
                 if expert_node[expert] == node and count[expert] < bound:
                     share = total[expert] / count[expert]
+                    if count[expert] < in_force[expert]:
+                        share *= bonus
                     if share > most:
                         most = share
                         chosen = expert
@@ -203,11 +304,16 @@ def _hand_out(total, count, expert_node, num_ranks, ranks_per_node, candidate, s
 
 
 @_compile
-def _improve(scaled, slot_expert, num_ranks, ranks_per_node, grown, price, max_moves, rounds, tolerance):
-    """Lower the peak by swaps and changes of replicas, in place; returns the peak, summed over snapshots.
+def _improve(
+    scaled, slot_expert, current, num_ranks, ranks_per_node, grown, price, max_moves, rounds, tolerance
+):
+    """Lower the peak by swaps and changes of replicas, in place.
 
     A round relieves the rank whose lead over the others costs most. With `grown`, a change also has to
-    earn the price of its moves, and there are at most `max_moves` of them.
+    earn the price of its moves away from `current`, and there are at most `max_moves` of them.
+
+    Returns:
+        The peak, summed over snapshots, and the moves.
     """
     num_snapshots, num_logical = scaled.shape
     num_slots = slot_expert.shape[0]
@@ -217,7 +323,16 @@ def _improve(scaled, slot_expert, num_ranks, ranks_per_node, grown, price, max_m
     for slot in range(num_slots):
         count[slot_expert[slot]] += 1
         held[slot_expert[slot], slot // capacity] += 1
-    origin = held.copy() if grown else held
+    origin = held
+    moves = 0
+    if grown:
+        origin = np.zeros((num_logical, num_ranks), np.int16)
+        for slot in range(num_slots):
+            origin[current[slot], slot // capacity] += 1
+        for expert in range(num_logical):
+            for rank in range(num_ranks):
+                if held[expert, rank] > 0 and origin[expert, rank] == 0:
+                    moves += 1
     share = np.empty((num_snapshots, num_slots), np.float32)
     load = np.empty((num_snapshots, num_ranks), np.float32)
     slot_load = np.empty((num_snapshots, num_slots), np.float32)
@@ -230,20 +345,22 @@ def _improve(scaled, slot_expert, num_ranks, ranks_per_node, grown, price, max_m
     for snapshot in range(num_snapshots):
         for expert in range(num_logical):
             weight[expert] += np.float64(scaled[snapshot, expert])
-    moves = 0
     _recompute(scaled, slot_expert, count, share, load, slot_load)
     threshold = 1e-5
+    # Ranks that could not be relieved, and have not changed since: not worth another look each round.
+    failed = np.zeros(num_ranks, np.bool_)
+    fresh = True  # whether they failed against the placement as it is now
     for _ in range(rounds):
         total_peak = _leads(load, peak, top, lead)
         if total_peak <= 1.0 + tolerance:
             break
         improved = False
         for _ in range(_TRIED_RANKS):
-            heavy = 0
-            for rank in range(1, num_ranks):
-                if lead[rank] > lead[heavy]:
+            heavy = -1
+            for rank in range(num_ranks):
+                if not failed[rank] and (heavy < 0 or lead[rank] > lead[heavy]):
                     heavy = rank
-            if lead[heavy] <= threshold:
+            if heavy < 0 or lead[heavy] <= threshold:
                 break
             gained, mine, other, cost = _best_swap(
                 share, load, slot_load, peak, top, slot_expert, held, origin, heavy, ranks_per_node, grown,
@@ -264,18 +381,25 @@ def _improve(scaled, slot_expert, num_ranks, ranks_per_node, grown, price, max_m
                 slot_expert[slot] = expert
                 moves += change_cost
                 _recompute(scaled, slot_expert, count, share, load, slot_load)
+                failed[:] = False
+                fresh = True
                 improved = True
                 break
             if mine >= 0:
                 _swap(share, load, slot_load, slot_expert, held, mine, other, capacity)
                 moves += cost
+                failed[other // capacity] = False
+                fresh = False
                 improved = True
                 break
-            lead[heavy] = -1.0
+            failed[heavy] = True
         if not improved:
-            break
+            if fresh:
+                break
+            failed[:] = False
+            fresh = True
     _recompute(scaled, slot_expert, count, share, load, slot_load)
-    return _leads(load, peak, top, lead)
+    return _leads(load, peak, top, lead), moves
 
 
 @_compile
