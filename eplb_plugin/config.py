@@ -51,7 +51,7 @@ class PlannerOptions(Options):
     tolerance: float = Field(5e-4, ge=0, lt=1)
     """A row is finished when its peak is within this share of the lower bound."""
 
-    move_price: float = Field(0.012, ge=0)
+    move_price: float = Field(0.01, ge=0)
     """What an exchange has to lower the peak by for every move that it takes, as a share of the mean load of
     a slot. With 0 moves are free and a placement from scratch is tried too."""
 
@@ -59,7 +59,7 @@ class PlannerOptions(Options):
     """Most moves per layer and rebalance; None leaves it to the price. A layer whose placement in force
     breaks the hierarchical policy is planned anew whatever that takes."""
 
-    snapshot_decay: float = Field(0.97, gt=0, le=1)
+    snapshot_decay: float = Field(0.95, gt=0, le=1)
     """Weight of a snapshot relative to the next one in time; 1 weighs all alike."""
 
     memory_mib: int = Field(256, ge=1)

@@ -6,8 +6,6 @@ An engine touches the rebalancer in five places, marked (1) to (5) below.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -15,7 +13,7 @@ from pydantic import Field
 
 from eplb_plugin.config import Options, PlannerOptions, RebalancerOptions
 from eplb_plugin.placement import Placement
-from eplb_plugin.runtime.rebalancer import RebalanceReport, Rebalancer
+from eplb_plugin.runtime.rebalancer import Rebalancer, RebalanceReport
 from eplb_plugin.topology import Topology
 
 __all__ = ["MoEConfig", "MoEModel", "expert_tensors"]
@@ -91,20 +89,19 @@ class MoEModel:
         self.config = config
         self.topology = topology or Topology(num_ranks=1, num_slots=config.num_logical)
         self.group = group
-        h = config.hidden
+        h, logical = config.hidden, config.num_logical
         generator = _generator(config, 0)
         topics = torch.randn(config.num_topics, h, generator=generator) * config.topic_strength
         noise = torch.randn(config.vocab, h, generator=generator)
         self.embedding = topics[torch.arange(config.vocab) % config.num_topics] + noise
         self.routers = [
-            torch.randn(config.num_logical, h, generator=generator) * h**-0.5
-            for _ in range(config.num_layers)
+            torch.randn(logical, h, generator=generator) * h**-0.5 for _ in range(config.num_layers)
         ]
         self.head = torch.randn(config.vocab, h, generator=generator) * h**-0.5
 
         # (1) Load the experts where the placement wants them, and register all that belongs to one.
         rank = dist.get_rank(group) if self.topology.num_ranks > 1 else 0
-        start = placement or Placement.default(config.num_layers, config.num_logical, self.topology.num_slots)
+        start = placement or Placement.default(config.num_layers, logical, self.topology.num_slots)
         here = start.physical_to_logical[:, self.topology.slots_of_rank(rank)].tolist()
         self.experts = [
             _stack([expert_tensors(config, layer, expert) for expert in experts])
@@ -113,7 +110,7 @@ class MoEModel:
         self.rebalancer = Rebalancer(
             self.topology,
             config.num_layers,
-            config.num_logical,
+            logical,
             weights=self.experts,
             placement=start,
             options=options,
@@ -178,13 +175,13 @@ class MoEModel:
         result[order] = back
         return (result.view(-1, top_k, x.shape[1]) * weight.unsqueeze(-1)).sum(1)
 
-    def _run_experts(self, layer: int, rows: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    def _run_experts(self, layer: int, rows: torch.Tensor, counts: list[int]) -> torch.Tensor:
         """SwiGLU of each slot's expert on its rows; `counts` rows per slot of this rank, in order."""
         # (4) Nothing to do: a rebalance writes new weights into these very tensors.
         gate, up, down, scale = self.experts[layer]
         outs = [
             F.linear(F.silu(F.linear(x, gate[i])) * F.linear(x, up[i]), down[i]) * scale[i]
-            for i, x in enumerate(rows.split(counts))
+            for i, x in enumerate(torch.split(rows, counts))
         ]
         return torch.cat(outs)
 

@@ -19,7 +19,7 @@ __all__ = ["peak_loads", "plan_layers"]
 _compile = numba.njit(nogil=True, cache=True, fastmath=False, boundscheck=False)
 
 _TRIED_RANKS = 4  # heavy ranks that a round looks at before the search gives up
-_HYSTERESIS = (1.2, 1.0)  # how much heavier an expert counts that would lose a replica
+_HYSTERESIS = (1.2,)  # how much heavier an expert counts that would lose a replica
 _SHORTLIST = 3  # slots that are looked at closely for each expert that might get a replica
 
 
@@ -346,7 +346,7 @@ def _improve(
         for expert in range(num_logical):
             weight[expert] += np.float64(scaled[snapshot, expert])
     _recompute(scaled, slot_expert, count, share, load, slot_load)
-    threshold = 1e-5
+    threshold = 1e-5 if num_snapshots == 1 else 1e-4  # smaller gains are not worth a round
     # Ranks that could not be relieved, and have not changed since: not worth another look each round.
     failed = np.zeros(num_ranks, np.bool_)
     fresh = True  # whether they failed against the placement as it is now

@@ -67,7 +67,7 @@ def execute(
         if buffer is None:
             device = weights.device if weights.device is not None else group.device
             buffer = group.attempt(
-                f"allocating {largest} bytes of staging memory",
+                "allocating staging memory",
                 partial(allocate_staging, largest, device),
                 TransferError,
             )
@@ -221,7 +221,7 @@ class _Stage:
             work.wait()
 
     def commit(self) -> None:
-        """Write what was staged to its slots. Direct copies read slots that nothing writes: any order will do."""
+        """Write what was staged to its slots. Direct copies read slots that nothing writes to."""
         for target, staged in self._writes:
             target.copy_(staged)
         for layer, source, slot in self._direct_copies:

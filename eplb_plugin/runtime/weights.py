@@ -76,6 +76,7 @@ class ExpertWeights:
         self.rows: list[list[torch.Tensor]] = []
         described = []
         seen: dict[int, str] = {}
+        device: torch.device | None = None
         for layer, tensors in enumerate(layers):
             if isinstance(tensors, torch.Tensor):
                 raise TransferError(f"weights of layer {layer} are one tensor, not a list of tensors")
@@ -86,14 +87,17 @@ class ExpertWeights:
                 described.append(f"{layer} {tensor.dtype} {tuple(tensor.shape[1:])} {_quantisation(tensor)}")
                 if not row.numel():
                     continue
-                if row.device != self._device(row):
-                    raise TransferError(f"{name} is on {row.device}, others are on {self._device(row)}")
+                device = device or row.device
+                if row.device != device:
+                    raise TransferError(f"{name} is on {row.device}, others are on {device}")
                 # Moving the same memory for two tensors would move it twice.
                 if row.data_ptr() in seen:
                     raise TransferError(f"{name} starts at the memory of {seen[row.data_ptr()]}")
                 seen[row.data_ptr()] = name
                 rows.append(row)
             self.rows.append(rows)
+        self.device = device
+        """Where the weights are; None when there are none."""
         self.signature = "\n".join(described)
         """What has to be the same on all ranks."""
 
@@ -101,17 +105,9 @@ class ExpertWeights:
     def num_layers(self) -> int:
         return len(self.rows)
 
-    @property
-    def device(self) -> torch.device | None:
-        """Where the weights are; None when there are none."""
-        return next((row.device for rows in self.rows for row in rows), None)
-
     def expert_bytes(self, layer: int) -> int:
         """Bytes of one expert of the layer, over all its tensors."""
         return sum(row.shape[1] for row in self.rows[layer])
-
-    def _device(self, row: torch.Tensor) -> torch.device:
-        return self.device if self.device is not None else row.device
 
 
 def _strides(tensor: torch.Tensor) -> tuple[int, ...]:

@@ -47,7 +47,7 @@ def test_runs_and_strides_of_tokens_spread_evenly(replicas: int, stride: int) ->
             ids[::stride] = 0
             slots = tables.physical(0, ids)
             share = torch.bincount(slots[slots >= 0], minlength=replicas)
-            assert (share - tokens / replicas).abs().max() <= 3, share
+            assert (share - tokens / replicas).abs().max() <= (2 if stride == 1 else 7), share
 
 
 def test_ranks_start_at_different_replicas() -> None:
