@@ -39,17 +39,24 @@ class RankGroup:
 
     Args:
         group: process group; None is the default group where one is initialised, else a lone rank.
+        alone: be a lone rank even then; not together with a group.
         device: device of the tensors that collectives run on; NCCL needs a CUDA device.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup | None = None, device: torch.device | str | None = None
+        self,
+        group: dist.ProcessGroup | None = None,
+        device: torch.device | str | None = None,
+        *,
+        alone: bool = False,
     ) -> None:
         initialised = dist.is_available() and dist.is_initialized()
+        if alone and group is not None:
+            raise EplbError("a lone rank has no group, but one was given")
         if group is not None and not initialised:
             raise EplbError("a group was given, but torch.distributed is not initialised")
         self.group: dist.ProcessGroup | None = None
-        if initialised:
+        if initialised and not alone:
             self.group = group if group is not None else dist.group.WORLD
         self.size = dist.get_world_size(self.group) if self.group is not None else 1
         self.rank = dist.get_rank(self.group) if self.group is not None else 0

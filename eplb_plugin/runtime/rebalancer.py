@@ -78,7 +78,7 @@ class Rebalancer:
         placement: where the experts are now; None is the order that engines load them in.
         options: of the loop.
         planner: of the planner.
-        group: process group; None is the default group where one is initialised, else a lone rank.
+        group: process group; None is the default group, or no group at all for a topology of one rank.
         device: where expert ids arrive; None is where the weights are.
 
     Raises:
@@ -108,7 +108,8 @@ class Rebalancer:
         topology.check_experts(num_logical)
         if device is None:
             device = next((t.device for tensors in weights or () for t in tensors), None)
-        self._group = RankGroup(group, device)
+        alone = topology.num_ranks == 1 and group is None
+        self._group = RankGroup(group, device, alone=alone)
         self._group.check_topology(topology)
         self._steps = 0
         self._told_failure = False
