@@ -45,9 +45,7 @@ def plan_layers(
         result: int64 [layers, slots], written.
     """
     num_snapshots, _, num_logical = weight.shape
-    num_slots = result.shape[1]
     scaled = np.empty((num_snapshots, num_logical), np.float32)
-    slot_expert = np.empty(num_slots, np.int64)
     for layer in range(first, last):
         total = 0.0
         for snapshot in range(num_snapshots):
@@ -138,9 +136,9 @@ def _regrow(total, count, target, slot_expert, num_ranks, ranks_per_node):
         for _ in range(count[expert] - target[expert]):
             leaves = -1
             for slot in range(num_slots):
-                if slot_expert[slot] == expert:
-                    if leaves < 0 or load[slot // capacity] > load[leaves // capacity]:
-                        leaves = slot
+                heavier = leaves < 0 or load[slot // capacity] > load[leaves // capacity]
+                if slot_expert[slot] == expert and heavier:
+                    leaves = slot
             slot_expert[leaves] = -1
             load[leaves // capacity] -= total[expert] / target[expert]
     key = np.empty(num_logical, np.float64)

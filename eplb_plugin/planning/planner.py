@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 
 import torch
 
@@ -38,8 +38,6 @@ class Plan:
     Attributes:
         placement: what to put where.
         balancedness: predicted, of the load that was planned from, mean over its snapshots.
-        lower_bound: float64 [layers], tokens; no placement has a smaller peak rank load (mean over the
-            snapshots), so `lower_bound` against the placement's peak tells how much could be gained.
         moves: transfers of one expert's weights to one rank that lead from `current` to the placement; 0
             when no placement in force was given.
         seconds: time that planning took.
@@ -49,11 +47,21 @@ class Plan:
 
     placement: Placement
     balancedness: float
-    lower_bound: torch.Tensor
     moves: int
     seconds: float
     hierarchical: bool
     shared_replicas: int
+    _load: torch.Tensor = field(repr=False)
+    _topology: Topology = field(repr=False)
+
+    @cached_property
+    def lower_bound(self) -> torch.Tensor:
+        """float64 [layers], tokens: no placement has a lower peak rank load (mean over the snapshots).
+
+        Compare it with the peak of `rank_loads` to see how much could be gained at most. It is computed
+        when it is asked for, since that takes longer than planning.
+        """
+        return peak_lower_bound(self._load, self._topology)
 
 
 def plan(
@@ -98,11 +106,12 @@ def plan(
     return Plan(
         placement=placement,
         balancedness=balancedness(snapshots, placement, topology),
-        lower_bound=peak_lower_bound(snapshots, usable),
         moves=0 if in_force is None else int(count_moves(in_force, placement, topology).sum()),
         seconds=time.perf_counter() - started,
         hierarchical=topology.is_hierarchical(num_logical),
         shared_replicas=int(shared_replicas(ids, topology).sum()),
+        _load=snapshots,
+        _topology=usable,
     )
 
 
