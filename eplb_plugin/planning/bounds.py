@@ -25,7 +25,7 @@ def peak_lower_bound(load: torch.Tensor, topology: Topology) -> torch.Tensor:
     Returns:
         float64 [layers], tokens.
     """
-    num_snapshots, num_layers, num_logical = load.shape
+    num_snapshots, num_layers, _ = load.shape
     bound = torch.maximum(load.sum(2) / topology.num_ranks, _hottest_replica(load, topology.num_slots))
     if topology.num_nodes > 1:
         per_node = topology.num_groups // topology.num_nodes

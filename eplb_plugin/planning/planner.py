@@ -18,11 +18,13 @@ from ..topology import Topology
 from .alignment import keep_slots
 from .backend import use_kernels
 from .bounds import peak_lower_bound
+from .compiled import step_peaks
 from .distinct import shared_replicas, spread_over_ranks
 from .exact import to_exact
 from .greedy import lpt_packing
 from .hierarchy import effective_topology, place_from_scratch
 from .packing import pack_exact
+from .recency import condense
 from .search import search_placement
 
 __all__ = ["Plan", "plan", "rebalance_experts"]
@@ -105,7 +107,7 @@ def plan(
     placement = Placement(ids, num_logical)
     return Plan(
         placement=placement,
-        balancedness=balancedness(snapshots, placement, topology),
+        balancedness=_predicted(snapshots, placement, topology),
         moves=0 if in_force is None else int(count_moves(in_force, placement, topology).sum()),
         seconds=time.perf_counter() - started,
         hierarchical=topology.is_hierarchical(num_logical),
@@ -149,6 +151,16 @@ def rebalance_experts(
     return placement.physical_to_logical, placement.logical_to_physical, placement.replica_count
 
 
+def _predicted(load: torch.Tensor, placement: Placement, topology: Topology) -> float:
+    """`balancedness`, by the compiled kernel where that can be used: it is a good part of planning time."""
+    if load.device.type != "cpu":
+        return balancedness(load, placement, topology)
+    peaks = step_peaks(load, placement.physical_to_logical, topology.num_ranks).sum(1)
+    means = load.sum((1, 2)) / topology.num_ranks
+    busy = peaks > 0
+    return float((means[busy] / peaks[busy]).mean()) if bool(busy.any()) else 1.0
+
+
 def _greedy(load: torch.Tensor, topology: Topology) -> torch.Tensor:
     """Greedy replication and LPT with capacity on the summed load: the algorithm of engines today."""
     return place_from_scratch(
@@ -159,9 +171,7 @@ def _greedy(load: torch.Tensor, topology: Topology) -> torch.Tensor:
 def _ensemble(
     load: torch.Tensor, topology: Topology, options: PlannerOptions, current: torch.Tensor | None
 ) -> torch.Tensor:
-    num_snapshots = load.shape[0]
-    age = torch.arange(num_snapshots - 1, -1, -1, dtype=torch.float64, device=load.device)
-    weighted = load * (options.snapshot_decay**age)[:, None, None]
+    weighted = condense(load, options.snapshot_decay)
     if use_kernels(load, options, current is not None):
         on_host = None if current is None else current.cpu()
         ids = search_placement(weighted.cpu(), topology, options, on_host).to(load.device)
