@@ -15,8 +15,9 @@ def test_the_sum_is_kept_and_time_order_too(snapshots):
     assert condensed.sum() == load.sum()
     fine = min(snapshots, 16)
     assert torch.equal(condensed[-fine:], load[-fine:])
-    older = condensed[:-fine, 0, 0]
-    assert (older.diff() > 0).all() or len(older) < 3
+    # Each condensed snapshot is a run of the old ones, and the runs follow each other.
+    ends = condensed[:, 0, 0].cumsum(0)
+    assert set(ends.tolist()) <= set(load[:, 0, 0].cumsum(0).tolist())
     assert condensed.shape[0] <= fine + 4 + max(0, -(-(snapshots - 32) // 8))
 
 
