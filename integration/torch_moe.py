@@ -15,6 +15,7 @@ from eplb_plugin.config import Options, PlannerOptions, RebalancerOptions
 from eplb_plugin.placement import Placement
 from eplb_plugin.runtime.rebalancer import Rebalancer, RebalanceReport
 from eplb_plugin.topology import Topology
+from eplb_plugin.warmup import warmup
 
 __all__ = ["MoEConfig", "MoEModel", "expert_tensors"]
 
@@ -117,6 +118,7 @@ class MoEModel:
             planner=planner,
             group=group,
         )
+        warmup()  # else the first rebalance compiles the planner
 
     @torch.inference_mode()
     def forward(self, tokens: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:

@@ -67,7 +67,8 @@ class Rebalancer:
     """Balances the experts of a model while it serves. One per rank; all ranks construct it together.
 
     In each forward step an engine calls `record` and `physical` per MoE layer, then `step` once; every
-    rank calls `step` equally often, with `is_dummy=True` where it had no tokens of its own.
+    rank calls `step` equally often, with `is_dummy=True` where it had no tokens of its own. Call
+    `eplb_plugin.warmup` before serving, so that the first rebalance does not compile the planner.
 
     Args:
         topology: one rank for each process of the group.
