@@ -1,0 +1,37 @@
+"""The commands put together, and how errors of the package reach the user."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from ..errors import EplbError
+from .demo import demo
+from .simulate import simulate
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="eplb-plugin",
+    help="Expert-parallel load balancing for mixture-of-experts serving engines.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(demo)
+app.command()(simulate)
+
+
+@app.callback()
+def _root() -> None:
+    """Keeps the commands named, however many there are."""
+
+
+def main() -> None:
+    """The entry point `eplb-plugin`. Errors of the package become one line and exit code 2."""
+    try:
+        app()
+    except EplbError as error:
+        print(f"eplb-plugin: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

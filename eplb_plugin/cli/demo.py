@@ -1,0 +1,159 @@
+"""`eplb-plugin demo`: the whole loop on real processes, checked against the model that never rebalances."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import numpy.typing as npt
+import typer
+from rich import box
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from ..drift import topic_mix
+from ..errors import TopologyError, TraceError
+from ..folding import category_mix, decode_schedule
+from ..settings import DemoOptions, Settings, load_settings
+from ..topology import Topology
+from ..traces import LoadTrace, read_trace
+from ..warmup import warmup
+from .outcome import DemoOutcome, DemoTally, IntervalOutcome
+from .ranks import run_ranks
+from .serving import IntervalRecord, StepDone, model_config, serve
+
+__all__ = ["demo", "run_demo"]
+
+
+def demo(
+    ranks: Annotated[int | None, typer.Option(help="Processes, one for each rank.")] = None,
+    layers: Annotated[int | None, typer.Option(help="MoE layers of the model.")] = None,
+    experts: Annotated[int | None, typer.Option(help="Logical experts per layer.")] = None,
+    slots: Annotated[int | None, typer.Option(help="Physical experts over all ranks.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Batches that each rank serves.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens of each batch, per rank.")] = None,
+    interval: Annotated[int | None, typer.Option(help="Steps between two rebalances.")] = None,
+    drift: Annotated[float | None, typer.Option(help="How strongly the mix of topics changes.")] = None,
+    trace: Annotated[
+        str | None, typer.Option(help="Token trace whose categories of requests drive the topics.")
+    ] = None,
+    mode: Annotated[str | None, typer.Option(help="With a trace: decode or prefill.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the model and of the traffic.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file with options.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="End with one line of JSON.")] = False,
+) -> None:
+    """Serve a small MoE model on several processes, rebalance as its traffic drifts, check its outputs."""
+    given = {
+        "ranks": ranks,
+        "layers": layers,
+        "experts": experts,
+        "slots": slots,
+        "steps": steps,
+        "tokens": tokens,
+        "interval": interval,
+        "drift": drift,
+        "trace": trace,
+        "mode": mode,
+        "seed": seed,
+    }
+    settings = load_settings(config, {f"demo.{key}": value for key, value in given.items()})
+    outcome = run_demo(settings, Console(stderr=True))
+    console = Console()
+    console.print(_table(settings.demo, outcome.intervals))
+    console.print(outcome.summary(), highlight=False, soft_wrap=True)
+    if as_json:
+        print(json.dumps(outcome.as_dict()))
+    if not outcome.outputs_equal:
+        raise typer.Exit(1)
+
+
+def run_demo(settings: Settings, console: Console) -> DemoOutcome:
+    """Run the demo, showing progress on `console`.
+
+    Raises:
+        TraceError, TopologyError, ConfigError: options that do not fit together.
+        RankError: a rank raised, died or ran out of time.
+    """
+    options = settings.demo
+    Topology(num_ranks=options.ranks, num_slots=options.slots).check_experts(options.experts)
+    if options.top_k > options.experts:
+        raise TopologyError(f"top_k={options.top_k} is above experts={options.experts}")
+    mix = _mix(options)
+    model_config(options, mix.shape[1])
+    rebalancer = settings.rebalancer.model_copy(update={"interval": options.interval})
+    with console.status("loading the planner (the first time it is compiled, which takes a while)"):
+        warmup()
+    bar = Progress(
+        TextColumn("serving"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeElapsedColumn()
+    )
+    task = bar.add_task("", total=options.steps)
+    tally = DemoTally(options.ranks)
+    args = (options, settings.planner, rebalancer, mix)
+    with Live(bar, console=console, transient=True) as live:
+        for rank, message in run_ranks(serve, options.ranks, args, time_limit=options.time_limit):
+            if isinstance(message, StepDone) and rank == 0:
+                bar.update(task, completed=message.steps)
+            if isinstance(message, IntervalRecord):
+                tally.add(message)
+                live.update(Group(_table(options, tally.intervals), bar))
+    return tally.outcome()
+
+
+def _mix(options: DemoOptions) -> npt.NDArray[np.float64]:
+    """float64 [steps, topics]: the share of each topic at each step."""
+    if options.trace is None:
+        rng = np.random.default_rng(options.seed)
+        return topic_mix(options.steps, options.topics, drift=options.drift, period=options.period, rng=rng)
+    trace = read_trace(options.trace)
+    if isinstance(trace, LoadTrace):
+        raise TraceError(
+            f"{trace.name} holds loads only; the demo needs a token trace, whose requests have categories"
+        )
+    if options.mode == "prefill":
+        return category_mix(trace, steps=options.steps)
+    schedule = decode_schedule(
+        trace,
+        options.ranks * options.tokens,
+        options.steps,
+        drift=options.drift,
+        period=options.period,
+        seed=options.seed,
+    )
+    return category_mix(trace, schedule)
+
+
+def _table(options: DemoOptions, intervals: tuple[IntervalOutcome, ...]) -> Table:
+    table = Table(
+        title=f"{options.ranks} ranks, {options.layers} layers, {options.experts} experts in "
+        f"{options.slots} slots, {options.ranks * options.tokens} tokens per step",
+        caption="static, balanced: balancedness (mean / max rows per rank) as measured while serving,\n"
+        "never rebalanced and rebalanced. before, after: the same steps under the placement\n"
+        "in force and under the new one. moved: experts sent to another rank.",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for name in ("steps", "static", "balanced", "before", "after", "moved", "MB", "plan ms", "move ms"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for item in intervals:
+        cells = [
+            f"{item.first_step}-{item.first_step + item.steps - 1}",
+            f"{item.balancedness_static:.3f}",
+            f"{item.balancedness:.3f}",
+        ]
+        report = item.report
+        if report is not None:
+            cells += [
+                f"{report.balancedness_before:.3f}",
+                f"{report.balancedness_after:.3f}",
+                str(report.moves),
+                f"{report.bytes_moved / 1e6:.1f}",
+                f"{1000 * report.plan_seconds:.1f}",
+                f"{1000 * (report.transfer_seconds + report.commit_seconds):.1f}",
+            ]
+        table.add_row(*cells)
+    return table

@@ -1,0 +1,261 @@
+"""All options in one place: configuration file, then environment, then command line, each over the last."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, TypeAlias
+
+import yaml
+from pydantic import Field, PrivateAttr
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from .config import Options, PlannerOptions, RebalancerOptions
+from .errors import ConfigError
+
+__all__ = ["CONFIG_VARIABLE", "DemoOptions", "Settings", "SimulateOptions", "load_settings"]
+
+ENV_PREFIX = "EPLB_PLUGIN_"
+ENV_DELIMITER = "__"
+CONFIG_VARIABLE = "EPLB_PLUGIN_CONFIG"
+"""The environment variable that names the configuration file."""
+
+Sections: TypeAlias = dict[str, dict[str, Any]]
+
+
+class SimulateOptions(Options):
+    """What `eplb-plugin simulate` replays. Its window is that of the `rebalancer` section."""
+
+    ranks: int = Field(8, ge=1)
+    """Ranks of the expert-parallel group."""
+
+    slots: int | None = Field(None, ge=1)
+    """Physical experts over all ranks; null: room for all experts and one spare slot per rank."""
+
+    nodes: int = Field(1, ge=1)
+    """Nodes that the ranks are spread over."""
+
+    groups: int = Field(1, ge=1)
+    """Groups of experts per layer."""
+
+    policies: tuple[str, ...] = Field(("static", "greedy", "ensemble"), min_length=1)
+    """Policies to compare."""
+
+    mode: Literal["decode", "prefill"] = "decode"
+    """How a token trace becomes steps."""
+
+    batch: int = Field(256, ge=1)
+    """Decode: requests in flight."""
+
+    max_tokens: int = Field(2048, ge=1)
+    """Prefill: most tokens of one step."""
+
+    steps: int | None = Field(None, ge=1)
+    """Decode and generated traffic: steps; null: eight intervals. Prefill takes the file as it is."""
+
+    tokens_per_step: int = Field(2048, ge=1)
+    """Generated traffic: tokens of each step."""
+
+    topics: int = Field(4, ge=1)
+    """Generated traffic: kinds of requests."""
+
+    drift: float = Field(1.5, ge=0, le=10)
+    """Decode and generated traffic: how strongly the mix of topics changes; 0 keeps it."""
+
+    period: float = Field(2048, ge=1)
+    """Decode and generated traffic: typical steps from one high of a topic to the next."""
+
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Decode and generated traffic: seed of all draws."""
+
+
+class DemoOptions(Options):
+    """What `eplb-plugin demo` serves. Its `interval` replaces that of the `rebalancer` section."""
+
+    ranks: int = Field(4, ge=1, le=64)
+    """Processes, one for each rank."""
+
+    layers: int = Field(4, ge=1)
+    """MoE layers of the model."""
+
+    experts: int = Field(32, ge=1)
+    """Logical experts per layer."""
+
+    slots: int = Field(40, ge=1)
+    """Physical experts over all ranks."""
+
+    top_k: int = Field(4, ge=1)
+    """Experts per token."""
+
+    hidden: int = Field(64, ge=1)
+    """Size of the residual stream."""
+
+    expert_hidden: int = Field(128, ge=1)
+    """Inner size of each expert."""
+
+    topics: int = Field(8, ge=1, le=1024)
+    """Kinds of requests; with a trace, its categories take their place."""
+
+    drift: float = Field(1.5, ge=0, le=10)
+    """How strongly the mix of topics changes; 0 keeps it."""
+
+    period: float = Field(192, ge=1)
+    """Typical steps from one high of a topic to the next."""
+
+    steps: int = Field(192, ge=2)
+    """Batches that each rank serves."""
+
+    tokens: int = Field(128, ge=1)
+    """Tokens of each batch, per rank."""
+
+    interval: int = Field(24, ge=1)
+    """Steps between two rebalances."""
+
+    trace: str | None = None
+    """Token trace (`.npz`) whose categories of requests drive the topics; null draws them."""
+
+    mode: Literal["decode", "prefill"] = "decode"
+    """With a trace: replay requests in flight, or take its tokens in file order."""
+
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Seed of the model and of the traffic."""
+
+    time_limit: float = Field(180, gt=0)
+    """Seconds until a demo that has not ended is stopped."""
+
+
+class Settings(BaseSettings):
+    """The options of every part. Making one reads nothing: `load_settings` does."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter=ENV_DELIMITER,
+        env_parse_none_str="null",
+        extra="forbid",
+        frozen=True,
+    )
+
+    planner: PlannerOptions = PlannerOptions()
+    rebalancer: RebalancerOptions = RebalancerOptions()
+    simulate: SimulateOptions = SimulateOptions()
+    demo: DemoOptions = DemoOptions()
+
+    _origins: Mapping[str, str] = PrivateAttr(default_factory=dict)
+
+    @property
+    def origins(self) -> Mapping[str, str]:
+        """Where each value that is not a default comes from, by `section.option`."""
+        return MappingProxyType(dict(self._origins))
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)
+
+
+def load_settings(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Settings:
+    """The settings in force: defaults, then the file, then the environment, then `overrides`.
+
+    Args:
+        path: YAML file of sections with options; None takes the one that EPLB_PLUGIN_CONFIG names, if any.
+        overrides: option to value by `section.option`, as given on the command line; None values count as
+            not given.
+
+    Raises:
+        ConfigError: an unknown section or option, or a wrong value; names it and where it comes from.
+    """
+    path = path or os.environ.get(CONFIG_VARIABLE) or None
+    merged: Sections = {}
+    origins: dict[str, str] = {}
+    if path is not None:
+        _overlay(merged, origins, _read_yaml(Path(path)), str(path))
+    for variable, sections in _read_environment():
+        _overlay(merged, origins, sections, f"environment variable {variable}")
+    for key, value in (overrides or {}).items():
+        if value is not None:
+            section, _, option = key.partition(".")
+            _overlay(merged, origins, {section: {option: value}}, "command line")
+    settings = Settings(**merged)  # type: ignore[arg-type]  # sections are validated into their models
+    settings._origins = origins
+    return settings
+
+
+def _overlay(merged: Sections, origins: dict[str, str], sections: Sections, origin: str) -> None:
+    """Put the options of one origin over those below it, and check at once, so that errors can name it."""
+    for section, options in sections.items():
+        field = Settings.model_fields.get(section)
+        if field is None:
+            known = ", ".join(Settings.model_fields)
+            raise ConfigError(f"{origin}: unknown section {section!r}; there are {known}")
+        model: type[Options] = type(field.default)
+        for option in options:
+            if option not in model.model_fields:
+                known = ", ".join(model.model_fields)
+                raise ConfigError(f"{origin}: unknown option {section}.{option}; {section} has {known}")
+        target = merged.setdefault(section, {})
+        target.update(options)
+        origins.update({f"{section}.{option}": origin for option in options})
+        try:
+            model(**target)
+        except ConfigError as error:
+            raise ConfigError(f"{origin}: section {section}: {error}") from None
+
+
+def _read_yaml(path: Path) -> Sections:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: holds a {type(content).__name__}, not sections with options")
+    for section, options in content.items():
+        if not isinstance(section, str) or not isinstance(options, dict):
+            raise ConfigError(f"{path}: section {section!r} holds {options!r}, not options with values")
+        for option in options:
+            if not isinstance(option, str):
+                raise ConfigError(f"{path}: section {section} has the option {option!r}, not a name")
+    return content
+
+
+def _read_environment() -> list[tuple[str, Sections]]:
+    """(variable, what it sets) for each variable with the prefix, in order of name."""
+    names = sorted(name for name in os.environ if name.upper().startswith(ENV_PREFIX))
+    names = [name for name in names if name.upper() != CONFIG_VARIABLE]
+    for name in names:
+        parts = name[len(ENV_PREFIX) :].lower().split(ENV_DELIMITER)
+        if len(parts) != 2 or not all(parts):
+            raise ConfigError(
+                f"environment variable {name}: unknown; options are set as {ENV_PREFIX}SECTION{ENV_DELIMITER}"
+                f"OPTION, the file by {CONFIG_VARIABLE}"
+            )
+    try:
+        # It reads numbers as text (the models convert them) and lists as JSON.
+        values: Sections = EnvSettingsSource(Settings)() if names else {}
+    except SettingsError as error:
+        raise ConfigError(
+            f"environment variables {', '.join(names)}: {error}: {error.__cause__} (write lists as JSON)"
+        ) from None
+    result = []
+    for name in names:
+        section, option = name[len(ENV_PREFIX) :].lower().split(ENV_DELIMITER)
+        value = values.get(section, {}).get(option, os.environ[name])
+        result.append((name, {section: {option: value}}))
+    return result
