@@ -19,7 +19,8 @@ __all__ = ["peak_loads", "plan_layers"]
 _compile = numba.njit(nogil=True, cache=True, fastmath=False, boundscheck=False)
 
 _TRIED_RANKS = 4  # heavy ranks that a round looks at before the search gives up
-_HYSTERESIS = (1.2,)  # how much heavier an expert counts that would lose a replica
+_RACE_ROUNDS = 8  # rounds after which the better of two starts is carried on
+_HYSTERESIS = 1.2  # how much heavier an expert counts that would lose a replica
 _SHORTLIST = 3  # slots that are looked at closely for each expert that might get a replica
 
 
@@ -78,8 +79,8 @@ def plan_layers(
 def _grow(scaled, current, num_ranks, ranks_per_node, price, max_moves, rounds, tolerance, best):
     """Candidates grown from `current`; the one with the lowest peak plus price of its moves goes to `best`.
 
-    The first starts from the placement as it is. Single exchanges rarely find their way to other replica
-    counts, so the others start from counts chosen anew, more or less in favour of those in force.
+    One starts from the placement as it is. Single exchanges rarely find their way to other replica counts,
+    so another starts from counts chosen anew, somewhat in favour of those in force.
     """
     num_snapshots, num_logical = scaled.shape
     num_slots = current.shape[0]
@@ -93,29 +94,27 @@ def _grow(scaled, current, num_ranks, ranks_per_node, price, max_moves, rounds, 
     for slot in range(num_slots):
         count[current[slot]] += 1
         expert_node[current[slot]] = slot // capacity // ranks_per_node
-    slot_expert = current.copy()
+    # A few rounds tell which of the two starts is better; only that one is carried through.
+    race = min(rounds, _RACE_ROUNDS)
+    best[:] = current
     peak, moves = _improve(
-        scaled, slot_expert, current, num_ranks, ranks_per_node, True, price, max_moves, rounds, tolerance
+        scaled, best, current, num_ranks, ranks_per_node, True, price, max_moves, race, tolerance
     )
-    best_score = peak + price * moves
-    best[:] = slot_expert
-    for bonus in _HYSTERESIS:
-        if best_score <= 1.0 + tolerance:
-            break
-        target = _replicate(total, expert_node, count, bonus, num_slots, num_ranks, ranks_per_node)
-        changes = 0
-        for expert in range(num_logical):
-            changes += max(0, target[expert] - count[expert])
-        if changes == 0 or changes > max_moves:
-            continue
-        slot_expert[:] = current
+    target = _replicate(total, expert_node, count, _HYSTERESIS, num_slots, num_ranks, ranks_per_node)
+    changes = 0
+    for expert in range(num_logical):
+        changes += max(0, target[expert] - count[expert])
+    if peak > 1.0 + tolerance and 0 < changes <= max_moves:
+        slot_expert = current.copy()
         _regrow(total, count, target, slot_expert, num_ranks, ranks_per_node)
-        peak, moves = _improve(
-            scaled, slot_expert, current, num_ranks, ranks_per_node, True, price, max_moves, rounds, tolerance
+        other_peak, other_moves = _improve(
+            scaled, slot_expert, current, num_ranks, ranks_per_node, True, price, max_moves, race, tolerance
         )
-        if moves <= max_moves and peak + price * moves < best_score:
-            best_score = peak + price * moves
+        if other_moves <= max_moves and other_peak + price * other_moves < peak + price * moves:
             best[:] = slot_expert
+    _improve(
+        scaled, best, current, num_ranks, ranks_per_node, True, price, max_moves, rounds - race, tolerance
+    )
 
 
 @_compile
@@ -344,7 +343,7 @@ def _improve(
         for expert in range(num_logical):
             weight[expert] += np.float64(scaled[snapshot, expert])
     _recompute(scaled, slot_expert, count, share, load, slot_load)
-    threshold = 1e-5 if num_snapshots == 1 else 1e-4  # smaller gains are not worth a round
+    threshold = 1e-5 if num_snapshots == 1 else 2e-4  # smaller gains are not worth a round
     # Ranks that could not be relieved, and have not changed since: not worth another look each round.
     failed = np.zeros(num_ranks, np.bool_)
     fresh = True  # whether they failed against the placement as it is now
