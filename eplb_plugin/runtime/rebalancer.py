@@ -21,7 +21,7 @@ from ..topology import Topology
 from ..window import LoadWindow
 from .collectives import RankGroup, fingerprint, try_action
 from .dispatch import DispatchTables
-from .transfer import execute
+from .transfer import Staging, execute
 from .weights import ExpertWeights
 
 __all__ = ["RebalanceReport", "Rebalancer"]
@@ -112,6 +112,7 @@ class Rebalancer:
         alone = topology.num_ranks == 1 and group is None
         self._group = RankGroup(group, device, alone=alone)
         self._group.check_topology(topology)
+        self._staging = Staging(self.options.staging_mib << 20)
         self._steps = 0
         self._told_failure = False
 
@@ -210,7 +211,7 @@ class Rebalancer:
             self._weights,
             self.topology,
             self._group,
-            staging_bytes=self.options.staging_mib << 20,
+            staging=self._staging,
             committed=lambda layers: self._switch(new, layers),
         )
         report = RebalanceReport(

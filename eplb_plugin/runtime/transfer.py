@@ -17,7 +17,7 @@ from ..topology import Topology
 from .collectives import RankGroup
 from .weights import ExpertWeights
 
-__all__ = ["TransferTimes", "execute", "layer_chunks"]
+__all__ = ["Staging", "TransferTimes", "execute", "layer_chunks"]
 
 # Rows of at least this many bytes are sent from where they are; smaller ones (scales, biases, small
 # experts) share one message per pair of ranks, since a message costs more than copying them.
@@ -33,13 +33,34 @@ class TransferTimes:
     commit: float
 
 
+class Staging:
+    """The memory that incoming weights wait in: all that a transfer allocates, kept for the next one, since
+    fresh memory costs about as much time as what is received into it.
+
+    Args:
+        bound: bytes; a single layer may exceed it.
+    """
+
+    def __init__(self, bound: int) -> None:
+        self.bound = bound
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def reserve(self, num_bytes: int, device: torch.device) -> torch.Tensor:
+        """uint8 [num_bytes or more], whatever it held before."""
+        if self._buffer.numel() < num_bytes or self._buffer.device != device:
+            self._buffer = torch.empty(0, dtype=torch.uint8)  # two at once might not fit
+            with torch.inference_mode(False):
+                self._buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        return self._buffer
+
+
 def execute(
     plan: MigrationPlan,
     weights: ExpertWeights,
     topology: Topology,
     group: RankGroup,
     *,
-    staging_bytes: int,
+    staging: Staging,
     committed: Callable[[list[int]], None],
 ) -> TransferTimes:
     """Carry out a migration plan. All ranks call it with the same plan and bound.
@@ -49,14 +70,14 @@ def execute(
         weights: what this rank holds.
         topology: gives the slots of a rank.
         group: one process per rank.
-        staging_bytes: bound on the memory of the staging buffer; a single layer may exceed it.
+        staging: where incoming weights wait; of the same bound on every rank.
         committed: called with the layers of each chunk once their weights are in place.
 
     Raises:
         TransferError: on all ranks, when any of them failed before a commit. The layers already
             reported to `committed` have the new placement, all others the old one, on every rank.
     """
-    chunks = layer_chunks(plan, weights, topology, staging_bytes)
+    chunks = layer_chunks(plan, weights, topology, staging.bound)
     stages = [_Stage(plan, weights, topology, group.rank, layers) for layers in chunks]
     largest = max((stage.num_bytes for stage in stages), default=0)
     seconds_transfer = seconds_commit = 0.0
@@ -68,7 +89,7 @@ def execute(
             device = weights.device if weights.device is not None else group.device
             buffer = group.attempt(
                 "allocating staging memory",
-                partial(allocate_staging, largest, device),
+                partial(staging.reserve, largest, device),
                 TransferError,
             )
         # Phase 2, all ranks: fill the staging buffers. Nothing in force changes.
@@ -80,11 +101,6 @@ def execute(
         committed(stage.layers)
         seconds_commit += time.perf_counter() - start
     return TransferTimes(seconds_transfer, seconds_commit)
-
-
-def allocate_staging(num_bytes: int, device: torch.device) -> torch.Tensor:
-    """uint8 [num_bytes]: the only memory that a transfer allocates."""
-    return torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
 
 def layer_chunks(

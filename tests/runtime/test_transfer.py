@@ -47,27 +47,19 @@ def move_around(rank: int, size: int, slots_per_rank: int, staging_bytes: int) -
     for layer in range(layers):
         fill(weights[layer], layer, placement.physical_to_logical[layer, mine].tolist())
     registered, group = ExpertWeights(weights, topology), RankGroup()
-    most_chunks = most_bytes = 0
-    allocate = transfer.allocate_staging
-
-    def watched(num_bytes: int, device: torch.device) -> torch.Tensor:
-        nonlocal most_bytes
-        most_bytes = max(most_bytes, num_bytes)
-        return allocate(num_bytes, device)
+    most_chunks = 0
+    staging = transfer.Staging(staging_bytes)
 
     for seed in range(1, 6):
         new = random_placement(layers, logical, slots, seed)
         plan = plan_migration(placement, new, topology)
         committed: list[list[int]] = []
-        with mock.patch.object(transfer, "allocate_staging", watched):
-            transfer.execute(
-                plan, registered, topology, group, staging_bytes=staging_bytes, committed=committed.append
-            )
+        transfer.execute(plan, registered, topology, group, staging=staging, committed=committed.append)
         assert [layer for chunk in committed for layer in chunk] == plan.layers.tolist()
         assert wrong_rows(weights, new, mine) == []
         most_chunks = max(most_chunks, len(committed))
         placement = new
-    return most_chunks, most_bytes
+    return most_chunks, staging.reserve(0, torch.device("cpu")).numel()
 
 
 @pytest.mark.parametrize(("size", "slots_per_rank"), [(2, 4), (4, 3)])
@@ -94,16 +86,18 @@ def fail_and_recover(rank: int) -> str:
     plan = plan_migration(old, new, topology)
     committed: list[list[int]] = []
 
-    def no_memory(num_bytes: int, device: torch.device) -> torch.Tensor:
+    def no_memory(self: transfer.Staging, num_bytes: int, device: torch.device) -> torch.Tensor:
         raise MemoryError(f"{num_bytes} bytes")
 
     def run() -> None:
-        transfer.execute(plan, registered, topology, group, staging_bytes=1, committed=committed.append)
+        transfer.execute(
+            plan, registered, topology, group, staging=transfer.Staging(1), committed=committed.append
+        )
 
-    allocate = no_memory if rank == 1 else transfer.allocate_staging
+    allocate = no_memory if rank == 1 else transfer.Staging.reserve
     message = r"failed on 1 of 2 ranks: rank 1: MemoryError"
     with (
-        mock.patch.object(transfer, "allocate_staging", allocate),
+        mock.patch.object(transfer.Staging, "reserve", allocate),
         pytest.raises(eplb.TransferError, match=message) as caught,
     ):
         run()
@@ -129,7 +123,9 @@ def fail_and_recover(rank: int) -> str:
 
     # And it recovers.
     plan = plan_migration(mixed, new, topology)
-    transfer.execute(plan, registered, topology, group, staging_bytes=1, committed=committed.append)
+    transfer.execute(
+        plan, registered, topology, group, staging=transfer.Staging(1), committed=committed.append
+    )
     assert wrong_rows(weights, new, mine) == []
 
     # Nothing to move: no message, no collective.
@@ -155,7 +151,9 @@ def quantised(rank: int) -> list[int]:
     swap = [eplb.Placement(torch.tensor([order]), 2) for order in ([0, 1], [1, 0])]
     plan = plan_migration(*swap, topology)
     weights = ExpertWeights([[tensor]], topology)
-    transfer.execute(plan, weights, topology, RankGroup(), staging_bytes=1, committed=lambda layers: None)
+    transfer.execute(
+        plan, weights, topology, RankGroup(), staging=transfer.Staging(1), committed=lambda layers: None
+    )
     return tensor.int_repr().flatten().tolist()
 
 
@@ -177,7 +175,7 @@ def test_one_rank_alone_moves_within_itself() -> None:
             ExpertWeights(weights, topology),
             topology,
             RankGroup(),
-            staging_bytes=1,
+            staging=transfer.Staging(1),
             committed=lambda layers: None,
         )
         assert wrong_rows(weights, new, slice(0, 6)) == []
