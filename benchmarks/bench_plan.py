@@ -2,8 +2,8 @@
 
     python benchmarks/bench_plan.py [--repeat 9]
 
-Prints a table and, as the last line, one JSON object. vLLM's default policy takes part where it can be
-imported (`make bench-peers` fetches it).
+Prints a table and, as the last line, one JSON object. vLLM's default policy takes part after
+`make bench-peers`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 
+import peers
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -46,20 +47,8 @@ def ours(policy: str, **options: float) -> Planner:
     return lambda load, topology: eplb.plan(load, topology, options=chosen).placement.physical_to_logical
 
 
-def vllm_default() -> Planner | None:
-    """vLLM's own policy, from an installed vLLM; None where there is none."""
-    try:
-        from vllm.distributed.eplb.policy.default import DefaultEplbPolicy
-    except ImportError:
-        return None
-
-    def plan(load: torch.Tensor, topology: eplb.Topology) -> torch.Tensor:
-        result = DefaultEplbPolicy.rebalance_experts(
-            load, topology.num_slots, topology.num_groups, topology.num_nodes, topology.num_ranks
-        )
-        return torch.as_tensor(result[0] if isinstance(result, tuple) else result)
-
-    return plan
+def theirs(load: torch.Tensor, topology: eplb.Topology) -> torch.Tensor:
+    return peers.vllm_default(load, topology, None).physical_to_logical
 
 
 def measure(planners: dict[str, Planner], repeat: int) -> list[dict[str, object]]:
@@ -99,9 +88,8 @@ def main() -> None:
     repeat = parser.parse_args().repeat
     eplb.warmup()
     planners: dict[str, Planner] = {"greedy": ours("greedy"), "ensemble": ours("ensemble")}
-    theirs = vllm_default()
-    if theirs is not None:
-        planners["vllm default"] = theirs
+    if peers.available():
+        planners["vLLM default"] = theirs
     rows = measure(planners, repeat)
     table = Table(title="Planning from one summed load (median of interleaved runs)")
     table.caption = "size: layers, experts, slots, groups, nodes, ranks"
@@ -119,8 +107,8 @@ def main() -> None:
         )
     console = Console()
     console.print(table)
-    if theirs is None:
-        console.print("vLLM cannot be imported: its policy was left out.")
+    if not peers.available():
+        console.print("The peers' wheels are not there (make bench-peers): vLLM's policy was left out.")
     print(json.dumps({"benchmark": "plan", "rows": rows}))
 
 

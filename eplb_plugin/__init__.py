@@ -16,6 +16,7 @@ from .migration import MigrationPlan, plan_migration
 from .placement import Placement
 from .planning.packing import balanced_packing
 from .planning.planner import Plan, plan, rebalance_experts
+from .runtime.rebalancer import Rebalancer, RebalanceReport
 from .topology import Topology
 from .warmup import warmup
 
@@ -31,6 +32,8 @@ __all__ = [
     "Topology",
     "Placement",
     # run
+    "Rebalancer",
+    "RebalanceReport",
     "RebalancerOptions",
     # look
     "balancedness",

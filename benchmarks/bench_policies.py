@@ -1,0 +1,213 @@
+"""Policies side by side on traffic that they have not seen: balance, moves and planning time.
+
+    python benchmarks/bench_policies.py [--quick] [--plot docs/tradeoff.png]
+
+Replays traces offline: every interval is planned from the steps before it and scored on the steps after it.
+Uses the real traces in ../shared/traces where they are, the package's generator always, and the policies of
+vLLM and vllm-ascend after `make bench-peers`. Prints a table per trace and, as the last line, one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import peers
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import eplb_plugin as eplb
+from eplb_plugin.folding import fold_decode, fold_prefill
+from eplb_plugin.simulation import PolicySetup, SimulationResult, policy_setup, simulate
+from eplb_plugin.traces import LoadTrace, TokenTrace, read_trace
+from eplb_plugin.traffic import generate
+
+TRACES = Path(__file__).resolve().parent.parent.parent / "shared" / "traces"
+PRICES = (0.0, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A trace and where it runs."""
+
+    name: str
+    trace: LoadTrace
+    topology: eplb.Topology
+    interval: int
+
+
+def cases(console: Console, quick: bool) -> Iterator[Case]:
+    layers = 6 if quick else 12
+    for profile, drift, ranks in (
+        ("deepseek-v3", 1.5, 32),
+        ("glm-5.2", 1.5, 16),
+        ("glm-5.2", 0.2, 16),
+        ("qwen3-235b", 1.5, 16),
+    ):
+        kind = "mixed" if drift > 1 else "steady"
+        trace = generate(profile, layers=layers, steps=1024, drift=drift, period=512)
+        slots = 160 if profile.startswith("qwen") else 288
+        yield Case(f"{profile} {kind}", trace, eplb.Topology(num_ranks=ranks, num_slots=slots), 128)
+    if not TRACES.is_dir():
+        console.print(f"{TRACES} is not there: the real traces were left out.")
+        return
+    tokens = read_trace(TRACES / "gpt_oss_20b_decode_tokens.npz")
+    assert isinstance(tokens, TokenTrace)
+    eight = eplb.Topology(num_ranks=8, num_slots=40)
+    yield Case("gpt-oss-20b decode, mixed", fold_decode(tokens, 256, steps=2560), eight, 256)
+    yield Case("gpt-oss-20b decode, steady", fold_decode(tokens, 256, steps=2560, drift=0.0), eight, 256)
+    wide = eplb.Topology(num_ranks=16, num_slots=48)
+    yield Case("gpt-oss-20b decode, 16 ranks", fold_decode(tokens, 256, steps=2560), wide, 256)
+    prompts = read_trace(TRACES / "deepseek_v2_lite_prefill_tokens.npz")
+    assert isinstance(prompts, TokenTrace)
+    topology = eplb.Topology(num_ranks=8, num_slots=72)
+    yield Case("deepseek-v2-lite prefill", fold_prefill(prompts, 512), topology, 4)
+
+
+def policies() -> list[PolicySetup]:
+    """Made anew for each trace, since some keep a history of their own."""
+
+    def scratch(window: torch.Tensor, topology: eplb.Topology, current: eplb.Placement) -> eplb.Placement:
+        return eplb.plan(window, topology).placement
+
+    ours = [
+        policy_setup("static"),
+        policy_setup("greedy"),
+        PolicySetup("ensemble from scratch", scratch),
+        PolicySetup("eplb-plugin", policy_setup("ensemble").policy),
+    ]
+    if not peers.available():
+        return ours
+    return [
+        PolicySetup("vLLM default", peers.vllm_default, snapshots=1, history=1),
+        PolicySetup("FlashLB", peers.FlashLB(), history=1),
+        PolicySetup("FlashLB, same history", peers.FlashLB()),
+        PolicySetup("SwiftBalancer", peers.SwiftBalancer(), snapshots=1, history=1),
+        *ours,
+    ]
+
+
+def priced(price: float) -> PolicySetup:
+    options = eplb.PlannerOptions(move_price=price)
+    return PolicySetup(f"price {price}", policy_setup("ensemble", options).policy)
+
+
+def settled_share(result: SimulationResult, case: Case) -> float:
+    """Share of slots moved per rebalance, without the first, which leaves the engine's own placement."""
+    cells = case.trace.num_layers * case.topology.num_slots
+    later = [item.moves / cells for item in result.intervals[1:]]
+    return sum(later) / max(1, len(later))
+
+
+def run(case: Case) -> list[dict[str, object]]:
+    results = []
+    for setup in policies():
+        results.append(simulate(case.trace, case.topology, setup, case.interval))
+    reference = next((r for r in results if r.policy == "vLLM default"), None) or next(
+        r for r in results if r.policy == "greedy"
+    )
+    return [
+        {
+            "trace": case.name,
+            "policy": result.policy,
+            "balancedness": result.balancedness,
+            "gain_points": 100 * (result.balancedness - reference.balancedness),
+            "moved_share": result.moved_share,
+            "moved_ratio": result.moved_share / max(reference.moved_share, 1e-12),
+            "moved_share_settled": settled_share(result, case),
+            "plan_ms": result.plan_ms,
+            "time_ratio": result.plan_ms / max(reference.plan_ms, 1e-9),
+        }
+        for result in results
+    ]
+
+
+def show(console: Console, case: Case, rows: list[dict[str, object]]) -> None:
+    reference = "vLLM default" if any(r["policy"] == "vLLM default" for r in rows) else "greedy"
+    table = Table(
+        title=f"{case.name}: {case.trace.num_layers} layers, {case.trace.num_experts} experts in "
+        f"{case.topology.num_slots} slots on {case.topology.num_ranks} ranks",
+        caption=f"gain, x: against {reference}; later: slots moved without the first rebalance",
+    )
+    for column in ("policy", "balancedness", "gain", "moved", "x", "later", "plan ms", "x"):
+        table.add_column(column, justify="left" if column == "policy" else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            str(row["policy"]),
+            f"{row['balancedness']:.4f}",
+            f"{row['gain_points']:+.1f}",
+            f"{100 * row['moved_share']:.1f} %",
+            f"{row['moved_ratio']:.3f}",
+            f"{100 * row['moved_share_settled']:.1f} %",
+            f"{row['plan_ms']:.1f}",
+            f"{row['time_ratio']:.2f}",
+        )
+    console.print(table)
+
+
+def plot(path: Path, case: Case, rows: list[dict[str, object]]) -> None:
+    """Balancedness against moves: our planner for several prices, the others as points."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    curve = [simulate(case.trace, case.topology, priced(price), case.interval) for price in PRICES]
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=150)
+    share = [100 * result.moved_share for result in curve]
+    axes.plot(
+        share, [r.balancedness for r in curve], "o-", color="#0072b2", label="eplb-plugin, by move_price"
+    )
+    for price, x, result in zip(PRICES, share, curve, strict=True):
+        axes.annotate(
+            f"{price:g}", (x, result.balancedness), textcoords="offset points", xytext=(5, -11), fontsize=7
+        )
+    marks = iter(
+        zip("sD^vPX*", ["#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#888888"])
+    )
+    for row in rows:
+        if row["policy"] in ("eplb-plugin", "static", "ensemble from scratch"):
+            continue
+        mark, colour = next(marks)
+        axes.plot(
+            100 * row["moved_share"], row["balancedness"], mark, color=colour, label=row["policy"], ms=7
+        )
+    axes.set_xscale("log")
+    axes.set_xticks([2, 5, 10, 20, 50, 100], ["2", "5", "10", "20", "50", "100"])
+    axes.minorticks_off()
+    axes.set_xlabel("slots that get another expert per rebalance (%)")
+    axes.set_ylabel("balancedness on the unseen next window")
+    axes.set_title(
+        f"{case.name} traffic, {case.topology.num_ranks} ranks: further up and left is better", fontsize=10
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, frameon=False, loc="best")
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer layers")
+    parser.add_argument("--plot", type=Path, help="write the trade-off of the second case as a PNG")
+    arguments = parser.parse_args()
+    console = Console(width=110)
+    eplb.warmup()
+    if not peers.available():
+        console.print("The peers' wheels are not there (make bench-peers): only our policies take part.")
+    rows: list[dict[str, object]] = []
+    for number, case in enumerate(cases(console, arguments.quick)):
+        found = run(case)
+        show(console, case, found)
+        if number == 1 and arguments.plot is not None:
+            plot(arguments.plot, case, found)
+        rows += found
+    print(json.dumps({"benchmark": "policies", "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
