@@ -1,7 +1,8 @@
 """A small expert-parallel MoE language model in plain PyTorch, balanced by `Rebalancer`.
 
 Real in structure, toy in size: it is what the demo serves, and what to copy from into another engine.
-An engine touches the rebalancer in five places, marked (1) to (5) below.
+An engine touches the rebalancer in five places, marked (1) to (5) below; and at its start it calls
+`eplb_plugin.warmup()` on the ranks that plan, so that the first rebalance does not compile anything.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from eplb_plugin.config import Options, PlannerOptions, RebalancerOptions
 from eplb_plugin.placement import Placement
 from eplb_plugin.runtime.rebalancer import Rebalancer, RebalanceReport
 from eplb_plugin.topology import Topology
-from eplb_plugin.warmup import warmup
 
 __all__ = ["MoEConfig", "MoEModel", "expert_tensors"]
 
@@ -118,7 +118,6 @@ class MoEModel:
             planner=planner,
             group=group,
         )
-        warmup()  # else the first rebalance compiles the planner
 
     @torch.inference_mode()
     def forward(self, tokens: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
