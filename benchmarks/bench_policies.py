@@ -3,8 +3,8 @@
     python benchmarks/bench_policies.py [--quick] [--plot docs/tradeoff.png]
 
 Replays traces offline: every interval is planned from the steps before it and scored on the steps after it.
-Uses the real traces in ../shared/traces where they are, the package's generator always, and the policies of
-vLLM and vllm-ascend after `make bench-peers`. Prints a table per trace and, as the last line, one JSON object.
+Uses the real traces in ../shared/traces where they are, the package's generator always, and the policies
+of vLLM and vllm-ascend after `make bench-peers`. Prints a table per trace and, last, one line of JSON.
 """
 
 from __future__ import annotations
@@ -166,9 +166,8 @@ def plot(path: Path, case: Case, rows: list[dict[str, object]]) -> None:
         axes.annotate(
             f"{price:g}", (x, result.balancedness), textcoords="offset points", xytext=(5, -11), fontsize=7
         )
-    marks = iter(
-        zip("sD^vPX*", ["#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#888888"])
-    )
+    colours = ("#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#888888")
+    marks = iter(zip("sD^vPX*", colours, strict=True))
     for row in rows:
         if row["policy"] in ("eplb-plugin", "static", "ensemble from scratch"):
             continue

@@ -46,12 +46,14 @@ class FlashLB:
 
     def __init__(self) -> None:
         self._policy: object | None = None
+        self._snapshots = 0
 
     def __call__(self, window: torch.Tensor, topology: Topology, current: Placement) -> Placement:
         with _stand_ins(topology):
             module = importlib.import_module("vllm_ascend.eplb.core.policy.policy_flashlb")
-            if self._policy is None:
-                self._policy = module.FlashLB()
+            # Its buffer has the length of the first window that it sees.
+            if self._policy is None or self._snapshots != window.shape[0]:
+                self._policy, self._snapshots = module.FlashLB(), window.shape[0]
             table, workload = _per_slot(window, topology, current)
             _, layers, deployment = self._policy.rebalance_experts(table, workload)
         ids = current.physical_to_logical.clone()
