@@ -24,7 +24,7 @@ def fold_decode(
     *,
     steps: int | None = None,
     drift: float = 1.5,
-    period: float = 2048,
+    period: float = 4096,
     seed: int = 0,
 ) -> LoadTrace:
     """Replay a trace as decoding: each step takes the next token of every request in flight.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -21,7 +22,7 @@ from pydantic_settings import (
 from .config import Options, PlannerOptions, RebalancerOptions
 from .errors import ConfigError
 
-__all__ = ["CONFIG_VARIABLE", "DemoOptions", "Settings", "SimulateOptions", "load_settings"]
+__all__ = ["CONFIG_VARIABLE", "DemoOptions", "Settings", "SimulateOptions", "default_yaml", "load_settings"]
 
 ENV_PREFIX = "EPLB_PLUGIN_"
 ENV_DELIMITER = "__"
@@ -70,7 +71,7 @@ class SimulateOptions(Options):
     drift: float = Field(1.5, ge=0, le=10)
     """Decode and generated traffic: how strongly the mix of topics changes; 0 keeps it."""
 
-    period: float = Field(2048, ge=1)
+    period: float = Field(4096, ge=1)
     """Decode and generated traffic: typical steps from one high of a topic to the next."""
 
     seed: int = Field(0, ge=0, lt=2**32)
@@ -192,6 +193,24 @@ def load_settings(path: str | Path | None = None, overrides: Mapping[str, Any] |
     settings = Settings(**merged)  # type: ignore[arg-type]  # sections are validated into their models
     settings._origins = origins
     return settings
+
+
+def default_yaml() -> str:
+    """A configuration file with every option, its default and what it means: `configs/default.yaml`."""
+    lines = [
+        "# Every option with its default. Copy what you want to change; unknown keys are refused.",
+        "# Environment variables go over the file (EPLB_PLUGIN_PLANNER__SEED=1), the command line over both.",
+        f"# Use it with --config FILE, or name it in {CONFIG_VARIABLE}.",
+    ]
+    for section, field in Settings.model_fields.items():
+        model: type[Options] = type(field.default)
+        lines += ["", f"# {(model.__doc__ or '').strip()}", f"{section}:"]
+        for option, value in field.default.model_dump(mode="json").items():
+            meaning = " ".join((model.model_fields[option].description or "").split())
+            lines += textwrap.wrap(meaning, 100, initial_indent="  # ", subsequent_indent="  # ")
+            # A lone scalar is dumped with an end-of-document mark on a line of its own.
+            lines.append(f"  {option}: {yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}")
+    return "\n".join(lines) + "\n"
 
 
 def _overlay(merged: Sections, origins: dict[str, str], sections: Sections, origin: str) -> None:

@@ -83,7 +83,7 @@ def generate(
     tokens_per_step: int = 2048,
     topics: int = 4,
     drift: float = 1.5,
-    period: float = 2048,
+    period: float = 4096,
     jitter: float = 0.15,
     seed: int = 0,
 ) -> LoadTrace:
@@ -132,7 +132,7 @@ def generate(
     shares = _topic_shares(base.log_std, mix.mean(0), layers, experts, rng)
     # The wander forgets with time constant 64: about as slowly as a batch of decoding requests turns over.
     # A token chooses an expert only once; the margin is for the noise of drawing.
-    bound = 0.9 / base.top_k
+    bound = max(0.9 / base.top_k, 1 / experts)
     keep = np.exp(-1 / 64)
     wander = jitter * rng.standard_normal((layers, experts))
     load = np.empty((steps, layers, experts), np.int32)
