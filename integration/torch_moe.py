@@ -1,8 +1,7 @@
 """A small expert-parallel MoE language model in plain PyTorch, balanced by `Rebalancer`.
 
 Real in structure, toy in size: it is what the demo serves, and what to copy from into another engine.
-An engine touches the rebalancer in five places, marked (1) to (5) below; and at its start it calls
-`eplb_plugin.warmup()` on the ranks that plan, so that the first rebalance does not compile anything.
+An engine touches the rebalancer in five places, marked (1) to (5) below.
 """
 
 from __future__ import annotations

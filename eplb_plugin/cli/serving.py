@@ -15,7 +15,6 @@ from ..runtime.rebalancer import RebalanceReport
 from ..settings import DemoOptions
 from ..topology import Topology
 from ..traffic import TokenStream
-from ..warmup import warmup
 
 __all__ = ["IntervalRecord", "StepDone", "compare_outputs", "model_config", "serve"]
 
@@ -144,8 +143,6 @@ def serve(
         rebalancer: of the rebalancer; its interval is that of `options`.
         mix: float64 [steps, topics], the share of each topic at each step.
     """
-    if rank == 0 or rebalancer.planning == "sharded":
-        warmup()
     config = model_config(options, mix.shape[1])
     topology = Topology(num_ranks=options.ranks, num_slots=options.slots)
     balanced = _WatchedModel(config, topology, options=rebalancer, planner=planner)

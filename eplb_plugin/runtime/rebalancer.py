@@ -18,6 +18,7 @@ from ..migration import plan_migration
 from ..placement import Placement
 from ..planning.planner import plan
 from ..topology import Topology
+from ..warmup import warmup
 from ..window import LoadWindow
 from .collectives import RankGroup, fingerprint, try_action
 from .dispatch import DispatchTables
@@ -67,8 +68,8 @@ class Rebalancer:
     """Balances the experts of a model while it serves. One per rank; all ranks construct it together.
 
     In each forward step an engine calls `record` and `physical` per MoE layer, then `step` once; every
-    rank calls `step` equally often, with `is_dummy=True` where it had no tokens of its own. Call
-    `eplb_plugin.warmup` before serving, so that the first rebalance does not compile the planner.
+    rank calls `step` equally often, with `is_dummy=True` where it had no tokens of its own. Constructing it
+    compiles the planner, or loads it from the cache on disk, so that no rebalance has to.
 
     Args:
         topology: one rank for each process of the group.
@@ -147,6 +148,9 @@ class Rebalancer:
             local_first=self.options.local_first,
             device=self._group.device,
         )
+        # Ranks that plan compile the planner now, so that the first rebalance does not wait for it.
+        if self.planner.policy == "ensemble" and (self.rank == 0 or self.options.planning == "sharded"):
+            warmup()
 
     @property
     def placement(self) -> Placement:
