@@ -130,9 +130,10 @@ def _table(options: DemoOptions, intervals: tuple[IntervalOutcome, ...]) -> Tabl
     table = Table(
         title=f"{options.ranks} ranks, {options.layers} layers, {options.experts} experts in "
         f"{options.slots} slots, {options.ranks * options.tokens} tokens per step",
-        caption="static, balanced: balancedness (mean / max rows per rank) as measured while serving,\n"
-        "never rebalanced and rebalanced. before, after: the same steps under the placement\n"
-        "in force and under the new one. moved: experts sent to another rank.",
+        caption="static, balanced: balancedness (mean / max rows per rank) while\n"
+        "serving, never and regularly rebalanced. before, after: of the same\n"
+        "steps under the placement in force and under the new one.\n"
+        "moved: experts sent to a rank that did not hold them.",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
