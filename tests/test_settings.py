@@ -1,0 +1,165 @@
+"""Where options come from, which origin wins, and how wrong ones are told."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from eplb_plugin.config import PlannerOptions, RebalancerOptions
+from eplb_plugin.errors import ConfigError
+from eplb_plugin.settings import DemoOptions, Settings, SimulateOptions, default_yaml, load_settings
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch):
+    for name in os.environ:
+        if name.startswith("EPLB_PLUGIN_"):
+            monkeypatch.delenv(name)
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_without_anything_all_is_default():
+    settings = load_settings()
+    assert settings.planner == PlannerOptions()
+    assert settings.rebalancer == RebalancerOptions()
+    assert settings.simulate == SimulateOptions()
+    assert settings.demo == DemoOptions()
+    assert settings.origins == {}
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_example_loads(path):
+    settings = load_settings(path)
+    assert set(settings.origins.values()) == {str(path)}
+    assert "#" in path.read_text(encoding="utf-8")
+
+
+def test_the_default_file_says_what_the_models_say():
+    path = CONFIGS / "default.yaml"
+    told = "write eplb_plugin.settings.default_yaml() to configs/default.yaml"
+    assert path.read_text(encoding="utf-8") == default_yaml(), told
+    settings = load_settings(path)
+    assert settings.model_dump() == Settings().model_dump()
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for section, field in Settings.model_fields.items():
+        model = type(field.default)
+        assert set(content[section]) == set(model.model_fields)
+        assert all(option.description for option in model.model_fields.values()), section
+
+
+def test_file_then_environment_then_command_line(tmp_path, monkeypatch):
+    path = write(
+        tmp_path / "a.yaml", "planner: {seed: 1, num_candidates: 7}\ndemo: {steps: 9}\nsimulate: {slots: 40}"
+    )
+    monkeypatch.setenv("EPLB_PLUGIN_PLANNER__SEED", "2")
+    monkeypatch.setenv("EPLB_PLUGIN_DEMO__DRIFT", "0.25")
+    monkeypatch.setenv("EPLB_PLUGIN_DEMO__LAYERS", "3")
+    monkeypatch.setenv("EPLB_PLUGIN_REBALANCER__LOCAL_FIRST", "true")
+    monkeypatch.setenv("EPLB_PLUGIN_SIMULATE__POLICIES", '["greedy"]')
+    monkeypatch.setenv("EPLB_PLUGIN_SIMULATE__SLOTS", "null")
+    settings = load_settings(path, {"demo.layers": 5, "demo.steps": None})
+    assert (settings.planner.seed, settings.planner.num_candidates) == (2, 7)
+    assert (settings.demo.drift, settings.demo.layers, settings.demo.steps) == (0.25, 5, 9)
+    assert settings.rebalancer.local_first is True
+    assert settings.simulate.policies == ("greedy",)
+    assert settings.simulate.slots is None
+    assert settings.origins["planner.seed"] == "environment variable EPLB_PLUGIN_PLANNER__SEED"
+    assert settings.origins["planner.num_candidates"] == str(path)
+    assert settings.origins["demo.layers"] == "command line"
+
+
+def test_the_environment_names_the_file(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.yaml", "planner: {seed: 1}")
+    other = write(tmp_path / "b.yaml", "planner: {seed: 2}")
+    monkeypatch.setenv("EPLB_PLUGIN_CONFIG", str(path))
+    assert load_settings().planner.seed == 1
+    assert load_settings(other).planner.seed == 2
+    monkeypatch.setenv("EPLB_PLUGIN_CONFIG", str(tmp_path / "none.yaml"))
+    with pytest.raises(ConfigError, match=r"none\.yaml: cannot be read"):
+        load_settings()
+
+
+def test_an_empty_file_changes_nothing(tmp_path):
+    assert load_settings(write(tmp_path / "a.yaml", "# nothing\n")) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("plan: {seed: 1}", "unknown section 'plan'; there are planner, rebalancer"),
+        ("planner: {sede: 1}", "unknown option planner.sede; planner has policy"),
+        ("planner: {seed: -1}", r"seed: Input should be greater than or equal to 0 \(got -1\)"),
+        ("planner: {policy: best}", "'ensemble' or 'greedy'"),
+        ("planner: {seed: 1.5}", "seed: "),
+        ("planner: 5", "section 'planner' holds 5"),
+        ("planner:", "section 'planner' holds None"),
+        ("planner: {1: 2}", "has the option 1, not a name"),
+        ("5: {a: 1}", "section 5 holds"),
+        ("- planner", "holds a list"),
+        ("planner: {seed: ", "not YAML"),
+        ("planner: !!python/object/apply:os.getcwd []", "not YAML"),
+    ],
+)
+def test_wrong_files_are_told_by_name(tmp_path, text, message):
+    path = write(tmp_path / "wrong.yaml", text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_settings(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("EPLB_PLUGIN_PLANNER__SEDE", "1", "unknown option planner.sede"),
+        ("EPLB_PLUGIN_PLAN__SEED", "1", "unknown section 'plan'"),
+        ("EPLB_PLUGIN_SEED", "1", "unknown; options are set as"),
+        ("EPLB_PLUGIN_PLANNER", '{"seed": 1}', "unknown; options are set as"),
+        ("EPLB_PLUGIN_PLANNER__SEED__X", "1", "unknown; options are set as"),
+        ("EPLB_PLUGIN_PLANNER__SEED", "many", r"seed: .*\(got 'many'\)"),
+        ("EPLB_PLUGIN_DEMO__RANKS", "0", r"ranks: .*\(got '0'\)"),
+        ("EPLB_PLUGIN_SIMULATE__POLICIES", "greedy", "write lists as JSON"),
+    ],
+)
+def test_wrong_variables_are_told_by_name(monkeypatch, name, value, message):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_settings()
+    assert name in str(caught.value)
+
+
+def test_a_wrong_value_is_blamed_on_the_origin_that_set_it(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.yaml", "planner: {seed: 1}")
+    monkeypatch.setenv("EPLB_PLUGIN_PLANNER__NUM_CANDIDATES", "4")
+    with pytest.raises(ConfigError, match=r"^command line: section planner: .*tolerance"):
+        load_settings(path, {"planner.tolerance": 2})
+
+
+def test_making_settings_reads_no_environment(monkeypatch):
+    monkeypatch.setenv("EPLB_PLUGIN_PLANNER__SEED", "2")
+    monkeypatch.setenv("EPLB_PLUGIN_NONSENSE", "2")
+    assert Settings().planner.seed == 0
+
+
+def test_importing_the_package_ignores_the_environment():
+    environment = {**os.environ, "EPLB_PLUGIN_NONSENSE": "1", "EPLB_PLUGIN_CONFIG": "/nowhere"}
+    code = "import eplb_plugin, eplb_plugin.settings"
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
+
+
+def test_settings_are_frozen():
+    settings = load_settings()
+    with pytest.raises(ValueError, match="frozen"):
+        settings.planner = PlannerOptions(seed=3)
+    with pytest.raises(TypeError):
+        settings.origins["planner.seed"] = "me"
