@@ -105,7 +105,7 @@ def main() -> None:
             f"{row['peak_over_mean']:.4f}",
             f"{row['peak_over_bound']:.4f}",
         )
-    console = Console()
+    console = Console(width=110)
     console.print(table)
     if not peers.available():
         console.print("The peers' wheels are not there (make bench-peers): vLLM's policy was left out.")

@@ -364,10 +364,12 @@ def _improve(
                 price, max_moves - moves, threshold, gain, rest,
             )  # fmt: skip
             swap_value = gained - price * cost
-            expert, slot, _, change_cost = _best_change(
-                scaled, weight, load, peak, top, slot_expert, count, held, origin, heavy, ranks_per_node,
-                grown, price, max_moves - moves, max(threshold, swap_value),
-            )  # fmt: skip
+            slot, expert, change_cost = -1, -1, 0
+            if mine < 0 or num_snapshots > 1:
+                expert, slot, _, change_cost = _best_change(
+                    scaled, weight, load, peak, top, slot_expert, count, held, origin, heavy, ranks_per_node,
+                    grown, price, max_moves - moves, max(threshold, swap_value),
+                )  # fmt: skip
             if slot >= 0:
                 old = slot_expert[slot]
                 rank = slot // capacity
