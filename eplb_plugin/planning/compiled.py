@@ -19,6 +19,7 @@ __all__ = ["compile_kernels", "grow", "pack_rows", "plan_from_scratch", "step_pe
 
 _MAX_THREADS = 8
 _CHUNKS_PER_THREAD = 4  # layers differ in effort; small chunks even that out
+_WORTH_THREADS = 4096  # loads below which starting a thread costs more than it saves
 _INT64 = np.dtype(np.int64)
 
 
@@ -98,7 +99,7 @@ def step_peaks(weight: torch.Tensor, physical_to_logical: torch.Tensor, num_rank
 
     peaks = np.empty(weight.shape[:2])
     load, ids = _array(weight), _array(physical_to_logical)
-    _over_layers(lambda first, last: kernels.peak_loads(load, ids, num_ranks, first, last, peaks), weight)
+    kernels.peak_loads(load, ids, num_ranks, 0, weight.shape[1], peaks)
     return torch.from_numpy(peaks)
 
 
@@ -145,15 +146,23 @@ def _over_layers(work: Any, weight: torch.Tensor) -> None:
     """Call `work(first, last)` for chunks of the layers. Layers are independent, so order does not matter."""
     num_layers = weight.shape[1]
     threads = min(_MAX_THREADS, _usable_cores(), num_layers)
-    if threads == 1:
+    if threads == 1 or weight.numel() < _WORTH_THREADS:
         work(0, num_layers)
         return
     size = -(-num_layers // (threads * _CHUNKS_PER_THREAD))
-    bounds = [(at, min(at + size, num_layers)) for at in range(0, num_layers, size)]
+    chunks = iter([(at, min(at + size, num_layers)) for at in range(0, num_layers, size)])
+
+    def drain() -> None:
+        # Taking the next item of a list iterator is one step of the interpreter, hence safe.
+        for first, last in chunks:
+            work(first, last)
+
     # A pool per call: a process that forks later does not inherit a pool whose threads are gone.
-    with ThreadPoolExecutor(threads, thread_name_prefix="eplb-plan") as pool:
-        for future in [pool.submit(work, first, last) for first, last in bounds]:
-            future.result()
+    with ThreadPoolExecutor(threads - 1, thread_name_prefix="eplb-plan") as pool:
+        others = [pool.submit(drain) for _ in range(threads - 1)]
+        drain()
+        for other in others:
+            other.result()
 
 
 def _usable_cores() -> int:

@@ -12,6 +12,7 @@ from .relabel import overlap_ranks
 __all__ = ["search_placement"]
 
 _ROUNDS = 10  # compiled rounds for each of `PlannerOptions.refine_rounds`
+_GROUP_PATIENCE = 8  # the same for packing groups to nodes: few items, and all else depends on it
 _PATIENCE = 2  # candidates from scratch that may fail to improve on the best
 
 
@@ -85,7 +86,7 @@ def _expert_nodes(load: torch.Tensor, topology: Topology, options: PlannerOption
         topology.num_nodes,
         rounds=_ROUNDS * options.refine_rounds,
         candidates=options.num_candidates,
-        patience=options.num_candidates,
+        patience=_GROUP_PATIENCE,
         tolerance=options.tolerance,
         seed=options.seed,
     )
