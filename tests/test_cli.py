@@ -1,0 +1,154 @@
+"""The command line: tables for people, JSON for programs, one clear line for errors."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from eplb_plugin.cli import app, main
+from eplb_plugin.traces import save_load_trace
+from eplb_plugin.traffic import generate
+
+REAL = Path(__file__).resolve().parents[2] / "shared" / "traces"
+ALL = ["--policy", "static", "--policy", "greedy", "--policy", "ensemble"]
+
+
+@pytest.fixture(scope="module")
+def load_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("traces") / "load.npz"
+    save_load_trace(path, generate("gpt-oss-20b", layers=2, steps=40, tokens_per_step=128, period=64))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def token_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("traces") / "tokens.npz"
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 8, (300, 2, 2)).astype(np.uint8)
+    category = np.array(["web", "code"] * 15)
+    np.savez(path, topk_ids=ids, request=np.repeat(np.arange(30), 10), category=category, num_experts=8)
+    return str(path)
+
+
+def run(*args):
+    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def last_json(result):
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_simulate_compares_policies(load_file):
+    result = run("simulate", load_file, "--ranks", 4, "--slots", 40, "--interval", 10, *ALL, "--json")
+    rows = last_json(result)
+    assert [row["policy"] for row in rows] == ["static", "greedy", "ensemble"]
+    for row in rows:
+        assert 0 < row["balancedness"] <= 1
+        assert 0 <= row["moved_share"] <= 1
+        assert row["plan_ms"] >= 0
+        assert len(row["intervals"]) == 3
+        assert f"{row['balancedness']:.4f}" in result.stdout
+    assert rows[0]["moved_share"] == 0
+    assert rows[0]["balancedness"] < rows[1]["balancedness"]
+    assert "3 rebalances, one every 10 steps" in result.stdout
+
+
+def test_a_missing_argument_is_a_usage_error():
+    assert run("simulate").exit_code == 2
+
+
+def test_without_json_there_is_none(load_file):
+    result = run("simulate", load_file, "--ranks", 4, "--interval", 10, "--policy", "static")
+    assert result.exit_code == 0
+    assert "{" not in result.stdout
+    # One spare slot per rank, where none are asked for.
+    assert "32 experts in 36 slots on 4 ranks" in " ".join(result.stdout.split())
+
+
+def test_simulate_decodes_and_prefills(token_file):
+    common = ["--ranks", 2, "--slots", 10, "--interval", 8, "--policy", "static", "--json"]
+    decode = ["--mode", "decode", "--batch", 4]
+    (row,) = last_json(run("simulate", token_file, *common, *decode))
+    assert sum(part["steps"] for part in row["intervals"]) == 7 * 8
+    (row,) = last_json(run("simulate", token_file, *common, *decode, "--steps", 20))
+    assert sum(part["steps"] for part in row["intervals"]) == 12
+    (other,) = last_json(run("simulate", token_file, *common, *decode, "--steps", 20, "--seed", 1))
+    assert other["balancedness"] != row["balancedness"]
+    (row,) = last_json(run("simulate", token_file, *common, "--mode", "prefill", "--max-tokens", 25))
+    assert sum(part["steps"] for part in row["intervals"]) == 15 - 8
+
+
+def test_simulate_generated_traffic_with_groups_and_nodes():
+    shape = ["--ranks", 8, "--slots", 264, "--nodes", 2, "--groups", 8]
+    result = run("simulate", "deepseek-v3", *shape, "--interval", 4, "--steps", 8, "--policy", "greedy")
+    assert result.exit_code == 0
+    assert "deepseek-v3 (generated)" in result.stdout
+
+
+def test_simulate_reads_a_configuration_file(tmp_path, load_file):
+    path = tmp_path / "mine.yaml"
+    path.write_text("simulate: {ranks: 4, slots: 36, policies: [static, greedy]}\nrebalancer: {interval: 20}")
+    rows = last_json(run("simulate", load_file, "--config", path, "--slots", 40, "--json"))
+    assert [row["policy"] for row in rows] == ["static", "greedy"]
+    assert [part["first_step"] for part in rows[0]["intervals"]] == [20]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["nowhere.npz"], "nowhere.npz: no such file"),
+        (["deepseek-v3", "--policy", "best"], "no policy 'best'; there are static, greedy, ensemble"),
+        (["deepseek-v3", "--ranks", "0"], "command line: section simulate: SimulateOptions: ranks"),
+        (["deepseek-v3", "--config", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
+        (["gpt-oss-20b", "--steps", "8", "--interval", "8"], "has 8 steps: with interval=8 none are left"),
+        (
+            ["gpt-oss-20b", "--steps", "8", "--ranks", "3", "--slots", "40"],
+            "num_slots=40 is not divisible by num_ranks=3",
+        ),
+        (
+            ["gpt-oss-20b", "--steps", "8", "--ranks", "3", "--slots", "30"],
+            "num_logical=32 experts need a slot each, num_slots=30",
+        ),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_2(monkeypatch, capsys, args, message):
+    monkeypatch.setattr(sys, "argv", ["eplb-plugin", "simulate", *args])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    line = err.splitlines()[-1]
+    assert line.startswith("eplb-plugin: ")
+    assert message in line
+
+
+def test_the_command_is_installed():
+    command = Path(sys.executable).with_name("eplb-plugin")
+    run = {"capture_output": True, "text": True, "timeout": 120}
+    result = subprocess.run([command, "--help"], check=False, **run)
+    assert result.returncode == 0
+    assert "simulate" in result.stdout
+    assert "demo" in result.stdout
+    result = subprocess.run([command, "simulate", "nowhere.npz"], check=False, **run)
+    assert result.returncode == 2
+    assert result.stderr.strip() == "eplb-plugin: nowhere.npz: no such file"
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="no recorded traces beside the repository")
+def test_simulate_on_recorded_traffic():
+    trace = REAL / "deepseek_v2_lite_prefill_tokens.npz"
+    common = ["--mode", "prefill", "--max-tokens", 1024, "--ranks", 8, "--slots", 72, "--interval", 4]
+    static, greedy, ensemble = last_json(run("simulate", trace, *common, *ALL, "--json"))
+    assert static["balancedness"] < min(greedy["balancedness"], ensemble["balancedness"])
+    assert ensemble["moved_share"] < greedy["moved_share"]

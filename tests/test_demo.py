@@ -1,0 +1,255 @@
+"""The demo on real processes: it runs, its check can fail, and no rank can make it hang."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from eplb_plugin.cli import app, serving
+from eplb_plugin.cli import demo as demo_module
+from eplb_plugin.cli.outcome import DemoOutcome, DemoTally, IntervalOutcome
+from eplb_plugin.cli.ranks import RankError, run_ranks
+from eplb_plugin.cli.serving import IntervalRecord, compare_outputs
+from eplb_plugin.errors import TopologyError, TraceError
+from eplb_plugin.runtime import rebalancer as rebalancer_module
+from eplb_plugin.settings import DemoOptions, Settings
+from eplb_plugin.traces import save_load_trace
+from eplb_plugin.traffic import generate
+
+SMALL = {"ranks": 2, "layers": 2, "experts": 8, "slots": 10, "top_k": 2, "steps": 12, "interval": 4}
+SMALL |= {"tokens": 64, "topics": 4, "period": 12, "time_limit": 100}
+
+
+def quiet():
+    return Console(stderr=True, quiet=True)
+
+
+def run_small(**changes):
+    return demo_module.run_demo(Settings(demo=DemoOptions(**{**SMALL, **changes})), quiet())
+
+
+@pytest.mark.parametrize("planning", ["leader", "sharded"])
+def test_the_demo_balances_and_changes_no_output(planning):
+    settings = Settings(
+        demo=DemoOptions(**SMALL), rebalancer={"planning": planning, "min_gain": 0, "interval": 1000}
+    )
+    outcome = demo_module.run_demo(settings, quiet())
+    assert outcome.outputs_equal
+    assert outcome.wrong == outcome.wrong_slots == 0
+    assert outcome.tokens == 2 * 12 * 64
+    assert outcome.difference < 1e-4
+    assert outcome.balancedness > outcome.balancedness_static
+    assert [(part.first_step, part.steps) for part in outcome.intervals] == [(0, 4), (4, 4), (8, 4)]
+    first, second, last = outcome.intervals
+    assert first.balancedness == first.balancedness_static
+    assert first.report is not None
+    assert first.report.moves > 0
+    assert second.report is not None
+    assert last.report is None
+    expected = (second.balancedness + last.balancedness) / 2
+    assert outcome.balancedness == pytest.approx(expected)
+
+
+def _serve_without_moving(rank, send, *args):
+    """Serve with a transfer that switches the maps over, but leaves every weight where it was."""
+
+    def only_switch(migration, weights, topology, group, *, committed, **_):
+        committed(migration.layers.tolist())
+        return SimpleNamespace(transfer=0.0, commit=0.0)
+
+    rebalancer_module.execute = only_switch
+    serving.serve(rank, send, *args)
+
+
+def test_the_check_fails_when_a_map_is_switched_without_its_weights(monkeypatch):
+    monkeypatch.setattr(demo_module, "serve", _serve_without_moving)
+    outcome = run_small()
+    assert not outcome.outputs_equal
+    assert outcome.wrong > 0.1 * outcome.tokens
+    assert outcome.wrong_slots > 0
+    assert "OUTPUTS DIFFER" in outcome.summary()
+
+
+def outcome_of(**changes):
+    report = rebalancer_module.RebalanceReport(
+        step=4,
+        skipped=False,
+        reason="",
+        balancedness_before=0.5,
+        balancedness_after=0.9,
+        layers=2,
+        moves=3,
+        bytes_moved=3_000_000,
+        gather_seconds=0.1,
+        plan_seconds=0.2,
+        transfer_seconds=0.3,
+        commit_seconds=0.1,
+    )
+    first = IntervalOutcome(first_step=0, steps=4, balancedness=0.5, balancedness_static=0.5, report=report)
+    skipped = replace(report, skipped=True, moves=0, bytes_moved=0)
+    second = IntervalOutcome(4, 4, 0.9, 0.6, skipped)
+    third = IntervalOutcome(8, 2, 0.6, 0.3, None)
+    outcome = DemoOutcome((first, second, third), tokens=100, wrong=0, ties=0, difference=0.0, wrong_slots=0)
+    return replace(outcome, **changes)
+
+
+def test_the_outcome_in_json():
+    values = outcome_of().as_dict()
+    assert values["outputs_equal"] is True
+    assert values["balancedness"] == pytest.approx((4 * 0.9 + 2 * 0.6) / 6)
+    assert values["balancedness_static"] == pytest.approx((4 * 0.6 + 2 * 0.3) / 6)
+    assert (values["rebalances"], values["moves"], values["bytes_moved"]) == (1, 3, 3_000_000)
+    assert values["plan_seconds"] == pytest.approx(0.2)
+    assert values["transfer_seconds"] == pytest.approx(0.4)
+    json.dumps(values)
+
+
+def test_a_run_of_one_interval_is_scored_on_it():
+    outcome = outcome_of(intervals=outcome_of().intervals[:1])
+    assert outcome.balancedness == 0.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "exit_code", "text"),
+    [
+        ({}, 0, "outputs equal on all 100 tokens"),
+        ({"wrong": 7}, 1, "OUTPUTS DIFFER on 7 of 100 tokens"),
+        ({"wrong_slots": 1}, 1, "1 slots wrong"),
+    ],
+)
+def test_the_exit_code_tells_whether_outputs_are_equal(monkeypatch, changes, exit_code, text):
+    monkeypatch.setattr(demo_module, "run_demo", lambda settings, console: outcome_of(**changes))
+    result = CliRunner().invoke(app, ["demo", "--json"])
+    assert result.exit_code == exit_code
+    *table, summary, last = result.stdout.splitlines()
+    assert any("balanced" in line for line in table)
+    assert text in summary
+    assert json.loads(last)["outputs_equal"] is (exit_code == 0)
+
+
+def test_the_command_runs_with_a_trace(tmp_path):
+    # Requests of one kind, then of another: the topics follow.
+    path = tmp_path / "tokens.npz"
+    ids = np.zeros((200, 1, 1), np.uint8)
+    category = np.array(["web", "code"])
+    np.savez(path, topk_ids=ids, request=np.repeat([0, 1], 100), category=category, num_experts=1)
+    args = ["--trace", path, "--mode", "prefill", "--ranks", 2, "--layers", 1, "--experts", 8, "--slots", 10]
+    args += ["--steps", 8, "--interval", 3, "--tokens", 32, "--seed", 1]
+    result = CliRunner().invoke(app, ["demo", *map(str, args), "--json"])
+    assert result.exit_code == 0, result.output
+    values = json.loads(result.stdout.splitlines()[-1])
+    assert values["outputs_equal"] is True
+    assert values["tokens_compared"] == 2 * 8 * 32
+    assert "2 ranks, 1 layers, 8 experts in 10 slots" in result.stdout
+    mix = demo_module._mix(DemoOptions(trace=str(path), mode="prefill", steps=8))
+    np.testing.assert_allclose(mix, np.repeat([[0, 1], [1, 0]], 4, 0))
+    mix = demo_module._mix(DemoOptions(trace=str(path), steps=8))
+    assert mix.shape == (8, 2)
+    np.testing.assert_allclose(mix.sum(1), 1)
+
+
+def test_what_cannot_be_served_is_told_before_anything_starts(tmp_path):
+    with pytest.raises(TopologyError, match="num_slots=9"):
+        run_small(slots=9)
+    with pytest.raises(TopologyError, match="num_logical=12"):
+        run_small(experts=12)
+    with pytest.raises(TopologyError, match="top_k=9 is above experts=8"):
+        run_small(top_k=9)
+    path = tmp_path / "load.npz"
+    save_load_trace(path, generate("gpt-oss-20b", layers=1, steps=4))
+    with pytest.raises(TraceError, match="holds loads only"):
+        run_small(trace=str(path))
+
+
+def test_wrong_outputs_are_counted():
+    expected = torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 1.0], [5.0, 5.0, 0.0], [1.0, 2.0, 3.0]])
+    no_tie = torch.zeros(4, dtype=torch.bool)
+    same = compare_outputs(expected.clone(), expected, no_tie)
+    assert (same.wrong, same.ties, same.difference) == (0, 0, 0)
+    # Rounding changes nothing, not even where it decides between two predictions that are level.
+    rounded = expected + 1e-5 * torch.tensor([-1.0, 1.0, 0.0])
+    assert compare_outputs(rounded, expected, no_tie).wrong == 0
+    other = expected.clone()
+    other[1, 1] = 2.5
+    other[3] = torch.tensor([3.0, 2.0, 1.0])
+    compared = compare_outputs(other, expected, no_tie)
+    assert (compared.wrong, compared.ties, compared.difference) == (2, 0, 2)
+    compared = compare_outputs(other, expected, torch.tensor([True, False, True, True]))
+    assert (compared.wrong, compared.ties) == (1, 1)
+    assert compared.difference == 0.5
+    # What is not a number is wrong.
+    assert compare_outputs(expected * torch.nan, expected, no_tie).wrong == 4
+
+
+def record(interval, rows, **changes):
+    values = {"tokens": 10, "wrong": 0, "ties": 0, "difference": 0.0, "report": None, "wrong_slots": 0}
+    rows = np.array(rows, np.int64)
+    return IntervalRecord(interval=interval, rows=rows, rows_static=rows[::-1], **{**values, **changes})
+
+
+def test_records_of_ranks_are_put_together_in_any_order():
+    tally = DemoTally(2)
+    tally.add(record(0, [[4, 0], [2, 2]], wrong=1, difference=0.5))
+    tally.add(record(1, [[1, 1]], ties=2))
+    assert tally.intervals == ()
+    tally.add(record(0, [[0, 4], [2, 2]], wrong_slots=3))
+    (first,) = tally.intervals
+    # Step 0: both layers have mean 2 and max 4; step 1 is even.
+    assert first.balancedness == pytest.approx((0.5 + 1) / 2)
+    tally.add(record(1, [[1, 3]]))
+    assert [(part.first_step, part.steps) for part in tally.intervals] == [(0, 2), (2, 1)]
+    assert tally.intervals[1].balancedness == pytest.approx(3 / 4)
+    outcome = tally.outcome()
+    assert (outcome.tokens, outcome.wrong, outcome.ties, outcome.wrong_slots) == (40, 1, 2, 3)
+    assert outcome.difference == 0.5
+
+
+def _greet(rank, send, word):
+    send(f"{word} {rank}")
+    send(torch.distributed.get_world_size())
+
+
+def _raise_on_one(rank, send):
+    if rank == 1:
+        raise ValueError("no such luck")
+    torch.distributed.barrier()
+
+
+def _die_on_one(rank, send):
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    torch.distributed.barrier()
+
+
+def _sleep(rank, send):
+    time.sleep(600)
+
+
+def test_messages_of_all_ranks_arrive():
+    messages = list(run_ranks(_greet, 2, ("hello",), time_limit=60))
+    for rank in range(2):
+        assert [message for sender, message in messages if sender == rank] == [f"hello {rank}", 2]
+    assert len(messages) == 4
+
+
+@pytest.mark.parametrize(
+    ("body", "limit", "message"),
+    [
+        (_raise_on_one, 60, "rank 1 failed: ValueError: no such luck"),
+        (_die_on_one, 60, "rank 1 died with exit code -9"),
+        (_sleep, 4, r"ranks \[0, 1\] were still running after the time limit of 4 s"),
+    ],
+)
+def test_a_rank_that_fails_ends_all(body, limit, message):
+    with pytest.raises(RankError, match=message):
+        list(run_ranks(body, 2, (), time_limit=limit))
