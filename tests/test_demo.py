@@ -22,6 +22,7 @@ from eplb_plugin.cli.ranks import RankError, run_ranks
 from eplb_plugin.cli.serving import IntervalRecord, compare_outputs
 from eplb_plugin.errors import TopologyError, TraceError
 from eplb_plugin.runtime import rebalancer as rebalancer_module
+from eplb_plugin.runtime.rebalancer import RebalanceReport
 from eplb_plugin.settings import DemoOptions, Settings
 from eplb_plugin.traces import save_load_trace
 from eplb_plugin.traffic import generate
@@ -81,7 +82,7 @@ def test_the_check_fails_when_a_map_is_switched_without_its_weights(monkeypatch)
 
 
 def outcome_of(**changes):
-    report = rebalancer_module.RebalanceReport(
+    report = RebalanceReport(
         step=4,
         skipped=False,
         reason="",
@@ -96,7 +97,7 @@ def outcome_of(**changes):
         commit_seconds=0.1,
     )
     first = IntervalOutcome(first_step=0, steps=4, balancedness=0.5, balancedness_static=0.5, report=report)
-    skipped = replace(report, skipped=True, moves=0, bytes_moved=0)
+    skipped = replace(report, skipped=True, moves=0, bytes_moved=0, transfer_seconds=0, commit_seconds=0)
     second = IntervalOutcome(4, 4, 0.9, 0.6, skipped)
     third = IntervalOutcome(8, 2, 0.6, 0.3, None)
     outcome = DemoOutcome((first, second, third), tokens=100, wrong=0, ties=0, difference=0.0, wrong_slots=0)
@@ -109,7 +110,8 @@ def test_the_outcome_in_json():
     assert values["balancedness"] == pytest.approx((4 * 0.9 + 2 * 0.6) / 6)
     assert values["balancedness_static"] == pytest.approx((4 * 0.6 + 2 * 0.3) / 6)
     assert (values["rebalances"], values["moves"], values["bytes_moved"]) == (1, 3, 3_000_000)
-    assert values["plan_seconds"] == pytest.approx(0.2)
+    # The second one planned, too, but changed nothing.
+    assert values["plan_seconds"] == pytest.approx(0.4)
     assert values["transfer_seconds"] == pytest.approx(0.4)
     json.dumps(values)
 
@@ -200,15 +202,18 @@ def record(interval, rows, **changes):
 def test_records_of_ranks_are_put_together_in_any_order():
     tally = DemoTally(2)
     tally.add(record(0, [[4, 0], [2, 2]], wrong=1, difference=0.5))
-    tally.add(record(1, [[1, 1]], ties=2))
+    report = outcome_of().intervals[0].report
+    tally.add(record(1, [[1, 1]], ties=2, report=report))
     assert tally.intervals == ()
     tally.add(record(0, [[0, 4], [2, 2]], wrong_slots=3))
     (first,) = tally.intervals
     # Step 0: both layers have mean 2 and max 4; step 1 is even.
     assert first.balancedness == pytest.approx((0.5 + 1) / 2)
-    tally.add(record(1, [[1, 3]]))
+    tally.add(record(1, [[1, 3]], report=replace(report, plan_seconds=0.7)))
     assert [(part.first_step, part.steps) for part in tally.intervals] == [(0, 2), (2, 1)]
     assert tally.intervals[1].balancedness == pytest.approx(3 / 4)
+    assert first.report is None
+    assert tally.intervals[1].report == replace(report, plan_seconds=0.7)
     outcome = tally.outcome()
     assert (outcome.tokens, outcome.wrong, outcome.ties, outcome.wrong_slots) == (40, 1, 2, 3)
     assert outcome.difference == 0.5

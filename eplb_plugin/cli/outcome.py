@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ class IntervalOutcome:
         steps: its steps.
         balancedness: measured, mean over its steps.
         balancedness_static: the same of the model that is never rebalanced.
-        report: the rebalance at its end as rank 0 tells it; None after the last interval.
+        report: the rebalance at its end, with the seconds of the slowest rank; None after the last interval.
     """
 
     first_step: int
@@ -60,9 +60,8 @@ class DemoOutcome:
 
     @property
     def reports(self) -> tuple[RebalanceReport, ...]:
-        """The rebalances that changed something."""
-        reports = (item.report for item in self.intervals)
-        return tuple(item for item in reports if item is not None and not item.skipped)
+        """All rebalances, also those that found nothing worth changing."""
+        return tuple(item.report for item in self.intervals if item.report is not None)
 
     @property
     def balancedness(self) -> float:
@@ -84,7 +83,7 @@ class DemoOutcome:
             "largest_difference": self.difference,
             "balancedness": self.balancedness,
             "balancedness_static": self.balancedness_static,
-            "rebalances": len(reports),
+            "rebalances": sum(not item.skipped for item in reports),
             "moves": sum(item.moves for item in reports),
             "bytes_moved": sum(item.bytes_moved for item in reports),
             "plan_seconds": sum(item.plan_seconds for item in reports),
@@ -151,7 +150,7 @@ class DemoTally:
                 steps=record.rows.shape[0],
                 balancedness=_balancedness(np.stack([item.rows for item in records])),
                 balancedness_static=_balancedness(np.stack([item.rows_static for item in records])),
-                report=record.report,
+                report=_slowest([item.report for item in records]),
             )
         )
 
@@ -165,6 +164,20 @@ class DemoTally:
             difference=self._difference,
             wrong_slots=self._wrong_slots,
         )
+
+
+def _slowest(reports: list[RebalanceReport | None]) -> RebalanceReport | None:
+    """What the ranks tell of one rebalance, which differs in the seconds alone."""
+    told = [report for report in reports if report is not None]
+    if not told:
+        return None
+    return replace(
+        told[0],
+        gather_seconds=max(report.gather_seconds for report in told),
+        plan_seconds=max(report.plan_seconds for report in told),
+        transfer_seconds=max(report.transfer_seconds for report in told),
+        commit_seconds=max(report.commit_seconds for report in told),
+    )
 
 
 def _balancedness(rows: np.ndarray[Any, np.dtype[np.int64]]) -> float:
