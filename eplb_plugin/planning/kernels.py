@@ -21,6 +21,7 @@ _compile = numba.njit(nogil=True, cache=True, fastmath=False, boundscheck=False)
 _TRIED_RANKS = 4  # heavy ranks that a round looks at before the search gives up
 _RACE_ROUNDS = 8  # rounds after which the better of two starts is carried on
 _HYSTERESIS = 1.2  # how much heavier an expert counts that would lose a replica
+_STEP_PRICE = 0.3  # share of the price of a move that each single exchange has to earn
 _SHORTLIST = 3  # slots that are looked at closely for each expert that might get a replica
 
 
@@ -326,10 +327,7 @@ def _improve(
         origin = np.zeros((num_logical, num_ranks), np.int16)
         for slot in range(num_slots):
             origin[current[slot], slot // capacity] += 1
-        for expert in range(num_logical):
-            for rank in range(num_ranks):
-                if held[expert, rank] > 0 and origin[expert, rank] == 0:
-                    moves += 1
+        moves = _count_moves(slot_expert, origin, capacity)
     share = np.empty((num_snapshots, num_slots), np.float32)
     load = np.empty((num_snapshots, num_ranks), np.float32)
     slot_load = np.empty((num_snapshots, num_slots), np.float32)
@@ -347,8 +345,16 @@ def _improve(
     # Ranks that could not be relieved, and have not changed since: not worth another look each round.
     failed = np.zeros(num_ranks, np.bool_)
     fresh = True  # whether they failed against the placement as it is now
+    # The second heaviest rank bounds what one exchange can gain, so exchanges pay less together than each
+    # looks worth alone: they are made at a lower price, and those after the best score are undone.
+    full_price, price = price, price * _STEP_PRICE
+    best_score = np.inf
+    best_slots = slot_expert.copy()
     for _ in range(rounds):
         total_peak = _leads(load, peak, top, lead)
+        if grown and total_peak + full_price * moves < best_score:
+            best_score = total_peak + full_price * moves
+            best_slots[:] = slot_expert
         if total_peak <= 1.0 + tolerance:
             break
         improved = False
@@ -397,8 +403,29 @@ def _improve(
                 break
             failed[:] = False
             fresh = True
+    if grown and _leads(load, peak, top, lead) + full_price * moves > best_score:
+        slot_expert[:] = best_slots
+        count[:] = 0
+        for slot in range(num_slots):
+            count[slot_expert[slot]] += 1
+        moves = _count_moves(slot_expert, origin, capacity)
     _recompute(scaled, slot_expert, count, share, load, slot_load)
     return _leads(load, peak, top, lead), moves
+
+
+@_compile
+def _count_moves(slot_expert, origin, capacity):
+    """How many (rank, expert) pairs hold an expert that `origin` [logical, ranks] does not."""
+    num_ranks = origin.shape[1]
+    moves = 0
+    for rank in range(num_ranks):
+        for slot in range(rank * capacity, (rank + 1) * capacity):
+            first = True
+            for other in range(rank * capacity, slot):
+                first = first and slot_expert[other] != slot_expert[slot]
+            if first and origin[slot_expert[slot], rank] == 0:
+                moves += 1
+    return moves
 
 
 @_compile
