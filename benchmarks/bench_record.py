@@ -127,7 +127,7 @@ def main() -> None:
         times = (f"{value:,.0f}" for value in (row.without_us, row.with_us, row.record_us))
         share = f"{row.overhead_percent:.2f} %"
         table.add_row(row.name, str(row.tokens), *times, share, str(row.bytes_after_first_step))
-    Console().print(table)
+    Console(width=110).print(table)
     print(json.dumps([{**vars(row), "overhead_percent": round(row.overhead_percent, 3)} for row in rows]))
 
 
