@@ -52,7 +52,7 @@ class PlannerOptions(Options):
     """A row is finished when its peak is within this share of the lower bound."""
 
     move_price: float = Field(0.012, ge=0)
-    """What an exchange has to lower the peak by for every move that it takes, as a share of the mean load of
+    """What exchanges have to lower the peak by for every move that they take, as a share of the mean load of
     a slot. With 0 moves are free and a placement from scratch is tried too."""
 
     max_moves: int | None = Field(None, ge=0)

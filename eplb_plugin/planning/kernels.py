@@ -1,7 +1,8 @@
 """Compiled search over the placements of single layers, for loads on the CPU.
 
 The functions here release the interpreter lock and are cached on disk. They run without `fastmath`, and
-every sum has a fixed order, so the same input gives the same placement on every machine.
+every sum has a fixed order, so the same input gives the same placement on every machine. They share one
+file because the cache on disk does not notice changes of functions that live in another one.
 
 A layer's state is: `slot_expert [slots]`, `count [logical]` (replicas), `held [logical, ranks]` (how many
 slots of a rank hold an expert), `share [snapshots, slots]` (load of what each slot holds), `load
