@@ -7,6 +7,7 @@ GNU OpenMP does not survive a fork, and engines do both.
 from __future__ import annotations
 
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -146,6 +147,9 @@ def _over_layers(work: Any, weight: torch.Tensor) -> None:
     """Call `work(first, last)` for chunks of the layers. Layers are independent, so order does not matter."""
     num_layers = weight.shape[1]
     threads = min(_MAX_THREADS, _usable_cores(), num_layers)
+    if threading.current_thread() is not threading.main_thread():
+        # Planning in the background: the engine's own thread keeps a core.
+        threads = max(1, threads - 1)
     if threads == 1 or weight.numel() < _WORTH_THREADS:
         work(0, num_layers)
         return
