@@ -59,6 +59,9 @@ class PlannerOptions(Options):
     """Most moves per layer and rebalance; None leaves it to the price. A layer whose placement in force
     breaks the hierarchical policy is planned anew whatever that takes."""
 
+    min_gain: float = Field(0.01, ge=0, lt=1)
+    """Skip rule: a layer whose predicted balancedness rises by less than this stays as it is."""
+
     snapshot_decay: float = Field(0.95, gt=0, le=1)
     """Weight of a snapshot relative to the next one in time; 1 weighs all alike."""
 
@@ -80,9 +83,6 @@ class RebalancerOptions(Options):
 
     history: int = Field(4, ge=1, le=64)
     """Intervals that the window spans; a plan is made from all of them."""
-
-    min_gain: float = Field(0.01, ge=0, lt=1)
-    """Skip rule: a layer whose predicted balancedness rises by less than this stays as it is."""
 
     planning: Literal["leader", "sharded"] = "leader"
     """`leader`: rank 0 plans and broadcasts; `sharded`: every rank plans its share of the layers."""

@@ -19,6 +19,7 @@ from .placement import Placement
 from .planning.planner import plan
 from .topology import Topology
 from .traces import LoadTrace
+from .window import fold_steps
 
 __all__ = [
     "POLICIES",
@@ -26,7 +27,6 @@ __all__ = [
     "Policy",
     "PolicySetup",
     "SimulationResult",
-    "fold_steps",
     "policy_setup",
     "simulate",
 ]
@@ -178,23 +178,6 @@ def simulate(
         plan_ms=statistics.median(item.plan_ms for item in results),
         intervals=tuple(results),
     )
-
-
-def fold_steps(load: torch.Tensor, snapshots: int) -> torch.Tensor:
-    """Sum neighbouring steps, as the load window of the online loop does.
-
-    Args:
-        load: [steps, layers, logical], tokens.
-        snapshots: snapshots to make, at most.
-
-    Returns:
-        int64 or float64 [min(snapshots, steps), layers, logical] in time order.
-    """
-    steps = load.shape[0]
-    count = min(snapshots, steps)
-    index = torch.arange(steps) * count // steps
-    wide = load.to(torch.float64 if load.is_floating_point() else torch.int64)
-    return wide.new_zeros(count, *load.shape[1:]).index_add_(0, index, wide)
 
 
 def policy_setup(name: str, planner: PlannerOptions | None = None) -> PolicySetup:

@@ -8,7 +8,7 @@ import torch
 
 from .errors import LoadError
 
-__all__ = ["LoadWindow"]
+__all__ = ["LoadWindow", "fold_steps"]
 
 _ID_DTYPES = (torch.int32, torch.int64)
 
@@ -194,3 +194,20 @@ class LoadWindow:
         # A copy from another device would wait for the host.
         if tensor.device != self.device:
             raise LoadError(f"{name} is on {tensor.device}, the window on {self.device}")
+
+
+def fold_steps(load: torch.Tensor, snapshots: int) -> torch.Tensor:
+    """Sum neighbouring steps that are all there already, as `LoadWindow` does one by one.
+
+    Args:
+        load: [steps, layers, logical], tokens.
+        snapshots: snapshots to make, at most.
+
+    Returns:
+        int64 or float64 [min(snapshots, steps), layers, logical] in time order.
+    """
+    steps = load.shape[0]
+    count = min(snapshots, steps)
+    index = torch.arange(steps) * count // steps
+    wide = load.to(torch.float64 if load.is_floating_point() else torch.int64)
+    return wide.new_zeros(count, *load.shape[1:]).index_add_(0, index, wide)

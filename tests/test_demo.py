@@ -42,7 +42,9 @@ def run_small(**changes):
 @pytest.mark.parametrize("planning", ["leader", "sharded"])
 def test_the_demo_balances_and_changes_no_output(planning):
     settings = Settings(
-        demo=DemoOptions(**SMALL), rebalancer={"planning": planning, "min_gain": 0, "interval": 1000}
+        demo=DemoOptions(**SMALL),
+        planner={"min_gain": 0},
+        rebalancer={"planning": planning, "interval": 1000},
     )
     outcome = demo_module.run_demo(settings, quiet())
     assert outcome.outputs_equal

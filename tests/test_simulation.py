@@ -15,11 +15,11 @@ from eplb_plugin.folding import fold_decode
 from eplb_plugin.metrics import balancedness, count_moves
 from eplb_plugin.placement import Placement
 from eplb_plugin.planning.planner import plan
-from eplb_plugin.simulation import POLICIES, PolicySetup, fold_steps, policy_setup, simulate
+from eplb_plugin.simulation import POLICIES, PolicySetup, policy_setup, simulate
 from eplb_plugin.topology import Topology
 from eplb_plugin.traces import LoadTrace, read_trace
 from eplb_plugin.traffic import generate
-from eplb_plugin.window import LoadWindow
+from eplb_plugin.window import LoadWindow, fold_steps
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "traces"
 TOPOLOGY = Topology(num_ranks=4, num_slots=40)

@@ -14,7 +14,7 @@ import torch
 from ..topology import Topology
 from .replication import replica_slots, replicate
 
-__all__ = ["Packer", "effective_topology", "place_from_scratch"]
+__all__ = ["Packer", "effective_topology", "groups_within_nodes", "place_from_scratch"]
 
 Packer = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
 """(weight [snapshots, X, n], num_packs) -> (pack_index, rank_in_pack), both int64 [X, n]."""
@@ -68,3 +68,14 @@ def place_from_scratch(
     slot = rank * topology.slots_per_rank + place
     placed = torch.empty_like(slot_expert).scatter_(1, slot, slot_expert)
     return in_node.view(num_layers * nodes, -1).gather(1, placed).view(num_layers, -1)
+
+
+def groups_within_nodes(ids: torch.Tensor, num_logical: int, topology: Topology) -> torch.Tensor:
+    """Whether each layer keeps every group within one node: bool [layers]."""
+    if topology.num_nodes == 1:
+        return torch.ones(ids.shape[0], dtype=torch.bool, device=ids.device)
+    group = ids // (num_logical // topology.num_groups)
+    node = torch.arange(topology.num_slots, device=ids.device) // topology.slots_per_node
+    lowest = torch.full((ids.shape[0], topology.num_groups), topology.num_nodes, device=ids.device)
+    lowest.scatter_reduce_(1, group, node.expand_as(group), "amin")
+    return (lowest.gather(1, group) == node).all(1)

@@ -12,7 +12,7 @@ import torch
 from ..config import PlannerOptions
 from ..errors import LoadError, PlacementError
 from ..load import as_snapshots
-from ..metrics import balancedness, count_moves
+from ..metrics import count_moves, rank_loads
 from ..placement import Placement
 from ..topology import Topology
 from .alignment import keep_slots
@@ -22,7 +22,7 @@ from .compiled import step_peaks
 from .distinct import shared_replicas, spread_over_ranks
 from .exact import to_exact
 from .greedy import lpt_packing
-from .hierarchy import effective_topology, place_from_scratch
+from .hierarchy import effective_topology, groups_within_nodes, place_from_scratch
 from .packing import pack_exact
 from .recency import condense
 from .search import search_placement
@@ -104,6 +104,8 @@ def plan(
         ids = _ensemble(snapshots, usable, options, current_ids)
     if current_ids is not None:
         ids = keep_slots(ids, current_ids, topology)
+        keep = _gains_too_little(snapshots, ids, current_ids, usable, options.min_gain)
+        ids = torch.where(keep[:, None], current_ids, ids)
     placement = Placement(ids, num_logical)
     return Plan(
         placement=placement,
@@ -153,12 +155,32 @@ def rebalance_experts(
 
 def _predicted(load: torch.Tensor, placement: Placement, topology: Topology) -> float:
     """`balancedness`, by the compiled kernel where that can be used: it is a good part of planning time."""
-    if load.device.type != "cpu":
-        return balancedness(load, placement, topology)
-    peaks = step_peaks(load, placement.physical_to_logical, topology.num_ranks).sum(1)
+    peaks = _step_peaks(load, placement.physical_to_logical, topology).sum(1)
     means = load.sum((1, 2)) / topology.num_ranks
     busy = peaks > 0
     return float((means[busy] / peaks[busy]).mean()) if bool(busy.any()) else 1.0
+
+
+def _gains_too_little(
+    load: torch.Tensor, ids: torch.Tensor, current: torch.Tensor, topology: Topology, min_gain: float
+) -> torch.Tensor:
+    """bool [layers]: the placement in force obeys the rules, and `ids` gains less than `min_gain` over it.
+
+    What a layer gains is the rise of its mean rank load / peak rank load, both summed over the snapshots.
+    """
+    mean = load.sum((0, 2)) / topology.num_ranks
+    before, after = (_step_peaks(load, x, topology).sum(0) for x in (current, ids))
+    gain = torch.where(mean > 0, mean / after - mean / before, 0.0)
+    shared, planned = (shared_replicas(x, topology).sum(1) for x in (current, ids))
+    obeys = groups_within_nodes(current, load.shape[2], topology) & (shared <= planned)
+    return (gain < min_gain) & obeys
+
+
+def _step_peaks(load: torch.Tensor, ids: torch.Tensor, topology: Topology) -> torch.Tensor:
+    """float64 [snapshots, layers]: the peak rank load, by the compiled kernel where that can be used."""
+    if load.device.type == "cpu":
+        return step_peaks(load, ids, topology.num_ranks)
+    return rank_loads(load, Placement(ids, load.shape[2]), topology).amax(2)
 
 
 def _greedy(load: torch.Tensor, topology: Topology) -> torch.Tensor:

@@ -7,6 +7,7 @@ import torch
 from ..config import PlannerOptions
 from ..topology import Topology
 from .compiled import grow, pack_rows, plan_from_scratch, step_peaks
+from .hierarchy import groups_within_nodes
 from .relabel import overlap_ranks
 
 __all__ = ["search_placement"]
@@ -36,7 +37,7 @@ def search_placement(
     """
     if current is None:
         return _from_scratch(load, topology, options)
-    broken = ~_groups_within_nodes(current, load.shape[2], topology)
+    broken = ~groups_within_nodes(current, load.shape[2], topology)
     rounds = _ROUNDS * options.refine_rounds
     ids = grow(
         load,
@@ -91,14 +92,3 @@ def _expert_nodes(load: torch.Tensor, topology: Topology, options: PlannerOption
         seed=options.seed,
     )
     return node.repeat_interleave(group_size, dim=1)
-
-
-def _groups_within_nodes(ids: torch.Tensor, num_logical: int, topology: Topology) -> torch.Tensor:
-    """Whether each layer keeps every group within one node: bool [layers]."""
-    if topology.num_nodes == 1:
-        return torch.ones(ids.shape[0], dtype=torch.bool)
-    group = ids // (num_logical // topology.num_groups)
-    node = torch.arange(topology.num_slots) // topology.slots_per_node
-    lowest = torch.full((ids.shape[0], topology.num_groups), topology.num_nodes)
-    lowest.scatter_reduce_(1, group, node.expand_as(group), "amin")
-    return (lowest.gather(1, group) == node).all(1)

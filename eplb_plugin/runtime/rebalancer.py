@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from ..config import PlannerOptions, RebalancerOptions
 from ..errors import EplbError, PlacementError, TransferError
-from ..metrics import balancedness, rank_loads
+from ..metrics import balancedness
 from ..migration import plan_migration
 from ..placement import Placement
 from ..planning.planner import plan
@@ -209,7 +209,7 @@ class Rebalancer:
         # when every rank has what it needs.
         migration = plan_migration(old, new, self.topology)
         if not migration.layers.numel() and not reason:
-            reason = f"no layer gains min_gain={self.options.min_gain}"
+            reason = f"no layer gains min_gain={self.planner.min_gain}"
         times = execute(
             migration,
             self._weights,
@@ -261,19 +261,10 @@ class Rebalancer:
         return Placement(rows, self._placement.num_logical), ""
 
     def _plan_layers(self, load: torch.Tensor, first: int, last: int) -> torch.Tensor:
-        """int64 [last - first, slots]: the planned rows, and today's where a layer gains too little."""
+        """int64 [last - first, slots]: the planned rows."""
         load = load[:, first:last]
         current = Placement(self._placement.physical_to_logical[first:last], self._placement.num_logical)
-        planned = plan(load, self.topology, current, self.planner).placement
-        gain = self._layer_balancedness(load, planned) - self._layer_balancedness(load, current)
-        keep = (gain < self.options.min_gain).cpu()
-        return planned.to("cpu").with_layers(keep, current).physical_to_logical
-
-    def _layer_balancedness(self, load: torch.Tensor, placement: Placement) -> torch.Tensor:
-        """float64 [layers]: mean rank load / peak rank load, both summed over snapshots; 1 without load."""
-        loads = rank_loads(load, placement, self.topology)
-        peak = loads.amax(2).sum(0)
-        return torch.where(peak > 0, loads.mean(2).sum(0) / peak, 1.0)
+        return plan(load, self.topology, current, self.planner).placement.physical_to_logical.cpu()
 
     def _balancedness(self, interval_load: torch.Tensor, placement: Placement) -> float:
         if not interval_load.shape[0]:

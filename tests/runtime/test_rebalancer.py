@@ -16,7 +16,7 @@ from tests.processes import RanksFailedError, run_ranks
 from tests.runtime.cases import fill, wrong_rows
 
 LAYERS, LOGICAL = 3, 16
-FAST = eplb.PlannerOptions(num_candidates=8, refine_rounds=4)
+FAST = eplb.PlannerOptions(num_candidates=8, refine_rounds=4, min_gain=0)
 HIERARCHICAL = eplb.Topology(num_nodes=2, num_ranks=4, num_slots=24, num_groups=4)
 GLOBAL = eplb.Topology(num_ranks=4, num_slots=24)
 PAIR = eplb.Topology(num_ranks=2, num_slots=20)
@@ -36,7 +36,7 @@ def summed(step: int, layer: int) -> torch.Tensor:
 
 
 def options(**changes: object) -> eplb.RebalancerOptions:
-    return eplb.RebalancerOptions(**{"interval": 2, "snapshots": 2, "history": 1, "min_gain": 0.0} | changes)
+    return eplb.RebalancerOptions(**{"interval": 2, "snapshots": 2, "history": 1} | changes)
 
 
 def make_weights(topology: eplb.Topology, rank: int) -> list[list[torch.Tensor]]:
@@ -175,7 +175,7 @@ def trouble(rank: int) -> None:
     with pytest.raises(eplb.TopologyError, match="num_ranks=4, the group 2"):
         Rebalancer(GLOBAL, LAYERS, LOGICAL)
     with pytest.raises(eplb.AgreementError, match="topology and options"):
-        fresh(min_gain=0.1 * rank)
+        fresh(interval=2 + rank)
     ids = start.physical_to_logical.flip(1) if rank else start.physical_to_logical
     with pytest.raises(eplb.AgreementError, match="placement at the start"):
         Rebalancer(PAIR, LAYERS, LOGICAL, placement=eplb.Placement(ids, LOGICAL))
@@ -245,8 +245,8 @@ def test_layers_that_gain_too_little_stay() -> None:
                 3,
                 4,
                 placement=eplb.Placement(rows, 4),
-                options=options(min_gain=min_gain),
-                planner=FAST,
+                options=options(),
+                planner=FAST.model_copy(update={"min_gain": min_gain}),
             )
         for layer in range(3):
             balancer.record_counts(layer, loads[layer])
