@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from .errors import TraceError
+from .files import written_whole
 from .npz import MAX_BYTES, NpzReader
 
-__all__ = ["LoadTrace", "TokenTrace", "read_trace", "save_load_trace"]
+__all__ = ["LoadTrace", "TokenTrace", "as_load", "read_npz_trace", "read_trace", "save_load_trace"]
 
 _Array = np.ndarray[Any, Any]
 # Counts above this are no longer exact as float64, in which planning computes.
@@ -27,13 +28,17 @@ class LoadTrace:
     Attributes:
         load: [steps, layers, experts], tokens; int32, int64, float32 or float64, on the CPU.
         name: where it comes from, for titles and errors.
+        layer_ids: the layer of the model that each row is of, rising; by default 0 and following. Engines
+            that number dense layers too need it.
 
     Raises:
-        TraceError: wrong shape or dtype, no elements, or NaN, infinite or negative values.
+        TraceError: wrong shape or dtype, no elements, NaN, infinite or negative values, or layers that do
+            not rise.
     """
 
     load: torch.Tensor
     name: str = "load"
+    layer_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.load, torch.Tensor):
@@ -52,6 +57,12 @@ class LoadTrace:
                 f"{self.load[step, layer, expert].item()}; {int(bad.sum())} of {bad.numel()} values are "
                 "NaN, infinite or negative"
             )
+        layer_ids = self.layer_ids or tuple(range(self.num_layers))
+        if len(layer_ids) != self.num_layers:
+            raise TraceError(f"{self.name}: {len(layer_ids)} layer_ids for {self.num_layers} layers")
+        if layer_ids[0] < 0 or any(a >= b for a, b in pairwise(layer_ids)):
+            raise TraceError(f"{self.name}: layer_ids {list(layer_ids)} do not rise from 0 or above")
+        object.__setattr__(self, "layer_ids", layer_ids)
 
     @property
     def num_steps(self) -> int:
@@ -147,11 +158,28 @@ class TokenTrace:
 
 
 def read_trace(path: str | Path, max_bytes: int = MAX_BYTES) -> LoadTrace | TokenTrace:
-    """Read a trace file; which kind it is follows from the arrays it has.
+    """Read a trace of any format that `docs/formats.md` lists; which one follows from what is there.
 
     Args:
-        path: `.npz` with `load [steps, layers, experts]`, or with `topk_ids [tokens, layers, top_k]`,
-            `request [tokens]`, `category [requests]` and `num_experts`. Other arrays are not looked at.
+        path: a file or, for formats with a file per rank, a folder.
+        max_bytes: bound on the unpacked size.
+
+    Raises:
+        TraceError: the file is damaged, too large, of no known kind, or holds values that make no sense.
+    """
+    # The formats are made of the values above.
+    from .formats.loads import recognise
+
+    return recognise(Path(path)).read(Path(path), max_bytes)
+
+
+def read_npz_trace(path: str | Path, max_bytes: int = MAX_BYTES) -> LoadTrace | TokenTrace:
+    """Read an `.npz` trace; which kind it is follows from the arrays it has.
+
+    Args:
+        path: `.npz` with `load [steps, layers, experts]` and perhaps `layer_ids [layers]`, or with
+            `topk_ids [tokens, layers, top_k]`, `request [tokens]`, `category [requests]` and `num_experts`.
+            Other arrays are not looked at.
         max_bytes: bound on the unpacked size.
 
     Raises:
@@ -165,7 +193,7 @@ def read_trace(path: str | Path, max_bytes: int = MAX_BYTES) -> LoadTrace | Toke
                 f"{sorted(reader.names)}"
             )
         if "load" in reader.names:
-            return LoadTrace(_as_load(reader.read("load"), name), name)
+            return LoadTrace(as_load(reader.read("load"), name), name, _layer_ids(reader))
         num_experts = reader.read("num_experts")
         if num_experts.size != 1 or num_experts.dtype.kind not in "iu":
             raise TraceError(
@@ -186,19 +214,25 @@ def save_load_trace(path: str | Path, trace: LoadTrace) -> None:
     Raises:
         TraceError: the file cannot be written.
     """
-    path = Path(path)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as stream:
-            np.savez_compressed(stream, load=trace.load.numpy())
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise TraceError(f"{path}: cannot be written: {error}") from None
+    with written_whole(path) as part, part.open("wb") as stream:
+        np.savez_compressed(stream, load=trace.load.numpy(), layer_ids=np.array(trace.layer_ids, np.int64))
 
 
-def _as_load(array: _Array, name: str) -> torch.Tensor:
-    """The array as one of the dtypes of LoadTrace, in native byte order; values stay what they are."""
+def _layer_ids(reader: NpzReader) -> tuple[int, ...]:
+    if "layer_ids" not in reader.names:
+        return ()
+    ids = reader.read("layer_ids")
+    if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
+        raise TraceError(f"{reader.path}: layer_ids is {ids.dtype} {ids.shape}, not integers [layers]")
+    return tuple(int(item) for item in ids)
+
+
+def as_load(array: _Array, name: str) -> torch.Tensor:
+    """The array as one of the dtypes of LoadTrace, in native byte order; values stay what they are.
+
+    Raises:
+        TraceError: another dtype, or counts that planning could not compute with exactly.
+    """
     if array.dtype.kind == "f" and array.dtype.itemsize <= 8:
         dtype = np.float64 if array.dtype.itemsize == 8 else np.float32
         return torch.from_numpy(array.astype(dtype))

@@ -19,7 +19,8 @@ PACKAGE = ROOT / "eplb_plugin"
 LAYERS = [
     {"errors"},
     {"topology", "placement"},
-    {"load", "config", "metrics", "window", "migration", "npz", "drift", "traces", "traffic", "folding"},
+    {"load", "config", "metrics", "window", "migration", "npz", "files", "drift", "traces", "formats"}
+    | {"traffic", "folding"},
     {"planning", "warmup"},
     {"simulation"},
     {"runtime"},
@@ -134,3 +135,6 @@ def test_the_wheel_installs_and_imports(tmp_path):
     assert str(clean) in result.stdout
     assert (site / "eplb_plugin" / "py.typed").exists()
     assert not (site / "integration").exists()
+    assert {path.name for path in (site / "eplb_plugin" / "configs").iterdir()} == {
+        path.name for path in (ROOT / "configs").iterdir()
+    }

@@ -67,6 +67,21 @@ def test_loads_of_other_dtypes_keep_their_values(tmp_path, dtype):
     assert torch.equal(read_trace(path).load.double(), torch.from_numpy(LOAD).double())
 
 
+def test_layers_of_the_model_are_kept(tmp_path):
+    save_load_trace(tmp_path / "load.npz", LoadTrace(torch.ones(1, 3, 4), layer_ids=(3, 4, 6)))
+    assert read_trace(tmp_path / "load.npz").layer_ids == (3, 4, 6)
+    assert read_trace(save(tmp_path / "plain.npz", load=LOAD)).layer_ids == (0, 1, 2)
+    for wrong, message in [
+        ([0, 1], "2 layer_ids for 3 layers"),
+        ([0, 2, 1], "do not rise"),
+        ([-1, 2, 3], "do not rise from 0"),
+        ([[0, 1, 2]], r"layer_ids is int64 \(1, 3\)"),
+        ([0.0, 1, 2], "layer_ids is float64"),
+    ]:
+        with pytest.raises(TraceError, match=message):
+            read_trace(save(tmp_path / "wrong.npz", load=LOAD, layer_ids=np.array(wrong)))
+
+
 def test_fortran_order_is_undone(tmp_path):
     path = save(tmp_path / "load.npz", load=np.asfortranarray(LOAD))
     assert torch.equal(read_trace(path).load, torch.from_numpy(LOAD))
@@ -152,13 +167,13 @@ def test_files_that_are_no_archives(tmp_path):
     path = tmp_path / "trace.npz"
     with pytest.raises(TraceError, match="no such file"):
         read_trace(path)
-    with pytest.raises(TraceError, match="not a readable"):
+    with pytest.raises(TraceError, match="a folder with neither"):
         read_trace(tmp_path)
     path.write_bytes(b"")
     with pytest.raises(TraceError, match="not a readable"):
         read_trace(path)
     np.save(tmp_path / "plain.npy", LOAD)
-    with pytest.raises(TraceError, match="not a readable"):
+    with pytest.raises(TraceError, match="of no known format"):
         read_trace(tmp_path / "plain.npy")
 
 

@@ -7,7 +7,9 @@ import sys
 import typer
 
 from ..errors import EplbError
+from .convert import convert
 from .demo import demo
+from .plan import plan
 from .simulate import simulate
 
 __all__ = ["app", "main"]
@@ -21,6 +23,8 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(simulate)
+app.command()(plan)
+app.command()(convert)
 
 
 @app.callback()

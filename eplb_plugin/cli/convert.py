@@ -1,0 +1,65 @@
+"""`eplb-plugin convert`: recorded loads from one format to another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ..formats.loads import LOAD_FORMATS, format_for_output, write_load
+from ..settings import load_settings
+from ..traces import LoadTrace
+from .simulate import load_for
+
+__all__ = ["convert", "with_first_layer"]
+
+
+def convert(
+    source: Annotated[
+        str, typer.Argument(help="A recorded load of any format, a token trace, or a traffic profile.")
+    ],
+    output: Annotated[Path, typer.Argument(help="The file to write; its suffix says which format.")],
+    to: Annotated[
+        str | None, typer.Option(help=f"Format, where the suffix does not say: {', '.join(LOAD_FORMATS)}.")
+    ] = None,
+    first_layer: Annotated[
+        int | None, typer.Option(help="Layer of the model that the first row is of (DeepSeek-V3: 3).")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Experts per token, for tensorrt-llm.")] = None,
+    mode: Annotated[str | None, typer.Option(help="Token traces: decode or prefill.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Decode: requests in flight.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Prefill: most tokens of one step.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Decode and generated traffic: steps.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the replay or of the traffic.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file with options.")] = None,
+) -> None:
+    """Convert a recorded load; `docs/formats.md` describes the formats. Token traces become loads."""
+    form = format_for_output(output, to)
+    settings = load_settings(
+        config,
+        {
+            "simulate.mode": mode,
+            "simulate.batch": batch,
+            "simulate.max_tokens": max_tokens,
+            "simulate.steps": steps,
+            "simulate.seed": seed,
+        },
+    )
+    with Console(stderr=True).status("reading the load"):
+        load = with_first_layer(load_for(source, settings), first_layer)
+    write_load(output, load, form, top_k)
+    Console().print(
+        f"{output}: {load.num_steps} steps, {load.num_layers} layers, {load.num_experts} experts "
+        f"({form.name})",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def with_first_layer(load: LoadTrace, first_layer: int | None) -> LoadTrace:
+    """The load with its rows numbered from `first_layer`; None leaves them as they are."""
+    if first_layer is None:
+        return load
+    return LoadTrace(load.load, load.name, tuple(range(first_layer, first_layer + load.num_layers)))

@@ -1,0 +1,108 @@
+"""`eplb-plugin plan`: a placement from a recorded load, written for the engine that shall use it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ..formats.placements import PLACEMENT_FORMATS, read_placement, write_placement
+from ..metrics import balancedness, rank_loads
+from ..placement import Placement
+from ..planning.planner import Plan
+from ..planning.planner import plan as plan_placement
+from ..settings import load_settings
+from ..topology import Topology
+from ..traces import LoadTrace
+from ..warmup import warmup
+from ..window import fold_steps
+from .convert import with_first_layer
+from .simulate import load_for, topology_for
+
+__all__ = ["plan"]
+
+
+def plan(
+    load: Annotated[
+        str, typer.Argument(help="A recorded load of any format, a token trace, or a traffic profile.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write the placement to.")],
+    ranks: Annotated[int | None, typer.Option(help="Ranks (GPUs) of the expert-parallel group.")] = None,
+    slots: Annotated[int | None, typer.Option(help="Physical experts over all ranks.")] = None,
+    nodes: Annotated[int | None, typer.Option(help="Nodes that the ranks are spread over.")] = None,
+    groups: Annotated[int | None, typer.Option(help="Groups of experts per layer.")] = None,
+    current: Annotated[
+        Path | None, typer.Option(help="Placement in force, of any format: plan from it, with few moves.")
+    ] = None,
+    form: Annotated[
+        str, typer.Option("--format", help=f"Format to write: {', '.join(PLACEMENT_FORMATS)}.")
+    ] = "json",
+    first_layer: Annotated[
+        int | None, typer.Option(help="Layer of the model that the load's first row is of (DeepSeek-V3: 3).")
+    ] = None,
+    mode: Annotated[str | None, typer.Option(help="Token traces: decode or prefill.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file with options.")] = None,
+) -> None:
+    """Plan a placement offline and write it for SGLang, TensorRT-LLM or another program.
+
+    All of the recording counts alike, unless the configuration sets planner.snapshot_decay.
+    """
+    settings = load_settings(
+        config,
+        {
+            "simulate.ranks": ranks,
+            "simulate.slots": slots,
+            "simulate.nodes": nodes,
+            "simulate.groups": groups,
+            "simulate.mode": mode,
+        },
+    )
+    errors = Console(stderr=True)
+    with errors.status("reading the load"):
+        trace = with_first_layer(load_for(load, settings), first_layer)
+    topology = topology_for(trace, settings.simulate)
+    in_force = None if current is None else read_placement(current, trace.num_experts, trace.layer_ids)
+    window = fold_steps(trace.load, settings.rebalancer.snapshots * settings.rebalancer.history)
+    options = settings.planner
+    if "planner.snapshot_decay" not in settings.origins:
+        # A plan for what is to come weighs recent snapshots more; one for a whole recording does not.
+        options = options.model_copy(update={"snapshot_decay": 1.0})
+    with errors.status("planning"):
+        warmup()
+        made = plan_placement(window, topology, in_force, options)
+    write_placement(output, made.placement, trace.layer_ids, topology, form)
+    console = Console()
+    console.print(_table(trace, window, topology, made, in_force))
+    console.print(f"{output}: written ({form})", highlight=False, soft_wrap=True)
+
+
+def _table(
+    trace: LoadTrace, window: torch.Tensor, topology: Topology, made: Plan, in_force: Placement | None
+) -> Table:
+    before = in_force or Placement.default(trace.num_layers, trace.num_experts, topology.num_slots)
+    # Of the recorded steps themselves: what a mean over snapshots hides is what makes ranks wait.
+    steps = trace.load
+    peak = float(rank_loads(window, made.placement, topology).amax(2).mean(0).sum())
+    bound = float(made.lower_bound.sum())
+    table = Table(
+        title=f"{trace.name}: {trace.num_steps} steps, {trace.num_layers} layers, {trace.num_experts} "
+        f"experts in {topology.num_slots} slots on {topology.num_ranks} ranks",
+        box=box.SIMPLE_HEAD,
+        show_header=False,
+    )
+    table.add_column()
+    table.add_column(justify="right")
+    start = "the placement in force" if in_force else "the engine's default placement"
+    table.add_row(f"balancedness of {start}", f"{balancedness(steps, before, topology):.4f}")
+    table.add_row("balancedness of the plan", f"{balancedness(steps, made.placement, topology):.4f}")
+    table.add_row("peak rank load above the lower bound", f"{peak / bound - 1 if bound else 0:.2%}")
+    cells = trace.num_layers * topology.num_slots
+    moves = f"{made.moves} ({made.moves / cells:.1%} of the slots)" if in_force else "none: a new start"
+    table.add_row("experts to move", moves)
+    table.add_row("planning", f"{1000 * made.seconds:.1f} ms")
+    return table

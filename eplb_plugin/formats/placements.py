@@ -1,0 +1,84 @@
+"""The formats of placements: their names, who writes them, and reading one for the layers of a load."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import torch
+
+from ..errors import TraceError
+from ..files import MAX_TEXT_BYTES, read_bytes
+from ..placement import Placement
+from ..topology import Topology
+from .placement_json import read_placement_json, write_placement_json
+from .sglang_location import read_sglang_location, write_sglang_location
+from .tensorrt_llm_config import read_tensorrt_llm_config, write_tensorrt_llm_config
+
+__all__ = ["PLACEMENT_FORMATS", "read_placement", "write_placement"]
+
+PLACEMENT_FORMATS: Mapping[str, Callable[[Path, Placement, tuple[int, ...], Topology], None]] = (
+    MappingProxyType(
+        {
+            "json": write_placement_json,
+            "sglang": write_sglang_location,
+            "tensorrt-llm": write_tensorrt_llm_config,
+        }
+    )
+)
+"""What writes each format, by name."""
+
+
+def write_placement(
+    path: str | Path, placement: Placement, layer_ids: tuple[int, ...], topology: Topology, form: str
+) -> None:
+    """Write `placement`, whose rows are of the layers `layer_ids` of the model.
+
+    Raises:
+        TraceError: there is no such format, or the file cannot be written.
+    """
+    if form not in PLACEMENT_FORMATS:
+        raise TraceError(f"no format {form!r} of placements; there are {', '.join(PLACEMENT_FORMATS)}")
+    PLACEMENT_FORMATS[form](Path(path), placement, layer_ids, topology)
+
+
+def read_placement(path: str | Path, num_logical: int, layer_ids: tuple[int, ...]) -> Placement:
+    """Read a placement of any of the formats; YAML is TensorRT-LLM's, the two JSONs tell by their keys.
+
+    Args:
+        path: the file.
+        num_logical: logical experts per layer.
+        layer_ids: the layers of the model to take.
+
+    Raises:
+        TraceError: the file is of no known kind, or lacks a layer.
+        PlacementError: it holds no placement of `num_logical` experts.
+    """
+    path = Path(path)
+    if path.suffix.lower() in (".yaml", ".yml"):
+        rows = read_tensorrt_llm_config(path)
+    else:
+        try:
+            keys = json.loads(read_bytes(path, MAX_TEXT_BYTES))
+        except (ValueError, RecursionError) as error:
+            raise TraceError(f"{path}: neither JSON nor named .yaml: {error}") from None
+        ours = not (isinstance(keys, dict) and "physical_to_logical_map" in keys)
+        rows = read_placement_json(path) if ours else read_sglang_location(path)
+    missing = [layer for layer in layer_ids if layer not in rows]
+    if missing:
+        raise TraceError(f"{path}: has no layer {missing[0]}; it has {_ranges(sorted(rows))}")
+    slots = len(rows[layer_ids[0]])
+    for layer in layer_ids:
+        if len(rows[layer]) != slots:
+            raise TraceError(f"{path}: layer {layer} has {len(rows[layer])} slots, others {slots}")
+    try:
+        table = torch.tensor([rows[layer] for layer in layer_ids], dtype=torch.int64)
+    except (RuntimeError, OverflowError, ValueError) as error:  # ids beyond 64 bits
+        raise TraceError(f"{path}: {error}") from None
+    return Placement(table, num_logical)
+
+
+def _ranges(layers: list[int]) -> str:
+    return f"{layers[0]} to {layers[-1]} ({len(layers)} of them)" if layers else "none"

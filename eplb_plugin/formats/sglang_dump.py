@@ -1,0 +1,168 @@
+"""Dumps of SGLang's expert distribution recorder (`.pt`), of each of its modes.
+
+Modes `stat` and `stat_approx` write one file with `logical_count [steps, layers, logical]`. Modes `per_pass`
+and `per_token` write one file per rank with a record for each forward pass: counts of physical experts, and
+in `per_token` the choices that they were counted from.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import TraceError
+from ..files import written_whole
+from ..npz import MAX_BYTES
+from ..traces import LoadTrace, as_load
+from .torch_file import load_torch_file
+
+__all__ = ["read_sglang_dump", "write_sglang_dump"]
+
+
+def read_sglang_dump(path: str | Path, max_bytes: int = MAX_BYTES) -> LoadTrace:
+    """Read one dump, or the dumps that the ranks wrote of one recording, which are summed.
+
+    Steps without any tokens are left out: the recorder's buffer is full of them where nothing was recorded.
+    Rows are all layers of the model; those without experts have no load.
+
+    Args:
+        path: a `.pt` file, or a folder with one file per rank.
+        max_bytes: bound on the size of all files together.
+
+    Raises:
+        TraceError: a file is damaged, too large, of another kind, or does not go with the others.
+    """
+    path = Path(path)
+    files = sorted(path.glob("*.pt")) if path.is_dir() else [path]
+    if not files:
+        raise TraceError(f"{path}: no .pt files in this folder")
+    passes: dict[int, torch.Tensor] = {}
+    seen: dict[tuple[int, int], Path] = {}
+    for file in files:
+        content = load_torch_file(file, max_bytes)
+        max_bytes -= file.stat().st_size
+        if not isinstance(content, dict):
+            raise TraceError(f"{file}: holds a {type(content).__name__}, not a dict")
+        if "logical_count" in content:
+            if len(files) > 1:
+                raise TraceError(f"{file}: is a dump of all ranks; read the {len(files)} files one by one")
+            return LoadTrace(_without_idle(_count(content["logical_count"], file), file), str(path))
+        _add_records(content, file, passes, seen)
+    load = torch.stack([passes[key] for key in sorted(passes)])
+    return LoadTrace(_without_idle(load, path), str(path))
+
+
+def write_sglang_dump(path: str | Path, trace: LoadTrace) -> None:
+    """Write `trace` as a dump of mode `stat`; rows of layers without experts are filled with zeros.
+
+    Raises:
+        TraceError: the file cannot be written.
+    """
+    load = trace.load
+    if trace.layer_ids != tuple(range(trace.num_layers)):
+        full = load.new_zeros(trace.num_steps, trace.layer_ids[-1] + 1, trace.num_experts)
+        full[:, list(trace.layer_ids)] = load
+        load = full
+    content = {"rank": 0, "logical_count": load.contiguous(), "average_utilization_rate_over_window": None}
+    with written_whole(path) as part, part.open("wb") as stream:
+        torch.save(content, stream)
+
+
+def _count(count: Any, file: Path) -> torch.Tensor:
+    """`logical_count` as [steps, layers, logical]; one step may come without its axis."""
+    count = _plain(count, f"{file}: logical_count")
+    if count.dim() == 2:
+        count = count.unsqueeze(0)
+    if count.dim() != 3 or count.numel() == 0:
+        raise TraceError(
+            f"{file}: logical_count has shape {tuple(count.shape)}, not [steps, layers, logical]"
+        )
+    # Not yet checked values: LoadTrace names the one that is wrong.
+    return as_load(count.numpy(), str(file))
+
+
+def _add_records(
+    content: dict[Any, Any],
+    file: Path,
+    passes: dict[int, torch.Tensor],
+    seen: dict[tuple[int, int], Path],
+) -> None:
+    """Add each record of one rank to the load of its forward pass."""
+    for key, kind in (("records", list), ("last_physical_to_logical_map", torch.Tensor)):
+        if not isinstance(content.get(key), kind):
+            raise TraceError(
+                f"{file}: neither logical_count nor {key} ({kind.__name__}); it has "
+                f"{sorted(map(str, content))}"
+            )
+    placement = _plain(content["last_physical_to_logical_map"], f"{file}: last_physical_to_logical_map")
+    if placement.dim() != 2 or placement.numel() == 0 or placement.is_floating_point():
+        raise TraceError(
+            f"{file}: last_physical_to_logical_map is {placement.dtype} {tuple(placement.shape)}, "
+            "not integers [layers, physical]"
+        )
+    low, high = int(placement.min()), int(placement.max())
+    if low < 0 or high >= placement.shape[1]:
+        raise TraceError(
+            f"{file}: last_physical_to_logical_map names the expert {low if low < 0 else high}, "
+            f"outside 0..{placement.shape[1] - 1}"
+        )
+    if not content["records"]:
+        raise TraceError(f"{file}: records is empty")
+    for index, record in enumerate(content["records"]):
+        place = f"{file}: records[{index}]"
+        number, rank, count = _record(record, placement, place)
+        if (number, rank) in seen:
+            raise TraceError(
+                f"{place}: rank {rank} recorded forward pass {number} in {seen[number, rank]} too; keep the "
+                "dumps of one recording in a folder of their own"
+            )
+        seen[number, rank] = file
+        load = torch.zeros(placement.shape[0], high + 1, dtype=torch.int64)
+        load.scatter_add_(1, placement.long(), count.long())
+        known = passes.get(number, next(iter(passes.values()), load))
+        if known.shape != load.shape:
+            raise TraceError(
+                f"{place}: {load.shape[0]} layers of {load.shape[1]} experts, other ranks have "
+                f"{known.shape[0]} of {known.shape[1]}"
+            )
+        passes[number] = passes[number] + load if number in passes else load
+
+
+def _record(record: Any, placement: torch.Tensor, place: str) -> tuple[int, int, torch.Tensor]:
+    """Number of the forward pass, rank, and count of physical experts [layers, physical] of one record."""
+    if not isinstance(record, dict):
+        raise TraceError(f"{place} is a {type(record).__name__}, not a dict")
+    number, rank = record.get("forward_pass_id"), record.get("rank")
+    if type(number) is not int or type(rank) is not int:
+        raise TraceError(f"{place}: forward_pass_id={number!r} and rank={rank!r} are not both integers")
+    count = _plain(record.get("global_physical_count"), f"{place}: global_physical_count")
+    if count.shape != placement.shape or count.is_floating_point():
+        raise TraceError(
+            f"{place}: global_physical_count is {count.dtype} {tuple(count.shape)}, not integers "
+            f"{tuple(placement.shape)} as last_physical_to_logical_map"
+        )
+    if int(count.min()) < 0:
+        layer, slot = (int(x) for x in (count < 0).nonzero()[0])
+        raise TraceError(f"{place}: global_physical_count[{layer}, {slot}]={int(count[layer, slot])}")
+    return number, rank, count
+
+
+def _plain(value: Any, place: str) -> torch.Tensor:
+    """The dense tensor that `value` has to be; its memory is as large as it says."""
+    if not isinstance(value, torch.Tensor):
+        raise TraceError(f"{place} is a {type(value).__name__}, not a tensor")
+    if value.is_complex() or value.dtype == torch.bool:
+        raise TraceError(f"{place} has dtype {value.dtype}, not an integer or a float")
+    # A stride of 0 would make a small file a large tensor.
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        raise TraceError(f"{place} declares shape {tuple(value.shape)}, more than it holds")
+    return value.detach()
+
+
+def _without_idle(load: torch.Tensor, file: Path) -> torch.Tensor:
+    busy = (load != 0).flatten(1).any(1)
+    if not bool(busy.any()):
+        raise TraceError(f"{file}: none of its {load.shape[0]} steps has any tokens")
+    return load[busy]

@@ -1,0 +1,51 @@
+"""SGLang's `--init-expert-location` file: `{"physical_to_logical_map": [[...], ...]}`, one row per layer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ..errors import TraceError
+from ..files import MAX_TEXT_BYTES, read_bytes, written_whole
+from ..placement import Placement
+from ..topology import Topology
+from .benchmark_json import first_wrong
+
+__all__ = ["read_sglang_location", "write_sglang_location"]
+
+
+class _Map(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+    physical_to_logical_map: list[list[int]]
+
+
+def read_sglang_location(path: str | Path) -> dict[int, list[int]]:
+    """The logical expert of each slot, by layer of the model.
+
+    Raises:
+        TraceError: the file is not of this kind.
+    """
+    path = Path(path)
+    try:
+        rows = _Map.model_validate_json(read_bytes(path, MAX_TEXT_BYTES)).physical_to_logical_map
+    except ValidationError as error:
+        raise TraceError(f"{path}: {first_wrong(error)}") from None
+    return dict(enumerate(rows))
+
+
+def write_sglang_location(
+    path: str | Path, placement: Placement, layer_ids: tuple[int, ...], topology: Topology
+) -> None:
+    """Write a placement for SGLang, which wants a row for dense layers too: they get the one it starts from.
+
+    Raises:
+        TraceError: the file cannot be written.
+    """
+    default = Placement.default(1, placement.num_logical, placement.num_slots).physical_to_logical
+    rows: torch.Tensor = default.repeat(layer_ids[-1] + 1, 1)
+    rows[list(layer_ids)] = placement.physical_to_logical.cpu()
+    with written_whole(path) as part:
+        part.write_text(json.dumps({"physical_to_logical_map": rows.tolist()}) + "\n", encoding="utf-8")

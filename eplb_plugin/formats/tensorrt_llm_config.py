@@ -1,0 +1,77 @@
+"""TensorRT-LLM's MoE load balancer file (YAML), which assigns experts to slots by layer of the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ..errors import TraceError
+from ..files import read_bytes, written_whole
+from ..placement import Placement
+from ..topology import Topology
+from .benchmark_json import first_wrong
+
+__all__ = ["read_tensorrt_llm_config", "write_tensorrt_llm_config"]
+
+# A hundred layers of a thousand slots are half a MiB; reading YAML takes a few seconds per MiB.
+_MAX_BYTES = 16 * 2**20
+
+
+class _Config(BaseModel):
+    """The keys that a placement needs; the file may have others."""
+
+    model_config = ConfigDict(strict=True)
+    num_slots: int
+    initial_global_assignments: dict[int, list[int]]
+
+
+def read_tensorrt_llm_config(path: str | Path) -> dict[int, list[int]]:
+    """The logical expert of each slot, by layer of the model.
+
+    Raises:
+        TraceError: the file is not of this kind.
+    """
+    path = Path(path)
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        content = yaml.load(read_bytes(path, _MAX_BYTES), loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise TraceError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    rows = content.get("initial_global_assignments") if isinstance(content, dict) else None
+    if isinstance(rows, dict):
+        # YAML may name one long row a million times; checking would unfold it.
+        size = sum(len(row) for row in rows.values() if isinstance(row, list))
+        if size > _MAX_BYTES:
+            raise TraceError(f"{path}: assigns {size} slots, {_MAX_BYTES} are allowed")
+    try:
+        config = _Config.model_validate(content)
+    except ValidationError as error:
+        raise TraceError(f"{path}: {first_wrong(error)}") from None
+    for layer, row in config.initial_global_assignments.items():
+        if len(row) != config.num_slots:
+            raise TraceError(
+                f"{path}: initial_global_assignments.{layer} has {len(row)} slots, "
+                f"num_slots={config.num_slots}"
+            )
+    return config.initial_global_assignments
+
+
+def write_tensorrt_llm_config(
+    path: str | Path, placement: Placement, layer_ids: tuple[int, ...], topology: Topology
+) -> None:
+    """Write a placement that TensorRT-LLM keeps as it is (`layer_updates_per_iter` 0).
+
+    Raises:
+        TraceError: the file cannot be written.
+    """
+    content = {
+        "num_slots": placement.num_slots,
+        "layer_updates_per_iter": 0,
+        "initial_global_assignments": dict(
+            zip(layer_ids, placement.physical_to_logical.tolist(), strict=True)
+        ),
+    }
+    with written_whole(path) as part, part.open("w", encoding="utf-8") as stream:
+        yaml.safe_dump(content, stream, default_flow_style=None, sort_keys=False, width=2**20)

@@ -1,0 +1,116 @@
+"""Expert statistics of TensorRT-LLM: a folder with `meta_info.json` and one safetensors file per rank.
+
+Each file has an array for each `{iteration}_{layer}`, the tokens per expert that the rank counted.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from ..errors import TraceError
+from ..files import read_bytes
+from ..npz import MAX_BYTES
+from ..traces import LoadTrace, as_load
+from .benchmark_json import first_wrong
+
+__all__ = ["META_FILE", "read_tensorrt_llm_statistics", "write_tensorrt_llm_statistics"]
+
+META_FILE = "meta_info.json"
+_MAX_META = 2**20
+
+
+class _Meta(BaseModel):
+    model_config = ConfigDict(strict=True)
+    num_experts: int = Field(ge=1)
+    num_experts_per_token: int = Field(ge=1)
+
+
+def read_tensorrt_llm_statistics(path: str | Path, max_bytes: int = MAX_BYTES) -> LoadTrace:
+    """Read a folder of statistics, summed over the ranks. Steps are its iterations.
+
+    Raises:
+        TraceError: a file is missing, damaged or too large, or an iteration lacks a layer.
+    """
+    path = Path(path)
+    try:
+        meta = _Meta.model_validate_json(read_bytes(path / META_FILE, _MAX_META))
+    except ValidationError as error:
+        raise TraceError(f"{path / META_FILE}: {first_wrong(error)}") from None
+    # Beside the counts there may be raw choices, of another shape, in rank*_raw.safetensors.
+    files = [file for file in sorted(path.glob("rank*.safetensors")) if not file.stem.endswith("_raw")]
+    if not files:
+        raise TraceError(f"{path}: no rank*.safetensors in this folder")
+    size = sum(file.stat().st_size for file in files)
+    if size > max_bytes:
+        raise TraceError(f"{path}: its files have {size} bytes, {max_bytes} are allowed")
+    counts: dict[tuple[int, int], np.ndarray[Any, Any]] = {}
+    for file in files:
+        _add_rank(counts, file, meta.num_experts)
+    iterations = sorted({iteration for iteration, _ in counts})
+    layers = sorted({layer for _, layer in counts})
+    for iteration in iterations:
+        for layer in layers:
+            if (iteration, layer) not in counts:
+                raise TraceError(f"{path}: iteration {iteration} has no layer {layer}, others have")
+    load = np.stack([np.stack([counts[iteration, layer] for layer in layers]) for iteration in iterations])
+    return LoadTrace(as_load(load, str(path)), str(path), tuple(layers))
+
+
+def write_tensorrt_llm_statistics(path: str | Path, trace: LoadTrace, top_k: int) -> None:
+    """Write `trace` as the statistics of one rank.
+
+    Args:
+        path: the folder to make.
+        trace: the load.
+        top_k: experts per token, which the statistics name and a load does not know.
+
+    Raises:
+        TraceError: `top_k` is below 1, the folder exists, or cannot be written.
+    """
+    path = Path(path)
+    if top_k < 1:
+        raise TraceError(f"{path}: top_k={top_k} is below 1")
+    counts = {
+        f"{step}_{layer}": np.ascontiguousarray(trace.load[step, index].numpy())
+        for step in range(trace.num_steps)
+        for index, layer in enumerate(trace.layer_ids)
+    }
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.mkdir(parents=True)
+        meta = {"num_experts": trace.num_experts, "num_experts_per_token": top_k}
+        (part / META_FILE).write_text(json.dumps(meta), encoding="utf-8")
+        (part / "rank0.safetensors").write_bytes(save(counts))
+        part.rename(path)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise TraceError(f"{path}: cannot be written: {error}") from None
+
+
+def _add_rank(counts: dict[tuple[int, int], np.ndarray[Any, Any]], file: Path, num_experts: int) -> None:
+    try:
+        with safe_open(file, framework="np") as tensors:
+            for key in tensors.keys():  # noqa: SIM118  # it is no mapping
+                iteration, _, layer = key.partition("_")
+                if not (iteration.isdecimal() and layer.isdecimal()):
+                    raise TraceError(f"{file}: array {key!r} is not called iteration_layer")
+                count = tensors.get_tensor(key)
+                if count.shape != (num_experts,) or count.dtype.kind not in "iuf":
+                    raise TraceError(
+                        f"{file}: array {key!r} is {count.dtype} {count.shape}, not numbers [{num_experts}]"
+                    )
+                if not (count >= 0).all():
+                    raise TraceError(f"{file}: array {key!r} holds values that are negative or NaN")
+                place = int(iteration), int(layer)
+                wide = count.astype(np.float64 if count.dtype.kind == "f" else np.int64)
+                counts[place] = counts[place] + wide if place in counts else wide
+    except (SafetensorError, OSError, TypeError, AttributeError) as error:
+        raise TraceError(f"{file}: not a readable safetensors file: {error}") from None
