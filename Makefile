@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint wheel bench-peers clean
+.PHONY: demo test test-sglang lint wheel bench-peers clean
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml constraints.txt
@@ -18,6 +18,19 @@ demo: $(STAMP)  ## the main job on four processes
 
 test: $(STAMP)  ## all tests of the package itself
 	$(BIN)/python -m pytest -n auto
+
+SGLANG := .venv-sglang
+SGLANG_TESTS := tests/engines/sglang
+
+$(SGLANG)/.installed: pyproject.toml constraints.txt $(wildcard $(SGLANG_TESTS)/requirements*.txt)
+	$(PYTHON) -m venv $(SGLANG)
+	$(SGLANG)/bin/python -m pip install -qq --upgrade pip
+	$(SGLANG)/bin/python -m pip install -qq -c constraints.txt -r $(SGLANG_TESTS)/requirements.txt -e ".[test]"
+	$(SGLANG)/bin/python -m pip install -qq --no-deps -r $(SGLANG_TESTS)/requirements-engine.txt
+	touch $@
+
+test-sglang: $(SGLANG)/.installed  ## the adapter on the real SGLang, in an environment of its own (2 GB)
+	$(SGLANG)/bin/python -m pytest $(SGLANG_TESTS)
 
 lint: $(STAMP)  ## style and types
 	$(BIN)/ruff check .
@@ -38,4 +51,4 @@ bench-peers: $(STAMP)  ## fetch the wheels whose policies the benchmarks compare
 	rm -rf .peers/unpacked .peers/wheels
 
 clean:
-	rm -rf $(VENV) .peers dist build *.egg-info
+	rm -rf $(VENV) $(SGLANG) .peers dist build *.egg-info

@@ -1,0 +1,39 @@
+"""What goes to the ranks of `eplb_ranks` and comes back from them; importing it imports no engine."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What all ranks run. Layer 0 is dense."""
+
+    layers: int = 4
+    logical: int = 12
+    redundant: int = 4
+    interval: int = 12
+    rebalances: int = 6
+    layers_per_chunk: int | None = None
+    algorithm: str = "ensemble"
+    nodes: int = 1
+    groups: int | None = None
+    failing_rank: int | None = None
+    """The rank whose planner raises at the second rebalance."""
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What one rank saw; plain values, since they go to another process."""
+
+    maps: list[list[list[int]]]
+    """The map that each rebalance but the last one led to, at the end of its interval."""
+    reports: list[dict[str, object]]
+    failures: int
+    wrong_rows: int
+    checked_rows: int
+    dense_row_changed: bool
+    recorded: list[list[int]]
+    """The load of each snapshot that the planner was given, flattened."""
+    expected: list[list[int]]
+    """The same from the tokens themselves."""

@@ -1,0 +1,83 @@
+"""The planner inside SGLang's own rebalancing, on real processes: its recorder, manager and updater."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests import processes
+from tests.engines.sglang.setups import Outcome, Setup
+from tests.processes import run_ranks
+
+# SGLang is imported in the process that the ranks are forked from, and not in this one.
+processes._context.set_forkserver_preload(["tests.engines.sglang.eplb_ranks"])
+
+
+def serve(rank: int, setup: Setup) -> Outcome:
+    from tests.engines.sglang import eplb_ranks
+
+    return eplb_ranks.serve(rank, setup)
+
+
+def serve_with_their_algorithm(rank: int) -> tuple[int, bool]:
+    from tests.engines.sglang import eplb_ranks
+
+    return eplb_ranks.serve_with_their_algorithm(rank)
+
+
+CASES = {
+    "2 ranks": (2, Setup()),
+    "4 ranks": (4, Setup(logical=16, redundant=8)),
+    "2 ranks, chunks of one layer": (2, Setup(layers_per_chunk=1)),
+    "4 ranks, chunks of two layers": (4, Setup(layers_per_chunk=2, layers=6)),
+    "4 ranks on 2 nodes, 4 groups": (4, Setup(logical=16, redundant=8, nodes=2, groups=4)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_weights_follow_the_map_through_rebalances(case):
+    world, setup = CASES[case]
+    outcomes = run_ranks(serve, world, setup, timeout=180)
+    for outcome in outcomes:
+        # Each weight row after each step is the one that the map names; SGLang's own check is on, too.
+        assert outcome.checked_rows > 0
+        assert outcome.wrong_rows == 0
+        assert outcome.failures == 0
+        assert not outcome.dense_row_changed
+        # The planner got exactly the passes of the interval, in order, also where SGLang's ring went round.
+        assert outcome.recorded == outcome.expected
+        assert outcome.maps == outcomes[0].maps
+    reports = outcomes[0].reports
+    assert len(reports) == setup.rebalances
+    assert sum(report["moves"] for report in reports) > 0
+    assert all(report["predicted_after"] >= report["predicted_before"] for report in reports)
+    changed = [before != after for before, after in zip(outcomes[0].maps, outcomes[0].maps[1:], strict=False)]
+    assert sum(changed) >= 2
+
+
+def test_groups_stay_within_their_node():
+    world, setup = CASES["4 ranks on 2 nodes, 4 groups"]
+    outcome = run_ranks(serve, world, setup, timeout=180)[0]
+    half = (setup.logical + setup.redundant) // 2
+    for row in outcome.maps[-1][1:]:
+        nodes = (row[:half], row[half:])
+        groups = [{expert * setup.groups // setup.logical for expert in node} for node in nodes]
+        assert not groups[0] & groups[1]
+
+
+def test_ranks_keep_the_map_when_one_of_them_cannot_plan():
+    # Without a price each plan differs from the map in force, so the ranks disagree when one keeps it.
+    setup = Setup(failing_rank=1, algorithm="ensemble:move_price=0,min_gain=0")
+    outcomes = run_ranks(serve, 2, setup, timeout=180)
+    assert [outcome.wrong_rows for outcome in outcomes] == [0, 0]
+    assert outcomes[0].maps == outcomes[1].maps
+    assert outcomes[0].maps[0] == outcomes[0].maps[1]  # the second rebalance changed nothing
+    assert outcomes[0].maps[1] != outcomes[0].maps[-1]  # later ones did
+    # The rank that failed counts its planner's failure, both count that they disagreed.
+    assert [outcome.failures for outcome in outcomes] == [1, 2]
+
+
+def test_sglangs_own_algorithm_still_plans():
+    """The plugin is loaded, the server names another algorithm: our planner is never asked."""
+    for wrong, changed in run_ranks(serve_with_their_algorithm, 2, timeout=180):
+        assert wrong == 0
+        assert changed
