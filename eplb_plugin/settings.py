@@ -22,7 +22,15 @@ from pydantic_settings import (
 from .config import Options, PlannerOptions, RebalancerOptions
 from .errors import ConfigError
 
-__all__ = ["CONFIG_VARIABLE", "DemoOptions", "Settings", "SimulateOptions", "default_yaml", "load_settings"]
+__all__ = [
+    "CONFIG_VARIABLE",
+    "DemoOptions",
+    "Settings",
+    "SimulateOptions",
+    "default_yaml",
+    "load_settings",
+    "read_section",
+]
 
 ENV_PREFIX = "EPLB_PLUGIN_"
 ENV_DELIMITER = "__"
@@ -193,6 +201,17 @@ def load_settings(path: str | Path | None = None, overrides: Mapping[str, Any] |
     settings = Settings(**merged)  # type: ignore[arg-type]  # sections are validated into their models
     settings._origins = origins
     return settings
+
+
+def read_section(section: str) -> dict[str, Any] | None:
+    """One section of the file that EPLB_PLUGIN_CONFIG names, unchecked, for adapters with options of their
+    own; None where there is no such file or section.
+
+    Raises:
+        ConfigError: the file cannot be read, or is not YAML with sections.
+    """
+    path = os.environ.get(CONFIG_VARIABLE)
+    return _read_yaml(Path(path)).get(section) if path else None
 
 
 def default_yaml() -> str:

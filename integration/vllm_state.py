@@ -1,0 +1,180 @@
+"""All that is wrapped in one `EplbState` of vLLM: our policy in place of its own, and the snapshots."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..planning.backend import use_kernels
+from ..topology import Topology
+from ..warmup import warmup
+from .engine_planner import EngineOptions
+from .vllm_hook import VllmHookPolicy, has_hook
+from .vllm_policy import Interval, VllmPolicy
+from .vllm_window import fold_window, sum_over_ranks
+
+__all__ = ["bind_policy", "missing_seams"]
+
+_logger = logging.getLogger(__name__)
+
+
+def bind_policy(state: Any, options: EngineOptions, about: str, made: Callable[[VllmPolicy], object]) -> None:
+    """Have `state` plan with our policy from its first model on. Only this object is changed, no class.
+
+    Args:
+        state: an `EplbState` without models.
+        options: of the planner and its window.
+        about: versions and options, for the log.
+        made: gets the policy when there is one.
+    """
+    add_model = state.add_model
+    policy: VllmPolicy | None = None
+
+    # vLLM sets its own policy anew with every model that it adds.
+    @functools.wraps(add_model)
+    def add(*args: Any, **kwargs: Any) -> Any:
+        nonlocal policy
+        result = add_model(*args, **kwargs)
+        if policy is None:
+            policy = _make_policy(state, options)
+            made(policy)
+            _warm_up(state, options, about)
+        state.policy = policy
+        if isinstance(policy, VllmHookPolicy):
+            for model_state in state.model_states.values():
+                model_state.policy_state = policy.create_state(model_state.model.num_moe_layers)
+        return result
+
+    state.add_model = add
+
+
+def missing_seams(state: Any) -> list[str]:
+    """What the plugin reads or wraps in vLLM and does not find, for the log; empty when all is there."""
+    from vllm.distributed import parallel_state
+    from vllm.distributed.eplb import policy as policies
+
+    abstract = getattr(policies, "AbstractEplbPolicy", None)
+    if abstract is None:
+        return ["policy.AbstractEplbPolicy"]
+    wanted: list[tuple[Any, str, tuple[str, ...]]] = [
+        (state, "EplbState", ("add_model", "policy", "model_states")),
+        (parallel_state, "parallel_state", ("get_ep_group",)),
+    ]
+    if has_hook(abstract):
+        wanted.append((policies, "policy", ("EplbPlan",)))
+    else:
+        ring = ("rearrange", "expert_load_window_step", "expert_rearrangement_step_interval")
+        wanted += [(state, "EplbState", ring), (parallel_state, "parallel_state", ("get_eplb_group",))]
+    missing = [
+        f"{name}.{part}" for owner, name, parts in wanted for part in parts if not hasattr(owner, part)
+    ]
+    if not has_hook(abstract) and not missing:
+        taken = set(inspect.signature(VllmPolicy.rebalance_experts).parameters) - {"self"}
+        given = set(inspect.signature(abstract.rebalance_experts).parameters)
+        if taken != given:
+            missing.append(f"AbstractEplbPolicy.rebalance_experts({', '.join(sorted(taken))})")
+        if not {"is_profile", "rank_mapping"} <= set(inspect.signature(state.rearrange).parameters):
+            missing.append("EplbState.rearrange(is_profile, rank_mapping)")
+    return missing
+
+
+def _make_policy(state: Any, options: EngineOptions) -> VllmPolicy:
+    from vllm.distributed import parallel_state
+    from vllm.distributed.eplb import policy as policies
+
+    speaks = parallel_state.get_ep_group().rank_in_group == 0
+    if has_hook(policies.AbstractEplbPolicy):
+        own = state.policy() if inspect.isclass(state.policy) else state.policy
+        return VllmHookPolicy(options, own, policies.EplbPlan, speaks)
+    # In the asynchronous mode only vLLM's own thread uses this group, and it calls the policy; in the
+    # synchronous mode only the main thread does, and it calls the policy. So all ranks agree in order.
+    policy = VllmPolicy(options, state.policy, lambda: parallel_state.get_eplb_group().cpu_group, speaks)
+    state.rearrange = _expecting(state, state.rearrange, policy)
+    return policy
+
+
+def _warm_up(state: Any, options: EngineOptions, about: str) -> None:
+    """Compile the planner and say that we are there."""
+    from vllm.distributed import parallel_state
+
+    ranks = parallel_state.get_ep_group()
+    model = next(iter(state.model_states.values())).model
+    started = time.perf_counter()
+    slots, groups = model.num_physical_experts, max(model.num_expert_groups, 1)
+    warmup(Topology(num_ranks=ranks.world_size, num_slots=slots, num_groups=groups))
+    if ranks.rank_in_group == 0:
+        compiled = options.planner.policy == "ensemble" and use_kernels(torch.zeros(0), options.planner, True)
+        _logger.info(
+            "eplb_plugin %s: plans %s by %s (set up in %.1f s): %d layers, %d experts, %d slots, %d ranks",
+            about,
+            "asynchronously" if state.is_async else "synchronously",
+            "compiled kernels" if compiled else "tensor operations",
+            time.perf_counter() - started,
+            model.num_moe_layers,
+            model.num_logical_experts,
+            slots,
+            ranks.world_size,
+        )
+
+
+def _expecting(state: Any, rearrange: Callable[..., Any], policy: VllmPolicy) -> Callable[..., Any]:
+    """`rearrange`, with the snapshots of the window handed to the policy first."""
+    signature = inspect.signature(rearrange)
+
+    @functools.wraps(rearrange)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        if given.get("is_profile"):
+            policy.expect_profiling()
+        elif given.get("rank_mapping") is not None or given.get("use_last_expert_load"):
+            policy.expect_scaling()
+        else:
+            policy.expect(_intervals(state, policy.options))
+        return rearrange(*args, **kwargs)
+
+    return wrapped
+
+
+def _intervals(state: Any, options: EngineOptions) -> list[Interval]:
+    """Each model's load since the last rearrangement, summed over the ranks. All ranks call it together."""
+    from vllm.distributed import parallel_state
+
+    models = list(state.model_states.values())
+    # A draft model may go by the name of the model that it drafts for.
+    names = [model.model_name if n == 0 else f"{model.model_name} ({n})" for n, model in enumerate(models)]
+    try:
+        loads = [
+            fold_window(
+                model.expert_load_window,
+                model.physical_to_logical_map,
+                model.model.num_logical_experts,
+                position=state.expert_load_window_step,
+                steps=state.expert_rearrangement_step_interval,
+                snapshots=options.snapshots,
+            )
+            for model in models
+        ]
+        group = parallel_state.get_ep_group().device_group
+        loads = sum_over_ranks(loads, lambda load: dist.all_reduce(load, group=group))
+        # The main thread does not wait for the device; whoever plans does.
+        on_host = [load.to("cpu", non_blocking=True) for load in loads]
+        ready = _arrival(loads[0].device)
+    except Exception as error:
+        return [Interval(name, None, error=error) for name in names]
+    return [Interval(name, load, ready) for name, load in zip(names, on_host, strict=True)]
+
+
+def _arrival(device: torch.device) -> Callable[[], object]:
+    """Waits for the copies to the host that were started just before."""
+    if device.type == "cpu":
+        return lambda: None
+    event = torch.Event(device)
+    event.record()
+    return event.synchronize

@@ -1,0 +1,65 @@
+"""From vLLM's sliding windows of slot loads to snapshots of expert loads, summed over the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+__all__ = ["fold_window", "sum_over_ranks"]
+
+
+def fold_window(
+    window: torch.Tensor,
+    physical_to_logical: torch.Tensor,
+    num_logical: int,
+    *,
+    position: int,
+    steps: int,
+    snapshots: int,
+) -> torch.Tensor:
+    """This rank's loads per logical expert, folded into snapshots in time order.
+
+    Ranks write their rings at positions of their own, since idle ranks do not advance; so steps are taken
+    by age: the newest of every rank meet in the last snapshot. Device work only, nothing waits for it.
+
+    Args:
+        window: integer [ring, layers, slots], tokens of each step; not written to.
+        physical_to_logical: integer [layers, slots], the map that the loads were recorded under; -1 is an
+            unused slot.
+        num_logical: logical experts per layer.
+        position: where the ring is written next: its oldest step.
+        steps: newest steps to take; older ones belong to an interval that was seen before.
+        snapshots: snapshots to fold into, at most; fewer where there are fewer steps.
+
+    Returns:
+        int64 [snapshots, layers, logical], tokens, on the device of `window`.
+    """
+    steps = min(steps, window.shape[0])
+    snapshots = min(snapshots, steps)
+    newest = window.roll(-position, 0)[-steps:].to(torch.int64)
+    bins = torch.arange(steps, device=window.device) * snapshots // steps
+    per_slot = newest.new_zeros(snapshots, *window.shape[1:]).index_add_(0, bins, newest)
+    # Unused slots are counted for an expert beyond the last one, which is cut off.
+    expert = physical_to_logical.to(torch.int64)
+    expert = torch.where(expert < 0, num_logical, expert).expand_as(per_slot)
+    per_expert = per_slot.new_zeros(*per_slot.shape[:2], num_logical + 1)
+    return per_expert.scatter_add_(2, expert, per_slot)[..., :num_logical]
+
+
+def sum_over_ranks(
+    loads: Sequence[torch.Tensor], all_reduce: Callable[[torch.Tensor], object]
+) -> list[torch.Tensor]:
+    """Sum the loads of all models over the ranks, in one all-reduce. All ranks call it together.
+
+    Args:
+        loads: int64 tensors on one device, of the same shapes on every rank.
+        all_reduce: sums a tensor over the ranks in place.
+
+    Returns:
+        The sums, in the shapes of `loads`.
+    """
+    flat = torch.cat([load.flatten() for load in loads])
+    all_reduce(flat)
+    parts = flat.split([load.numel() for load in loads])
+    return [part.view(load.shape) for part, load in zip(parts, loads, strict=True)]

@@ -1,0 +1,32 @@
+"""The CPU model runner makes an EPLB state, as the GPU model runner does."""
+
+import functools
+
+
+def with_eplb():
+    """(7, 8) A device index for vLLM's thread, and the state around the loading of the model."""
+    from vllm.distributed.eplb.eplb_state import EplbState
+    from vllm.model_executor.models.interfaces import get_mixture_of_experts_model
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    make = EplbState.__init__
+    load = CPUModelRunner.load_model
+
+    @functools.wraps(make)
+    def init(self, *args, **kwargs):
+        make(self, *args, **kwargs)
+        self.device_index = 0
+
+    @functools.wraps(load)
+    def load_model(self, *args, **kwargs):
+        enabled = self.parallel_config.enable_eplb
+        if enabled:
+            self.eplb_state = EplbState(self.parallel_config, self.device)
+        load(self, *args, **kwargs)
+        if enabled:
+            self._moe_model = get_mixture_of_experts_model(self.model)
+            self.eplb_state.add_model(self._moe_model, self.model_config)
+            self.eplb_state.start_async_loop()
+
+    EplbState.__init__ = init
+    CPUModelRunner.load_model = load_model

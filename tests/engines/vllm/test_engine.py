@@ -1,0 +1,159 @@
+"""The real engine on several ranks: tokens and weights stay right while our planner rearranges experts."""
+
+import pytest
+import yaml
+
+from .conftest import LIMIT, RESTLESS, drive, eplb_arguments, llm_arguments
+
+pytestmark = pytest.mark.timeout(2 * LIMIT)
+
+FAULTS = ("raises", "wrong", "differs", "slow")
+STEPS = [
+    {"name": "serving", "before": [["watch"]], "rounds": 8, "traffic": True, "report": True},
+    *(
+        {"name": how, "before": [["break_planner", how]], "rounds": 2, "traffic": True, "report": True}
+        if n == 0
+        else {
+            "name": how,
+            "before": [["mend_planner"], ["break_planner", how]],
+            "rounds": 2,
+            "traffic": True,
+            "report": True,
+        }
+        for n, how in enumerate(FAULTS)
+    ),
+    {"name": "mended", "before": [["mend_planner"]], "rounds": 2, "traffic": True, "report": True},
+    # The engine is wrong from here on.
+    {"name": "control", "before": [["commit_without_moving"]], "rounds": 1},
+]
+
+
+@pytest.fixture(scope="module", params=["sync", "async"])
+def served(request, model, tmp_path_factory):
+    """Two ranks through all steps; the asynchronous engine is configured by a file."""
+    folder = tmp_path_factory.mktemp(request.param)
+    use_async = request.param == "async"
+    arguments = llm_arguments(model, 2, **eplb_arguments(use_async=use_async))
+    env = {}
+    if use_async:
+        (folder / "config.yaml").write_text(yaml.safe_dump({"eplb_plugin": RESTLESS}))
+        env["EPLB_PLUGIN_CONFIG"] = str(folder / "config.yaml")
+    else:
+        arguments["additional_config"] = {"eplb_plugin": RESTLESS}
+    scenario = {"llm": arguments, "steps": STEPS, "watched": str(folder)}
+    return drive(folder, scenario, 2, **env)
+
+
+def reports(step):
+    """Failures and reports of each rank."""
+    return [next(iter(rank["models"].values())) for rank in step["report"]]
+
+
+def test_tokens_and_weights_stay_right(served, expected):
+    step = served["steps"]["serving"]
+    assert all(tokens == expected for tokens in step["rounds"])
+    for rank, checks in enumerate(step["checks"]):
+        assert checks["wrong"] == []
+        assert checks["changes"] >= 15, f"rank {rank}: {checks}"
+        assert checks["rows"] > checks["changes"]
+    assert [rank["failures"] for rank in reports(step)] == [0, 0]
+
+
+def test_at_least_fifteen_rearrangements_moved_experts(served):
+    for rank in reports(served["steps"]["serving"]):
+        assert sum(not report["skipped"] for report in rank["reports"]) >= 15
+        assert all(report["moves"] > 0 for report in rank["reports"] if not report["skipped"])
+
+
+def test_all_ranks_report_the_same_plans(served):
+    first, second = reports(served["steps"]["mended"])
+    plans = [
+        [{key: value for key, value in report.items() if key != "plan_seconds"} for report in rank["reports"]]
+        for rank in (first, second)
+    ]
+    assert len(plans[0]) > 15
+    # On ranks that fail apart, what they planned differs; what happened then does not.
+    happened = [[(report["number"], report["skipped"], report["moves"]) for report in rank] for rank in plans]
+    assert happened[0] == happened[1]
+
+
+@pytest.mark.parametrize("how", FAULTS)
+def test_serving_goes_on_when_the_planner_is_broken(served, expected, how):
+    step = served["steps"][how]
+    assert all(tokens == expected for tokens in step["rounds"])
+    before = served["steps"][(["serving", *FAULTS])[FAULTS.index(how)]]
+    for then, now, old, new in zip(
+        reports(before), reports(step), before["checks"], step["checks"], strict=True
+    ):
+        assert new["wrong"] == []
+        assert new["calls"] > old["calls"], "vLLM no longer asks for plans"
+        if how == "slow":
+            assert now["failures"] == then["failures"]
+        else:
+            assert now["failures"] > then["failures"]
+
+
+def test_failures_are_logged_once_with_their_cause(served):
+    for cause in ("RuntimeError: the planner broke", "AgreementError", "PlacementError"):
+        lines = [line for line in served["log"].splitlines() if cause in line and " ERROR " in line]
+        assert lines, cause
+    said = [line for line in served["log"].splitlines() if "planning failed: RuntimeError" in line]
+    assert len({line for line in said if " ERROR " in line}) <= 2  # one per rank
+
+
+def test_a_mended_planner_moves_experts_again(served, expected):
+    step = served["steps"]["mended"]
+    assert all(tokens == expected for tokens in step["rounds"])
+    for old, new in zip(served["steps"]["slow"]["checks"], step["checks"], strict=True):
+        assert new["changes"] > old["changes"]
+        assert new["wrong"] == []
+
+
+def test_the_checks_see_a_map_that_the_weights_do_not_follow(served, expected):
+    step = served["steps"]["control"]
+    assert step["rounds"][0] != expected
+    assert all(len(checks["wrong"]) > 0 for checks in step["checks"])
+
+
+def test_it_says_what_it_does(served):
+    """One line when it is set up, one for each rebalance, on the first rank only."""
+    ours = [line for line in served["log"].splitlines() if "[vllm_" in line]
+    (activation,) = [line for line in ours if "in vLLM 0.32" in line]
+    assert '"move_price":0.0' in activation
+    assert "4 layers, 16 experts, 20 slots, 2 ranks" in activation
+    lines = [line for line in ours if "balancedness" in line and "predicted" in line]
+    moved = sum(not report["skipped"] for report in reports(served["steps"]["mended"])[0]["reports"])
+    assert len(lines) >= min(moved, 15)
+    assert all("EP0" in line for line in lines)
+
+
+def test_four_ranks(model, expected, tmp_path):
+    arguments = llm_arguments(model, 4, **eplb_arguments(use_async=True))
+    arguments["additional_config"] = {"eplb_plugin": RESTLESS}
+    steps = [{"name": "serving", "before": [["watch"]], "rounds": 5, "traffic": True, "report": True}]
+    result = drive(tmp_path, {"llm": arguments, "steps": steps, "watched": str(tmp_path)}, 4)
+    step = result["steps"]["serving"]
+    assert all(tokens == expected for tokens in step["rounds"])
+    assert len(step["checks"]) == 4
+    for checks in step["checks"]:
+        assert checks["wrong"] == []
+        assert checks["changes"] > 0
+    assert [rank["failures"] for rank in reports(step)] == [0] * 4
+
+
+def test_without_being_enabled_it_is_absent(model, expected, tmp_path):
+    arguments = llm_arguments(model, 2, **eplb_arguments(use_async=False))
+    arguments["additional_config"] = {"eplb_plugin": {"enabled": False, "history": 2}}
+    steps = [{"name": "serving", "before": [["watch"], ["describe_policy"]], "rounds": 2, "traffic": True}]
+    result = drive(tmp_path, {"llm": arguments, "steps": steps, "watched": str(tmp_path)}, 2)
+    absent = {
+        "policy": "vllm.distributed.eplb.policy.default.DefaultEplbPolicy",
+        "bound": [],
+        "report": False,
+    }
+    assert result["describe_policy"] == [absent, absent]
+    assert all(tokens == expected for tokens in result["steps"]["serving"]["rounds"])
+    assert all(
+        checks["changes"] > 0 and not checks["wrong"] for checks in result["steps"]["serving"]["checks"]
+    )
+    assert "[vllm_" not in result["log"]
