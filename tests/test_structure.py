@@ -23,6 +23,7 @@ LAYERS = [
     | {"traffic", "folding"},
     {"planning", "warmup"},
     {"simulation"},
+    {"report"},
     {"runtime"},
     {"settings"},
     {"integration"},

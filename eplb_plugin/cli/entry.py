@@ -10,6 +10,7 @@ from ..errors import EplbError
 from .convert import convert
 from .demo import demo
 from .plan import plan
+from .report import report
 from .simulate import simulate
 
 __all__ = ["app", "main"]
@@ -24,6 +25,7 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(simulate)
 app.command()(plan)
+app.command()(report)
 app.command()(convert)
 
 

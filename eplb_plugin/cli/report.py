@@ -1,0 +1,120 @@
+"""`eplb-plugin report`: what recorded loads look like before and after, as one HTML file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from ..errors import TraceError
+from ..report.page import picture_set, write_page
+from ..report.replay import replay
+from ..report.style import pictures
+from ..settings import Settings, load_settings
+from ..simulation import POLICIES, policy_setup
+from ..traces import LoadTrace
+from .simulate import load_for, topology_for
+
+__all__ = ["report"]
+
+_INTERVAL = 128
+_LEAST_INTERVALS = 8
+
+
+def report(
+    traces: Annotated[
+        list[str], typer.Argument(help="Recorded loads of any format, token traces, or traffic profiles.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file to write.")],
+    png: Annotated[Path | None, typer.Option(help="Folder for the pictures as single PNG files.")] = None,
+    ranks: Annotated[int | None, typer.Option(help="Ranks (GPUs) of the expert-parallel group.")] = None,
+    slots: Annotated[int | None, typer.Option(help="Physical experts over all ranks.")] = None,
+    nodes: Annotated[int | None, typer.Option(help="Nodes that the ranks are spread over.")] = None,
+    groups: Annotated[int | None, typer.Option(help="Groups of experts per layer.")] = None,
+    interval: Annotated[
+        int | None, typer.Option(help=f"Steps between two rebalances: {_INTERVAL}, fewer for a short load.")
+    ] = None,
+    policy: Annotated[
+        list[str] | None, typer.Option(help=f"Repeat to compare several of: {', '.join(POLICIES)}.")
+    ] = None,
+    mode: Annotated[str | None, typer.Option(help="Token traces: decode or prefill.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Decode: requests in flight.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Prefill: most tokens of one step.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Decode and generated traffic: steps.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file with options.")] = None,
+) -> None:
+    """Show recorded loads before and after balancing: one HTML file with pictures, and each as a PNG."""
+    settings = load_settings(
+        config,
+        {
+            "simulate.ranks": ranks,
+            "simulate.slots": slots,
+            "simulate.nodes": nodes,
+            "simulate.groups": groups,
+            "rebalancer.interval": interval,
+            "simulate.policies": policy or None,
+            "simulate.mode": mode,
+            "simulate.batch": batch,
+            "simulate.max_tokens": max_tokens,
+            "simulate.steps": steps,
+        },
+    )
+    if "rebalancer.interval" not in settings.origins:
+        settings = _with_interval(settings, _INTERVAL)
+    for name in settings.simulate.policies:
+        policy_setup(name, settings.planner)
+    with pictures():
+        pass  # so that a missing matplotlib is told before anything takes time
+    errors = Console(stderr=True)
+    sections = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=errors, transient=True) as bar:
+        for source in traces:
+            task = bar.add_task(f"{source}: reading", total=None)
+            load = load_for(source, settings)
+            fitting = _fitting(settings, load)
+            done = replay(
+                load,
+                topology_for(load, fitting.simulate),
+                fitting.simulate.policies,
+                fitting.planner,
+                fitting.rebalancer,
+                progress=lambda name, step, total, task=task, source=source: bar.update(  # type: ignore[misc]
+                    task, description=f"{source}: {name}", completed=step, total=total
+                ),
+            )
+            bar.update(task, description=f"{source}: drawing", total=None)
+            sections.append((done, list(picture_set(done))))
+            bar.remove_task(task)
+    write_page(output, sections)
+    console = Console()
+    console.print(f"{output}: written", highlight=False, soft_wrap=True)
+    if png is not None:
+        for index, (_, drawn) in enumerate(sections):
+            for picture in drawn:
+                path = png / f"{f'{index + 1}_' if len(sections) > 1 else ''}{picture.key}.png"
+                _write(path, picture.png)
+                console.print(f"{path}: written", highlight=False, soft_wrap=True)
+
+
+def _fitting(settings: Settings, load: LoadTrace) -> Settings:
+    """With an interval that leaves something to show of a short load, unless one is configured."""
+    if "rebalancer.interval" in settings.origins:
+        return settings
+    return _with_interval(settings, max(1, min(_INTERVAL, load.num_steps // _LEAST_INTERVALS)))
+
+
+def _with_interval(settings: Settings, interval: int) -> Settings:
+    rebalancer = settings.rebalancer.model_copy(update={"interval": interval})
+    return settings.model_copy(update={"rebalancer": rebalancer})
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    except OSError as error:
+        raise TraceError(f"{path}: cannot be written: {error}") from None

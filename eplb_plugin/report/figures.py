@@ -1,0 +1,195 @@
+"""The pictures: each takes a replay and gives a matplotlib figure that explains itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..placement import Placement
+from .replay import PolicyReplay, Replay
+from .style import MUTED, WIDTH, colour, pictures
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "balancedness_over_time",
+    "hottest_experts",
+    "moves_over_time",
+    "policies_compared",
+    "rank_load_maps",
+]
+
+_HOTTEST = 10
+
+
+def rank_load_maps(replay: Replay, policy: PolicyReplay) -> Figure:
+    """Load of every rank by layer, before and after, on one scale."""
+    before = replay.mean_rank_loads(_static(replay)).numpy()
+    after = replay.mean_rank_loads(policy).numpy()
+    layers, ranks = before.shape
+    top = float(np.nanmax([before, after]))
+    with pictures() as figure:
+        drawn: Figure = figure.Figure(figsize=(WIDTH, 3.9), layout="constrained")
+        axes = drawn.subplots(1, 2, sharey=True)
+        names = ("before: not rebalanced", f"after: {policy.result.policy}")
+        for axis, values, name in zip(axes, (before, after), names, strict=True):
+            image = axis.imshow(
+                values, aspect="auto", cmap="cividis", vmin=0, vmax=top, interpolation="nearest"
+            )
+            axis.set_title(f"{name}\nfullest rank: {np.nanmax(values):.2f} x mean", fontsize=9)
+            axis.set_xlabel("rank")
+            axis.set_xticks(_some(ranks))
+            axis.spines[:].set_visible(False)
+            axis.tick_params(length=0)
+        axes[0].set_ylabel("layer")
+        shown = _some(layers)
+        axes[0].set_yticks(shown, [str(replay.trace.layer_ids[index]) for index in shown])
+        bar = drawn.colorbar(image, ax=axes, location="top", fraction=0.05, pad=0.03, aspect=40)
+        bar.set_label("load of the rank / mean of its layer")
+        bar.outline.set_visible(False)
+    return drawn
+
+
+def balancedness_over_time(replay: Replay) -> Figure:
+    """Balancedness of each interval under each policy, and what the package had predicted for it."""
+    with pictures() as figure:
+        drawn: Figure = figure.Figure(figsize=(WIDTH, 3.4), layout="constrained")
+        axis = drawn.subplots()
+        for index, policy in enumerate(replay.policies):
+            parts = policy.result.intervals
+            edges = [part.first_step for part in parts] + [parts[-1].first_step + parts[-1].steps]
+            tint = colour(policy.result.policy, index)
+            values = [part.balancedness for part in parts]
+            axis.stairs(values, edges, color=tint, linewidth=2, baseline=None, label=policy.result.policy)
+            if policy.result.policy != "static":
+                axis.plot(
+                    [part.first_step + part.steps / 2 for part in parts],
+                    policy.predicted,
+                    linestyle="none",
+                    marker="o",
+                    markersize=4,
+                    markerfacecolor="white",
+                    markeredgecolor=tint,
+                    label=f"{policy.result.policy}, predicted",
+                )
+        axis.axvspan(0, replay.interval, color="#f0f0f0", linewidth=0)
+        axis.text(
+            replay.interval / 2,
+            0.02,
+            "recording",
+            transform=axis.get_xaxis_transform(),
+            rotation=90,
+            ha="center",
+            va="bottom",
+            fontsize=8,
+            color=MUTED,
+        )
+        axis.set_xlim(0, replay.trace.num_steps)
+        axis.set_ylim(None, 1)
+        axis.grid(axis="y")
+        axis.set_xlabel("step")
+        axis.set_ylabel("balancedness (1 is perfect)")
+        _legend_above(axis)
+    return drawn
+
+
+def moves_over_time(replay: Replay) -> Figure:
+    """Share of all slots that each rebalance fills anew, by policy."""
+    moving = [(index, item) for index, item in enumerate(replay.policies) if item.result.policy != "static"]
+    cells = replay.trace.num_layers * replay.topology.num_slots
+    with pictures() as figure:
+        drawn: Figure = figure.Figure(figsize=(WIDTH, 2.9), layout="constrained")
+        axis = drawn.subplots()
+        for index, policy in moving:
+            parts = policy.result.intervals
+            steps = [part.first_step for part in parts]
+            shares = [100 * part.moves / cells for part in parts]
+            tint = colour(policy.result.policy, index)
+            axis.plot(
+                steps, shares, color=tint, marker="o", markersize=4, linewidth=1.5, label=policy.result.policy
+            )
+        axis.set_xlim(0, replay.trace.num_steps)
+        axis.set_ylim(0, None)
+        axis.grid(axis="y")
+        axis.set_xlabel("step of the rebalance")
+        axis.set_ylabel("experts moved (% of all slots)")
+        _legend_above(axis)
+    return drawn
+
+
+def hottest_experts(replay: Replay, policy: PolicyReplay) -> Figure:
+    """The experts with the most tokens for their layer, and what is left of them for a slot."""
+    last = policy.result.intervals[-1]
+    load = replay.trace.load[last.first_step :].double().mean(0)
+    share = (load / load.mean(1, keepdim=True)).nan_to_num(0)
+    top = share.flatten().topk(min(_HOTTEST, share.numel())).indices
+    count = policy.placements[-1].replica_count
+    rows = [divmod(int(item), share.shape[1]) for item in top]
+    total = np.array([float(share[layer, expert]) for layer, expert in rows])
+    replicas = np.array([int(count[layer, expert]) for layer, expert in rows])
+    with pictures() as figure:
+        drawn: Figure = figure.Figure(figsize=(WIDTH, 3.9), layout="constrained")
+        axis = drawn.subplots()
+        place = np.arange(len(rows))
+        axis.barh(place, total, color="#cfcfcf", height=0.72, label="all its tokens")
+        axis.barh(
+            place, total / replicas, color=colour("ensemble", 0), height=0.36, label="each replica's part"
+        )
+        for index, number in enumerate(replicas):
+            label = "1 replica" if number == 1 else f"{number} replicas"
+            axis.text(total[index] + 0.015 * total[0], index, label, va="center", fontsize=8.5, color=MUTED)
+        names = [f"layer {replay.trace.layer_ids[layer]}, expert {expert}" for layer, expert in rows]
+        axis.set_yticks(place, names)
+        axis.invert_yaxis()
+        axis.set_xlim(0, total[0] * 1.22)
+        axis.tick_params(axis="y", length=0)
+        axis.grid(axis="x")
+        axis.set_xlabel("tokens, 1 = a mean expert of that layer")
+        _legend_above(axis)
+    return drawn
+
+
+def policies_compared(replay: Replay) -> Figure:
+    """Balancedness and moves of each policy, side by side."""
+    names = [item.result.policy for item in replay.policies]
+    tints = [colour(name, index) for index, name in enumerate(names)]
+    balance = [item.result.balancedness for item in replay.policies]
+    moved = [100 * item.result.moved_share for item in replay.policies]
+    with pictures() as figure:
+        drawn: Figure = figure.Figure(figsize=(WIDTH, 0.9 + 0.42 * len(names)), layout="constrained")
+        left, right = drawn.subplots(1, 2, sharey=True)
+        panels = (
+            (left, balance, "balancedness (1 is perfect)", "{:.3f}", 1.0),
+            (right, moved, "slots moved per rebalance (%)", "{:.1f}", max(*moved, 1.0)),
+        )
+        for axis, values, title, form, end in panels:
+            bars = axis.barh(names, values, color=tints, height=0.62)
+            axis.bar_label(bars, [form.format(value) for value in values], padding=3, fontsize=8.5)
+            axis.set_title(title, fontsize=9)
+            axis.set_xlim(0, end * 1.25)
+            axis.set_xticks([])
+            axis.spines[["bottom", "left"]].set_visible(False)
+            axis.tick_params(length=0)
+        left.invert_yaxis()
+    return drawn
+
+
+def _static(replay: Replay) -> PolicyReplay:
+    """The placement that engines start from, whether or not it is among the policies."""
+    trace = replay.trace
+    default = Placement.default(trace.num_layers, trace.num_experts, replay.topology.num_slots)
+    some = replay.policies[0]
+    return PolicyReplay(some.result, (default,) * len(some.placements), some.predicted)
+
+
+def _some(count: int) -> list[int]:
+    """At most about eight evenly spaced indices, of round distance."""
+    step = next(size for size in (1, 2, 4, 5, 8, 10, 16, 20, 32, 50, 64, 100, count) if count / size <= 8)
+    return list(range(0, count, step))
+
+
+def _legend_above(axis: Axes) -> None:
+    axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2, handlelength=1.6)

@@ -1,0 +1,180 @@
+"""One HTML file with everything in it: no script, no font, no picture comes from anywhere else."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..files import written_whole
+from .figures import (
+    balancedness_over_time,
+    hottest_experts,
+    moves_over_time,
+    policies_compared,
+    rank_load_maps,
+)
+from .replay import PolicyReplay, Replay
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Picture", "picture_set", "write_page"]
+
+_DPI = 220
+_STYLE = """
+:root { color-scheme: light; }
+body { margin: 0 auto; padding: 16px; max-width: 1180px; background: #fff; color: #1b1b1b;
+  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1 { font-size: 1.5rem; margin: .4em 0; } h2 { font-size: 1.25rem; margin: 2em 0 .3em;
+  border-top: 1px solid #ddd; padding-top: 1em; } h3 { font-size: 1.02rem; margin: 0 0 .2em; }
+p { margin: .3em 0; } .quiet { color: #555; font-size: .92rem; }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr));
+  gap: 28px 36px; align-items: start; margin-top: 1.2em; }
+figure { margin: 0; } img { width: 100%; max-width: 560px; height: auto; display: block; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; margin: .8em 0; font-size: .92rem; overflow-wrap: normal; }
+th, td { padding: 4px 0 4px 9px; text-align: right; font-variant-numeric: tabular-nums; }
+td { white-space: nowrap; } th:first-child, td:first-child { padding-left: 0; }
+th { border-bottom: 1px solid #999; font-weight: 600; vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; }
+"""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture and what a reader has to know to read it.
+
+    Attributes:
+        key: a name for files.
+        title: what it shows, as a heading.
+        note: how to read it, one or two sentences.
+        png: the image.
+    """
+
+    key: str
+    title: str
+    note: str
+    png: bytes
+
+
+def picture_set(replay: Replay) -> Iterator[Picture]:
+    """All pictures of a replay, one after the other; drawing each takes a good part of a second.
+
+    Raises:
+        EplbError: matplotlib is not installed.
+    """
+    chosen = chosen_policy(replay)
+    yield Picture(
+        "policies",
+        "Policies side by side",
+        "Both on steps that the policy had not seen when it planned. Moving a slot is sending one expert's "
+        "weights to another rank.",
+        _png(policies_compared(replay)),
+    )
+    yield Picture(
+        "rank_loads",
+        "How much each rank had to do",
+        "Each cell is one rank in one layer, over all steps. A layer waits for its fullest rank: one even "
+        "colour is good, bright cells are where time is lost.",
+        _png(rank_load_maps(replay, chosen)),
+    )
+    yield Picture(
+        "balancedness",
+        "Balancedness over time",
+        "Lines: what each interval came to. Circles: what its placement would have come to on the interval "
+        "before, which it was planned from. A circle far above its line means that the traffic changed.",
+        _png(balancedness_over_time(replay)),
+    )
+    yield Picture(
+        "moves",
+        "Moves over time",
+        "How much each rebalance sends. The first one leaves the placement that the engine starts with.",
+        _png(moves_over_time(replay)),
+    )
+    yield Picture(
+        "hottest_experts",
+        "The hottest experts and their replicas",
+        f"Of the last interval, under {chosen.result.policy}. Grey: the tokens of the expert. Blue: what is "
+        "left for a slot when they are spread over its replicas.",
+        _png(hottest_experts(replay, chosen)),
+    )
+
+
+def chosen_policy(replay: Replay) -> PolicyReplay:
+    """The policy that the pictures of single placements show: the package's own, else the last one."""
+    return next((item for item in replay.policies if item.result.policy == "ensemble"), replay.policies[-1])
+
+
+def write_page(path: str | Path, sections: list[tuple[Replay, list[Picture]]]) -> None:
+    """Write the report.
+
+    Raises:
+        TraceError: the file cannot be written.
+    """
+    body = "".join(_section(replay, pictures) for replay, pictures in sections)
+    text = (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<link rel="icon" href="data:,">\n<title>Expert load report</title>\n<style>{_STYLE}</style>\n'
+        "</head>\n<body>\n<h1>Expert load report</h1>\n"
+        "<p>Recorded loads, replayed offline: each policy plans from what came before and is scored on what "
+        "came next. <b>Balancedness</b> is the mean load of the ranks divided by the fullest one, "
+        "layers added up: at 0.5 the ranks wait half of the time, at 1 none waits.</p>\n"
+        f"{body}</body>\n</html>\n"
+    )
+    with written_whole(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def _section(replay: Replay, pictures: list[Picture]) -> str:
+    trace, topology = replay.trace, replay.topology
+    nodes = f" on {topology.num_nodes} nodes" if topology.num_nodes > 1 else ""
+    figures = "".join(
+        f"<figure><h3>{escape(item.title)}</h3>"
+        f'<img alt="{escape(item.title)}" src="data:image/png;base64,{base64.b64encode(item.png).decode()}">'
+        f'<figcaption class="quiet">{escape(item.note)}</figcaption></figure>\n'
+        for item in pictures
+    )
+    return (
+        f"<h2>{escape(trace.name)}</h2>\n"
+        f'<p class="quiet">{trace.num_steps} steps, {trace.num_layers} layers, {trace.num_experts} experts '
+        f"in {topology.num_slots} slots on {topology.num_ranks} ranks{nodes}; rebalanced every "
+        f"{replay.interval} steps.</p>\n"
+        f'<div class="grid">\n<div>{_numbers(replay)}</div>\n{figures}</div>\n'
+    )
+
+
+def _numbers(replay: Replay) -> str:
+    """The headline and the table."""
+    best = chosen_policy(replay).result
+    static = next((item.result for item in replay.policies if item.result.policy == "static"), None)
+    told = f"<p><b>{escape(best.policy)}</b> reaches a balancedness of <b>{best.balancedness:.3f}</b>"
+    if static is not None and static is not best:
+        change = static.balancedness / best.balancedness - 1
+        told += (
+            f", against {static.balancedness:.3f} when nothing is ever rebalanced. Where MoE layers wait for "
+            f"their fullest rank, they take {abs(change):.0%} {'less' if change <= 0 else 'more'} time"
+        )
+    told += f". A rebalance moves {best.moved_share:.1%} of the slots.</p>"
+    rows = "".join(
+        f"<tr><td>{escape(item.result.policy)}</td><td>{item.result.balancedness:.4f}</td>"
+        f"<td>{min(part.balancedness for part in item.result.intervals):.4f}</td>"
+        f"<td>{item.result.moved_share:.1%}</td><td>{item.result.plan_ms:.0f}</td></tr>"
+        for item in replay.policies
+    )
+    return (
+        f'<h3>In numbers</h3>{told}<div class="scroll"><table><tr><th>policy</th><th>balanced&shy;ness</th>'
+        f"<th>worst interval</th><th>slots moved</th><th>plan ms</th></tr>{rows}</table></div>"
+    )
+
+
+def _png(figure: Figure) -> bytes:
+    stream = io.BytesIO()
+    # Without the name and version of the program, the same load gives the same bytes.
+    figure.savefig(stream, format="png", dpi=_DPI, metadata={"Software": None})
+    return stream.getvalue()

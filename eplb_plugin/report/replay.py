@@ -1,0 +1,118 @@
+"""Replays of one load under several policies, with the placements that the pictures need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ..config import PlannerOptions, RebalancerOptions
+from ..metrics import balancedness, rank_loads
+from ..placement import Placement
+from ..simulation import PolicySetup, SimulationResult, policy_setup, simulate
+from ..topology import Topology
+from ..traces import LoadTrace
+
+__all__ = ["PolicyReplay", "Replay", "replay"]
+
+
+@dataclass(frozen=True, eq=False)
+class PolicyReplay:
+    """What one policy did.
+
+    Attributes:
+        result: its figures.
+        placements: in force from each rebalance on, as many as `result.intervals`.
+        predicted: balancedness of each placement on the steps of the interval before it, from which it was
+            planned; the same mean over single steps as the actual one.
+    """
+
+    result: SimulationResult
+    placements: tuple[Placement, ...]
+    predicted: tuple[float, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Replay:
+    """One load, replayed under several policies.
+
+    Attributes:
+        trace: the load.
+        topology: nodes, ranks, slots and groups.
+        interval: steps between two rebalances.
+        policies: what each policy did, in the order asked for.
+    """
+
+    trace: LoadTrace
+    topology: Topology
+    interval: int
+    policies: tuple[PolicyReplay, ...]
+
+    def mean_rank_loads(self, policy: PolicyReplay) -> torch.Tensor:
+        """Load of each rank over all scored steps, 1 being the mean of its layer.
+
+        Returns:
+            float64 [layers, ranks]; layers without load are NaN.
+        """
+        total = torch.zeros(self.trace.num_layers, self.topology.num_ranks, dtype=torch.float64)
+        for interval, placement in zip(policy.result.intervals, policy.placements, strict=True):
+            part = self.trace.load[interval.first_step : interval.first_step + interval.steps]
+            total += rank_loads(part.sum(0, dtype=torch.float64), placement, self.topology)[0]
+        return total / total.mean(1, keepdim=True)
+
+
+def replay(
+    trace: LoadTrace,
+    topology: Topology,
+    policies: tuple[str, ...],
+    planner: PlannerOptions,
+    rebalancer: RebalancerOptions,
+    *,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Replay:
+    """Replay `trace` under each of `policies`.
+
+    Args:
+        trace: the load.
+        topology: nodes, ranks, slots and groups.
+        policies: names, as of `simulate`.
+        planner: how placements are planned.
+        rebalancer: its interval, snapshots and history are the window.
+        progress: told the policy, rebalances done and rebalances in all.
+
+    Raises:
+        TraceError: an unknown policy, or a load that is too short for the interval.
+        TopologyError, PlacementError: the numbers do not fit together.
+    """
+    results = []
+    for name in policies:
+        setup, placements = _kept(policy_setup(name, planner))
+        result = simulate(
+            trace,
+            topology,
+            setup,
+            rebalancer.interval,
+            snapshots=rebalancer.snapshots,
+            history=rebalancer.history,
+            progress=None if progress is None else lambda done, total, name=name: progress(name, done, total),  # type: ignore[misc]
+        )
+        predicted = tuple(
+            balancedness(
+                trace.load[part.first_step - rebalancer.interval : part.first_step], placement, topology
+            )
+            for part, placement in zip(result.intervals, placements, strict=True)
+        )
+        results.append(PolicyReplay(result, tuple(placements), predicted))
+    return Replay(trace, topology, rebalancer.interval, tuple(results))
+
+
+def _kept(setup: PolicySetup) -> tuple[PolicySetup, list[Placement]]:
+    """The policy, and the list that every placement it makes is put into."""
+    placements: list[Placement] = []
+
+    def keep(window: torch.Tensor, topology: Topology, current: Placement) -> Placement:
+        placements.append(setup.policy(window, topology, current))
+        return placements[-1]
+
+    return PolicySetup(setup.name, keep, setup.snapshots, setup.history), placements
