@@ -22,6 +22,8 @@ if not collect_ignore_glob:
         SGLANG_EXPERT_LOCATION_UPDATER_CANARY="1",
         OMP_NUM_THREADS="1",
         TOKENIZERS_PARALLELISM="false",
+        # Environments with another numba, working on the same checkout, must not write into one cache.
+        NUMBA_CACHE_DIR=str(Path(sys.prefix) / "numba"),
     )
     if str(SHIMS) not in sys.path:
         sys.path.insert(0, str(SHIMS))
@@ -32,3 +34,11 @@ if not collect_ignore_glob:
 def compiled():
     """Compile the planner once, into the cache on disk, before ranks that start together all do."""
     eplb_plugin.warmup()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """The tiny model, saved, and what transformers decodes with it."""
+    from tests.engines.sglang.tiny_model import make_model
+
+    return make_model(tmp_path_factory.mktemp("model"))

@@ -1,0 +1,77 @@
+"""Starting SGLang in a process group of its own, with a limit on its time and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[3]
+REBALANCE = re.compile(r"rebalance (\d+): (?:.*?; (\d+) moves in|the map in force stays: (.*))")
+
+
+class EngineProcess:
+    """A running SGLang and its log. Use `started`."""
+
+    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
+        self.process = process
+        self.log = log
+
+    def text(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def rebalances(self) -> list[tuple[int, str]]:
+        """(moves, why the map stayed) of each rebalance that the plugin has logged so far."""
+        return [(int(moves or 0), kept or "") for _, moves, kept in REBALANCE.findall(self.text())]
+
+    def wait(self, limit: float) -> int:
+        """The exit status; a process that runs longer than `limit` seconds is an error."""
+        try:
+            return self.process.wait(limit)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {limit} s\n{self.tail()}") from None
+
+    def tail(self) -> str:
+        """The end of the log, without the many models that this environment lacks something for."""
+        lines = [line for line in self.text().splitlines() if "Ignore import error" not in line]
+        return "\n".join(lines[-60:])
+
+
+@contextmanager
+def started(
+    command: Sequence[str], log: Path, env: Mapping[str, str] | None = None
+) -> Iterator[EngineProcess]:
+    """Run `python COMMAND`. At the end all of its process group is killed, whatever happened."""
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            cwd=ROOT,
+            env={**os.environ, **(env or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        yield EngineProcess(process, log)
+    finally:
+        _kill_group(process)
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    """End the group's processes and wait until they are gone, so that memory and ports are free again."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return
+        process.poll()
+        time.sleep(0.05)
+    raise AssertionError(f"processes of group {process.pid} survive SIGKILL")

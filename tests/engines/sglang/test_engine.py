@@ -1,0 +1,79 @@
+"""The real engine on two ranks: it starts from a plan of ours, rebalances live, and its tokens stay right."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from eplb_plugin.traces import save_load_trace
+from eplb_plugin.traffic import TrafficProfile, generate
+from tests.engines.sglang.engine_process import started
+from tests.engines.sglang.tiny_model import EXPERTS, LAYERS, NEW_TOKENS
+
+INTERVAL = 10
+SLOTS = 24
+# The first round ends before the first rebalance is due; the others bring at least two each.
+ROUNDS = [INTERVAL - 3] + [NEW_TOKENS] * 6
+
+
+def test_tokens_are_equal_before_between_and_after_live_rebalances(tiny, tmp_path):
+    planned = plan_offline(tmp_path)
+    arguments = {
+        "engine": {
+            "model_path": str(tiny.path),
+            "device": "cpu",
+            "dtype": "float32",
+            "tp_size": 2,
+            "ep_size": 2,
+            "skip_tokenizer_init": True,
+            "skip_server_warmup": True,
+            "attention_backend": "torch_native",
+            "disable_cuda_graph": True,
+            "disable_overlap_schedule": True,
+            "disable_radix_cache": True,
+            "max_total_tokens": 2048,
+            "max_running_requests": 8,
+            "mem_fraction_static": 0.3,
+            "log_level": "info",
+            "enable_eplb": True,
+            "eplb_algorithm": "ensemble:history=2,move_price=0.005",
+            "eplb_rebalance_num_iterations": INTERVAL,
+            "ep_num_redundant_experts": SLOTS - EXPERTS,
+            "init_expert_location": str(planned),
+        },
+        "prompts": tiny.prompts,
+        "rounds": ROUNDS,
+        "result": str(tmp_path / "rounds.json"),
+    }
+    (tmp_path / "arguments.json").write_text(json.dumps(arguments))
+    command = ["-m", "tests.engines.sglang.drive_engine", str(tmp_path / "arguments.json")]
+    with started(command, tmp_path / "engine.log", {"SGLANG_LOG_EXPERT_LOCATION_METADATA": "1"}) as engine:
+        engine.wait(240)
+        assert (tmp_path / "rounds.json").exists(), engine.tail()
+        log, rebalances = engine.text(), engine.rebalances()
+    assert "eplb-plugin is active" in log
+
+    rounds = json.loads((tmp_path / "rounds.json").read_text())
+    assert rounds == [[tokens[:count] for tokens in tiny.tokens] for count in ROUNDS]
+    first = log.index("rebalance 1:")
+    assert log.index("round 1 done") < first < log.index("round 2 done")
+    assert len(rebalances) >= 10
+    assert sum(moves > 0 for moves, _ in rebalances) >= 3
+
+    # What SGLang had in force until the first rebalance is what was planned offline.
+    layout = re.findall(r"layer=(\d+): ep0=(\[.*?\]) ep1=(\[.*?\])", log)[:LAYERS]
+    in_force = [json.loads(a) + json.loads(b) for _, a, b in layout]
+    assert in_force == json.loads(planned.read_text())["physical_to_logical_map"]
+
+
+def plan_offline(folder):
+    """A map for `--init-expert-location`, by the command that users run."""
+    profile = TrafficProfile(name="tiny", layers=LAYERS, experts=EXPERTS, top_k=4, log_std=1.0)
+    save_load_trace(folder / "load.npz", generate(profile, steps=64, tokens_per_step=64))
+    program = str(Path(sys.executable).with_name("eplb-plugin"))
+    command = [program, "plan", "load.npz", "--ranks", "2", "--slots", str(SLOTS), "--format", "sglang"]
+    subprocess.run([*command, "-o", "map.json"], check=True, timeout=120, cwd=folder)
+    return folder / "map.json"

@@ -1,0 +1,99 @@
+"""The value of SGLang's `--eplb-algorithm`, which needs no SGLang to be understood."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from eplb_plugin import ConfigError, PlannerOptions
+from eplb_plugin.integration.engine_planner import EngineOptions
+from eplb_plugin.integration.sglang_options import OPTIONS, is_ours, parse_algorithm
+
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "sglang.yaml"
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch):
+    for name in os.environ:
+        if name.startswith("EPLB_PLUGIN_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "ours"),
+    [
+        ("ensemble", True),
+        ("ensemble:history=2", True),
+        ("ensemble:", True),
+        ("ensemble_vec", False),
+        ("deepseek", False),
+        ("auto", False),
+        ("", False),
+    ],
+)
+def test_which_names_are_ours(algorithm, ours):
+    assert is_ours(algorithm) is ours
+
+
+def test_the_plain_name_has_the_defaults():
+    assert parse_algorithm("ensemble") == EngineOptions()
+
+
+def test_options_follow_the_colon():
+    options = parse_algorithm(
+        "ensemble:move_price=0.05, max_moves=3,history=2,snapshots=8,check_agreement=false"
+    )
+    assert options == EngineOptions(
+        planner=PlannerOptions(move_price=0.05, max_moves=3), history=2, snapshots=8, check_agreement=False
+    )
+
+
+def test_the_command_line_goes_over_the_environment_and_the_file(tmp_path, monkeypatch):
+    path = tmp_path / "options.yaml"
+    path.write_text("planner: {seed: 1, num_candidates: 7, move_price: 0.5}\nrebalancer: {history: 9}\n")
+    monkeypatch.setenv("EPLB_PLUGIN_PLANNER__NUM_CANDIDATES", "8")
+    monkeypatch.setenv("EPLB_PLUGIN_PLANNER__SEED", "2")
+    options = parse_algorithm(f"ensemble:config={path},seed=3")
+    assert options.planner == PlannerOptions(seed=3, num_candidates=8, move_price=0.5)
+    assert options.history == 9
+    monkeypatch.setenv("EPLB_PLUGIN_CONFIG", str(path))
+    assert parse_algorithm("ensemble").planner == PlannerOptions(seed=2, num_candidates=8, move_price=0.5)
+
+
+def test_the_example_names_every_option_that_a_file_can_hold():
+    text = CONFIG.read_text(encoding="utf-8")
+    assert parse_algorithm(f"ensemble:config={CONFIG}") == EngineOptions()
+    for option in OPTIONS:
+        assert option in ("config", "check_agreement") or f"  {option}: " in text, option
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "message"),
+    [
+        ("deepseek", "'deepseek' is not 'ensemble'"),
+        ("ensemble:", "no option follows the colon"),
+        ("ensemble:history", "'history' is not OPTION=VALUE"),
+        ("ensemble:history=", "'history=' is not OPTION=VALUE"),
+        ("ensemble:history=2,", "'' is not OPTION=VALUE"),
+        ("ensemble:history=2,history=3", "history is given twice"),
+        ("ensemble:candidate=2", "unknown option 'candidate'; there are config, check_agreement, policy"),
+        ("ensemble:interval=5", "unknown option 'interval'"),
+        ("ensemble:history=0", r"history: .* greater than or equal to 1 \(got '0'\)"),
+        ("ensemble:move_price=cheap", r"move_price: .* valid number.* \(got 'cheap'\)"),
+        ("ensemble:check_agreement=perhaps", r"check_agreement: .* boolean"),
+        ("ensemble:config=/no/such.yaml", "/no/such.yaml: cannot be read"),
+    ],
+)
+def test_what_is_wrong_is_named(algorithm, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        parse_algorithm(algorithm)
+    assert str(caught.value).startswith(f"--eplb-algorithm {algorithm}: ")
+
+
+def test_a_wrong_file_is_named(tmp_path):
+    path = tmp_path / "options.yaml"
+    path.write_text("planner: {moves: 3}\n")
+    with pytest.raises(ConfigError, match=r"options\.yaml: unknown option planner\.moves"):
+        parse_algorithm(f"ensemble:config={path}")
