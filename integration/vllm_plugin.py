@@ -124,6 +124,8 @@ def _share_log() -> None:
 def _report(worker: Any) -> dict[str, Any]:
     """`llm.collective_rpc("eplb_plugin_report")`: what this rank's policy did, as plain data."""
     import vllm
+    from vllm.distributed.parallel_state import get_ep_group
 
-    about = {"vllm": vllm.__version__, "plugin": version_of("eplb-plugin"), "rank": worker.rank}
+    rank = get_ep_group().rank_in_group
+    about = {"vllm": vllm.__version__, "plugin": version_of("eplb-plugin"), "rank": rank}
     return {**about, **(_active[-1].report() if _active else {})}

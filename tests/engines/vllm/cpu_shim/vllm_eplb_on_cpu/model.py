@@ -1,4 +1,4 @@
-"""A tiny random Qwen3-MoE, saved as vLLM loads it: the architecture in full, nothing in it learnt."""
+"""A tiny random Qwen3-MoE with a word for each token, saved as vLLM loads it; nothing in it is learnt."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ VOCAB = 512
 
 
 def save_tiny_model(folder, *, favoured=(), pull=3.0, seed=0):
-    """Write config and weights.
+    """Write config, weights and a tokenizer (token 7 is the word `w7`).
 
     Args:
         folder: where to.
@@ -18,7 +18,8 @@ def save_tiny_model(folder, *, favoured=(), pull=3.0, seed=0):
         pull: how strongly, in standard deviations of the other experts' logits.
         seed: of all weights.
     """
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     config = Qwen3MoeConfig(
         vocab_size=VOCAB,
@@ -53,3 +54,7 @@ def save_tiny_model(folder, *, favoured=(), pull=3.0, seed=0):
                 rows = layer.mlp.gate.weight
                 rows[list(favoured)] += direction * rows.norm(dim=1).mean() * pull / config.hidden_size**0.5
     model.save_pretrained(Path(folder))
+    words = Tokenizer(models.WordLevel({f"w{token}": token for token in range(VOCAB)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    names = {"bos_token": "w0", "eos_token": "w1", "pad_token": "w1", "unk_token": "w0"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(Path(folder))

@@ -1,0 +1,111 @@
+"""The OpenAI-compatible server under concurrent requests, while experts move under them."""
+
+import asyncio
+import contextlib
+import json
+import socket
+import time
+import urllib.request
+
+import pytest
+
+from .conftest import LIMIT, RESTLESS, eplb_arguments, llm_arguments
+from .drive import NEW_TOKENS, PROMPTS
+from .processes import engine, environment, tail
+
+pytestmark = pytest.mark.timeout(2 * LIMIT)
+
+REQUESTS = 256
+CONCURRENCY = 32
+LAYOUTS = {
+    "tensor": ["--tensor-parallel-size", "2"],
+    "data": ["--data-parallel-size", "2", "--all2all-backend", "allgather_reducescatter"],
+}
+
+
+def command_line(model, port):
+    """The server with the arguments that the offline engine gets, EPLB asynchronous."""
+    arguments = llm_arguments(model) | eplb_arguments(use_async=True)
+    for name in ("model", "skip_tokenizer_init", "tensor_parallel_size", "enable_prefix_caching"):
+        del arguments[name]
+    line = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", "tiny"]
+    line += ["--host", "127.0.0.1", "--port", str(port), "--no-enable-prefix-caching"]
+    line += ["--additional-config", json.dumps({"eplb_plugin": RESTLESS})]
+    for name, value in arguments.items():
+        flag = f"--{name.replace('_', '-')}"
+        line += (
+            [flag] if value is True else [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
+        )
+    return line
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_until_healthy(port, process, log):
+    deadline = time.monotonic() + LIMIT
+    while time.monotonic() < deadline:
+        assert process.poll() is None, tail(log)
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+            return
+        time.sleep(0.5)
+    pytest.fail(f"not healthy after {LIMIT} s\n{tail(log)}")
+
+
+def call_workers(port, method):
+    """Ask for a method of the workers, on all engines; the first engine's results."""
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/collective_rpc",
+        json.dumps({"method": method}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return json.load(response)["results"]
+
+
+async def complete_all(port):
+    """The tokens that the server makes of each request's prompt, CONCURRENCY requests at a time."""
+    from openai import AsyncOpenAI
+
+    room = asyncio.Semaphore(CONCURRENCY)
+    async with AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
+
+        async def complete(prompt):
+            async with room:
+                answer = await client.completions.create(
+                    model="tiny",
+                    prompt=prompt,
+                    max_tokens=NEW_TOKENS,
+                    temperature=0,
+                    extra_body={"ignore_eos": True, "return_token_ids": True},
+                )
+            return answer.choices[0].model_extra["token_ids"]
+
+        return await asyncio.gather(*(complete(PROMPTS[n % len(PROMPTS)]) for n in range(REQUESTS)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_all_answers_are_right_during_rearrangements(layout, model, expected, tmp_path):
+    port, log = free_port(), tmp_path / "server.log"
+    env = environment(2, tmp_path, VLLM_SERVER_DEV_MODE="1")  # for the calls of worker methods
+    with engine([*command_line(model, port), *LAYOUTS[layout]], log, env) as process:
+        wait_until_healthy(port, process, log)
+        call_workers(port, "watch")
+        answers = asyncio.run(complete_all(port))
+        report = call_workers(port, "eplb_plugin_report")
+        checks = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("checks-*.json"))]
+    assert len(answers) == REQUESTS
+    wrong = [n for n, tokens in enumerate(answers) if tokens != expected[n % len(expected)]]
+    assert wrong == [], tail(log)
+    assert len(checks) == 2
+    for rank in checks:
+        assert rank["wrong"] == []
+        assert rank["changes"] >= 15, checks
+    for rank in report:
+        (planned,) = rank["models"].values()
+        assert planned["failures"] == 0
+        assert sum(not one["skipped"] for one in planned["reports"]) >= 5

@@ -1,0 +1,300 @@
+"""The policy as vLLM calls it, without vLLM: whatever happens, a valid map comes back."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import eplb_plugin as eplb
+from eplb_plugin.integration.engine_planner import EngineOptions
+from eplb_plugin.integration.vllm_hook import VllmHookPolicy, has_hook
+from eplb_plugin.integration.vllm_policy import Interval, VllmPolicy
+
+from .processes import run_ranks
+
+LAYERS, LOGICAL, SLOTS, RANKS = 3, 8, 12, 4
+NUMBERS = (SLOTS, 1, 1, RANKS)
+
+
+class Own:
+    """What vLLM's own policy is here: it counts its calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[object, ...]] = []
+
+    def rebalance_experts(self, weight, *numbers_and_map):
+        self.calls.append((weight, *numbers_and_map))
+        if numbers_and_map[0] % numbers_and_map[3]:
+            raise AssertionError("slots do not divide")
+        return torch.full((weight.shape[0], numbers_and_map[0]), 7)
+
+
+def in_force() -> torch.Tensor:
+    return eplb.Placement.default(LAYERS, LOGICAL, SLOTS).physical_to_logical.clone()
+
+
+def skewed(seed: int = 0, snapshots: int = 4) -> torch.Tensor:
+    """int64 [snapshots, layers, logical]: the first experts are hot."""
+    generator = torch.Generator().manual_seed(seed)
+    heat = torch.tensor([40, 30, 20, 10, 1, 1, 1, 1])
+    return heat * torch.randint(1, 5, (snapshots, LAYERS, LOGICAL), generator=generator)
+
+
+def policy(**options) -> VllmPolicy:
+    return VllmPolicy(EngineOptions(check_agreement=False, **options), Own())
+
+
+def call(policy: VllmPolicy, load: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+    """One rearrangement of one model, as vLLM makes it."""
+    policy.expect([Interval("moe", load)])
+    return policy.rebalance_experts(load.sum(0), *NUMBERS, old)
+
+
+def test_it_returns_what_the_planner_plans_and_writes_to_nothing():
+    load, old = skewed(), in_force()
+    given_load, given_old = load.clone(), old.clone()
+    new = call(policy(), load, old)
+    topology = eplb.Topology(num_ranks=RANKS, num_slots=SLOTS)
+    expected = eplb.plan(load, topology, given_old).placement.physical_to_logical
+    assert torch.equal(new, expected)
+    assert not torch.equal(new, old)
+    assert torch.equal(load, given_load)
+    assert torch.equal(old, given_old)
+    # vLLM writes into maps; that must not reach what we keep, nor what we were given.
+    new.zero_()
+    assert torch.equal(old, given_old)
+
+
+def test_experts_that_stay_on_a_rank_keep_their_slot():
+    load, old = skewed(), in_force()
+    new = call(policy(), load, old)
+    per_rank = SLOTS // RANKS
+    for layer in range(LAYERS):
+        for rank in range(RANKS):
+            before = old[layer, rank * per_rank :][:per_rank].tolist()
+            after = new[layer, rank * per_rank :][:per_rank].tolist()
+            for expert in set(before) & set(after):
+                assert after[before.index(expert)] == expert
+
+
+def test_history_goes_into_the_next_plan_and_scaling_drops_it():
+    remembering, forgetting = policy(), policy()
+    for one in (remembering, forgetting):
+        call(one, skewed(), in_force())
+    forgetting.expect_scaling()
+    second = torch.roll(skewed(1), 4, 2)
+    after = [call(one, second, in_force()) for one in (remembering, forgetting)]
+    assert torch.equal(after[1], call(policy(), second, in_force()))
+    assert not torch.equal(after[0], after[1])
+
+
+def test_the_calls_of_a_scaling_group_go_to_vllms_own_policy():
+    ours = policy()
+    ours.expect_scaling()
+    weight = skewed().sum(0)
+    assert bool((ours.rebalance_experts(weight, 8, 1, 1, 2, in_force()) == 7).all())
+    ours.expect([])
+    # Fewer slots than the map has, or slots without an expert, are scaling too.
+    ours.rebalance_experts(weight, 8, 1, 1, 2, in_force())
+    ours.rebalance_experts(weight, *NUMBERS, in_force().index_fill(1, torch.tensor([3]), -1))
+    assert len(ours.own.calls) == 3
+    assert ours.planners == {}
+
+
+def test_profiling_keeps_the_map_and_leaves_no_trace():
+    ours = policy()
+    ours.expect_profiling()
+    old = in_force()
+    new = ours.rebalance_experts(torch.ones(LAYERS, LOGICAL, dtype=torch.int64), *NUMBERS, old)
+    assert torch.equal(new, old)
+    assert new.data_ptr() != old.data_ptr()
+    assert ours.planners == {}
+
+
+def test_an_interval_without_load_keeps_the_map_whatever_the_history(caplog):
+    ours = policy(planner={"min_gain": 0.0, "move_price": 0.0})
+    call(ours, skewed(), in_force())
+    reports = len(ours.planners["moe"].reports)
+    with caplog.at_level(logging.INFO):
+        assert torch.equal(call(ours, torch.zeros_like(skewed()), in_force()), in_force())
+    assert len(ours.planners["moe"].reports) == reports
+    assert ours.planners["moe"].failures == 0
+    assert "holds no load" in caplog.text
+
+
+def test_a_rearrangement_that_gains_too_little_is_skipped(caplog):
+    planned = call(policy(), skewed(), in_force())
+    ours = policy(planner={"min_gain": 0.3})
+    with caplog.at_level(logging.INFO):
+        assert torch.equal(call(ours, skewed(), planned), planned)
+    assert "no layer gains min_gain=0.3" in caplog.text
+    assert ours.planners["moe"].reports[-1].skipped
+
+
+def test_models_are_told_apart_by_their_order():
+    ours = policy()
+    other = torch.roll(skewed(), 4, 2)
+    ours.expect([Interval("main", skewed()), Interval("draft", other)])
+    main = ours.rebalance_experts(skewed().sum(0), *NUMBERS, in_force())
+    draft = ours.rebalance_experts(other.sum(0), *NUMBERS, in_force())
+    assert torch.equal(main, call(policy(), skewed(), in_force()))
+    assert torch.equal(draft, call(policy(), other, in_force()))
+    assert set(ours.report()["models"]) == {"main", "draft"}
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        Interval("moe", None, error=RuntimeError("no memory for the window")),
+        Interval("moe", -skewed()),
+        Interval("moe", skewed()[:, :2]),
+        Interval("moe", skewed(), ready=lambda: 1 / 0),
+    ],
+    ids=["no load", "negative", "another model's layers", "never arrives"],
+)
+def test_what_goes_wrong_before_planning_keeps_the_map_and_is_counted(broken, caplog):
+    ours = policy()
+    first = call(ours, skewed(), in_force())
+    for _ in range(2):
+        ours.expect([broken])
+        assert torch.equal(ours.rebalance_experts(skewed().sum(0), *NUMBERS, first), first)
+    assert ours.planners["moe"].failures == 2
+    errors = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert len(errors) == 1, "a failure is said once"
+    assert errors[0].exc_info
+    # The next good interval is planned from again.
+    assert not torch.equal(call(ours, torch.roll(skewed(1), 4, 2) * 100, first), first)
+
+
+def test_numbers_that_do_not_fit_keep_the_map():
+    ours = policy()
+    ours.expect([Interval("moe", skewed())])
+    assert torch.equal(ours.rebalance_experts(skewed().sum(0), SLOTS, 1, 1, 5, in_force()), in_force())
+    assert ours.planners["moe"].failures == 1
+
+
+def test_without_a_map_in_force_it_plans_from_the_summed_load():
+    """The cases that vLLM tests its own policy with, by what has to hold for any policy."""
+    for weight, slots, groups, nodes, ranks in (
+        ([[10, 20, 30, 40]], 4, 1, 1, 1),
+        ([[50] * 8], 8, 2, 2, 4),
+        ([[1000, 1, 1, 1, 1, 1, 1, 1]], 12, 2, 2, 4),
+        ([[10, 20, 30, 40, 50, 60], [60, 50, 40, 30, 20, 10], [25] * 6], 8, 2, 2, 4),
+        ([[10, 20, 30, 40]], 8, 3, 2, 4),
+    ):
+        load = torch.tensor(weight)
+        ids = policy().rebalance_experts(load, slots, groups, nodes, ranks)
+        placement = eplb.Placement(ids, load.shape[1])
+        assert ids.shape == (len(weight), slots)
+        placement.validate(eplb.Topology(num_nodes=nodes, num_ranks=ranks, num_slots=slots))
+        hottest = load.argmax(1)
+        if slots > load.shape[1]:
+            most = placement.replica_count.amax(1)
+            assert torch.equal(placement.replica_count.gather(1, hottest[:, None]).flatten(), most)
+    # What cannot be planned is vLLM's to refuse, in its own way.
+    ours = policy()
+    with pytest.raises(AssertionError, match="slots do not divide"):
+        ours.rebalance_experts(torch.tensor([[10, 20, 30, 40]]), 7, 2, 2, 4)
+    assert len(ours.own.calls) == 1
+
+
+def _rearrange_on(rank: int, fault: str) -> tuple[list[int], list[int], int, str]:
+    """Two rearrangements: one in which rank 1 goes astray, and a good one."""
+    ours = VllmPolicy(EngineOptions(), Own(), lambda: dist.group.WORLD)
+    old, load = in_force(), skewed()
+    if fault == "raises" and rank == 1:
+        load_here = Interval("moe", None, error=RuntimeError("only here"))
+    elif fault == "differs" and rank == 1:
+        load_here = Interval("moe", torch.roll(load, 4, 2))
+    else:
+        load_here = Interval("moe", load)
+    ours.expect([load_here])
+    first = ours.rebalance_experts(load.sum(0), *NUMBERS, old)
+    kept = torch.equal(first, old)
+    reason = ours.planners["moe"].reports[-1].reason if ours.planners["moe"].reports else ""
+    ours.expect_scaling()  # drops what rank 1 alone has seen
+    second = call(ours, load, first)
+    return (
+        second.flatten().tolist(),
+        first.flatten().tolist(),
+        ours.planners["moe"].failures,
+        f"{kept} {reason}",
+    )
+
+
+@pytest.mark.parametrize("fault", ["none", "raises", "differs"])
+def test_ranks_that_disagree_all_keep_the_map_in_force(fault):
+    ranks = run_ranks(_rearrange_on, 2, fault)
+    assert ranks[0][0] == ranks[1][0] != in_force().flatten().tolist()
+    assert ranks[0][1] == ranks[1][1]
+    for _, first, failures, _ in ranks:
+        if fault == "none":
+            assert failures == 0
+            assert first != in_force().flatten().tolist()
+        else:
+            assert failures >= 1
+            assert first == in_force().flatten().tolist()
+    if fault != "none":
+        assert "ranks planned different maps" in ranks[0][3]
+        assert "on ranks [0]" in ranks[0][3]
+
+
+class HookOwn:
+    """vLLM's own policy, in the form that upstream proposes."""
+
+    def create_state(self, num_moe_layers):
+        return SimpleNamespaceWithHash(num_moe_layers=num_moe_layers)
+
+    def plan_rebalance(self, context, policy_state):
+        return "own"
+
+
+class SimpleNamespaceWithHash(SimpleNamespace):
+    __hash__ = object.__hash__
+
+
+def context(load: torch.Tensor, ids: torch.Tensor) -> SimpleNamespace:
+    return SimpleNamespace(
+        load_window_cpu=load,
+        physical_to_logical_map_cpu=ids,
+        topology=SimpleNamespace(num_groups=1, num_nodes=1, num_ranks=RANKS),
+        num_replicas=SLOTS,
+        cpu_group=None,
+    )
+
+
+def test_the_hook_proposed_upstream_gets_the_same_plans():
+    assert has_hook(HookOwn)
+    assert not has_hook(Own)
+    ours = VllmHookPolicy(EngineOptions(check_agreement=False), HookOwn(), lambda ids: ("plan", ids))
+    main, draft = ours.create_state(LAYERS), ours.create_state(LAYERS)
+    kind, ids = ours.plan_rebalance(context(skewed(), in_force()), main)
+    assert kind == "plan"
+    assert torch.equal(ids, call(policy(), skewed(), in_force()))
+    _, other = ours.plan_rebalance(context(torch.roll(skewed(), 4, 2), in_force()), draft)
+    assert torch.equal(other, call(policy(), torch.roll(skewed(), 4, 2), in_force()))
+    assert len(ours.planners) == 2
+    # A state of its own means a history of its own.
+    _, again = ours.plan_rebalance(context(skewed(1), in_force()), ours.create_state(LAYERS))
+    assert torch.equal(again, call(policy(), skewed(1), in_force()))
+    # A profiling run has one sample without load, and a growing group slots without experts.
+    _, same = ours.plan_rebalance(context(torch.zeros(1, LAYERS, LOGICAL), in_force()), main)
+    assert torch.equal(same, in_force())
+    grown = in_force().index_fill(1, torch.tensor([0]), -1)
+    assert ours.plan_rebalance(context(skewed(), grown), main) == "own"
+
+
+def test_the_hook_compares_over_the_group_of_the_context():
+    results = run_ranks(_plan_by_hook, 2)
+    assert results == [True, True]
+
+
+def _plan_by_hook(rank: int) -> bool:
+    ours = VllmHookPolicy(EngineOptions(), HookOwn(), lambda ids: ids)
+    here = context(torch.roll(skewed(), 4 * rank, 2), in_force())
+    here.cpu_group = dist.group.WORLD
+    return torch.equal(ours.plan_rebalance(here, ours.create_state(LAYERS)), in_force())
