@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from eplb_plugin.traces import save_load_trace
 from eplb_plugin.traffic import TrafficProfile, generate
 from tests.engines.sglang.engine_process import started
@@ -19,6 +21,7 @@ SLOTS = 24
 ROUNDS = [INTERVAL - 3] + [NEW_TOKENS] * 6
 
 
+@pytest.mark.timeout(600)
 def test_tokens_are_equal_before_between_and_after_live_rebalances(tiny, tmp_path):
     planned = plan_offline(tmp_path)
     arguments = {
@@ -51,7 +54,7 @@ def test_tokens_are_equal_before_between_and_after_live_rebalances(tiny, tmp_pat
     (tmp_path / "arguments.json").write_text(json.dumps(arguments))
     command = ["-m", "tests.engines.sglang.drive_engine", str(tmp_path / "arguments.json")]
     with started(command, tmp_path / "engine.log", {"SGLANG_LOG_EXPERT_LOCATION_METADATA": "1"}) as engine:
-        engine.wait(240)
+        engine.wait(400)
         assert (tmp_path / "rounds.json").exists(), engine.tail()
         log, rebalances = engine.text(), engine.rebalances()
     assert "eplb-plugin is active" in log

@@ -137,5 +137,5 @@ def check_offline_plan(dump):
 def test_a_bad_option_stops_the_launch(tiny, tmp_path):
     command = arguments(tiny.path, free_port(), "--enable-eplb", "--eplb-algorithm", "ensemble:moves=3")
     with started(command, tmp_path / "server.log") as server:
-        assert server.wait(120) != 0
+        assert server.wait(200) != 0
         assert "ConfigError: --eplb-algorithm ensemble:moves=3: unknown option 'moves'" in server.text()

@@ -1,0 +1,172 @@
+"""SGLang's algorithm without SGLang: what it makes of the counts, and that ranks cannot drift apart."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import eplb_plugin as eplb
+from eplb_plugin.integration.sglang_balancer import SglangBalancer, fold_busy_steps
+from tests.processes import RanksFailedError, run_ranks
+
+TOPOLOGY = eplb.Topology(num_ranks=2, num_slots=12)
+LAYERS, LOGICAL = 3, 8
+
+
+def start():
+    return eplb.Placement.default(LAYERS, LOGICAL, TOPOLOGY.num_slots).physical_to_logical
+
+
+def interval(seed, steps=20, dense=True):
+    """int32 [steps, layers, logical]; layer 0 is dense."""
+    generator = torch.Generator().manual_seed(seed)
+    heat = 100 * torch.rand(1, LAYERS, LOGICAL, generator=generator) ** 4
+    counts = torch.poisson(heat.expand(steps, -1, -1), generator=generator).int()
+    counts[:, 0] *= not dense
+    return counts
+
+
+def test_folding_leaves_out_steps_that_were_never_recorded():
+    counts = interval(0, steps=9)
+    gaps = torch.zeros(20, LAYERS, LOGICAL, dtype=torch.int32)
+    gaps[5:11], gaps[13:16] = counts[:6], counts[6:]
+    assert torch.equal(fold_busy_steps(gaps, 4), fold_busy_steps(counts, 4))
+    assert torch.equal(fold_busy_steps(gaps, 16), counts.long())
+    assert fold_busy_steps(gaps, 1).tolist() == [counts.sum(0).tolist()]
+    assert fold_busy_steps(gaps[:5], 4).shape == (0, LAYERS, LOGICAL)
+    assert fold_busy_steps(counts, 4).sum(0).tolist() == counts.sum(0).tolist()
+
+
+def test_folding_does_not_overflow():
+    counts = torch.full((4, 1, 2), 2**31 - 1, dtype=torch.int32)
+    assert fold_busy_steps(counts, 2).tolist() == [[[2**32 - 2] * 2]] * 2
+
+
+@pytest.mark.parametrize("counts", [torch.ones(2, 3, dtype=torch.int32), torch.ones(2, 3, 4)])
+def test_folding_refuses_what_is_not_counts(counts):
+    with pytest.raises(eplb.LoadError, match="not integers"):
+        fold_busy_steps(counts, 4)
+
+
+def test_maps_are_what_sglang_expects():
+    balancer = SglangBalancer("ensemble")
+    maps = balancer.rebalance(interval(1), TOPOLOGY, start())
+    placement = eplb.Placement(maps.physical_to_logical, LOGICAL)
+    placement.validate(TOPOLOGY)
+    assert torch.equal(maps.logical_to_physical, placement.logical_to_physical)
+    assert torch.equal(maps.replica_count, placement.replica_count)
+    assert torch.equal(maps.physical_to_logical[0], start()[0])  # the dense layer
+    assert not torch.equal(maps.physical_to_logical, start())
+    expected = eplb.plan(fold_busy_steps(interval(1), 16), TOPOLOGY, start()).placement
+    assert torch.equal(maps.physical_to_logical, expected.physical_to_logical)
+
+
+def test_an_idle_server_keeps_its_map():
+    balancer = SglangBalancer("ensemble")
+    idle = torch.zeros(20, LAYERS, LOGICAL, dtype=torch.int32)
+    assert torch.equal(balancer.rebalance(idle, TOPOLOGY, start()).physical_to_logical, start())
+    assert balancer.planner.failures == 0
+
+
+def test_the_history_is_dropped_when_the_group_changes():
+    fresh, grown = SglangBalancer("ensemble"), SglangBalancer("ensemble")
+    grown.rebalance(interval(1), TOPOLOGY, start())
+    wider = eplb.Topology(num_ranks=3, num_slots=12)
+    assert torch.equal(
+        grown.rebalance(interval(2), wider, start()).physical_to_logical,
+        fresh.rebalance(interval(2), wider, start()).physical_to_logical,
+    )
+    # Without a change, it counts.
+    fresh, kept = SglangBalancer("ensemble"), SglangBalancer("ensemble")
+    kept.rebalance(interval(1), TOPOLOGY, start())
+    assert not torch.equal(
+        kept.rebalance(interval(2), TOPOLOGY, start()).physical_to_logical,
+        fresh.rebalance(interval(2), TOPOLOGY, start()).physical_to_logical,
+    )
+
+
+def test_a_failure_keeps_the_map_is_told_once_and_counted(caplog):
+    balancer = SglangBalancer("ensemble")
+    negative = interval(1)
+    negative[3, 1, 2] = -5000
+    with caplog.at_level(logging.ERROR):
+        for _ in range(3):
+            assert torch.equal(balancer.rebalance(negative, TOPOLOGY, start()).physical_to_logical, start())
+    assert balancer.planner.failures == 3
+    assert caplog.text.count("LoadError") == 1
+    # The next good interval is planned from as if nothing had been.
+    fresh = SglangBalancer("ensemble").rebalance(interval(2), TOPOLOGY, start())
+    assert torch.equal(
+        balancer.rebalance(interval(2), TOPOLOGY, start()).physical_to_logical, fresh.physical_to_logical
+    )
+
+
+PLAN_ALONE = """
+import json, sys, torch
+from tests.test_sglang_balancer import LAYERS, LOGICAL, SglangBalancer, TOPOLOGY, interval, start
+torch.set_num_threads(int(sys.argv[1]))
+torch.manual_seed(int(sys.argv[1]))
+balancer, current, maps = SglangBalancer("ensemble"), start(), []
+for seed in range(5):
+    torch.rand(int(sys.argv[1]))
+    current = balancer.rebalance(interval(seed), TOPOLOGY, current).physical_to_logical
+    maps.append(current.tolist())
+print(json.dumps(maps))
+"""
+
+
+@pytest.mark.timeout(600)
+def test_the_plan_depends_on_nothing_but_what_was_handed_over():
+    """Two processes that differ in hash seed, random state and threads plan five intervals alike."""
+    outputs = []
+    for number in ("1", "2"):
+        env = {**os.environ, "PYTHONHASHSEED": number}
+        command = [sys.executable, "-c", PLAN_ALONE, number]
+        result = subprocess.run(command, env=env, check=True, capture_output=True, text=True, timeout=240)
+        outputs.append(json.loads(result.stdout.splitlines()[-1]))
+    assert outputs[0] == outputs[1]
+    assert len({json.dumps(maps) for maps in outputs[0]}) >= 3
+
+
+def start_with_options_of_rank(rank, algorithms):
+    SglangBalancer(algorithms[rank]).start(start(), LOGICAL)
+
+
+def test_ranks_with_other_options_do_not_start():
+    with pytest.raises(RanksFailedError, match="ranks disagree on the options of the planner") as caught:
+        run_ranks(start_with_options_of_rank, 2, ["ensemble", "ensemble:seed=1"])
+    assert set(caught.value.failures) == {0, 1}
+
+
+def disagree(rank, algorithm):
+    """Rank 1 has seen other traffic; what each rank answers, how many failures it counts, what it logs."""
+    balancer = SglangBalancer(algorithm)
+    maps = [balancer.rebalance(interval(1 + rank), TOPOLOGY, start()) for _ in range(2)]
+    return [item.physical_to_logical.tolist() for item in maps], balancer.planner.failures
+
+
+def test_ranks_that_disagree_keep_the_map_in_force():
+    for maps, failures in run_ranks(disagree, 2, "ensemble"):
+        assert maps == [start().tolist()] * 2
+        assert failures == 2
+
+
+def test_without_the_check_ranks_answer_for_themselves():
+    (first, none), (second, _) = run_ranks(disagree, 2, "ensemble:check_agreement=false")
+    assert first != second
+    assert none == 0
+
+
+def start_from(rank, row):
+    SglangBalancer("ensemble").start(torch.tensor([row]), LOGICAL)
+
+
+def test_a_map_that_leaves_experts_out_does_not_start():
+    with pytest.raises(RanksFailedError, match="layer 0 has no slot for expert 7 of 8"):
+        run_ranks(start_from, 2, [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4])
