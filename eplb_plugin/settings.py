@@ -37,6 +37,9 @@ ENV_DELIMITER = "__"
 CONFIG_VARIABLE = "EPLB_PLUGIN_CONFIG"
 """The environment variable that names the configuration file."""
 
+ADAPTER_SECTIONS = ("eplb_plugin",)
+"""Sections of the file that belong to an engine's adapter, which reads and checks them itself."""
+
 Sections: TypeAlias = dict[str, dict[str, Any]]
 
 
@@ -191,7 +194,10 @@ def load_settings(path: str | Path | None = None, overrides: Mapping[str, Any] |
     merged: Sections = {}
     origins: dict[str, str] = {}
     if path is not None:
-        _overlay(merged, origins, _read_yaml(Path(path)), str(path))
+        sections = {
+            key: value for key, value in _read_yaml(Path(path)).items() if key not in ADAPTER_SECTIONS
+        }
+        _overlay(merged, origins, sections, str(path))
     for variable, sections in _read_environment():
         _overlay(merged, origins, sections, f"environment variable {variable}")
     for key, value in (overrides or {}).items():

@@ -12,7 +12,14 @@ import yaml
 
 from eplb_plugin.config import PlannerOptions, RebalancerOptions
 from eplb_plugin.errors import ConfigError
-from eplb_plugin.settings import DemoOptions, Settings, SimulateOptions, default_yaml, load_settings
+from eplb_plugin.settings import (
+    DemoOptions,
+    Settings,
+    SimulateOptions,
+    default_yaml,
+    load_settings,
+    read_section,
+)
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -77,6 +84,15 @@ def test_file_then_environment_then_command_line(tmp_path, monkeypatch):
     assert settings.origins["planner.seed"] == "environment variable EPLB_PLUGIN_PLANNER__SEED"
     assert settings.origins["planner.num_candidates"] == str(path)
     assert settings.origins["demo.layers"] == "command line"
+
+
+def test_the_section_of_an_adapter_is_left_to_it(tmp_path, monkeypatch):
+    path = tmp_path / "mine.yaml"
+    path.write_text("eplb_plugin: {enabled: true}\nplanner: {seed: 3}")
+    assert load_settings(path).origins == {"planner.seed": str(path)}
+    monkeypatch.setenv("EPLB_PLUGIN_CONFIG", str(path))
+    assert read_section("eplb_plugin") == {"enabled": True}
+    assert read_section("nothing") is None
 
 
 def test_the_environment_names_the_file(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import typer
 from ..errors import EplbError
 from .convert import convert
 from .demo import demo
+from .doctor import doctor
 from .plan import plan
 from .report import report
 from .simulate import simulate
@@ -26,6 +27,7 @@ app.command()(demo)
 app.command()(simulate)
 app.command()(plan)
 app.command()(report)
+app.command()(doctor)
 app.command()(convert)
 
 

@@ -1,0 +1,137 @@
+"""`eplb-plugin doctor`: what is installed and active, whether it works, which options are in force."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ..planning.backend import use_kernels
+from ..settings import Settings, load_settings
+from .installation import EngineState, engine_states, package_versions
+from .selftest import SelfTest, self_test
+
+__all__ = ["doctor"]
+
+_ALWAYS_SHOWN = ("planner", "rebalancer")
+
+
+@dataclass(frozen=True)
+class _Option:
+    value: Any
+    origin: str
+
+
+def doctor(
+    config: Annotated[Path | None, typer.Option(help="YAML file with options.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON instead.")] = False,
+) -> None:
+    """Check the installation: versions, engines, a self-test, and every option with where it comes from.
+
+    Exit code 1 means that something is wrong; it is said at the end.
+    """
+    settings = load_settings(config)
+    with Console(stderr=True).status("testing (the first time, the planner is compiled)"):
+        versions, engines = package_versions(), engine_states()
+        backend, tested = _backend(settings), self_test(settings.planner)
+    options = _options(settings)
+    problems = [*tested.problems, *(line for engine in engines for line in engine.problems)]
+    if as_json:
+        content = {
+            "python": platform.python_version(),
+            "packages": versions,
+            "engines": [asdict(engine) for engine in engines],
+            "backend": backend,
+            "self_test": asdict(tested),
+            "options": {name: asdict(option) for name, option in options.items()},
+            "problems": problems,
+        }
+        print(json.dumps(content))
+    else:
+        _show(Console(), versions, engines, backend, tested, options, problems)
+    if problems:
+        raise typer.Exit(1)
+
+
+def _show(
+    console: Console,
+    versions: dict[str, str | None],
+    engines: list[EngineState],
+    backend: str,
+    tested: SelfTest,
+    options: dict[str, _Option],
+    problems: list[str],
+) -> None:
+    rows = [("Python", f"{platform.python_version()} on {platform.platform()}")]
+    rows += [(name, number or "not installed") for name, number in versions.items()]
+    rows.append(("accelerator", torch.cuda.get_device_name() if torch.cuda.is_available() else "none"))
+    console.print(_table("Installed", rows))
+    rows = []
+    for engine in engines:
+        rows.append((engine.name, engine.version or "not installed"))
+        if engine.version:
+            rows.append(("", f"plugin: {engine.plugin}"))
+    console.print(_table("Engines", rows))
+    rows = [
+        ("backend", backend),
+        (
+            "self-test",
+            f"{'failed' if tested.problems else 'passed'}: balancedness {tested.before:.3f} to "
+            f"{tested.after:.3f}",
+        ),
+        (
+            "time",
+            f"{tested.plan_ms:.1f} ms a plan; first plans, which load the planner, {tested.first_ms:.0f} ms",
+        ),
+    ]
+    console.print(_table("Planning", rows))
+    table = Table(title="Options in force", title_justify="left", box=box.SIMPLE_HEAD)
+    for name in ("option", "value", "from"):
+        table.add_column(name, overflow="fold")
+    for name, option in options.items():
+        style = None if option.origin == "default" else "bold"
+        table.add_row(name, json.dumps(option.value), option.origin, style=style)
+    console.print(table)
+    for line in problems:
+        console.print(f"problem: {line}", style="bold red", highlight=False, soft_wrap=True)
+    if not problems:
+        console.print("no problems found")
+
+
+def _table(title: str, rows: list[tuple[str, str]]) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _backend(settings: Settings) -> str:
+    """What would plan, for a load on the processor and, where there is one, on an accelerator."""
+    kernels, tensors = "compiled kernels (numba)", "tensors (torch)"
+    host = kernels if use_kernels(torch.zeros(1, 1, 1), settings.planner) else tensors
+    if not torch.cuda.is_available():
+        return host
+    grown = kernels if use_kernels(torch.zeros(1, 1, 1, device="cuda"), settings.planner, True) else tensors
+    return f"{host}; for loads on the accelerator {tensors} at first, then {grown}"
+
+
+def _options(settings: Settings) -> dict[str, _Option]:
+    """Every option of planning and of the online loop, and those of commands that are set."""
+    found = {}
+    for section, options in settings.model_dump(mode="json").items():
+        for option, value in options.items():
+            name = f"{section}.{option}"
+            origin = settings.origins.get(name, "default")
+            if section in _ALWAYS_SHOWN or origin != "default":
+                found[name] = _Option(value, origin)
+    return found

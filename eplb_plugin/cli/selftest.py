@@ -1,0 +1,68 @@
+"""One small plan, checked from all sides: what `doctor` trusts the installation by."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from ..config import PlannerOptions
+from ..metrics import balancedness, rank_loads
+from ..placement import Placement
+from ..planning.planner import plan
+from ..topology import Topology
+from ..traffic import generate
+
+__all__ = ["SelfTest", "self_test"]
+
+_TOPOLOGY = Topology(num_nodes=2, num_ranks=8, num_slots=40, num_groups=4)
+_LAYERS = 8
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """What came of it.
+
+    Attributes:
+        first_ms: time of the first plan, in milliseconds; compiles or loads what was compiled before.
+        plan_ms: time of a plan from then on.
+        before: balancedness of the placement that engines start from.
+        after: balancedness of the plan.
+        problems: what is wrong, one line for each.
+    """
+
+    first_ms: float
+    plan_ms: float
+    before: float
+    after: float
+    problems: tuple[str, ...]
+
+
+def self_test(options: PlannerOptions) -> SelfTest:
+    """Plan for a small load from scratch and from the placement in force, and check the plans."""
+    load = generate("gpt-oss-20b", layers=_LAYERS, steps=16, tokens_per_step=256).load
+    default = Placement.default(_LAYERS, load.shape[2], _TOPOLOGY.num_slots)
+    began = time.perf_counter()
+    plan(load, _TOPOLOGY, None, options)
+    plan(load, _TOPOLOGY, default, options)
+    first_ms = 1000 * (time.perf_counter() - began)
+
+    scratch = plan(load, _TOPOLOGY, None, options)
+    grown = plan(load, _TOPOLOGY, default, options)
+    before = balancedness(load, default, _TOPOLOGY)
+    problems = []
+    for name, made in (("from scratch", scratch), ("from the placement in force", grown)):
+        made.placement.validate(_TOPOLOGY)
+        after = balancedness(load, made.placement, _TOPOLOGY)
+        if abs(after - made.balancedness) > 1e-9:
+            problems.append(f"plan {name}: promises a balancedness of {made.balancedness}, but has {after}")
+        if after < before:
+            problems.append(f"plan {name}: balancedness {after:.4f} is worse than {before:.4f} without one")
+        peak = rank_loads(load, made.placement, _TOPOLOGY).amax(2).mean(0)
+        if bool((peak < made.lower_bound * (1 - 1e-9)).any()):
+            problems.append(f"plan {name}: its peak is below the lower bound")
+    again = plan(load, _TOPOLOGY, default, options)
+    if not torch.equal(again.placement.physical_to_logical, grown.placement.physical_to_logical):
+        problems.append("the same load gave two different plans")
+    return SelfTest(first_ms, 1000 * grown.seconds, before, grown.balancedness, tuple(problems))
