@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-sglang lint wheel bench-peers clean
+.PHONY: demo test test-sglang test-vllm bench-vllm lint wheel bench-peers clean
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml constraints.txt
@@ -32,6 +32,22 @@ $(SGLANG)/.installed: pyproject.toml constraints.txt $(wildcard $(SGLANG_TESTS)/
 test-sglang: $(SGLANG)/.installed  ## the adapter on the real SGLang, in an environment of its own (2 GB)
 	$(SGLANG)/bin/python -m pytest $(SGLANG_TESTS)
 
+VLLM := .venv-vllm
+VLLM_TESTS := tests/engines/vllm
+
+$(VLLM)/.installed: pyproject.toml constraints.txt $(wildcard $(VLLM_TESTS)/requirements*.txt $(VLLM_TESTS)/cpu_shim/*.toml)
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install -qq --upgrade pip
+	$(VLLM)/bin/python -m pip install -qq -c constraints.txt -r $(VLLM_TESTS)/requirements.txt -e ".[test]"
+	$(VLLM)/bin/python -m pip install -qq --no-deps -r $(VLLM_TESTS)/requirements-engine.txt -e $(VLLM_TESTS)/cpu_shim
+	touch $@
+
+test-vllm: $(VLLM)/.installed  ## the adapter in the real vLLM, in an environment of its own (2 GB)
+	$(VLLM)/bin/python -m pytest $(VLLM_TESTS)
+
+bench-vllm: $(VLLM)/.installed  ## our planner and vLLM's default policy in the real vLLM
+	$(VLLM)/bin/python benchmarks/bench_vllm.py
+
 lint: $(STAMP)  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -51,4 +67,4 @@ bench-peers: $(STAMP)  ## fetch the wheels whose policies the benchmarks compare
 	rm -rf .peers/unpacked .peers/wheels
 
 clean:
-	rm -rf $(VENV) $(SGLANG) .peers dist build *.egg-info
+	rm -rf $(VENV) $(SGLANG) $(VLLM) .peers dist build *.egg-info

@@ -114,11 +114,8 @@ def _enable(state: Any) -> None:
 
 
 def _share_log() -> None:
-    """Let our lines come through the handlers of vLLM, which only loggers below its own have."""
-    ours, theirs = logging.getLogger(__name__.partition(".")[0]), logging.getLogger("vllm")
-    if not ours.handlers:
-        ours.handlers, ours.propagate = list(theirs.handlers), False
-        ours.setLevel(theirs.level)
+    """Let our lines come out as vLLM's do, at the level and through the handlers that it configures."""
+    logging.getLogger(__name__.partition(".")[0]).parent = logging.getLogger("vllm")
 
 
 def _report(worker: Any) -> dict[str, Any]:

@@ -1,0 +1,141 @@
+"""The entry point in vLLM's own classes, without an engine: when it acts, when it refuses or stays out."""
+
+import logging
+from importlib.metadata import entry_points
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from vllm.config import set_current_vllm_config
+from vllm.distributed.eplb import policy as policies
+from vllm.distributed.eplb.eplb_state import EplbState
+
+import eplb_plugin as eplb
+from eplb_plugin.integration import vllm_plugin
+from eplb_plugin.integration.vllm_state import missing_seams
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch):
+    """The plugins of this environment, as vLLM loads them, on a class that is as before afterwards."""
+    from vllm_eplb_on_cpu.device import with_cpu_streams
+
+    with_cpu_streams()
+    monkeypatch.setattr(EplbState, "__init__", EplbState.__init__)
+    monkeypatch.setattr(vllm_plugin, "_active", [])
+    # The lines go to the root logger, where caplog reads them, not to vLLM's.
+    monkeypatch.setattr(vllm_plugin, "_share_log", lambda: None)
+    monkeypatch.delenv("EPLB_PLUGIN_CONFIG", raising=False)
+    (ours,) = (one for one in entry_points(group="vllm.general_plugins") if one.name == "eplb_plugin")
+    ours.load()()
+
+
+def state_with(additional_config):
+    """vLLM's state, made while vLLM has this configuration."""
+    config = SimpleNamespace(additional_config=additional_config)
+    try:
+        with set_current_vllm_config(config):
+            return EplbState(SimpleNamespace(), torch.device("cpu"))
+    except AttributeError:
+        pytest.fail("vLLM looked for more than additional_config")
+
+
+def test_registering_again_wraps_nothing_again():
+    once = EplbState.__init__
+    vllm_plugin.register()
+    assert EplbState.__init__ is once
+
+
+@pytest.mark.parametrize("additional_config", [{}, {"other": 1}, {"eplb_plugin": {"enabled": False}}])
+def test_vllm_is_untouched_unless_enabled(additional_config):
+    state = state_with(additional_config)
+    assert not {"add_model", "rearrange"} & set(vars(state))
+    assert state.policy is policies.DefaultEplbPolicy
+
+
+def test_enabled_it_binds_to_the_state_alone():
+    state = state_with({"eplb_plugin": {"enabled": True}})
+    assert "add_model" in vars(state)
+    assert state_with({}).add_model.__func__ is EplbState.add_model
+
+
+def test_our_lines_come_out_as_vllms_do(monkeypatch):
+    ours = logging.getLogger("eplb_plugin")
+    monkeypatch.undo()
+    monkeypatch.setattr(ours, "parent", ours.parent)
+    vllm_plugin._share_log()
+    assert logging.getLogger("eplb_plugin.integration.vllm_policy").parent is ours
+    assert ours.parent is logging.getLogger("vllm")
+
+
+def test_a_file_enables_it_and_vllms_arguments_go_over_the_file(tmp_path, monkeypatch):
+    path = tmp_path / "vllm.yaml"
+    path.write_text(yaml.safe_dump({"eplb_plugin": {"enabled": True, "history": 7}}))
+    monkeypatch.setenv("EPLB_PLUGIN_CONFIG", str(path))
+    assert vllm_plugin.vllm_options({}) == vllm_plugin.VllmOptions(enabled=True, history=7)
+    assert "add_model" in vars(state_with({}))
+    assert "add_model" not in vars(state_with({"eplb_plugin": {"enabled": False}}))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"enabled": True, "histroy": 2}, "histroy"),
+        ({"enabled": True, "history": 0}, "history"),
+        ({"enabled": True, "planner": {"policy": "magic"}}, "policy: Input should be 'ensemble' or 'greedy'"),
+        ({"enabled": "perhaps"}, "enabled"),
+        ("on", "not options with values"),
+    ],
+)
+def test_bad_options_end_the_start_with_their_name(options, message):
+    with pytest.raises(eplb.ConfigError, match=message) as error:
+        state_with({"eplb_plugin": options})
+    assert "additional_config" in str(error.value)
+
+
+def test_a_bad_file_ends_the_start_of_every_process(tmp_path, monkeypatch):
+    path = tmp_path / "vllm.yaml"
+    path.write_text("eplb_plugin: {enabled: true, snapshots: none}")
+    monkeypatch.setenv("EPLB_PLUGIN_CONFIG", str(path))
+    with pytest.raises(eplb.ConfigError, match=r"EPLB_PLUGIN_CONFIG: eplb_plugin: .*snapshots"):
+        vllm_plugin.register()
+
+
+def test_this_vllm_has_all_that_is_needed():
+    assert missing_seams(state_with({})) == []
+
+
+@pytest.mark.parametrize("gone", ["rearrange", "add_model", "policy", "parameters"])
+def test_without_a_seam_vllms_own_policy_stays_and_the_log_says_what_is_missing(gone, monkeypatch, caplog):
+    if gone == "parameters":
+        monkeypatch.setattr(EplbState, "rearrange", lambda self, step: None)
+    elif gone == "policy":
+        monkeypatch.delattr(policies, "AbstractEplbPolicy")
+    else:
+        monkeypatch.delattr(EplbState, gone)
+    state = state_with({"eplb_plugin": {"enabled": True}})
+    assert "add_model" not in vars(state)
+    (record,) = [record for record in caplog.records if record.levelno == logging.ERROR]
+    said = record.getMessage()
+    assert ("AbstractEplbPolicy" if gone == "policy" else gone.replace("parameters", "is_profile")) in said
+    assert "0.32" in said
+
+
+def test_an_untested_release_is_warned_of(monkeypatch, caplog):
+    import vllm
+
+    monkeypatch.setattr(vllm, "__version__", "0.47.1")
+    state = state_with({"eplb_plugin": {"enabled": True}})
+    assert "add_model" in vars(state), "a warning, not a refusal"
+    assert "tested with vLLM 0.32, not 0.47.1" in caplog.text
+
+
+def test_vllms_tables_of_our_maps_are_ours():
+    """vLLM derives its dispatch tables from the map itself; they agree with those of `Placement`."""
+    from vllm.distributed.eplb.eplb_state import compute_logical_maps
+
+    ids = eplb.plan(torch.rand(3, 16), eplb.Topology(num_ranks=4, num_slots=20)).placement
+    tables, counts = compute_logical_maps(ids.physical_to_logical, 16)
+    assert torch.equal(tables, ids.logical_to_physical)
+    assert torch.equal(counts, ids.replica_count)
