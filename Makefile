@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-sglang test-vllm bench-vllm lint wheel bench-peers clean
+.PHONY: demo test test-sglang bench-sglang test-vllm bench-vllm lint wheel bench-peers clean
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml constraints.txt
@@ -31,6 +31,9 @@ $(SGLANG)/.installed: pyproject.toml constraints.txt $(wildcard $(SGLANG_TESTS)/
 
 test-sglang: $(SGLANG)/.installed  ## the adapter on the real SGLang, in an environment of its own (2 GB)
 	$(SGLANG)/bin/python -m pytest $(SGLANG_TESTS)
+
+bench-sglang: $(SGLANG)/.installed  ## our planner and two algorithms of SGLang's, on the same counts
+	PYTHONPATH=$(SGLANG_TESTS)/shims SGLANG_USE_CPU_ENGINE=1 $(SGLANG)/bin/python benchmarks/bench_sglang.py
 
 VLLM := .venv-vllm
 VLLM_TESTS := tests/engines/vllm
