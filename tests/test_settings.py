@@ -48,7 +48,8 @@ def test_without_anything_all_is_default():
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
 def test_every_example_loads(path):
     settings = load_settings(path)
-    assert set(settings.origins.values()) == {str(path)}
+    # All that this one says is in a section of the adapter's.
+    assert set(settings.origins.values()) == (set() if path.name == "vllm.yaml" else {str(path)})
     assert "#" in path.read_text(encoding="utf-8")
 
 
