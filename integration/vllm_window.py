@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 
@@ -35,16 +36,27 @@ def fold_window(
     Returns:
         int64 [snapshots, layers, logical], tokens, on the device of `window`.
     """
-    steps = min(steps, window.shape[0])
+    ring = window.shape[0]
+    steps = min(steps, ring)
     snapshots = min(snapshots, steps)
-    newest = window.roll(-position, 0)[-steps:].to(torch.int64)
-    bins = torch.arange(steps, device=window.device) * snapshots // steps
-    per_slot = newest.new_zeros(snapshots, *window.shape[1:]).index_add_(0, bins, newest)
+    # Summed range by range: a copy of the window would be the largest tensor of the whole rebalance.
+    edges = [position - steps - (-snapshot * steps // snapshots) for snapshot in range(snapshots + 1)]
+    per_slot = torch.stack([_sum_steps(window, *edge) for edge in pairwise(edges)])
     # Unused slots are counted for an expert beyond the last one, which is cut off.
     expert = physical_to_logical.to(torch.int64)
     expert = torch.where(expert < 0, num_logical, expert).expand_as(per_slot)
     per_expert = per_slot.new_zeros(*per_slot.shape[:2], num_logical + 1)
     return per_expert.scatter_add_(2, expert, per_slot)[..., :num_logical]
+
+
+def _sum_steps(window: torch.Tensor, first: int, end: int) -> torch.Tensor:
+    """int64 [layers, slots]: the sum of the steps `first` to `end`, which count round the ring."""
+    ring = window.shape[0]
+    count, first = end - first, first % ring
+    total = window[first : first + count].sum(0, dtype=torch.int64)
+    if first + count > ring:
+        total += window[: first + count - ring].sum(0, dtype=torch.int64)
+    return total
 
 
 def sum_over_ranks(
