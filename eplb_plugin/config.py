@@ -51,7 +51,7 @@ class PlannerOptions(Options):
     tolerance: float = Field(5e-4, ge=0, lt=1)
     """A row is finished when its peak is within this share of the lower bound."""
 
-    move_price: float = Field(0.012, ge=0)
+    move_price: float = Field(0.003, ge=0)
     """What exchanges have to lower the peak by for every move that they take, as a share of the mean load of
     a slot. With 0 moves are free and a placement from scratch is tried too."""
 
@@ -59,7 +59,7 @@ class PlannerOptions(Options):
     """Most moves per layer and rebalance; None leaves it to the price. A layer whose placement in force
     breaks the hierarchical policy is planned anew whatever that takes."""
 
-    min_gain: float = Field(0.01, ge=0, lt=1)
+    min_gain: float = Field(0.002, ge=0, lt=1)
     """Skip rule: a layer whose predicted balancedness rises by less than this stays as it is."""
 
     snapshot_decay: float = Field(0.95, gt=0, le=1)

@@ -8,6 +8,11 @@ A layer's state is: `slot_expert [slots]`, `count [logical]` (replicas), `held [
 slots of a rank hold an expert), `share [snapshots, slots]` (load of what each slot holds), `load
 [snapshots, ranks]`, and `slot_load [snapshots, slots]`, the load of each slot's rank. Loads are float32,
 scaled so that the mean rank load, summed over snapshots, is 1.
+
+With several snapshots the search lowers the smooth peak: the 16-norm of the rank loads of a snapshot,
+summed over snapshots. It also counts ranks that are nearly the heaviest, any of which may be the heaviest
+in the next step, so it reaches the same balance on later traffic with about half the moves. A single
+load, which has no future to differ from, is planned for its true peak.
 """
 
 from __future__ import annotations
@@ -22,8 +27,10 @@ _compile = numba.njit(nogil=True, cache=True, fastmath=False, boundscheck=False)
 _TRIED_RANKS = 4  # heavy ranks that a round looks at before the search gives up
 _RACE_ROUNDS = 8  # rounds after which the better of two starts is carried on
 _HYSTERESIS = 1.2  # how much heavier an expert counts that would lose a replica
-_STEP_PRICE = 0.3  # share of the price of a move that each single exchange has to earn
+_LEAST_GAIN = 2e-4  # smaller gains are not worth a round, as a share of the mean rank load
+_LEAST_EXACT_GAIN = 1e-5  # the same for a single load
 _SHORTLIST = 3  # slots that are looked at closely for each expert that might get a replica
+_UNBOUNDED = 1 << 40
 
 
 @_compile
@@ -79,10 +86,10 @@ def plan_layers(
 
 @_compile
 def _grow(scaled, current, num_ranks, ranks_per_node, price, max_moves, rounds, tolerance, best):
-    """Candidates grown from `current`; the one with the lowest peak plus price of its moves goes to `best`.
+    """Grow a placement from `current`, for the lowest peak plus price of its moves, into `best`.
 
-    One starts from the placement as it is. Single exchanges rarely find their way to other replica counts,
-    so another starts from counts chosen anew, somewhat in favour of those in force.
+    One start is the placement as it is. Single exchanges rarely find their way to other replica counts, so
+    another starts from counts chosen anew, somewhat in favour of those in force.
     """
     num_snapshots, num_logical = scaled.shape
     num_slots = current.shape[0]
@@ -99,23 +106,23 @@ def _grow(scaled, current, num_ranks, ranks_per_node, price, max_moves, rounds, 
     # A few rounds tell which of the two starts is better; only that one is carried through.
     race = min(rounds, _RACE_ROUNDS)
     best[:] = current
-    peak, moves = _improve(
-        scaled, best, current, num_ranks, ranks_per_node, True, price, max_moves, race, tolerance
+    peak, moves = _lower_smooth_peak(
+        scaled, best, current, num_ranks, ranks_per_node, price, max_moves, race, tolerance
     )
     target = _replicate(total, expert_node, count, _HYSTERESIS, num_slots, num_ranks, ranks_per_node)
     changes = 0
     for expert in range(num_logical):
         changes += max(0, target[expert] - count[expert])
-    if peak > 1.0 + tolerance and 0 < changes <= max_moves:
+    if 0 < changes <= max_moves:
         slot_expert = current.copy()
         _regrow(total, count, target, slot_expert, num_ranks, ranks_per_node)
-        other_peak, other_moves = _improve(
-            scaled, slot_expert, current, num_ranks, ranks_per_node, True, price, max_moves, race, tolerance
+        other_peak, other_moves = _lower_smooth_peak(
+            scaled, slot_expert, current, num_ranks, ranks_per_node, price, max_moves, race, tolerance
         )
         if other_moves <= max_moves and other_peak + price * other_moves < peak + price * moves:
             best[:] = slot_expert
-    _improve(
-        scaled, best, current, num_ranks, ranks_per_node, True, price, max_moves, rounds - race, tolerance
+    _lower_smooth_peak(
+        scaled, best, current, num_ranks, ranks_per_node, price, max_moves, rounds - race, tolerance
     )
 
 
@@ -186,9 +193,20 @@ def _from_scratch(
     failures = 0
     for candidate in range(candidates):
         _hand_out(total, count, expert_node, num_ranks, ranks_per_node, candidate, seed, slot_expert)
-        peak, _ = _improve(
-            scaled, slot_expert, slot_expert, num_ranks, ranks_per_node, False, 0.0, 0, rounds, tolerance
-        )
+        if num_snapshots == 1:
+            peak = _lower_peak(scaled, slot_expert, num_ranks, ranks_per_node, rounds, tolerance)
+        else:
+            peak, _ = _lower_smooth_peak(
+                scaled,
+                slot_expert,
+                slot_expert,
+                num_ranks,
+                ranks_per_node,
+                0.0,
+                _UNBOUNDED,
+                rounds,
+                tolerance,
+            )
         if peak < best_peak - 1e-5:
             failures = 0
         else:
@@ -303,83 +321,69 @@ def _hand_out(total, count, expert_node, num_ranks, ranks_per_node, candidate, s
 
 
 @_compile
-def _improve(
-    scaled, slot_expert, current, num_ranks, ranks_per_node, grown, price, max_moves, rounds, tolerance
+def _lower_smooth_peak(
+    scaled, slot_expert, current, num_ranks, ranks_per_node, price, max_moves, rounds, tolerance
 ):
-    """Lower the peak by swaps and changes of replicas, in place.
+    """Lower the smooth peak by swaps and changes of replicas, in place.
 
-    A round relieves the rank whose lead over the others costs most. With `grown`, a change also has to
-    earn the price of its moves away from `current`, and there are at most `max_moves` of them.
+    A round relieves the rank that weighs most in the smooth peak. An exchange has to earn the price of its
+    moves away from `current`, of which there are at most `max_moves`; of those that do, the one with the
+    most gain per move is made.
 
     Returns:
-        The peak, summed over snapshots, and the moves.
+        The smooth peak, summed over snapshots, and the moves.
     """
     num_snapshots, num_logical = scaled.shape
     num_slots = slot_expert.shape[0]
     capacity = num_slots // num_ranks
+    width = ranks_per_node * capacity
     count = np.zeros(num_logical, np.int64)
     held = np.zeros((num_logical, num_ranks), np.int16)
+    origin = np.zeros((num_logical, num_ranks), np.int16)
     for slot in range(num_slots):
         count[slot_expert[slot]] += 1
         held[slot_expert[slot], slot // capacity] += 1
-    origin = held
-    moves = 0
-    if grown:
-        origin = np.zeros((num_logical, num_ranks), np.int16)
-        for slot in range(num_slots):
-            origin[current[slot], slot // capacity] += 1
-        moves = _count_moves(slot_expert, origin, capacity)
+        origin[current[slot], slot // capacity] += 1
+    moves = _count_moves(slot_expert, origin, capacity)
     share = np.empty((num_snapshots, num_slots), np.float32)
     load = np.empty((num_snapshots, num_ranks), np.float32)
     slot_load = np.empty((num_snapshots, num_slots), np.float32)
-    peak = np.empty(num_snapshots, np.float32)
-    top = np.empty(num_snapshots, np.int64)
-    lead = np.empty(num_ranks, np.float64)
-    gain = np.empty((capacity, ranks_per_node * capacity), np.float32)
-    rest = np.empty(ranks_per_node * capacity, np.float32)
-    weight = np.zeros(num_logical, np.float64)
-    for snapshot in range(num_snapshots):
-        for expert in range(num_logical):
-            weight[expert] += np.float64(scaled[snapshot, expert])
+    power = np.empty((num_snapshots, num_ranks), np.float32)
+    slope = np.empty(num_snapshots, np.float32)
+    inverse = np.empty(num_snapshots, np.float32)
+    heat = np.empty(num_ranks, np.float64)
+    gain = np.empty((capacity, width), np.float32)
+    rows = np.empty((3, width), np.float32)
     _recompute(scaled, slot_expert, count, share, load, slot_load)
-    threshold = 1e-5 if num_snapshots == 1 else 2e-4  # smaller gains are not worth a round
     # Ranks that could not be relieved, and have not changed since: not worth another look each round.
     failed = np.zeros(num_ranks, np.bool_)
     fresh = True  # whether they failed against the placement as it is now
-    # The second heaviest rank bounds what one exchange can gain, so exchanges pay less together than each
-    # looks worth alone: they are made at a lower price, and those after the best score are undone.
-    full_price, price = price, price * _STEP_PRICE
-    best_score = np.inf
-    best_slots = slot_expert.copy()
     for _ in range(rounds):
-        total_peak = _leads(load, peak, top, lead)
-        if grown and total_peak + full_price * moves < best_score:
-            best_score = total_peak + full_price * moves
-            best_slots[:] = slot_expert
-        if total_peak <= 1.0 + tolerance:
+        _, peak = _smooth_peak(load, inverse, power, slope)
+        if peak <= 1.0 + tolerance:
             break
+        heat[:] = 0.0
+        for snapshot in range(num_snapshots):
+            for rank in range(num_ranks):
+                heat[rank] += np.float64(slope[snapshot] * power[snapshot, rank])
         improved = False
         for _ in range(_TRIED_RANKS):
             heavy = -1
             for rank in range(num_ranks):
-                if not failed[rank] and (heavy < 0 or lead[rank] > lead[heavy]):
+                if not failed[rank] and (heavy < 0 or heat[rank] > heat[heavy]):
                     heavy = rank
-            if heavy < 0 or lead[heavy] <= threshold:
+            if heavy < 0:
                 break
-            gained, mine, other, cost = _best_swap(
-                share, load, slot_load, peak, top, slot_expert, held, origin, heavy, ranks_per_node, grown,
-                price, max_moves - moves, threshold, gain, rest,
+            value, mine, other, cost = _best_swap(
+                share, load, slot_load, inverse, power, slope, slot_expert, held, origin, heavy,
+                ranks_per_node, price, max_moves - moves, gain, rows,
             )  # fmt: skip
-            swap_value = gained - price * cost
-            slot, expert, change_cost = -1, -1, 0
-            if mine < 0 or num_snapshots > 1:
-                expert, slot, _, change_cost = _best_change(
-                    scaled, weight, load, peak, top, slot_expert, count, held, origin, heavy, ranks_per_node,
-                    grown, price, max_moves - moves, max(threshold, swap_value),
-                )  # fmt: skip
+            expert, slot, change_cost = _best_change(
+                scaled, load, inverse, power, slope, slot_expert, count, held, origin, heavy, ranks_per_node,
+                price, max_moves - moves, value,
+            )  # fmt: skip
             if slot >= 0:
-                old = slot_expert[slot]
-                rank = slot // capacity
+                old, rank = slot_expert[slot], slot // capacity
                 held[old, rank] -= 1
                 count[old] -= 1
                 held[expert, rank] += 1
@@ -404,14 +408,343 @@ def _improve(
                 break
             failed[:] = False
             fresh = True
-    if grown and _leads(load, peak, top, lead) + full_price * moves > best_score:
-        slot_expert[:] = best_slots
-        count[:] = 0
-        for slot in range(num_slots):
-            count[slot_expert[slot]] += 1
-        moves = _count_moves(slot_expert, origin, capacity)
     _recompute(scaled, slot_expert, count, share, load, slot_load)
-    return _leads(load, peak, top, lead), moves
+    return _smooth_peak(load, inverse, power, slope)[0], moves
+
+
+@_compile
+def _power(x):
+    """x to the power of 16, by multiplications alone: the same on every machine."""
+    x = x * x
+    x = x * x
+    x = x * x
+    return x * x
+
+
+@_compile
+def _smooth_peak(load, inverse, power, slope):
+    """The 16-norm of the rank loads of each snapshot, and what is needed to see how it changes.
+
+    Writes `inverse [snapshots]`, 1 / peak; `power [snapshots, ranks]`, (load / peak) ** 16; and `slope
+    [snapshots]`, by how much the norm grows with the sum of these powers. The norm is concave in that sum,
+    so a gain that is judged by the slope is at least reached.
+
+    Returns:
+        The norms and the peaks, each summed over snapshots.
+    """
+    num_snapshots, num_ranks = load.shape
+    norms, peaks = 0.0, 0.0
+    for snapshot in range(num_snapshots):
+        peak = np.float32(0.0)
+        for rank in range(num_ranks):
+            peak = load[snapshot, rank] if load[snapshot, rank] > peak else peak
+        if peak <= np.float32(0.0):
+            inverse[snapshot] = slope[snapshot] = np.float32(0.0)
+            power[snapshot] = np.float32(0.0)
+            continue
+        inverse[snapshot] = np.float32(1.0) / peak
+        total = np.float32(0.0)
+        for rank in range(num_ranks):
+            power[snapshot, rank] = _power(load[snapshot, rank] * inverse[snapshot])
+            total += power[snapshot, rank]
+        norm = peak * np.sqrt(np.sqrt(np.sqrt(np.sqrt(total))))
+        slope[snapshot] = norm / (np.float32(16.0) * total)
+        norms += np.float64(norm)
+        peaks += np.float64(peak)
+    return norms, peaks
+
+
+@_compile
+def _worth(gain, cost, price):
+    """How good an exchange is, more being better: 0 where it does not earn the price of its moves."""
+    if gain - price * cost <= _LEAST_GAIN:
+        return 0.0
+    # Per move, so that balance comes from the cheapest exchanges; free ones are not infinitely good.
+    return gain / (max(cost, 0) + 0.5) if price > 0.0 else gain
+
+
+@_compile
+def _add_gains(gain, share, slot_load, slot_power, given, mine, mine_power, slope):
+    """Add by how much a snapshot's norm falls when `given` is swapped with each slot.
+
+    This is where the time goes. All four arrays have to be contiguous, or the loop is not vectorised.
+    """
+    for at in range(gain.shape[0]):
+        shift = given - share[at]
+        gain[at] += slope * (
+            mine_power + slot_power[at] - _power(mine - shift) - _power(slot_load[at] + shift)
+        )
+
+
+@_compile
+def _best_swap(
+    share, load, slot_load, inverse, power, slope, slot_expert, held, origin, heavy, ranks_per_node, price,
+    moves_left, gain, rows,
+):  # fmt: skip
+    """The best swap of a slot of `heavy` with another of its node: (worth, slot, other slot, moves); slot -1
+    when none is worth it."""
+    num_snapshots, num_ranks = load.shape
+    capacity = slot_expert.shape[0] // num_ranks
+    begin = heavy * capacity
+    first = heavy // ranks_per_node * ranks_per_node
+    low, width = first * capacity, ranks_per_node * capacity
+    gain[:] = np.float32(0.0)
+    for snapshot in range(num_snapshots):
+        if slope[snapshot] <= np.float32(0.0):
+            continue
+        scale = inverse[snapshot]
+        for at in range(width):
+            rows[0, at] = share[snapshot, low + at] * scale
+            rows[1, at] = slot_load[snapshot, low + at] * scale
+        for rank in range(ranks_per_node):
+            rows[2, rank * capacity : (rank + 1) * capacity] = power[snapshot, first + rank]
+        mine = load[snapshot, heavy] * scale
+        for place in range(capacity):
+            given = share[snapshot, begin + place] * scale
+            _add_gains(
+                gain[place], rows[0], rows[1], rows[2], given, mine, power[snapshot, heavy], slope[snapshot]
+            )
+    best = 0.0
+    best_mine, best_other, best_cost = -1, -1, 0
+    for place in range(capacity):
+        x = slot_expert[begin + place]
+        for at in range(width):
+            if gain[place, at] + 2.0 * price <= _LEAST_GAIN:
+                continue
+            slot = low + at
+            rank = slot // capacity
+            y = slot_expert[slot]
+            if rank == heavy or held[x, rank] > 0 or held[y, heavy] > 0:
+                continue
+            cost = _move_cost(origin, held, x, heavy, rank) + _move_cost(origin, held, y, rank, heavy)
+            if cost > 0 and cost > moves_left:
+                continue
+            worth = _worth(np.float64(gain[place, at]), cost, price)
+            if worth > best:
+                best = worth
+                best_mine, best_other, best_cost = begin + place, slot, cost
+    return best, best_mine, best_other, best_cost
+
+
+@_compile
+def _best_change(
+    scaled, load, inverse, power, slope, slot_expert, count, held, origin, heavy, ranks_per_node, price,
+    moves_left, worth_of_swap,
+):  # fmt: skip
+    """The best way to give an expert of `heavy` one more replica, in a slot of an expert that has several.
+
+    Returns (expert, slot, moves); slot -1 when nothing is worth more than `worth_of_swap`. Ranks that hold
+    replicas of both experts, other than the slot's own, are judged for one change after the other.
+    """
+    num_snapshots, num_ranks = load.shape
+    capacity = slot_expert.shape[0] // num_ranks
+    first = heavy // ranks_per_node * ranks_per_node
+    low, high = first * capacity, (first + ranks_per_node) * capacity
+
+    # By how much the sum of powers grows on the ranks that keep the expert, for each slot that may lose it.
+    surplus = np.empty(high - low, np.int64)
+    num_surplus = 0
+    for slot in range(low, high):
+        if count[slot_expert[slot]] > 1:
+            surplus[num_surplus] = slot
+            num_surplus += 1
+    if num_surplus == 0:
+        return -1, -1, 0
+    burden = np.zeros((num_surplus, num_snapshots), np.float32)
+    for at in range(num_surplus):
+        y, own = slot_expert[surplus[at]], surplus[at] // capacity
+        more = np.float32(1.0 / (count[y] - 1) - 1.0 / count[y])
+        for rank in range(first, first + ranks_per_node):
+            kept = held[y, rank] - (1 if rank == own else 0)
+            if kept == 0 or rank == own:
+                continue
+            for snapshot in range(num_snapshots):
+                grown = load[snapshot, rank] + scaled[snapshot, y] * more * np.float32(kept)
+                burden[at, snapshot] += _power(grown * inverse[snapshot]) - power[snapshot, rank]
+
+    best = worth_of_swap
+    best_expert, best_slot, best_cost = -1, -1, 0
+    relief = np.empty(num_snapshots, np.float32)
+    for place in range(heavy * capacity, (heavy + 1) * capacity):
+        x = slot_expert[place]
+        fewer = np.float32(1.0 / count[x] - 1.0 / (count[x] + 1))
+        arriving = np.float32(1.0 / (count[x] + 1))
+        relief[:] = np.float32(0.0)
+        most = 0.0
+        for rank in range(first, first + ranks_per_node):
+            if held[x, rank] == 0:
+                continue
+            for snapshot in range(num_snapshots):
+                less = load[snapshot, rank] - scaled[snapshot, x] * fewer * np.float32(held[x, rank])
+                relief[snapshot] += power[snapshot, rank] - _power(less * inverse[snapshot])
+        for snapshot in range(num_snapshots):
+            most += np.float64(slope[snapshot] * relief[snapshot])
+        if _worth(most, -1, price) <= best:
+            continue
+        for at in range(num_surplus):
+            slot = surplus[at]
+            y, rank = slot_expert[slot], slot // capacity
+            if y == x or held[x, rank] > 0:
+                continue
+            cost = 1 if origin[x, rank] == 0 else 0
+            if origin[y, rank] == 0 and held[y, rank] == 1:
+                cost -= 1
+            if cost > 0 and cost > moves_left:
+                continue
+            leaving = np.float32(1.0 / count[y])
+            if held[y, rank] > 1:
+                leaving -= np.float32(held[y, rank] - 1) * np.float32(1.0 / (count[y] - 1) - 1.0 / count[y])
+            gain = 0.0
+            for snapshot in range(num_snapshots):
+                after = load[snapshot, rank] + scaled[snapshot, x] * arriving - scaled[snapshot, y] * leaving
+                grown = _power(after * inverse[snapshot]) - power[snapshot, rank] + burden[at, snapshot]
+                gain += np.float64(slope[snapshot] * (relief[snapshot] - grown))
+            worth = _worth(gain, cost, price)
+            if worth > best:
+                best = worth
+                best_expert, best_slot, best_cost = x, slot, cost
+    return best_expert, best_slot, best_cost
+
+
+@_compile
+def _lower_peak(scaled, slot_expert, num_ranks, ranks_per_node, rounds, tolerance):
+    """Lower the peak of a single load by swaps and changes of replicas, in place; returns the peak.
+
+    A round relieves the heaviest rank that can be relieved.
+    """
+    num_logical = scaled.shape[1]
+    num_slots = slot_expert.shape[0]
+    capacity = num_slots // num_ranks
+    count = np.zeros(num_logical, np.int64)
+    held = np.zeros((num_logical, num_ranks), np.int16)
+    for slot in range(num_slots):
+        count[slot_expert[slot]] += 1
+        held[slot_expert[slot], slot // capacity] += 1
+    share = np.empty((1, num_slots), np.float32)
+    load = np.empty((1, num_ranks), np.float32)
+    slot_load = np.empty((1, num_slots), np.float32)
+    _recompute(scaled, slot_expert, count, share, load, slot_load)
+    failed = np.zeros(num_ranks, np.bool_)
+    fresh = True
+    for _ in range(rounds):
+        peak = load[0].max()
+        if peak <= 1.0 + tolerance:
+            break
+        improved = False
+        for _ in range(_TRIED_RANKS):
+            heavy = -1
+            for rank in range(num_ranks):
+                if not failed[rank] and (heavy < 0 or load[0, rank] > load[0, heavy]):
+                    heavy = rank
+            # Ranks that tie for the peak are relieved one after the other; others do not set it.
+            if heavy < 0 or load[0, heavy] < peak * np.float32(1.0 - 1e-4):
+                break
+            mine, other = _best_peak_swap(
+                share[0], slot_load[0], slot_expert, held, heavy, ranks_per_node, capacity
+            )
+            if mine >= 0:
+                _swap(share, load, slot_load, slot_expert, held, mine, other, capacity)
+                failed[other // capacity] = False
+                fresh = False
+                improved = True
+                break
+            expert, slot = _best_peak_change(
+                scaled[0], load[0], slot_expert, count, held, heavy, ranks_per_node, capacity
+            )
+            if slot >= 0:
+                held[slot_expert[slot], slot // capacity] -= 1
+                count[slot_expert[slot]] -= 1
+                held[expert, slot // capacity] += 1
+                count[expert] += 1
+                slot_expert[slot] = expert
+                _recompute(scaled, slot_expert, count, share, load, slot_load)
+                failed[:] = False
+                fresh = True
+                improved = True
+                break
+            failed[heavy] = True
+        if not improved:
+            if fresh:
+                break
+            failed[:] = False
+            fresh = True
+    _recompute(scaled, slot_expert, count, share, load, slot_load)
+    return np.float64(load[0].max())
+
+
+@_compile
+def _best_peak_swap(share, slot_load, slot_expert, held, heavy, ranks_per_node, capacity):
+    """The swap that leaves `heavy` and its partner the lowest: (slot, other slot), or -1 where none helps."""
+    first = heavy // ranks_per_node * ranks_per_node
+    mine = slot_load[heavy * capacity]
+    best = mine - np.float32(_LEAST_EXACT_GAIN)
+    best_mine, best_other = -1, -1
+    for place in range(heavy * capacity, (heavy + 1) * capacity):
+        x = slot_expert[place]
+        for slot in range(first * capacity, (first + ranks_per_node) * capacity):
+            shift = share[place] - share[slot]
+            after = max(mine - shift, slot_load[slot] + shift)
+            if after < best and held[x, slot // capacity] == 0 and held[slot_expert[slot], heavy] == 0:
+                best = after
+                best_mine, best_other = place, slot
+    return best_mine, best_other
+
+
+@_compile
+def _best_peak_change(weight, load, slot_expert, count, held, heavy, ranks_per_node, capacity):
+    """The change of a replica that lowers the peak most, for an expert of `heavy`: (expert, slot), or -1."""
+    num_logical, num_ranks = held.shape
+    first = heavy // ranks_per_node * ranks_per_node
+    low, high = first * capacity, (first + ranks_per_node) * capacity
+    # The heaviest rank that shares an expert with several replicas bounds what taking one away costs.
+    heaviest_holder = np.zeros(num_logical, np.float32)
+    for slot in range(low, high):
+        expert = slot_expert[slot]
+        heaviest_holder[expert] = max(heaviest_holder[expert], load[slot // capacity])
+    best = load.max() - np.float32(_LEAST_EXACT_GAIN)
+    best_expert, best_slot = -1, -1
+    short_slot = np.empty(_SHORTLIST, np.int64)
+    short_value = np.empty(_SHORTLIST, np.float64)
+    for place in range(heavy * capacity, (heavy + 1) * capacity):
+        x = slot_expert[place]
+        short_slot[:] = -1
+        short_value[:] = np.inf
+        for slot in range(low, high):
+            y = slot_expert[slot]
+            rank = slot // capacity
+            if count[y] < 2 or y == x or held[x, rank] > 0:
+                continue
+            arrival = load[rank] - weight[y] / count[y] + weight[x] / (count[x] + 1)
+            burden = heaviest_holder[y] + weight[y] / (count[y] - 1) - weight[y] / count[y]
+            value = max(arrival, burden)
+            at = _SHORTLIST - 1
+            if value >= load[heavy] or value >= short_value[at]:
+                continue
+            while at > 0 and value < short_value[at - 1]:
+                short_value[at], short_slot[at] = short_value[at - 1], short_slot[at - 1]
+                at -= 1
+            short_value[at], short_slot[at] = value, slot
+        fewer = np.float32(1.0 / count[x] - 1.0 / (count[x] + 1))
+        for at in range(_SHORTLIST):
+            slot = short_slot[at]
+            if slot < 0:
+                break
+            y = slot_expert[slot]
+            rank = slot // capacity
+            more = np.float32(1.0 / (count[y] - 1) - 1.0 / count[y])
+            highest = np.float32(0.0)
+            for r in range(num_ranks):
+                after = load[r] - weight[x] * fewer * np.float32(held[x, r])
+                after += weight[y] * more * np.float32(held[y, r] - (1 if r == rank else 0))
+                if r == rank:
+                    after += weight[x] * np.float32(1.0 / (count[x] + 1)) - weight[y] * np.float32(
+                        1.0 / count[y]
+                    )
+                highest = max(highest, after)
+            if highest < best:
+                best = highest
+                best_expert, best_slot = x, slot
+    return best_expert, best_slot
 
 
 @_compile
@@ -450,117 +783,6 @@ def _recompute(scaled, slot_expert, count, share, load, slot_load):
 
 
 @_compile
-def _leads(load, peak, top, lead):
-    """Peak and heaviest rank of each snapshot; by how much each rank leads, summed over the snapshots in
-    which it is the heaviest. Returns the sum of the peaks."""
-    num_snapshots, num_ranks = load.shape
-    lead[:] = 0.0
-    total = 0.0
-    for snapshot in range(num_snapshots):
-        first = 0
-        for rank in range(1, num_ranks):
-            if load[snapshot, rank] > load[snapshot, first]:
-                first = rank
-        second = np.float32(0.0)
-        for rank in range(num_ranks):
-            if rank != first and load[snapshot, rank] > second:
-                second = load[snapshot, rank]
-        peak[snapshot] = load[snapshot, first]
-        top[snapshot] = first
-        # The small extra lets ranks that tie for the peak be relieved one after the other.
-        lead[first] += np.float64(peak[snapshot] - second) + 1e-4 * np.float64(peak[snapshot])
-        total += np.float64(peak[snapshot])
-    return total
-
-
-@_compile
-def _add_gains(gain, share, slot_load, rest, given, mine, now):
-    """Add by how much a snapshot's peak falls when `given` is swapped with each slot.
-
-    This is where the time goes. All four arrays have to be contiguous, or the loop is not vectorised.
-    """
-    for at in range(gain.shape[0]):
-        shift = given - share[at]
-        gain[at] += now - max(mine - shift, slot_load[at] + shift, rest[at])
-
-
-@_compile
-def _best_swap(
-    share, load, slot_load, peak, top, slot_expert, held, origin, heavy, ranks_per_node, grown, price,
-    moves_left, threshold, gain, rest,
-):  # fmt: skip
-    """The best swap of a slot of `heavy` with another of its node: (gain, slot, other slot, moves).
-
-    The gain is by how much the sum of the peaks falls; slot -1 when no swap is worth it.
-    """
-    num_snapshots, num_ranks = load.shape
-    num_slots = slot_expert.shape[0]
-    capacity = num_slots // num_ranks
-    begin = heavy * capacity
-    node = heavy // ranks_per_node
-    low, high = node * ranks_per_node * capacity, (node + 1) * ranks_per_node * capacity
-    width = high - low
-    gain[:] = np.float32(0.0)
-    zero = np.float32(0.0)
-    # Only where the rank is the heaviest can a swap gain, so after those snapshots the gains are bounds.
-    for leading in (True, False):
-        for snapshot in range(num_snapshots):
-            if (top[snapshot] == heavy) != leading:
-                continue
-            mine = load[snapshot, heavy]
-            first = -1
-            for rank in range(num_ranks):
-                if rank != heavy and (first < 0 or load[snapshot, rank] > load[snapshot, first]):
-                    first = rank
-            second = zero
-            for rank in range(num_ranks):
-                if rank not in (heavy, first) and load[snapshot, rank] > second:
-                    second = load[snapshot, rank]
-            now = peak[snapshot]
-            share_row, load_row = share[snapshot, low:high], slot_load[snapshot, low:high]
-            if num_snapshots == 1:
-                rest[:] = zero  # judged by the pair alone, so that ties for the peak are lowered one by one
-            else:
-                rest[:] = load[snapshot, first]
-                if low <= first * capacity < high:
-                    rest[first * capacity - low : (first + 1) * capacity - low] = second
-            for place in range(capacity):
-                given = share[snapshot, begin + place]
-                _add_gains(gain[place], share_row, load_row, rest, given, mine, now)
-        if leading:
-            most = zero
-            for place in range(capacity):
-                gain_row = gain[place]
-                for at in range(width):
-                    most = gain_row[at] if gain_row[at] > most else most
-            if most <= threshold - 2.0 * price * grown:
-                return 0.0, -1, -1, 0
-    best = threshold
-    best_gain, best_mine, best_other, best_cost = 0.0, -1, -1, 0
-    for place in range(capacity):
-        x = slot_expert[begin + place]
-        for at in range(width):
-            if gain[place, at] + 2.0 * price <= best:
-                continue
-            slot = low + at
-            rank = slot // capacity
-            y = slot_expert[slot]
-            if rank == heavy or held[x, rank] > 0 or held[y, heavy] > 0:
-                continue
-            cost = 0
-            if grown:
-                cost = _move_cost(origin, held, x, heavy, rank) + _move_cost(origin, held, y, rank, heavy)
-                if cost > 0 and cost > moves_left:
-                    continue
-            value = gain[place, at] - price * cost
-            if value > best:
-                best = value
-                best_gain = np.float64(gain[place, at])
-                best_mine, best_other, best_cost = begin + place, slot, cost
-    return best_gain, best_mine, best_other, best_cost
-
-
-@_compile
 def _move_cost(origin, held, expert, leaves, enters):
     """Moves that it adds when one replica of `expert` goes from rank to rank: -1, 0 or 1."""
     cost = 0
@@ -589,106 +811,6 @@ def _swap(share, load, slot_load, slot_expert, held, mine, other, capacity):
             slot_load[snapshot, slot] = load[snapshot, a]
         for slot in range(b * capacity, (b + 1) * capacity):
             slot_load[snapshot, slot] = load[snapshot, b]
-
-
-@_compile
-def _best_change(
-    scaled, weight, load, peak, top, slot_expert, count, held, origin, heavy, ranks_per_node, grown, price,
-    moves_left, threshold,
-):  # fmt: skip
-    """The best way to give an expert of `heavy` one more replica, in a slot of an expert that has several.
-
-    Returns (expert, slot, gain, moves); slot -1 when nothing is worth more than `threshold`.
-    """
-    num_snapshots, num_ranks = load.shape
-    num_logical = scaled.shape[1]
-    num_slots = slot_expert.shape[0]
-    capacity = num_slots // num_ranks
-    node = heavy // ranks_per_node
-    low, high = node * ranks_per_node * capacity, (node + 1) * ranks_per_node * capacity
-
-    # Everything summed over snapshots, to make a short list.
-    total = np.zeros(num_ranks, np.float64)
-    for snapshot in range(num_snapshots):
-        for rank in range(num_ranks):
-            total[rank] += load[snapshot, rank]
-    # The heaviest rank that shares an expert with several replicas bounds what taking one away costs.
-    heaviest_holder = np.zeros(num_logical, np.float64)
-    for slot in range(low, high):
-        expert = slot_expert[slot]
-        heaviest_holder[expert] = max(heaviest_holder[expert], total[slot // capacity])
-
-    best = threshold
-    best_expert, best_slot, best_gain, best_cost = -1, -1, 0.0, 0
-    short_slot = np.empty(_SHORTLIST, np.int64)
-    short_value = np.empty(_SHORTLIST, np.float64)
-    after = np.empty(num_ranks, np.float32)
-    for place in range(heavy * capacity, (heavy + 1) * capacity):
-        x = slot_expert[place]
-        # What the heavy rank is relieved of where it is the heaviest bounds the gain.
-        relief = 0.0
-        for snapshot in range(num_snapshots):
-            if top[snapshot] == heavy:
-                relief += np.float64(scaled[snapshot, x])
-        relief *= 1.0 / count[x] - 1.0 / (count[x] + 1)
-        if relief + price * grown <= best:
-            continue
-        short_slot[:] = -1
-        short_value[:] = np.inf
-        for slot in range(low, high):
-            y = slot_expert[slot]
-            rank = slot // capacity
-            if count[y] < 2 or y == x or held[x, rank] > 0:
-                continue
-            arrival = total[rank] - weight[y] / count[y] + weight[x] / (count[x] + 1)
-            burden = heaviest_holder[y] + weight[y] / (count[y] - 1) - weight[y] / count[y]
-            value = max(arrival, burden)
-            if value >= total[heavy]:
-                continue
-            at = _SHORTLIST - 1
-            if value >= short_value[at]:
-                continue
-            while at > 0 and value < short_value[at - 1]:
-                short_value[at], short_slot[at] = short_value[at - 1], short_slot[at - 1]
-                at -= 1
-            short_value[at], short_slot[at] = value, slot
-        for at in range(_SHORTLIST):
-            slot = short_slot[at]
-            if slot < 0:
-                break
-            y = slot_expert[slot]
-            rank = slot // capacity
-            cost = 0
-            if grown:
-                cost = 1 if origin[x, rank] == 0 else 0
-                if origin[y, rank] == 0 and held[y, rank] == 1:
-                    cost -= 1
-                if cost > 0 and cost > moves_left:
-                    continue
-            gain = 0.0
-            fewer = np.float32(1.0 / count[x] - 1.0 / (count[x] + 1))
-            more = np.float32(1.0 / (count[y] - 1) - 1.0 / count[y])
-            arriving = np.float32(1.0 / (count[x] + 1))
-            leaving = np.float32(1.0 / count[y])
-            for snapshot in range(num_snapshots):
-                after[:] = load[snapshot]
-                wx, wy = scaled[snapshot, x], scaled[snapshot, y]
-                for r in range(low // capacity, high // capacity):
-                    if held[x, r] > 0:
-                        after[r] -= wx * fewer * np.float32(held[x, r])
-                    if held[y, r] > 0:
-                        kept = held[y, r] - (1 if r == rank else 0)
-                        after[r] += wy * more * np.float32(kept)
-                after[rank] += wx * arriving - wy * leaving
-                highest = np.float32(0.0)
-                for r in range(num_ranks):
-                    highest = after[r] if after[r] > highest else highest
-                gain += np.float64(peak[snapshot] - highest)
-            value = gain - price * cost
-            if value > best:
-                best = value
-                best_expert, best_slot, best_gain, best_cost = x, slot, gain, cost
-    return best_expert, best_slot, best_gain, best_cost
 
 
 @_compile

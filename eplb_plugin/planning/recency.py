@@ -6,37 +6,34 @@ import torch
 
 __all__ = ["condense"]
 
-_FINE = 16  # newest snapshots that stay apart
-_MIDDLE = 16  # snapshots before those, merged four at a time; all older ones eight at a time
+_BINS = 16
 
 
 def condense(load: torch.Tensor, decay: float) -> torch.Tensor:
-    """Weigh each snapshot by `decay` to the power of its age, then sum neighbouring old ones.
+    """Weigh each snapshot by `decay` to the power of its age, and sum neighbours where there are more than 16.
 
-    Merging costs next to nothing in balance, since old snapshots weigh little, and planning time is
-    proportional to the number of snapshots.
+    What is left weighs about the same each: the older, the more snapshots are summed. That costs next to
+    nothing in balance, and planning time is proportional to the number of snapshots.
 
     Args:
         load: float64 [snapshots, layers, logical] in time order, tokens.
         decay: weight of a snapshot relative to the next one.
 
     Returns:
-        float64 [fewer snapshots, layers, logical] in time order; a single snapshot as it is.
+        float64 [at most 16 snapshots, layers, logical] in time order.
     """
     num_snapshots = load.shape[0]
-    age = torch.arange(num_snapshots - 1, -1, -1, device=load.device)
-    weighted = load * (decay**age).to(load.dtype)[:, None, None]
-    block = torch.where(
-        age < _FINE,
-        age,
-        torch.where(
-            age < _FINE + _MIDDLE,
-            _FINE + (age - _FINE) // 4,
-            _FINE + _MIDDLE // 4 + (age - _FINE - _MIDDLE) // 8,
-        ),
-    )
-    count = int(block[0]) + 1
-    if count == num_snapshots:
+    # In Python floats: the bins have to be the same on every device.
+    weights = [decay**age for age in range(num_snapshots)]
+    weighted = load * load.new_tensor(weights[::-1])[:, None, None]
+    if num_snapshots <= _BINS:
         return weighted
-    starts = [num_snapshots - 1 - int(a) for a in reversed([age[block == b].max() for b in range(count)])]
-    return torch.stack([part.sum(0) for part in weighted.tensor_split(starts[1:])])
+    share = sum(weights) / _BINS
+    bins, before = [], 0.0
+    for weight in weights:
+        # The snapshot belongs where its middle falls.
+        bins.append(min(int((before + weight / 2) / share), _BINS - 1))
+        before += weight
+    bins.reverse()
+    starts = [at for at in range(1, num_snapshots) if bins[at] != bins[at - 1]]
+    return torch.stack([part.sum(0) for part in weighted.tensor_split(starts)])
