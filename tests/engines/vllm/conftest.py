@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 
 import pytest
 
@@ -56,7 +57,10 @@ def drive(folder, scenario, ranks, **env):
     log, result = folder / "engine.log", folder / "result.json"
     command = ["-m", "tests.engines.vllm.drive", str(folder / "scenario.json"), str(result)]
     with engine(command, log, environment(ranks, folder, **env)) as process:
-        code = process.wait(LIMIT)
+        try:
+            code = process.wait(LIMIT)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"still running after {LIMIT} s\n{tail(log)}")
     assert code == 0, tail(log)
     return json.loads(result.read_text()) | {"log": log.read_text(errors="replace")}
 

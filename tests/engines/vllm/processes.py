@@ -44,7 +44,12 @@ def engine(command: Sequence[str], log: Path, env: dict[str, str]) -> Iterator[s
         try:
             yield process
         finally:
-            # The workers ignore SIGTERM while they wait for each other.
+            if process.poll() is None:
+                # An engine that is well ends by itself and takes its shared memory along.
+                process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(20)
+            # One that hangs does not: its workers ignore SIGTERM while they wait for each other.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
