@@ -23,7 +23,7 @@ LAYERS = [
     | {"traffic", "folding"},
     {"planning", "warmup"},
     {"simulation"},
-    {"report"},
+    {"report", "advisor"},
     {"runtime"},
     {"settings", "surroundings"},
     {"integration"},

@@ -7,6 +7,7 @@ import sys
 import typer
 
 from ..errors import EplbError
+from .advise import advise
 from .convert import convert
 from .demo import demo
 from .doctor import doctor
@@ -26,6 +27,7 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(simulate)
 app.command()(plan)
+app.command()(advise)
 app.command()(report)
 app.command()(doctor)
 app.command()(convert)

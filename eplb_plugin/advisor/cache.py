@@ -1,0 +1,91 @@
+"""Trials that were made before, kept in a folder: a trial is a pure function of what its key is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from functools import cache
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from ..config import PlannerOptions, RebalancerOptions
+from ..errors import TraceError
+from ..files import written_whole
+from ..topology import Topology
+from ..traces import LoadTrace
+from .trial import Setting, Trial
+
+__all__ = ["TrialCache"]
+
+
+class TrialCache:
+    """A folder of trials.
+
+    Args:
+        folder: is made when the first trial is kept; None keeps nothing.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self.hits = 0
+
+    def key(
+        self,
+        trace: LoadTrace,
+        topology: Topology,
+        setting: Setting,
+        planner: PlannerOptions,
+        rebalancer: RebalancerOptions,
+    ) -> str:
+        """What tells this trial from any other: the load, the numbers, and the code that plans."""
+        about = {
+            "load": [str(trace.load.dtype), list(trace.load.shape)],
+            "topology": dataclasses.asdict(topology),
+            "setting": dataclasses.asdict(setting),
+            "planner": planner.model_dump(mode="json"),
+            "window": [rebalancer.snapshots, rebalancer.history],
+            "code": _code(),
+        }
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+        digest.update(trace.load.contiguous().numpy().data)
+        return digest.hexdigest()
+
+    def get(self, key: str) -> Trial | None:
+        """The trial with this key; a file that cannot be read counts as none."""
+        if self._folder is None:
+            return None
+        try:
+            trial = Trial.model_validate_json((self._folder / f"{key}.json").read_bytes())
+        except (OSError, ValidationError):
+            return None
+        self.hits += 1
+        return trial
+
+    def put(self, key: str, trial: Trial) -> None:
+        """Keep a trial.
+
+        Raises:
+            TraceError: the folder cannot be written to.
+        """
+        if self._folder is None:
+            return
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TraceError(f"{self._folder}: cannot be written: {error}") from None
+        with written_whole(self._folder / f"{key}.json") as part:
+            part.write_text(trial.model_dump_json(), encoding="utf-8")
+
+
+@cache
+def _code() -> str:
+    """A digest of all that a trial runs; a new version of the planner gives new trials."""
+    package = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(
+        [*package.glob("*.py"), *(package / "planning").glob("*.py"), Path(__file__).with_name("trial.py")]
+    ):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,78 @@
+"""The models of `configs/models.yaml`: how many experts they have, and how large one is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+
+import yaml
+from pydantic import Field
+
+from ..config import Options
+from ..errors import ConfigError
+
+__all__ = ["ModelPreset", "model_preset", "model_presets"]
+
+
+class ModelPreset(Options):
+    """The shape of a model's experts."""
+
+    source: str
+    """Where the numbers are from."""
+
+    layers: int = Field(ge=1)
+    """MoE layers."""
+
+    experts: int = Field(ge=1)
+    """Logical experts per layer."""
+
+    top_k: int = Field(ge=1)
+    """Experts per token."""
+
+    groups: int = Field(ge=1)
+    """Groups of experts, 1 where routing is not group-limited."""
+
+    hidden: int = Field(ge=1)
+    """Size of the residual stream."""
+
+    expert_hidden: int = Field(ge=1)
+    """Inner size of each expert."""
+
+    bits_per_weight: float = Field(gt=0)
+    """Bits that a weight takes, its share of the scales included."""
+
+    @property
+    def bytes_per_expert(self) -> float:
+        """Size of one expert's weights: gate, up and down projection."""
+        return 3 * self.hidden * self.expert_hidden * self.bits_per_weight / 8
+
+
+@cache
+def model_presets() -> Mapping[str, ModelPreset]:
+    """All presets, by name.
+
+    Raises:
+        ConfigError: the file is missing or wrong.
+    """
+    package = Path(__file__).resolve().parents[1]
+    # Inside the package in a wheel, beside it in a checkout.
+    paths = [folder / "configs" / "models.yaml" for folder in (package, package.parent)]
+    path = next((path for path in paths if path.exists()), None)
+    if path is None:
+        raise ConfigError(f"{paths[0]}: no such file; the installation is not complete")
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))["models"]
+    return MappingProxyType({name: ModelPreset(**values) for name, values in content.items()})
+
+
+def model_preset(name: str) -> ModelPreset:
+    """The preset called `name`.
+
+    Raises:
+        ConfigError: there is none; the message lists them.
+    """
+    try:
+        return model_presets()[name]
+    except KeyError:
+        raise ConfigError(f"no model {name!r}; there are {', '.join(model_presets())}") from None

@@ -1,0 +1,217 @@
+"""`eplb-plugin advise`: is it worth it for this traffic, with how many redundant experts, how often?"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from ..advisor.advice import Advice, Rated
+from ..advisor.advice import advise as sweep
+from ..advisor.cache import TrialCache
+from ..advisor.machine import Machine
+from ..advisor.models import ModelPreset, model_preset, model_presets
+from ..advisor.verdict import is_worth_it, verdict
+from ..errors import ConfigError
+from ..settings import Settings, load_settings
+from ..surroundings import cache_folder
+from ..traces import LoadTrace
+from ..warmup import warmup
+from .simulate import load_for
+
+__all__ = ["advise"]
+
+_STEPS = 1024
+
+
+def advise(
+    trace: Annotated[
+        str, typer.Argument(help="A recorded load of any format, a token trace, or a traffic profile.")
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="Model, for the size of its experts, such as deepseek-v3.")
+    ] = None,
+    expert_mb: Annotated[
+        float | None, typer.Option(help="Size of one expert in MB, for other models.")
+    ] = None,
+    ranks: Annotated[int | None, typer.Option(help="Ranks (GPUs) of the expert-parallel group.")] = None,
+    nodes: Annotated[int | None, typer.Option(help="Nodes that the ranks are spread over.")] = None,
+    groups: Annotated[int | None, typer.Option(help="Groups of experts per layer.")] = None,
+    bandwidth: Annotated[
+        float, typer.Option(help="Of a GPU within its node, in GB/s each way (NVLink of H100: about 400).")
+    ] = 400.0,
+    node_bandwidth: Annotated[
+        float, typer.Option(help="Of a GPU to other nodes, in GB/s each way (400 Gbit/s: about 45).")
+    ] = 45.0,
+    step_ms: Annotated[float, typer.Option(help="Duration of one engine step in milliseconds.")] = 40.0,
+    redundant: Annotated[list[int] | None, typer.Option(help="Redundant experts to try; repeat.")] = None,
+    interval: Annotated[
+        list[int] | None, typer.Option(help="Steps between rebalances to try; repeat.")
+    ] = None,
+    move_price: Annotated[list[float] | None, typer.Option(help="Prices of moves to try; repeat.")] = None,
+    mode: Annotated[str | None, typer.Option(help="Token traces: decode or prefill.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Decode: requests in flight.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Prefill: most tokens of one step.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help=f"Decode and generated traffic: steps ({_STEPS} by default).")
+    ] = None,
+    drift: Annotated[float | None, typer.Option(help="How strongly the mix of topics changes.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file with options.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="End with one line of JSON.")] = False,
+) -> None:
+    """Say whether balancing is worth it for this traffic, with which settings, and how sure that is."""
+    settings = load_settings(
+        config,
+        {
+            "simulate.ranks": ranks,
+            "simulate.nodes": nodes,
+            "simulate.groups": groups,
+            "simulate.mode": mode,
+            "simulate.batch": batch,
+            "simulate.max_tokens": max_tokens,
+            "simulate.steps": steps,
+            "simulate.drift": drift,
+        },
+    )
+    if settings.simulate.steps is None:
+        settings = settings.model_copy(
+            update={"simulate": settings.simulate.model_copy(update={"steps": _STEPS})}
+        )
+    preset = _preset(trace, model, expert_mb)
+    errors = Console(stderr=True)
+    with errors.status("reading the load, and loading the planner (the first time, it is compiled)"):
+        load = load_for(trace, settings)
+        _check_fit(load, model, preset)
+        warmup()
+    machine = _machine(settings, preset, expert_mb, bandwidth, node_bandwidth, step_ms)
+    bar = Progress(
+        TextColumn("trying settings"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=errors,
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task("", total=None)
+        advice = sweep(
+            load,
+            machine,
+            settings.planner,
+            settings.rebalancer,
+            redundant=redundant or (),
+            intervals=interval or (),
+            prices=move_price or (),
+            cache=TrialCache(cache_folder() / "advise"),
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    console = Console()
+    console.print(_table(load, machine, advice))
+    said = verdict(advice, load.num_experts)
+    for line in said:
+        console.print(line, highlight=False)
+    if as_json:
+        content = {"worth_it": is_worth_it(advice), "safe": advice.back_test.safe, "said": said}
+        print(json.dumps({**content, **asdict_advice(advice)}))
+
+
+def asdict_advice(advice: Advice) -> dict[str, object]:
+    """The advice as plain data."""
+
+    def plain(item: Rated) -> dict[str, object]:
+        return {
+            **asdict(item.setting),
+            **item.trial.model_dump(),
+            **asdict(item.cost),
+            "speedup": item.speedup,
+            "net": item.net,
+        }
+
+    return {
+        "static": advice.static,
+        "best": plain(advice.best),
+        "back_test": asdict(advice.back_test),
+        "tried": [plain(item) for item in advice.rated],
+        "cached": advice.cached,
+    }
+
+
+def _preset(trace: str, model: str | None, expert_mb: float | None) -> ModelPreset | None:
+    """The model asked for, or the one that a traffic profile is called after."""
+    if model is not None and expert_mb is not None:
+        raise ConfigError(f"--model {model} and --expert-mb {expert_mb:g} both give the size of an expert")
+    if model is not None:
+        return model_preset(model)
+    if expert_mb is None and trace in model_presets():
+        return model_presets()[trace]
+    if expert_mb is None:
+        raise ConfigError(
+            f"how large is an expert? Give --expert-mb, or --model with one of {', '.join(model_presets())}"
+        )
+    return None
+
+
+def _check_fit(load: LoadTrace, model: str | None, preset: ModelPreset | None) -> None:
+    if preset is not None and preset.experts != load.num_experts:
+        name = model or "the model"
+        raise ConfigError(f"{name} has {preset.experts} experts, {load.name} {load.num_experts}")
+
+
+def _machine(
+    settings: Settings,
+    preset: ModelPreset | None,
+    expert_mb: float | None,
+    bandwidth: float,
+    node_bandwidth: float,
+    step_ms: float,
+) -> Machine:
+    options = settings.simulate
+    groups = options.groups
+    if preset is not None and "simulate.groups" not in settings.origins:
+        groups = preset.groups
+    return Machine(
+        ranks=options.ranks,
+        nodes=options.nodes,
+        groups=groups,
+        bytes_per_expert=preset.bytes_per_expert if preset else 1e6 * (expert_mb or 0),
+        bandwidth=1e9 * bandwidth,
+        node_bandwidth=1e9 * node_bandwidth,
+        step_seconds=step_ms / 1000,
+    )
+
+
+def _table(load: LoadTrace, machine: Machine, advice: Advice) -> Table:
+    table = Table(
+        title=f"{load.name}: {load.num_steps} steps, {load.num_layers} layers, {load.num_experts} "
+        f"experts of {machine.bytes_per_expert / 1e6:.1f} MB on {machine.ranks} ranks",
+        caption=f"balancedness: on steps that planning had not seen; without balancing {advice.static:.3f}. "
+        "speed-up: of the MoE layers against that. links: share of the time in which the busiest rank's "
+        f"links carry weights, at {1000 * machine.step_seconds:g} ms a step. memory: replicas, per rank. "
+        f"{advice.cached} trials had been made before.",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    names = ("redundant", "interval", "price", "balancedness", "speed-up", "GB/hour", "links", "memory GB")
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    for item in advice.rated:
+        table.add_row(
+            str(item.setting.slots - load.num_experts),
+            str(item.setting.interval),
+            f"{item.setting.move_price:g}",
+            f"{item.trial.balancedness:.4f}",
+            f"{item.speedup:.2f}",
+            f"{item.cost.bytes_per_hour / 1e9:.0f}",
+            f"{item.cost.transfer_share:.2%}",
+            f"{item.cost.replica_bytes / 1e9:.1f}",
+            style="bold green" if item is advice.best else None,
+        )
+    return table
