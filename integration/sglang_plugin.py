@@ -99,10 +99,11 @@ def _check_launch(server_args: Any, previous: Callable[[Any], None]) -> None:
             raise ConfigError(
                 f"--eplb-algorithm {algorithm} does nothing without --enable-eplb; give both or neither"
             )
-        if server_args.elastic_ep_backend is not None:
+        elastic = getattr(server_args, "elastic_ep_backend", None)
+        if elastic is not None:
             raise ConfigError(
                 f"--eplb-algorithm {algorithm} cannot plan around failed ranks: "
-                f"--elastic-ep-backend {server_args.elastic_ep_backend} needs an algorithm of SGLang's"
+                f"--elastic-ep-backend {elastic} needs an algorithm of SGLang's"
             )
     previous(server_args)
 
