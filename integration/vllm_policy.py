@@ -178,9 +178,10 @@ class VllmPolicy:
             "models": {
                 model: {
                     "failures": planner.failures,
-                    "reports": [dataclasses.asdict(report) for report in planner.reports],
+                    "reports": [dataclasses.asdict(report) for report in list(planner.reports)],
                 }
-                for model, planner in self.planners.items()
+                # Copies: in the asynchronous mode, another thread plans meanwhile.
+                for model, planner in list(self.planners.items())
             },
         }
 
@@ -218,9 +219,10 @@ def _agree(ids: torch.Tensor, group: dist.ProcessGroup) -> None:
     dist.all_gather(parts, mine, group=group)
     values = [int(part) for part in parts]
     if len(set(values)) > 1:
-        held = {value: [r for r, v in enumerate(values) if v == value] for value in sorted(set(values))}
-        described = "; ".join(f"{value:016x} on ranks {ranks}" for value, ranks in held.items())
-        raise AgreementError(f"ranks planned different maps: {described}")
+        # Without the hashes, so that it reads the same each time and is logged once.
+        held = [[r for r, other in enumerate(values) if other == value] for value in dict.fromkeys(values)]
+        described = ", another on ranks ".join(map(str, held))
+        raise AgreementError(f"ranks planned different maps: one on ranks {described}")
 
 
 def _withdrawn(report: EngineReport, reason: str) -> EngineReport:
