@@ -825,16 +825,18 @@ def peak_loads(weight, slot_expert, num_ranks, first, last, peaks):
     num_slots = slot_expert.shape[1]
     capacity = num_slots // num_ranks
     count = np.empty(num_logical, np.float64)
+    share = np.empty(num_logical, np.float64)
     for layer in range(first, last):
         count[:] = 0.0
         for slot in range(num_slots):
             count[slot_expert[layer, slot]] += 1.0
         for snapshot in range(num_snapshots):
+            for expert in range(num_logical):
+                share[expert] = weight[snapshot, layer, expert] / count[expert]
             highest = 0.0
             for rank in range(num_ranks):
                 total = 0.0
                 for slot in range(rank * capacity, (rank + 1) * capacity):
-                    expert = slot_expert[layer, slot]
-                    total += weight[snapshot, layer, expert] / count[expert]
+                    total += share[slot_expert[layer, slot]]
                 highest = max(highest, total)
             peaks[snapshot, layer] = highest

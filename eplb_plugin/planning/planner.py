@@ -104,12 +104,16 @@ def plan(
         ids = _ensemble(snapshots, usable, options, current_ids)
     if current_ids is not None:
         ids = keep_slots(ids, current_ids, topology)
-        keep = _gains_too_little(snapshots, ids, current_ids, usable, options.min_gain)
+    peaks = _step_peaks(snapshots, ids, topology)
+    if current_ids is not None:
+        peaks_in_force = _step_peaks(snapshots, current_ids, topology)
+        keep = _gains_too_little(snapshots, ids, current_ids, peaks, peaks_in_force, usable, options)
         ids = torch.where(keep[:, None], current_ids, ids)
+        peaks = torch.where(keep, peaks_in_force, peaks)
     placement = Placement(ids, num_logical)
     return Plan(
         placement=placement,
-        balancedness=_predicted(snapshots, placement, topology),
+        balancedness=_predicted(snapshots, peaks, topology),
         moves=0 if in_force is None else int(count_moves(in_force, placement, topology).sum()),
         seconds=time.perf_counter() - started,
         hierarchical=topology.is_hierarchical(num_logical),
@@ -153,27 +157,32 @@ def rebalance_experts(
     return placement.physical_to_logical, placement.logical_to_physical, placement.replica_count
 
 
-def _predicted(load: torch.Tensor, placement: Placement, topology: Topology) -> float:
-    """`balancedness`, by the compiled kernel where that can be used: it is a good part of planning time."""
-    peaks = _step_peaks(load, placement.physical_to_logical, topology).sum(1)
+def _predicted(load: torch.Tensor, step_peaks: torch.Tensor, topology: Topology) -> float:
+    """`metrics.balancedness`, from the peaks [snapshots, layers]."""
+    peaks = step_peaks.sum(1)
     means = load.sum((1, 2)) / topology.num_ranks
     busy = peaks > 0
     return float((means[busy] / peaks[busy]).mean()) if bool(busy.any()) else 1.0
 
 
 def _gains_too_little(
-    load: torch.Tensor, ids: torch.Tensor, current: torch.Tensor, topology: Topology, min_gain: float
+    load: torch.Tensor,
+    ids: torch.Tensor,
+    current: torch.Tensor,
+    peaks: torch.Tensor,
+    peaks_in_force: torch.Tensor,
+    topology: Topology,
+    options: PlannerOptions,
 ) -> torch.Tensor:
     """bool [layers]: the placement in force obeys the rules, and `ids` gains less than `min_gain` over it.
 
     What a layer gains is the rise of its mean rank load / peak rank load, both summed over the snapshots.
     """
     mean = load.sum((0, 2)) / topology.num_ranks
-    before, after = (_step_peaks(load, x, topology).sum(0) for x in (current, ids))
-    gain = torch.where(mean > 0, mean / after - mean / before, 0.0)
+    gain = torch.where(mean > 0, mean / peaks.sum(0) - mean / peaks_in_force.sum(0), 0.0)
     shared, planned = (shared_replicas(x, topology).sum(1) for x in (current, ids))
     obeys = groups_within_nodes(current, load.shape[2], topology) & (shared <= planned)
-    return (gain < min_gain) & obeys
+    return (gain < options.min_gain) & obeys
 
 
 def _step_peaks(load: torch.Tensor, ids: torch.Tensor, topology: Topology) -> torch.Tensor:

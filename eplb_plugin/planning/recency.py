@@ -10,7 +10,7 @@ _BINS = 16
 
 
 def condense(load: torch.Tensor, decay: float) -> torch.Tensor:
-    """Weigh each snapshot by `decay` to the power of its age, and sum neighbours where there are more than 16.
+    """Weigh each snapshot by `decay` to the power of its age; sum neighbours where there are more than 16.
 
     What is left weighs about the same each: the older, the more snapshots are summed. That costs next to
     nothing in balance, and planning time is proportional to the number of snapshots.

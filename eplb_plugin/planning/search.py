@@ -38,16 +38,18 @@ def search_placement(
     if current is None:
         return _from_scratch(load, topology, options)
     broken = ~groups_within_nodes(current, load.shape[2], topology)
-    rounds = _ROUNDS * options.refine_rounds
-    ids = grow(
-        load,
-        topology,
-        current,
-        price=options.move_price / topology.slots_per_rank,
-        max_moves=topology.num_slots if options.max_moves is None else options.max_moves,
-        rounds=rounds,
-        tolerance=options.tolerance,
-    )
+    ids = current.clone()
+    if not bool(broken.all()):
+        whole = (~broken).nonzero()[:, 0]
+        ids[whole] = grow(
+            load[:, whole] if bool(broken.any()) else load,
+            topology,
+            current[whole],
+            price=options.move_price / topology.slots_per_rank,
+            max_moves=topology.num_slots if options.max_moves is None else options.max_moves,
+            rounds=_ROUNDS * options.refine_rounds,
+            tolerance=options.tolerance,
+        )
     anew = broken
     if options.move_price == 0 and options.max_moves is None:
         anew = torch.ones_like(broken)
