@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from eplb_plugin import ConfigError, PlannerOptions
 from eplb_plugin.integration.engine_planner import EngineOptions
 from eplb_plugin.integration.sglang_options import OPTIONS, is_ours, parse_algorithm
 
-CONFIG = Path(__file__).resolve().parents[1] / "configs" / "sglang.yaml"
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -62,11 +64,18 @@ def test_the_command_line_goes_over_the_environment_and_the_file(tmp_path, monke
     assert parse_algorithm("ensemble").planner == PlannerOptions(seed=2, num_candidates=8, move_price=0.5)
 
 
-def test_the_example_names_every_option_that_a_file_can_hold():
-    text = CONFIG.read_text(encoding="utf-8")
-    assert parse_algorithm(f"ensemble:config={CONFIG}") == EngineOptions()
-    for option in OPTIONS:
-        assert option in ("config", "check_agreement") or f"  {option}: " in text, option
+def test_the_example_is_read():
+    options = parse_algorithm(f"ensemble:config={ROOT / 'configs' / 'sglang.yaml'}")
+    assert options == EngineOptions(planner=PlannerOptions(max_moves=32))
+
+
+def test_the_documentation_has_every_option_with_its_default():
+    text = (ROOT / "docs" / "sglang.md").read_text(encoding="utf-8")
+    documented = dict(re.findall(r"^\| `(\w+)` \| (.*?) ?\| ", text, re.MULTILINE))
+    defaults = {**EngineOptions().model_dump(), **PlannerOptions().model_dump(), "config": ""}
+    assert sorted(documented) == sorted(OPTIONS)
+    for option, told in documented.items():
+        assert (yaml.safe_load(told) if told else "") == defaults[option], option
 
 
 @pytest.mark.parametrize(
