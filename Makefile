@@ -17,7 +17,7 @@ demo: $(STAMP)  ## the main job on four processes
 	$(BIN)/eplb-plugin demo
 
 test: $(STAMP)  ## all tests of the package itself
-	$(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 SGLANG := .venv-sglang
 SGLANG_TESTS := tests/engines/sglang

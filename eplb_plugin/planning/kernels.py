@@ -106,7 +106,7 @@ def _grow(scaled, current, num_ranks, ranks_per_node, price, max_moves, rounds, 
     # A few rounds tell which of the two starts is better; only that one is carried through.
     race = min(rounds, _RACE_ROUNDS)
     best[:] = current
-    peak, moves = _lower_smooth_peak(
+    peak, moves, done = _lower_smooth_peak(
         scaled, best, current, num_ranks, ranks_per_node, price, max_moves, race, tolerance
     )
     target = _replicate(total, expert_node, count, _HYSTERESIS, num_slots, num_ranks, ranks_per_node)
@@ -116,14 +116,16 @@ def _grow(scaled, current, num_ranks, ranks_per_node, price, max_moves, rounds, 
     if 0 < changes <= max_moves:
         slot_expert = current.copy()
         _regrow(total, count, target, slot_expert, num_ranks, ranks_per_node)
-        other_peak, other_moves = _lower_smooth_peak(
+        other_peak, other_moves, other_done = _lower_smooth_peak(
             scaled, slot_expert, current, num_ranks, ranks_per_node, price, max_moves, race, tolerance
         )
         if other_moves <= max_moves and other_peak + price * other_moves < peak + price * moves:
             best[:] = slot_expert
-    _lower_smooth_peak(
-        scaled, best, current, num_ranks, ranks_per_node, price, max_moves, rounds - race, tolerance
-    )
+            done = other_done
+    if not done:
+        _lower_smooth_peak(
+            scaled, best, current, num_ranks, ranks_per_node, price, max_moves, rounds - race, tolerance
+        )
 
 
 @_compile
@@ -196,7 +198,7 @@ def _from_scratch(
         if num_snapshots == 1:
             peak = _lower_peak(scaled, slot_expert, num_ranks, ranks_per_node, rounds, tolerance)
         else:
-            peak, _ = _lower_smooth_peak(
+            peak, _, _ = _lower_smooth_peak(
                 scaled,
                 slot_expert,
                 slot_expert,
@@ -331,7 +333,7 @@ def _lower_smooth_peak(
     most gain per move is made.
 
     Returns:
-        The smooth peak, summed over snapshots, and the moves.
+        The smooth peak, summed over snapshots; the moves; whether more rounds would change nothing.
     """
     num_snapshots, num_logical = scaled.shape
     num_slots = slot_expert.shape[0]
@@ -354,13 +356,16 @@ def _lower_smooth_peak(
     heat = np.empty(num_ranks, np.float64)
     gain = np.empty((capacity, width), np.float32)
     rows = np.empty((3, width), np.float32)
+    expert_load = np.ascontiguousarray(scaled.T)
     _recompute(scaled, slot_expert, count, share, load, slot_load)
     # Ranks that could not be relieved, and have not changed since: not worth another look each round.
     failed = np.zeros(num_ranks, np.bool_)
     fresh = True  # whether they failed against the placement as it is now
+    done = False
     for _ in range(rounds):
         _, peak = _smooth_peak(load, inverse, power, slope)
         if peak <= 1.0 + tolerance:
+            done = True
             break
         heat[:] = 0.0
         for snapshot in range(num_snapshots):
@@ -379,8 +384,8 @@ def _lower_smooth_peak(
                 ranks_per_node, price, max_moves - moves, gain, rows,
             )  # fmt: skip
             expert, slot, change_cost = _best_change(
-                scaled, load, inverse, power, slope, slot_expert, count, held, origin, heavy, ranks_per_node,
-                price, max_moves - moves, value,
+                expert_load, load, inverse, power, slope, heat, slot_expert, count, held, origin, heavy,
+                ranks_per_node, price, max_moves - moves, value,
             )  # fmt: skip
             if slot >= 0:
                 old, rank = slot_expert[slot], slot // capacity
@@ -405,11 +410,12 @@ def _lower_smooth_peak(
             failed[heavy] = True
         if not improved:
             if fresh:
+                done = True
                 break
             failed[:] = False
             fresh = True
     _recompute(scaled, slot_expert, count, share, load, slot_load)
-    return _smooth_peak(load, inverse, power, slope)[0], moves
+    return _smooth_peak(load, inverse, power, slope)[0], moves, done
 
 
 @_compile
@@ -464,16 +470,13 @@ def _worth(gain, cost, price):
 
 
 @_compile
-def _add_gains(gain, share, slot_load, slot_power, given, mine, mine_power, slope):
-    """Add by how much a snapshot's norm falls when `given` is swapped with each slot.
+def _take_powers(gain, theirs, rest, mine_left, given):
+    """Take the powers that a swap leaves on its two ranks from the gain of each slot.
 
-    This is where the time goes. All four arrays have to be contiguous, or the loop is not vectorised.
+    This is where the time goes. All three arrays have to be contiguous, or the loop is not vectorised.
     """
     for at in range(gain.shape[0]):
-        shift = given - share[at]
-        gain[at] += slope * (
-            mine_power + slot_power[at] - _power(mine - shift) - _power(slot_load[at] + shift)
-        )
+        gain[at] -= _power(mine_left + theirs[at]) + _power(rest[at] + given)
 
 
 @_compile
@@ -488,22 +491,26 @@ def _best_swap(
     begin = heavy * capacity
     first = heavy // ranks_per_node * ranks_per_node
     low, width = first * capacity, ranks_per_node * capacity
-    gain[:] = np.float32(0.0)
+    # What the two ranks weigh now, the same for every slot of `heavy`; then what they would weigh is taken.
+    now, theirs, rest = rows[0], rows[1], rows[2]
+    now[:] = np.float32(0.0)
     for snapshot in range(num_snapshots):
-        if slope[snapshot] <= np.float32(0.0):
-            continue
-        scale = inverse[snapshot]
-        for at in range(width):
-            rows[0, at] = share[snapshot, low + at] * scale
-            rows[1, at] = slot_load[snapshot, low + at] * scale
         for rank in range(ranks_per_node):
-            rows[2, rank * capacity : (rank + 1) * capacity] = power[snapshot, first + rank]
-        mine = load[snapshot, heavy] * scale
+            both = slope[snapshot] * (power[snapshot, heavy] + power[snapshot, first + rank])
+            for at in range(rank * capacity, (rank + 1) * capacity):
+                now[at] += both
+    for place in range(capacity):
+        gain[place] = now
+    for snapshot in range(num_snapshots):
+        # With the slope inside the power, a multiplication is saved for each slot.
+        scale = inverse[snapshot] * np.sqrt(np.sqrt(np.sqrt(np.sqrt(slope[snapshot]))))
+        for at in range(width):
+            theirs[at] = share[snapshot, low + at] * scale
+            rest[at] = (slot_load[snapshot, low + at] - share[snapshot, low + at]) * scale
         for place in range(capacity):
             given = share[snapshot, begin + place] * scale
-            _add_gains(
-                gain[place], rows[0], rows[1], rows[2], given, mine, power[snapshot, heavy], slope[snapshot]
-            )
+            mine_left = load[snapshot, heavy] * scale - given
+            _take_powers(gain[place], theirs, rest, mine_left, given)
     best = 0.0
     best_mine, best_other, best_cost = -1, -1, 0
     for place in range(capacity):
@@ -527,9 +534,40 @@ def _best_swap(
 
 
 @_compile
+def _add_growth(growth, expert_load, factor, rank_load, rank_power, inverse):
+    """Add to `growth` [snapshots] by how much a rank's power grows with `factor` times the expert's load."""
+    for snapshot in range(growth.shape[0]):
+        after = rank_load[snapshot] + expert_load[snapshot] * factor
+        growth[snapshot] += _power(after * inverse[snapshot]) - rank_power[snapshot]
+
+
+@_compile
+def _exchange_growth(
+    terms, growth, burden, load_in, arriving, load_out, leaving, rank_load, rank_power, inverse
+):
+    """Write to `terms` [snapshots] by how much the powers of all ranks grow with a change of a replica."""
+    for snapshot in range(terms.shape[0]):
+        after = rank_load[snapshot] + load_in[snapshot] * arriving - load_out[snapshot] * leaving
+        terms[snapshot] = (
+            growth[snapshot] + burden[snapshot] + _power(after * inverse[snapshot]) - rank_power[snapshot]
+        )
+
+
+@_compile
+def _weighted(growth, slope, terms):
+    """The growth of the norms: sum over snapshots of slope times growth. `terms` [snapshots] is scratch."""
+    for snapshot in range(terms.shape[0]):
+        terms[snapshot] = growth[snapshot] * slope[snapshot]
+    total = np.float32(0.0)
+    for snapshot in range(terms.shape[0]):
+        total += terms[snapshot]
+    return np.float64(total)
+
+
+@_compile
 def _best_change(
-    scaled, load, inverse, power, slope, slot_expert, count, held, origin, heavy, ranks_per_node, price,
-    moves_left, worth_of_swap,
+    expert_load, load, inverse, power, slope, heat, slot_expert, count, held, origin, heavy, ranks_per_node,
+    price, moves_left, worth_of_swap,
 ):  # fmt: skip
     """The best way to give an expert of `heavy` one more replica, in a slot of an expert that has several.
 
@@ -541,6 +579,11 @@ def _best_change(
     first = heavy // ranks_per_node * ranks_per_node
     low, high = first * capacity, (first + ranks_per_node) * capacity
 
+    # Snapshots last: the loops over them are what takes time, and run on contiguous memory.
+    rank_load = np.ascontiguousarray(load[:, first : first + ranks_per_node].T)
+    rank_power = np.ascontiguousarray(power[:, first : first + ranks_per_node].T)
+    terms = np.empty(num_snapshots, np.float32)
+
     # By how much the sum of powers grows on the ranks that keep the expert, for each slot that may lose it.
     surplus = np.empty(high - low, np.int64)
     num_surplus = 0
@@ -551,35 +594,34 @@ def _best_change(
     if num_surplus == 0:
         return -1, -1, 0
     burden = np.zeros((num_surplus, num_snapshots), np.float32)
+    most_relief = np.empty(num_surplus, np.float64)
     for at in range(num_surplus):
         y, own = slot_expert[surplus[at]], surplus[at] // capacity
         more = np.float32(1.0 / (count[y] - 1) - 1.0 / count[y])
-        for rank in range(first, first + ranks_per_node):
-            kept = held[y, rank] - (1 if rank == own else 0)
-            if kept == 0 or rank == own:
-                continue
-            for snapshot in range(num_snapshots):
-                grown = load[snapshot, rank] + scaled[snapshot, y] * more * np.float32(kept)
-                burden[at, snapshot] += _power(grown * inverse[snapshot]) - power[snapshot, rank]
+        for rank in range(ranks_per_node):
+            if held[y, first + rank] > 0 and first + rank != own:
+                _add_growth(
+                    burden[at], expert_load[y], more * np.float32(held[y, first + rank]), rank_load[rank],
+                    rank_power[rank], inverse,
+                )  # fmt: skip
+        most_relief[at] = heat[own] - _weighted(burden[at], slope, terms)
 
     best = worth_of_swap
     best_expert, best_slot, best_cost = -1, -1, 0
-    relief = np.empty(num_snapshots, np.float32)
+    growth = np.empty(num_snapshots, np.float32)
     for place in range(heavy * capacity, (heavy + 1) * capacity):
         x = slot_expert[place]
         fewer = np.float32(1.0 / count[x] - 1.0 / (count[x] + 1))
         arriving = np.float32(1.0 / (count[x] + 1))
-        relief[:] = np.float32(0.0)
-        most = 0.0
-        for rank in range(first, first + ranks_per_node):
-            if held[x, rank] == 0:
-                continue
-            for snapshot in range(num_snapshots):
-                less = load[snapshot, rank] - scaled[snapshot, x] * fewer * np.float32(held[x, rank])
-                relief[snapshot] += power[snapshot, rank] - _power(less * inverse[snapshot])
-        for snapshot in range(num_snapshots):
-            most += np.float64(slope[snapshot] * relief[snapshot])
-        if _worth(most, -1, price) <= best:
+        growth[:] = np.float32(0.0)
+        for rank in range(ranks_per_node):
+            if held[x, first + rank] > 0:
+                _add_growth(
+                    growth, expert_load[x], -fewer * np.float32(held[x, first + rank]), rank_load[rank],
+                    rank_power[rank], inverse,
+                )  # fmt: skip
+        relief = -_weighted(growth, slope, terms)
+        if _worth(relief, -1, price) <= best:
             continue
         for at in range(num_surplus):
             slot = surplus[at]
@@ -589,17 +631,17 @@ def _best_change(
             cost = 1 if origin[x, rank] == 0 else 0
             if origin[y, rank] == 0 and held[y, rank] == 1:
                 cost -= 1
-            if cost > 0 and cost > moves_left:
+            # No change relieves more than the expert's ranks and all of the slot's.
+            if (cost > 0 and cost > moves_left) or _worth(relief + most_relief[at], cost, price) <= best:
                 continue
             leaving = np.float32(1.0 / count[y])
             if held[y, rank] > 1:
                 leaving -= np.float32(held[y, rank] - 1) * np.float32(1.0 / (count[y] - 1) - 1.0 / count[y])
-            gain = 0.0
-            for snapshot in range(num_snapshots):
-                after = load[snapshot, rank] + scaled[snapshot, x] * arriving - scaled[snapshot, y] * leaving
-                grown = _power(after * inverse[snapshot]) - power[snapshot, rank] + burden[at, snapshot]
-                gain += np.float64(slope[snapshot] * (relief[snapshot] - grown))
-            worth = _worth(gain, cost, price)
+            _exchange_growth(
+                terms, growth, burden[at], expert_load[x], arriving, expert_load[y], leaving,
+                rank_load[rank - first], rank_power[rank - first], inverse,
+            )  # fmt: skip
+            worth = _worth(-_weighted(terms, slope, terms), cost, price)
             if worth > best:
                 best = worth
                 best_expert, best_slot, best_cost = x, slot, cost
