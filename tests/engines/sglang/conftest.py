@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import runpy
 import sys
 from pathlib import Path
 
@@ -26,8 +27,9 @@ if not collect_ignore_glob:
         NUMBA_CACHE_DIR=str(Path(sys.prefix) / "numba"),
     )
     if str(SHIMS) not in sys.path:
+        # Processes that the tests start find all this by themselves.
         sys.path.insert(0, str(SHIMS))
-        import sitecustomize  # noqa: F401  # Python ran another one, or none, when it started this process
+        runpy.run_path(str(SHIMS / "sitecustomize.py"))
 
 
 @pytest.fixture(scope="session", autouse=True)

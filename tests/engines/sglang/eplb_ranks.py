@@ -68,7 +68,12 @@ class Server:
         _configure(rank, dist.get_world_size(), setup)
         self.setup = setup
         self.traffic = _traffic(rank, setup)
-        self.metadata = ExpertLocationMetadata.init_trivial(None, rank)
+        if setup.recorded is None:
+            self.metadata = ExpertLocationMetadata.init_trivial(None, rank)
+        else:
+            counts = torch.tensor(setup.recorded).expand(setup.layers, -1).clone()
+            counts[:DENSE_LAYERS] = 0
+            self.metadata = ExpertLocationMetadata.init_by_eplb(None, counts)
         set_global_expert_location_metadata(self.metadata)
         self.recorder = sglang_distribution.ExpertDistributionRecorder.init_new(self.metadata, rank)
         sglang_distribution.set_global_expert_distribution_recorder(self.recorder)
@@ -101,7 +106,7 @@ def serve(rank: int, setup: Setup) -> Outcome:
     """Run `setup.rebalances` rebalances on traffic that drifts, the last one to its end."""
     server = Server(rank, setup)
     metadata, planner = server.metadata, sglang_plugin._balancer(setup.algorithm).planner
-    outcome = Outcome([], [], 0, 0, 0, False, [], [])
+    outcome = Outcome(metadata.physical_to_logical_map_cpu.tolist(), [], [], 0, 0, 0, False, [], [])
     observe, plan = planner.observe, planner.plan
 
     def observe_and_tell(load: torch.Tensor) -> None:

@@ -18,6 +18,8 @@ class Setup:
     algorithm: str = "ensemble"
     nodes: int = 1
     groups: int | None = None
+    recorded: tuple[int, ...] | None = None
+    """What each expert of an MoE layer got when it was recorded: the start is planned from that."""
     failing_rank: int | None = None
     """The rank whose planner raises at the second rebalance."""
 
@@ -26,6 +28,8 @@ class Setup:
 class Outcome:
     """What one rank saw; plain values, since they go to another process."""
 
+    start: list[list[int]]
+    """The map that SGLang starts with."""
     maps: list[list[list[int]]]
     """The map that each rebalance but the last one led to, at the end of its interval."""
     reports: list[dict[str, object]]
