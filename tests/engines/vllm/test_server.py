@@ -72,7 +72,13 @@ async def complete_all(port):
     from openai import AsyncOpenAI
 
     room = asyncio.Semaphore(CONCURRENCY)
-    async with AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
+    async with AsyncOpenAI(
+        base_url=f"http://127.0.0.1:{port}/v1",
+        api_key="none",
+        max_retries=0,
+        # The server ends connections that were idle for a while; a request sent just then would fail.
+        default_headers={"Connection": "close"},
+    ) as client:
 
         async def complete(prompt):
             async with room:
@@ -95,7 +101,10 @@ def test_all_answers_are_right_during_rearrangements(layout, model, expected, tm
     with engine([*command_line(model, port), *LAYOUTS[layout]], log, env) as process:
         wait_until_healthy(port, process, log)
         call_workers(port, "watch")
-        answers = asyncio.run(complete_all(port))
+        try:
+            answers = asyncio.run(complete_all(port))
+        except Exception as error:
+            pytest.fail(f"{error!r}; the server's end: {process.poll()}\n{tail(log)}")
         report = call_workers(port, "eplb_plugin_report")
         checks = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("checks-*.json"))]
     assert len(answers) == REQUESTS
