@@ -26,7 +26,12 @@ _AUTO_INTERVALS = 8
 
 
 def simulate(
-    trace: Annotated[str, typer.Argument(help=f"A .npz trace, or generated traffic: {', '.join(PROFILES)}.")],
+    trace: Annotated[
+        str,
+        typer.Argument(
+            help=f"A recorded load of any format, a token trace, or generated traffic: {', '.join(PROFILES)}."
+        ),
+    ],
     ranks: Annotated[int | None, typer.Option(help="Ranks (GPUs) of the expert-parallel group.")] = None,
     slots: Annotated[int | None, typer.Option(help="Physical experts over all ranks.")] = None,
     nodes: Annotated[int | None, typer.Option(help="Nodes that the ranks are spread over.")] = None,
