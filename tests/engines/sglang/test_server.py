@@ -53,10 +53,11 @@ class Client:
         deadline = time.monotonic() + START_LIMIT
         while time.monotonic() < deadline and server.process.poll() is None:
             try:
-                if requests.get(f"{self.url}/health", timeout=5).status_code == 200:
+                if requests.get(f"{self.url}/health", timeout=30).status_code == 200:
                     return
-            except requests.ConnectionError:
-                time.sleep(0.2)
+            except (requests.ConnectionError, requests.Timeout):
+                pass
+            time.sleep(0.2)
         raise AssertionError(f"the server did not start\n{server.tail()}")
 
     def ask(self, number):
