@@ -11,8 +11,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ..errors import TraceError
 from ..files import MAX_TEXT_BYTES, read_bytes, written_whole
 from ..traces import LoadTrace, as_load
+from .schema import first_wrong
 
-__all__ = ["first_wrong", "read_benchmark_json", "write_benchmark_json"]
+__all__ = ["read_benchmark_json", "write_benchmark_json"]
 
 
 class _Step(BaseModel):
@@ -68,14 +69,3 @@ def write_benchmark_json(path: str | Path, trace: LoadTrace) -> None:
         for step, load in enumerate(trace.load):
             stream.write(("," if step else "") + "\n" + json.dumps({"logical_expert_load": load.tolist()}))
         stream.write("\n]}\n")
-
-
-def first_wrong(error: ValidationError) -> str:
-    """The first thing that pydantic found wrong, with its place; the type tried last says it best."""
-    wrong = error.errors(include_url=False)
-    told = [
-        (".".join(str(part) for part in item["loc"] if part not in ("int", "float")), item["msg"])
-        for item in wrong
-    ]
-    place, message = [item for item in told if item[0] == told[0][0]][-1]
-    return f"{place}: {message}" if place else message

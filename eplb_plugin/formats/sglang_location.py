@@ -12,7 +12,7 @@ from ..errors import TraceError
 from ..files import MAX_TEXT_BYTES, read_bytes, written_whole
 from ..placement import Placement
 from ..topology import Topology
-from .benchmark_json import first_wrong
+from .schema import first_wrong
 
 __all__ = ["read_sglang_location", "write_sglang_location"]
 

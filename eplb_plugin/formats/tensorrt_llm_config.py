@@ -11,7 +11,7 @@ from ..errors import TraceError
 from ..files import read_bytes, written_whole
 from ..placement import Placement
 from ..topology import Topology
-from .benchmark_json import first_wrong
+from .schema import first_wrong
 
 __all__ = ["read_tensorrt_llm_config", "write_tensorrt_llm_config"]
 

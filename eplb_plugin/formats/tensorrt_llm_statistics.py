@@ -19,7 +19,7 @@ from ..errors import TraceError
 from ..files import read_bytes
 from ..npz import MAX_BYTES
 from ..traces import LoadTrace, as_load
-from .benchmark_json import first_wrong
+from .schema import first_wrong
 
 __all__ = ["META_FILE", "read_tensorrt_llm_statistics", "write_tensorrt_llm_statistics"]
 
