@@ -1,4 +1,5 @@
-"""Planning time and peak load of the policies, side by side in one run.
+"""Planning time and peak load of the policies, side by side in one run: plans of one summed load, and the
+full plan as the online loop makes it, from 64 snapshots and the placement in force.
 
     python benchmarks/bench_plan.py [--repeat 9]
 
@@ -82,6 +83,72 @@ def measure(planners: dict[str, Planner], repeat: int) -> list[dict[str, object]
     return rows
 
 
+def window(layers: int, experts: int, intervals: int) -> torch.Tensor:
+    """[16 * intervals, layers, experts]: four topics in a mix that changes from snapshot to snapshot."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.empty(1, layers, experts).log_normal_(6, 0.8, generator=generator)
+    topics = torch.empty(4, layers, experts).log_normal_(0, 0.5, generator=generator)
+    mix = torch.rand(16 * intervals, 4, generator=generator).softmax(1)
+    noise = torch.empty(16 * intervals, layers, experts).log_normal_(0, 0.1, generator=generator)
+    return (base * torch.einsum("st,tle->sle", mix, topics) * noise).round()
+
+
+def measure_full(repeat: int) -> list[dict[str, object]]:
+    """The first rebalance, from the placement that engines load, and the eighth, beside vLLM's default, which
+    gets the sum of the last interval."""
+    rows: list[dict[str, object]] = []
+    for layers, experts, slots, groups, nodes, ranks in SIZES:
+        topology = eplb.Topology(num_nodes=nodes, num_ranks=ranks, num_slots=slots, num_groups=groups)
+        steps = window(layers, experts, 8)
+        start = eplb.Placement.default(layers, experts, slots)
+        settled = start
+        for end in range(16, 128, 16):
+            settled = eplb.plan(steps[max(0, end - 64) : end], topology, settled).placement
+        jobs: dict[str, Callable[[], object]] = {
+            "first": lambda steps=steps, start=start, topology=topology: eplb.plan(
+                steps[:16], topology, start
+            ),
+            "later": lambda steps=steps, settled=settled, topology=topology: eplb.plan(
+                steps[64:], topology, settled
+            ),
+        }
+        if peers.available():
+            total = steps[112:].sum(0)
+            jobs["vLLM default"] = lambda total=total, topology=topology: theirs(total, topology)
+        times: dict[str, list[float]] = {name: [] for name in jobs}
+        for _ in range(repeat):
+            for name, job in jobs.items():
+                began = time.perf_counter()
+                job()
+                times[name].append(time.perf_counter() - began)
+        medians = {name: statistics.median(values) for name, values in times.items()}
+        rows += [
+            {
+                "size": [layers, experts, slots, groups, nodes, ranks],
+                "plan": name,
+                "plan_ms": median * 1e3,
+                "time_over_vllm": median / medians["vLLM default"] if "vLLM default" in medians else None,
+            }
+            for name, median in medians.items()
+        ]
+    return rows
+
+
+def show_full(console: Console, rows: list[dict[str, object]]) -> None:
+    table = Table(title="Full plans: 64 snapshots (16 at the first rebalance) and the placement in force")
+    for column in ("size", "plan", "ms", "x vLLM"):
+        table.add_column(column, no_wrap=True, justify="left" if column in ("size", "plan") else "right")
+    for row in rows:
+        ratio = row["time_over_vllm"]
+        table.add_row(
+            " ".join(map(str, row["size"])),
+            str(row["plan"]),
+            f"{row['plan_ms']:.1f}",
+            "" if ratio is None else f"{ratio:.2f}",
+        )
+    console.print(table)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeat", type=int, default=9)
@@ -107,9 +174,11 @@ def main() -> None:
         )
     console = Console(width=110)
     console.print(table)
+    full = measure_full(repeat)
+    show_full(console, full)
     if not peers.available():
         console.print("The peers' wheels are not there (make bench-peers): vLLM's policy was left out.")
-    print(json.dumps({"benchmark": "plan", "rows": rows}))
+    print(json.dumps({"benchmark": "plan", "rows": rows, "full": full}))
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ class PlannerOptions(Options):
     tolerance: float = Field(5e-4, ge=0, lt=1)
     """A row is finished when its peak is within this share of the lower bound."""
 
-    move_price: float = Field(0.003, ge=0)
+    move_price: float = Field(0.0025, ge=0)
     """What exchanges have to lower the peak by for every move that they take, as a share of the mean load of
     a slot. With 0 moves are free and a placement from scratch is tried too."""
 
