@@ -27,7 +27,7 @@ from eplb_plugin.traces import LoadTrace, TokenTrace, read_trace
 from eplb_plugin.traffic import generate
 
 TRACES = Path(__file__).resolve().parent.parent.parent / "shared" / "traces"
-PRICES = (0.0, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.03)
+PRICES = (0.0, 0.0005, 0.0025, 0.005, 0.01, 0.03)
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def plot(path: Path, case: Case, rows: list[dict[str, object]]) -> None:
     )
     for price, x, result in zip(PRICES, share, curve, strict=True):
         axes.annotate(
-            f"{price:g}", (x, result.balancedness), textcoords="offset points", xytext=(5, -11), fontsize=7
+            f"{price:g}", (x, result.balancedness), textcoords="offset points", xytext=(4, -12), fontsize=7
         )
     colours = ("#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#888888")
     marks = iter(zip("sD^vPX*", colours, strict=True))
