@@ -1,6 +1,6 @@
 """Expert-parallel load balancing for mixture-of-experts serving engines."""
 
-from .config import PlannerOptions, RebalancerOptions
+from .config import MetricsOptions, PlannerOptions, RebalancerOptions
 from .errors import (
     AgreementError,
     ConfigError,
@@ -17,6 +17,7 @@ from .placement import Placement
 from .planning.packing import balanced_packing
 from .planning.planner import Plan, plan, rebalance_experts
 from .runtime.rebalancer import Rebalancer, RebalanceReport
+from .telemetry import MetricsServer, serve_metrics
 from .topology import Topology
 from .warmup import warmup
 
@@ -36,6 +37,9 @@ __all__ = [
     "RebalanceReport",
     "RebalancerOptions",
     # look
+    "serve_metrics",
+    "MetricsServer",
+    "MetricsOptions",
     "balancedness",
     "count_moves",
     "rank_loads",

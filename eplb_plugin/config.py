@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import ConfigError
 
-__all__ = ["Options", "PlannerOptions", "RebalancerOptions", "config_error"]
+__all__ = ["MetricsOptions", "Options", "PlannerOptions", "RebalancerOptions", "config_error"]
 
 
 def config_error(source: str, error: ValidationError) -> ConfigError:
@@ -92,3 +92,16 @@ class RebalancerOptions(Options):
 
     staging_mib: int = Field(256, ge=1)
     """Bound on the buffers that receive weights, in MiB per rank; a single layer may exceed it."""
+
+
+class MetricsOptions(Options):
+    """Figures for Prometheus, served by the first rank. In vLLM and SGLang, the engine serves them."""
+
+    enabled: bool = False
+    """Whether there are any."""
+
+    host: str = Field("127.0.0.1", min_length=1)
+    """Address to answer on; 0.0.0.0 is reachable from other machines, without a password."""
+
+    port: int = Field(9400, ge=0, le=65535)
+    """Port to answer on; 0 takes one that is free."""

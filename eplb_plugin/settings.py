@@ -19,7 +19,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from .config import Options, PlannerOptions, RebalancerOptions
+from .config import MetricsOptions, Options, PlannerOptions, RebalancerOptions
 from .errors import ConfigError
 
 __all__ = [
@@ -157,6 +157,7 @@ class Settings(BaseSettings):
 
     planner: PlannerOptions = PlannerOptions()
     rebalancer: RebalancerOptions = RebalancerOptions()
+    metrics: MetricsOptions = MetricsOptions()
     simulate: SimulateOptions = SimulateOptions()
     demo: DemoOptions = DemoOptions()
 

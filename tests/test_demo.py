@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import time
+import urllib.request
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -26,6 +28,8 @@ from eplb_plugin.runtime.rebalancer import RebalanceReport
 from eplb_plugin.settings import DemoOptions, Settings
 from eplb_plugin.traces import save_load_trace
 from eplb_plugin.traffic import generate
+
+from .test_telemetry import samples
 
 SMALL = {"ranks": 2, "layers": 2, "experts": 8, "slots": 10, "top_k": 2, "steps": 12, "interval": 4}
 SMALL |= {"tokens": 64, "topics": 4, "period": 12, "time_limit": 100}
@@ -260,3 +264,74 @@ def test_messages_of_all_ranks_arrive():
 def test_a_rank_that_fails_ends_all(body, limit, message):
     with pytest.raises(RankError, match=message):
         list(run_ranks(body, 2, (), time_limit=limit))
+
+
+def _serve_and_scrape(rank, send, *args):
+    """Serve, and fetch the metrics from outside each time that an interval is told."""
+
+    def send_and_scrape(message):
+        if isinstance(message, serving.MetricsReady):
+            urls.append(message.url)
+        if isinstance(message, IntervalRecord) and rank == 0:
+            with urllib.request.urlopen(urls[0], timeout=10) as answer:
+                send((message.interval, message.report, answer.read().decode()))
+        send(message)
+
+    urls = []
+    serving.serve(rank, send_and_scrape, *args)
+
+
+def test_the_metrics_show_what_the_demo_prints(monkeypatch):
+    """Acceptance: `curl` of /metrics during the demo."""
+    scraped = []
+
+    def watched_ranks(*args, **more):
+        for rank, message in run_ranks(*args, **more):
+            if isinstance(message, tuple):
+                scraped.append(message)
+            yield rank, message
+
+    monkeypatch.setattr(demo_module, "serve", _serve_and_scrape)
+    monkeypatch.setattr(demo_module, "run_ranks", watched_ranks)
+    settings = Settings(
+        demo=DemoOptions(**SMALL), planner={"min_gain": 0}, metrics={"enabled": True, "port": 0}
+    )
+    said = io.StringIO()
+    outcome = demo_module.run_demo(settings, Console(file=said))
+    assert "metrics at http://127.0.0.1:" in said.getvalue()
+    assert len(scraped) == len(outcome.intervals) == 3
+    values = {}
+    for interval, report, text in scraped:
+        values = samples(text)
+        printed = [item.report for item in outcome.intervals[: interval + 1] if item.report is not None]
+        latest = printed[-1]
+        assert values["eplb_observed_balancedness_ratio{demo}"] == latest.balancedness_before
+        assert values["eplb_predicted_balancedness_ratio{demo}"] == latest.balancedness_after
+        assert values["eplb_experts_moved_total{demo}"] == sum(item.moves for item in printed)
+        assert values["eplb_moved_bytes_total{demo}"] == sum(item.bytes_moved for item in printed)
+        applied = sum(not item.skipped for item in printed)
+        assert values["eplb_rebalances_total{demo,applied}"] == applied
+        assert values["eplb_rebalances_total{demo,skipped}"] == len(printed) - applied
+        # The last interval ends without a rebalance, and without a step after its last batch.
+        assert values["eplb_steps_since_rebalance{demo}"] == (0 if report else SMALL["interval"] - 1)
+    told = outcome.as_dict()
+    assert values["eplb_rebalances_total{demo,applied}"] == told["rebalances"] > 0
+    assert values["eplb_experts_moved_total{demo}"] == told["moves"] > 0
+    assert values["eplb_moved_bytes_total{demo}"] == told["bytes_moved"] > 0
+    # The metrics have the seconds of the first rank, the demo prints those of the slowest.
+    mine = sum(report.plan_seconds for _, report, _ in scraped if report)
+    assert values["eplb_rebalance_seconds_total{demo,plan}"] == pytest.approx(mine)
+    assert mine <= told["plan_seconds"]
+
+
+def test_a_metrics_port_enables_them(monkeypatch):
+    given = []
+    monkeypatch.setattr(
+        demo_module, "run_demo", lambda settings, console: given.append(settings.metrics) or outcome_of()
+    )
+    assert CliRunner().invoke(app, ["demo", "--metrics-port", "9411"]).exit_code == 0
+    assert CliRunner().invoke(app, ["demo"]).exit_code == 0
+    assert [(options.enabled, options.host, options.port) for options in given] == [
+        (True, "127.0.0.1", 9411),
+        (False, "127.0.0.1", 9400),
+    ]

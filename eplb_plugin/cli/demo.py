@@ -24,7 +24,7 @@ from ..traces import LoadTrace, read_trace
 from ..warmup import warmup
 from .outcome import DemoOutcome, DemoTally, IntervalOutcome
 from .ranks import run_ranks
-from .serving import IntervalRecord, StepDone, model_config, serve
+from .serving import IntervalRecord, MetricsReady, StepDone, model_config, serve
 
 __all__ = ["demo", "run_demo"]
 
@@ -43,6 +43,9 @@ def demo(
     ] = None,
     mode: Annotated[str | None, typer.Option(help="With a trace: decode or prefill.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the model and of the traffic.")] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(help="Serve Prometheus metrics on this port meanwhile.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with options.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="End with one line of JSON.")] = False,
 ) -> None:
@@ -60,7 +63,10 @@ def demo(
         "mode": mode,
         "seed": seed,
     }
-    settings = load_settings(config, {f"demo.{key}": value for key, value in given.items()})
+    overrides: dict[str, object] = {f"demo.{key}": value for key, value in given.items()}
+    if metrics_port is not None:
+        overrides |= {"metrics.enabled": True, "metrics.port": metrics_port}
+    settings = load_settings(config, overrides)
     outcome = run_demo(settings, Console(stderr=True))
     console = Console()
     console.print(_table(settings.demo, outcome.intervals))
@@ -92,11 +98,13 @@ def run_demo(settings: Settings, console: Console) -> DemoOutcome:
     )
     task = bar.add_task("", total=options.steps)
     tally = DemoTally(options.ranks)
-    args = (options, settings.planner, rebalancer, mix)
+    args = (options, settings.planner, rebalancer, settings.metrics, mix)
     with Live(bar, console=console, transient=True) as live:
         for rank, message in run_ranks(serve, options.ranks, args, time_limit=options.time_limit):
             if isinstance(message, StepDone) and rank == 0:
                 bar.update(task, completed=message.steps)
+            if isinstance(message, MetricsReady):
+                console.print(f"metrics at {message.url} while this runs", highlight=False)
             if isinstance(message, IntervalRecord):
                 tally.add(message)
                 live.update(Group(_table(options, tally.intervals), bar))

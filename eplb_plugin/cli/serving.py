@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..config import PlannerOptions, RebalancerOptions
+from ..config import MetricsOptions, PlannerOptions, RebalancerOptions
 from ..integration.torch_moe import MoEConfig, MoEModel
 from ..runtime.rebalancer import RebalanceReport
 from ..settings import DemoOptions
+from ..telemetry import serve_metrics
 from ..topology import Topology
 from ..traffic import TokenStream
 
-__all__ = ["IntervalRecord", "StepDone", "compare_outputs", "model_config", "serve"]
+__all__ = ["IntervalRecord", "MetricsReady", "StepDone", "compare_outputs", "model_config", "serve"]
 
 # Float32 sums of a few hundred terms in another order differ by some 1e-5 of their size.
 _RELATIVE, _ABSOLUTE = 1e-4, 1e-3
@@ -45,6 +46,13 @@ class StepDone:
     """Progress: so many steps are done on a rank."""
 
     steps: int
+
+
+@dataclass(frozen=True)
+class MetricsReady:
+    """From now on until the rank ends, its metrics are at this address."""
+
+    url: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,9 +139,10 @@ def serve(
     options: DemoOptions,
     planner: PlannerOptions,
     rebalancer: RebalancerOptions,
+    metrics: MetricsOptions,
     mix: np.ndarray[Any, np.dtype[np.float64]],
 ) -> None:
-    """The life of one rank. Sends `StepDone` and `IntervalRecord`.
+    """The life of one rank. Sends `StepDone`, `IntervalRecord`, and `MetricsReady` where it serves metrics.
 
     Args:
         rank: this rank.
@@ -141,6 +150,7 @@ def serve(
         options: of the demo.
         planner: of the planner.
         rebalancer: of the rebalancer; its interval is that of `options`.
+        metrics: whether and where the first rank serves the metrics of the balanced model.
         mix: float64 [steps, topics], the share of each topic at each step.
     """
     config = model_config(options, mix.shape[1])
@@ -149,6 +159,9 @@ def serve(
     # Longer than the run: the same code, never rebalanced.
     never = rebalancer.model_copy(update={"interval": options.steps + 1})
     static = _WatchedModel(config, topology, options=never, planner=planner)
+    server = serve_metrics(balanced.rebalancer, metrics, model="demo")
+    if server is not None:
+        send(MetricsReady(f"http://{metrics.host}:{server.port}/metrics"))
     stream = TokenStream(config.vocab, config.num_topics, mix, options.seed)
 
     for start in range(0, options.steps, options.interval):

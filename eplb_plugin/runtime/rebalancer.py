@@ -6,7 +6,6 @@ import logging
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -22,6 +21,7 @@ from ..warmup import warmup
 from ..window import LoadWindow
 from .collectives import RankGroup, fingerprint, try_action
 from .dispatch import DispatchTables
+from .reports import RebalanceObserver, RebalanceReport
 from .transfer import Staging, execute
 from .weights import ExpertWeights
 
@@ -29,39 +29,6 @@ __all__ = ["RebalanceReport", "Rebalancer"]
 
 _logger = logging.getLogger(__name__)
 _REPORTS = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class RebalanceReport:
-    """What one rebalance did. All but the seconds is the same on every rank.
-
-    Attributes:
-        step: steps that the rebalancer had seen.
-        skipped: whether everything stayed as it was.
-        reason: why it was skipped, else empty.
-        balancedness_before: of the interval that just ended, under the placement it ran with.
-        balancedness_after: of the same interval, had it run under the placement now in force.
-        layers: layers whose placement changed.
-        moves: transfers of one expert to one rank, over all ranks.
-        bytes_moved: bytes sent between ranks, over all ranks; 0 where the engine moves the weights.
-        gather_seconds: time to sum the interval over the ranks.
-        plan_seconds: time to plan, to hand the plan to every rank and to agree on it.
-        transfer_seconds: time to get the weights into the staging buffers.
-        commit_seconds: time to write them to their slots and to switch the dispatch tables.
-    """
-
-    step: int
-    skipped: bool
-    reason: str
-    balancedness_before: float
-    balancedness_after: float
-    layers: int
-    moves: int
-    bytes_moved: int
-    gather_seconds: float
-    plan_seconds: float
-    transfer_seconds: float
-    commit_seconds: float
 
 
 class Rebalancer:
@@ -82,6 +49,10 @@ class Rebalancer:
         planner: of the planner.
         group: process group; None is the default group, or no group at all for a topology of one rank.
         device: where expert ids arrive; None is where the weights are.
+
+    Attributes:
+        reports: the latest reports.
+        observer: is told of steps and rebalances on this rank, `telemetry.serve_metrics` for one sets it.
 
     Raises:
         TopologyError: the group has another size, or experts outnumber slots.
@@ -107,6 +78,7 @@ class Rebalancer:
         self.options = options or RebalancerOptions()
         self.planner = planner or PlannerOptions()
         self.reports: deque[RebalanceReport] = deque(maxlen=_REPORTS)
+        self.observer: RebalanceObserver | None = None
         topology.check_experts(num_logical)
         if device is None:
             device = next((t.device for tensors in weights or () for t in tensors), None)
@@ -178,6 +150,8 @@ class Rebalancer:
         """End a forward step. All ranks call it; every `interval` steps it rebalances and reports."""
         self.window.step(is_dummy)
         self._steps += 1
+        if self.observer is not None:
+            self.observer.stepped()
         if self._steps % self.options.interval:
             return None
         return self.rebalance()
@@ -192,6 +166,19 @@ class Rebalancer:
             TransferError: on all ranks, when weights could not be moved on one of them. Each layer has
                 its old placement or its new one, alike on all ranks, and `placement` tells which.
         """
+        try:
+            report, interval_load = self._rebalance()
+        except Exception:
+            if self.observer is not None:
+                self.observer.failed()
+            raise
+        self.reports.append(report)
+        if self.observer is not None:
+            self.observer.rebalanced(report, interval_load, self._placement, self.topology)
+        return report
+
+    def _rebalance(self) -> tuple[RebalanceReport, torch.Tensor]:
+        """The report, and the load of the interval: [snapshots, layers, logical], tokens."""
         old = self._placement
         # Phase 1, all ranks: sum the interval over the group.
         start = time.perf_counter()
@@ -202,7 +189,8 @@ class Rebalancer:
         gathered = time.perf_counter()
 
         # Phase 2, all ranks: plan, exchange, agree. Without load, all ranks know and none goes on.
-        new, reason = self._plan(load) if has_load else (old, "no load was recorded")
+        new, failure = self._plan(load) if has_load else (old, "")
+        reason = failure if has_load else "no load was recorded"
         planned = time.perf_counter()
 
         # Phase 3, all ranks: move the weights, chunk by chunk of layers; each chunk is switched over
@@ -222,6 +210,7 @@ class Rebalancer:
             step=self._steps,
             skipped=not migration.layers.numel(),
             reason=reason,
+            failed=bool(failure),
             balancedness_before=self._balancedness(interval_load, old),
             balancedness_after=self._balancedness(interval_load, new),
             layers=migration.layers.numel(),
@@ -232,8 +221,7 @@ class Rebalancer:
             transfer_seconds=times.transfer,
             commit_seconds=times.commit,
         )
-        self.reports.append(report)
-        return report
+        return report, interval_load
 
     def _plan(self, load: torch.Tensor) -> tuple[Placement, str]:
         """The placement to go to, the same on all ranks, and why it is the old one where planning failed."""
