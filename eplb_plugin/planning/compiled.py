@@ -16,7 +16,15 @@ import torch
 
 from ..topology import Topology
 
-__all__ = ["compile_kernels", "grow", "pack_rows", "plan_from_scratch", "step_peaks"]
+__all__ = [
+    "compile_kernels",
+    "condense_loads",
+    "grow",
+    "keep_slots",
+    "pack_rows",
+    "plan_from_scratch",
+    "step_peaks",
+]
 
 _MAX_THREADS = 8
 _CHUNKS_PER_THREAD = 4  # layers differ in effort; small chunks even that out
@@ -100,8 +108,42 @@ def step_peaks(weight: torch.Tensor, physical_to_logical: torch.Tensor, num_rank
 
     peaks = np.empty(weight.shape[:2])
     load, ids = _array(weight), _array(physical_to_logical)
-    kernels.peak_loads(load, ids, num_ranks, 0, weight.shape[1], peaks)
+    _over_layers(lambda first, last: kernels.peak_loads(load, ids, num_ranks, first, last, peaks), weight)
     return torch.from_numpy(peaks)
+
+
+def condense_loads(load: torch.Tensor, weights: list[float], bins: list[int]) -> torch.Tensor:
+    """Sum the snapshots of each bin, weighted: float64 [snapshots, layers, logical] to [bins, ...]."""
+    from . import kernels
+
+    condensed = np.zeros((max(bins) + 1, *load.shape[1:]))
+    array, weight, place = _array(load), np.array(weights), np.array(bins, _INT64)
+    _over_layers(
+        lambda first, last: kernels.condense_loads(array, weight, place, first, last, condensed), load
+    )
+    return torch.from_numpy(condensed)
+
+
+def keep_slots(
+    new: torch.Tensor, current: torch.Tensor, num_ranks: int, num_logical: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`new` with the slots of each rank in an order in which experts that stay keep theirs.
+
+    Args:
+        new, current: int64 [layers, slots] on the CPU, experts below `num_logical`.
+
+    Returns:
+        int64 [layers, slots]; and int64 [layers] each: experts that a rank gets and did not hold, and slots
+        of `new`, and of `current`, that repeat an expert of their rank.
+    """
+    from . import kernels
+
+    ids, in_force = _array(new), _array(current)
+    kept, moves = np.empty_like(ids), np.empty(len(ids), _INT64)
+    shared = np.empty((2, len(ids)), _INT64)
+    kernels.keep_slots(ids, in_force, num_ranks, num_logical, kept, moves, shared)
+    after, before = torch.from_numpy(shared)
+    return torch.from_numpy(kept), torch.from_numpy(moves), after, before
 
 
 def compile_kernels() -> None:
@@ -112,6 +154,8 @@ def compile_kernels() -> None:
     ids = plan_from_scratch(load, topology, node, rounds=4, candidates=2, patience=1, tolerance=0.0, seed=0)
     grow(load, topology, ids, price=0.0, max_moves=4, rounds=4, tolerance=0.0)
     step_peaks(load, ids, topology.num_ranks)
+    condense_loads(load, [1.0, 1.0], [0, 1])
+    keep_slots(ids, ids, topology.num_ranks, 4)
 
 
 def _run(

@@ -12,20 +12,18 @@ import torch
 from ..config import PlannerOptions
 from ..errors import LoadError, PlacementError
 from ..load import as_snapshots
-from ..metrics import count_moves, rank_loads
 from ..placement import Placement
 from ..topology import Topology
-from .alignment import keep_slots
 from .backend import use_kernels
 from .bounds import peak_lower_bound
-from .compiled import step_peaks
 from .distinct import shared_replicas, spread_over_ranks
 from .exact import to_exact
 from .greedy import lpt_packing
-from .hierarchy import effective_topology, groups_within_nodes, place_from_scratch
+from .hierarchy import effective_topology, place_from_scratch
 from .packing import pack_exact
 from .recency import condense
 from .search import search_placement
+from .settling import settle
 
 __all__ = ["Plan", "plan", "rebalance_experts"]
 
@@ -102,22 +100,14 @@ def plan(
         ids = _greedy(snapshots, usable)
     else:
         ids = _ensemble(snapshots, usable, options, current_ids)
-    if current_ids is not None:
-        ids = keep_slots(ids, current_ids, topology)
-    peaks = _step_peaks(snapshots, ids, topology)
-    if current_ids is not None:
-        peaks_in_force = _step_peaks(snapshots, current_ids, topology)
-        keep = _gains_too_little(snapshots, ids, current_ids, peaks, peaks_in_force, usable, options)
-        ids = torch.where(keep[:, None], current_ids, ids)
-        peaks = torch.where(keep, peaks_in_force, peaks)
-    placement = Placement(ids, num_logical)
+    settled = settle(snapshots, ids, current_ids, usable, options.min_gain)
     return Plan(
-        placement=placement,
-        balancedness=_predicted(snapshots, peaks, topology),
-        moves=0 if in_force is None else int(count_moves(in_force, placement, topology).sum()),
+        placement=Placement(settled.physical_to_logical, num_logical),
+        balancedness=settled.balancedness,
+        moves=settled.moves,
         seconds=time.perf_counter() - started,
         hierarchical=topology.is_hierarchical(num_logical),
-        shared_replicas=int(shared_replicas(ids, topology).sum()),
+        shared_replicas=settled.shared_replicas,
         _load=snapshots,
         _topology=usable,
     )
@@ -155,41 +145,6 @@ def rebalance_experts(
     )
     placement = plan(weight, topology, current).placement
     return placement.physical_to_logical, placement.logical_to_physical, placement.replica_count
-
-
-def _predicted(load: torch.Tensor, step_peaks: torch.Tensor, topology: Topology) -> float:
-    """`metrics.balancedness`, from the peaks [snapshots, layers]."""
-    peaks = step_peaks.sum(1)
-    means = load.sum((1, 2)) / topology.num_ranks
-    busy = peaks > 0
-    return float((means[busy] / peaks[busy]).mean()) if bool(busy.any()) else 1.0
-
-
-def _gains_too_little(
-    load: torch.Tensor,
-    ids: torch.Tensor,
-    current: torch.Tensor,
-    peaks: torch.Tensor,
-    peaks_in_force: torch.Tensor,
-    topology: Topology,
-    options: PlannerOptions,
-) -> torch.Tensor:
-    """bool [layers]: the placement in force obeys the rules, and `ids` gains less than `min_gain` over it.
-
-    What a layer gains is the rise of its mean rank load / peak rank load, both summed over the snapshots.
-    """
-    mean = load.sum((0, 2)) / topology.num_ranks
-    gain = torch.where(mean > 0, mean / peaks.sum(0) - mean / peaks_in_force.sum(0), 0.0)
-    shared, planned = (shared_replicas(x, topology).sum(1) for x in (current, ids))
-    obeys = groups_within_nodes(current, load.shape[2], topology) & (shared <= planned)
-    return (gain < options.min_gain) & obeys
-
-
-def _step_peaks(load: torch.Tensor, ids: torch.Tensor, topology: Topology) -> torch.Tensor:
-    """float64 [snapshots, layers]: the peak rank load, by the compiled kernel where that can be used."""
-    if load.device.type == "cpu":
-        return step_peaks(load, ids, topology.num_ranks)
-    return rank_loads(load, Placement(ids, load.shape[2]), topology).amax(2)
 
 
 def _greedy(load: torch.Tensor, topology: Topology) -> torch.Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from .compiled import condense_loads
+
 __all__ = ["condense"]
 
 _BINS = 16
@@ -25,15 +27,21 @@ def condense(load: torch.Tensor, decay: float) -> torch.Tensor:
     num_snapshots = load.shape[0]
     # In Python floats: the bins have to be the same on every device.
     weights = [decay**age for age in range(num_snapshots)]
-    weighted = load * load.new_tensor(weights[::-1])[:, None, None]
-    if num_snapshots <= _BINS:
-        return weighted
-    share = sum(weights) / _BINS
-    bins, before = [], 0.0
-    for weight in weights:
-        # The snapshot belongs where its middle falls.
-        bins.append(min(int((before + weight / 2) / share), _BINS - 1))
-        before += weight
-    bins.reverse()
-    starts = [at for at in range(1, num_snapshots) if bins[at] != bins[at - 1]]
-    return torch.stack([part.sum(0) for part in weighted.tensor_split(starts)])
+    bins = list(range(num_snapshots))
+    if num_snapshots > _BINS:
+        share, before = sum(weights) / _BINS, 0.0
+        for age, weight in enumerate(weights):
+            # The snapshot belongs where its middle falls.
+            bins[age] = min(int((before + weight / 2) / share), _BINS - 1)
+            before += weight
+    # Numbered in time order, without gaps.
+    names = {name: number for number, name in enumerate(sorted(set(bins), reverse=True))}
+    bins = [names[name] for name in reversed(bins)]
+    weights.reverse()
+    if load.device.type == "cpu":
+        return condense_loads(load, weights, bins)
+    weighted = load * load.new_tensor(weights)[:, None, None]
+    condensed = load.new_zeros(len(names), *load.shape[1:])
+    for snapshot, name in enumerate(bins):
+        condensed[name] += weighted[snapshot]
+    return condensed

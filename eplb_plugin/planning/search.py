@@ -39,17 +39,12 @@ def search_placement(
         return _from_scratch(load, topology, options)
     broken = ~groups_within_nodes(current, load.shape[2], topology)
     ids = current.clone()
-    if not bool(broken.all()):
+    if bool(broken.any()):
         whole = (~broken).nonzero()[:, 0]
-        ids[whole] = grow(
-            load[:, whole] if bool(broken.any()) else load,
-            topology,
-            current[whole],
-            price=options.move_price / topology.slots_per_rank,
-            max_moves=topology.num_slots if options.max_moves is None else options.max_moves,
-            rounds=_ROUNDS * options.refine_rounds,
-            tolerance=options.tolerance,
-        )
+        if whole.numel():
+            ids[whole] = _grow(load[:, whole], topology, options, current[whole])
+    else:
+        ids = _grow(load, topology, options, current)
     anew = broken
     if options.move_price == 0 and options.max_moves is None:
         anew = torch.ones_like(broken)
@@ -61,6 +56,20 @@ def search_placement(
         better = (peaks[0] < peaks[1]) | broken[layers]
         ids[layers[better]] = fresh[better]
     return ids
+
+
+def _grow(
+    load: torch.Tensor, topology: Topology, options: PlannerOptions, current: torch.Tensor
+) -> torch.Tensor:
+    return grow(
+        load,
+        topology,
+        current,
+        price=options.move_price / topology.slots_per_rank,
+        max_moves=topology.num_slots if options.max_moves is None else options.max_moves,
+        rounds=_ROUNDS * options.refine_rounds,
+        tolerance=options.tolerance,
+    )
 
 
 def _from_scratch(load: torch.Tensor, topology: Topology, options: PlannerOptions) -> torch.Tensor:

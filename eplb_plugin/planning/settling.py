@@ -1,0 +1,88 @@
+"""A planned placement meets the one in force: experts keep their slot, layers that gain too little stay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..metrics import rank_loads
+from ..placement import Placement
+from ..topology import Topology
+from .compiled import keep_slots, step_peaks
+from .distinct import shared_replicas
+from .hierarchy import groups_within_nodes
+
+__all__ = ["Settled", "settle"]
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What a plan comes to.
+
+    Attributes:
+        physical_to_logical: int64 [layers, slots].
+        balancedness: of the load that was planned from, mean over its snapshots.
+        moves: transfers of one expert's weights to one rank; 0 without a placement in force.
+        shared_replicas: replicas that sit on a rank beside another of the same expert.
+    """
+
+    physical_to_logical: torch.Tensor
+    balancedness: float
+    moves: int
+    shared_replicas: int
+
+
+def settle(
+    load: torch.Tensor, ids: torch.Tensor, current: torch.Tensor | None, topology: Topology, min_gain: float
+) -> Settled:
+    """Reorder the slots of each rank so that experts which it holds already stay where they are, and leave
+    layers alone whose balancedness would rise by less than `min_gain`.
+
+    What a layer gains is the rise of its mean rank load / peak rank load, both summed over the snapshots. A
+    layer that breaks a rule today, by groups that span nodes or by replicas that share a rank, does not stay.
+
+    Args:
+        load: float64 [snapshots, layers, logical].
+        ids: int64 [layers, slots], the planned placement.
+        current: int64 [layers, slots], the placement in force, or None.
+        topology: as from `effective_topology`.
+        min_gain: the least rise, as a share.
+    """
+    totals = load.sum(2)
+    if current is None:
+        peaks = _step_peaks(load, ids, topology)
+        shared = int(shared_replicas(ids, topology).sum())
+        return Settled(ids, _balancedness(totals, peaks, topology), 0, shared)
+    on_host, moves, shared_after, shared_before = keep_slots(
+        ids.cpu(), current.cpu(), topology.num_ranks, load.shape[2]
+    )
+    ids = on_host.to(load.device)
+    peaks, peaks_before = (_step_peaks(load, x, topology) for x in (ids, current))
+    mean = totals.sum(0) / topology.num_ranks
+    gain = torch.where(mean > 0, mean / peaks.sum(0) - mean / peaks_before.sum(0), 0.0)
+    stays = (gain < min_gain) & groups_within_nodes(current, load.shape[2], topology)
+    stays &= (shared_before <= shared_after).to(load.device)
+    peaks = torch.where(stays, peaks_before, peaks)
+    stays_here = stays.cpu()
+    return Settled(
+        torch.where(stays[:, None], current, ids),
+        _balancedness(totals, peaks, topology),
+        int(moves[~stays_here].sum()),
+        int(torch.where(stays_here, shared_before, shared_after).sum()),
+    )
+
+
+def _balancedness(totals: torch.Tensor, step_peaks: torch.Tensor, topology: Topology) -> float:
+    """`metrics.balancedness`, from total loads and peak rank loads, both [snapshots, layers]."""
+    peaks = step_peaks.sum(1)
+    means = totals.sum(1) / topology.num_ranks
+    busy = peaks > 0
+    return float((means[busy] / peaks[busy]).mean()) if bool(busy.any()) else 1.0
+
+
+def _step_peaks(load: torch.Tensor, ids: torch.Tensor, topology: Topology) -> torch.Tensor:
+    """float64 [snapshots, layers]: the peak rank load, by the compiled kernel where that can be used."""
+    if load.device.type == "cpu":
+        return step_peaks(load, ids, topology.num_ranks)
+    return rank_loads(load, Placement(ids, load.shape[2]), topology).amax(2)
