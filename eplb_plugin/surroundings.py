@@ -1,11 +1,11 @@
-"""What the environment says beside the options: folders of the user, and which plugins engines may load."""
+"""What the environment says beside the options: folders, and which plugins engines may load."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-__all__ = ["allowed_plugins", "cache_folder"]
+__all__ = ["allowed_plugins", "cache_folder", "metrics_folder"]
 
 
 def cache_folder() -> Path:
@@ -14,6 +14,12 @@ def cache_folder() -> Path:
     # Relative paths are to be ignored, says the specification of that variable.
     folder = Path(base) if base and Path(base).is_absolute() else Path.home() / ".cache"
     return folder / "eplb-plugin"
+
+
+def metrics_folder() -> Path | None:
+    """Where the processes of an engine put their series for its server to read; None: nowhere."""
+    folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    return Path(folder) if folder else None
 
 
 def allowed_plugins(variable: str, *, empty_is_all: bool) -> tuple[str, ...] | None:

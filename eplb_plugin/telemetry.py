@@ -152,14 +152,11 @@ class ModelTelemetry:
         self._all = telemetry
         self._model = model
         self._told: set[str] = set()
-        # From the start, so that a rate knows of the first rebalance too.
-        self._steps = telemetry.steps.labels(model)
-        self._results = {result: telemetry.rebalances.labels(model, result) for result in _RESULTS}
-        self._moves = telemetry.moves.labels(model)
+        self._guard(self._start)
 
     def stepped(self) -> None:
         """A forward step has ended."""
-        self._guard(self._steps.inc)
+        self._guard(lambda: self._all.steps.labels(self._model).inc())
 
     def rebalanced(
         self, report: RebalanceReport, interval_load: torch.Tensor, placement: Placement, topology: Topology
@@ -175,9 +172,16 @@ class ModelTelemetry:
         """Take in a rebalance; `figures` is called here, so that it may raise too."""
         self._guard(lambda: self._record(figures()))
 
+    def _start(self) -> None:
+        # Zero from the start, so that a rate knows of the first rebalance too. What is not a count is shown
+        # when it is known.
+        self._all.steps.labels(self._model)
+        self._all.moves.labels(self._model)
+        for result in _RESULTS:
+            self._all.rebalances.labels(self._model, result)
+
     def _record(self, figures: RebalanceFigures) -> None:
         every, model = self._all, self._model
-        # Made when they are known: until then there is nothing to show.
         if figures.observed is not None:
             every.observed.labels(model).set(figures.observed)
         if figures.predicted is not None:
@@ -189,9 +193,9 @@ class ModelTelemetry:
         for phase in _PHASES:
             if phase in figures.seconds:
                 every.seconds.labels(model, phase).inc(figures.seconds[phase])
-        self._moves.inc(figures.moves)
-        self._results[figures.result].inc()
-        self._steps.set(0)
+        every.moves.labels(model).inc(figures.moves)
+        every.rebalances.labels(model, figures.result).inc()
+        every.steps.labels(model).set(0)
 
     def _guard(self, write: Callable[[], None]) -> None:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from ..load import as_snapshots
 from ..metrics import balancedness, count_moves
 from ..placement import Placement
 from ..planning.planner import plan
+from ..telemetry import ModelTelemetry, RebalanceFigures, lower_bound_gap
 from ..topology import Topology
 from ..window import fold_steps
 
@@ -39,6 +41,9 @@ class EngineOptions(Options):
 
     check_agreement: bool = True
     """Compare the plan between ranks before the engine acts on it: engines hang when ranks differ."""
+
+    metrics: bool = False
+    """Show what happens on the engine's own `/metrics`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,14 +81,20 @@ class EnginePlanner:
 
     Args:
         options: of the planner and of its window.
+
+    Attributes:
+        telemetry: where this rank shows what happens, or None.
     """
 
     def __init__(self, options: EngineOptions | None = None) -> None:
         self.options = options or EngineOptions()
+        self.telemetry: ModelTelemetry | None = None
         self.reports: deque[EngineReport] = deque(maxlen=_REPORTS)
         self.failures = 0
         self._history: deque[torch.Tensor] = deque(maxlen=self.options.history)
         self._calls = 0
+        self._concluded = (0, 0)
+        self._placed: tuple[Topology, Placement, Placement] | None = None
         self._told: set[str] = set()
 
     def observe(self, interval_load: torch.Tensor) -> None:
@@ -147,7 +158,27 @@ class EnginePlanner:
                 _logger.exception("%s. The placement in force stays; this is said once", reason)
             new, report = in_force, self._stays(reason, start)
         self.reports.append(report)
+        self._placed = (topology, in_force, new)
         return new
+
+    def conclude(self, expert_bytes: Callable[[], Mapping[int, int]] | None = None) -> None:
+        """Tell the telemetry what came of a rebalance, when no rank can withdraw its plan any more.
+
+        It counts as failed where `failures` has risen since the last one. It never raises.
+
+        Args:
+            expert_bytes: gives the bytes of an expert's weights, by layer; None where that is not known.
+        """
+        calls, failures = self._concluded
+        self._concluded = (self._calls, self.failures)
+        if self.telemetry is None:
+            return
+        if self.failures > failures:
+            self.telemetry.failed()
+        elif self._calls == calls or not self._history:
+            self.telemetry.record(lambda: RebalanceFigures(result="skipped"))
+        else:
+            self.telemetry.record(lambda: self._figures(expert_bytes))
 
     def plan(self, window: torch.Tensor, topology: Topology, current: Placement) -> Placement:
         """`planning.plan` with the options; the seam for planners of one's own.
@@ -175,6 +206,23 @@ class EnginePlanner:
             layers=int(changed.sum()),
             moves=int(count_moves(old, new, topology).sum()),
             plan_seconds=seconds,
+        )
+
+    def _figures(self, expert_bytes: Callable[[], Mapping[int, int]] | None) -> RebalanceFigures:
+        """The latest report as the telemetry shows it; the engine has no figures of its other phases."""
+        assert self._placed is not None
+        report, (topology, old, new) = self.reports[-1], self._placed
+        moves = count_moves(old, new, topology).tolist()
+        sizes = {} if expert_bytes is None else expert_bytes()
+        known = all(layer in sizes for layer, moved in enumerate(moves) if moved)
+        return RebalanceFigures(
+            result="skipped" if report.skipped else "applied",
+            observed=report.observed,
+            predicted=report.predicted_after,
+            gap=lower_bound_gap(self._history[-1], new, topology),
+            moves=report.moves,
+            bytes_moved=sum(n * sizes.get(layer, 0) for layer, n in enumerate(moves)) if known else None,
+            seconds={"plan": report.plan_seconds},
         )
 
     def _stays(self, reason: str, start: float) -> EngineReport:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from ..warmup import warmup
 from .engine_planner import EnginePlanner, EngineReport
 from .sglang_options import parse_algorithm
 
-__all__ = ["SglangBalancer", "SglangMaps", "fold_busy_steps"]
+__all__ = ["SglangBalancer", "SglangMaps", "fold_busy_steps", "is_first_rank"]
 
 _logger = logging.getLogger(__name__)
 
@@ -48,6 +49,9 @@ class SglangBalancer:
     Args:
         algorithm: `ensemble`, with options after a colon.
 
+    Attributes:
+        expert_bytes: gives the bytes of an expert's weights, by layer; None where that is not known.
+
     Raises:
         ConfigError: the options are wrong.
     """
@@ -56,6 +60,7 @@ class SglangBalancer:
         self.algorithm = algorithm
         self.options = parse_algorithm(algorithm)
         self.planner = EnginePlanner(self.options)
+        self.expert_bytes: Callable[[], Mapping[int, int]] | None = None
         self._group_of: tuple[object, ...] | None = None
         self._told: set[str] = set()
 
@@ -75,7 +80,7 @@ class SglangBalancer:
         ranks.agree("the map in force", fingerprint(current))
         Placement(current, num_logical)
         warmup()
-        if _is_first_rank():
+        if is_first_rank():
             # SGLang starts without the plugin too, and fails at the first rebalance: a line to look for.
             _logger.warning("eplb-plugin is active: --eplb-algorithm %s, options %s", self.algorithm, options)
 
@@ -114,7 +119,8 @@ class SglangBalancer:
                 # Each rank that got here knows it, so all of them keep the map in force.
                 self._failed(error)
                 placement = in_force
-        if _is_first_rank():
+        self.planner.conclude(self.expert_bytes)
+        if is_first_rank():
             self._tell(self.planner.reports[-1], in_force, placement)
         return SglangMaps.of(placement)
 
@@ -191,7 +197,8 @@ def _ranks(device: torch.device | str) -> RankGroup:
     return RankGroup(None, device)
 
 
-def _is_first_rank() -> bool:
+def is_first_rank() -> bool:
+    """Whether this is the rank that speaks for all of the model's."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 

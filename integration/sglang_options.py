@@ -12,9 +12,13 @@ __all__ = ["ALGORITHM", "OPTIONS", "is_ours", "parse_algorithm"]
 ALGORITHM = "ensemble"
 """The name of this package's planner among SGLang's algorithms."""
 
-_SECTIONS = {**dict.fromkeys(PlannerOptions.model_fields, "planner"), "snapshots": "rebalancer"}
-_SECTIONS["history"] = "rebalancer"
-OPTIONS = ("config", "check_agreement", *_SECTIONS)
+_SETTINGS = {name: f"planner.{name}" for name in PlannerOptions.model_fields}
+_SETTINGS |= {
+    "snapshots": "rebalancer.snapshots",
+    "history": "rebalancer.history",
+    "metrics": "metrics.enabled",
+}
+OPTIONS = ("config", "check_agreement", *_SETTINGS)
 """What may follow the name."""
 
 
@@ -27,7 +31,8 @@ def parse_algorithm(algorithm: str) -> EngineOptions:
     """The options in `ensemble`, or in `ensemble:OPTION=VALUE,OPTION=VALUE` with names out of `OPTIONS`.
 
     They go over those of the environment, and these over the file that `config` or EPLB_PLUGIN_CONFIG names,
-    as for the package's commands. Of the file's section `rebalancer`, `snapshots` and `history` are used.
+    as for the package's commands. Of the file, the section `planner` is used, `snapshots` and `history` of
+    `rebalancer`, and `enabled` of `metrics`.
 
     Raises:
         ConfigError: a malformed, unknown or repeated option, a wrong value, or a file that cannot be used.
@@ -37,11 +42,12 @@ def parse_algorithm(algorithm: str) -> EngineOptions:
     path = given.pop("config", None)
     agreement = {name: given.pop(name) for name in ("check_agreement",) if name in given}
     try:
-        settings = load_settings(path, {f"{_SECTIONS[name]}.{name}": given[name] for name in given})
+        settings = load_settings(path, {_SETTINGS[name]: value for name, value in given.items()})
         return EngineOptions(
             planner=settings.planner,
             snapshots=settings.rebalancer.snapshots,
             history=settings.rebalancer.history,
+            metrics=settings.metrics.enabled,
             **agreement,
         )
     except ConfigError as error:

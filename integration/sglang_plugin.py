@@ -21,6 +21,7 @@ from ..errors import ConfigError
 from ..topology import Topology
 from .sglang_balancer import SglangBalancer, SglangMaps
 from .sglang_options import is_ours, parse_algorithm
+from .sglang_telemetry import watch
 
 __all__ = ["TESTED_VERSIONS", "missing_hooks", "register"]
 
@@ -160,6 +161,7 @@ def _start(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         _check_hooks(algorithm)
         current = _map_in_force()
         _balancer(algorithm).start(current.physical_to_logical_map, current.num_logical_experts)
+        watch(args[0], _balancer(algorithm))
 
 
 def _in_time_order(original: Callable[..., torch.Tensor], buffer: Any) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..errors import AgreementError, PlacementError
 from ..placement import Placement
 from ..planning.planner import plan
 from ..runtime.collectives import fingerprint
+from ..telemetry import Telemetry
 from ..topology import Topology
 from .engine_planner import EngineOptions, EnginePlanner, EngineReport
 
@@ -33,12 +34,14 @@ class Interval:
         load: int64 [snapshots, layers, logical] on the CPU, tokens summed over the ranks, in time order.
         ready: waits until `load` has arrived from the device.
         error: why there is no load on this rank, else None.
+        expert_bytes: gives the bytes of an expert's weights, by layer; None where that is not known.
     """
 
     model: str
     load: torch.Tensor | None
     ready: Callable[[], object] = lambda: None
     error: Exception | None = None
+    expert_bytes: Callable[[], Mapping[int, int]] | None = None
 
 
 class VllmPolicy:
@@ -53,6 +56,10 @@ class VllmPolicy:
         group: the group whose ranks compare their plans, asked for at each call; runs collectives on CPU
             tensors. None: nothing is compared.
         speaks: whether this rank writes the log line of each rebalance.
+
+    Attributes:
+        planners: by model.
+        telemetry: where this rank shows what happens, or None.
     """
 
     def __init__(
@@ -65,6 +72,7 @@ class VllmPolicy:
         self.options = options
         self.own = own
         self.planners: dict[str, EnginePlanner] = {}
+        self.telemetry: Telemetry | None = None
         self._group = group if options.check_agreement else None
         self._speaks = speaks
         self._expected: deque[Interval] = deque()
@@ -138,6 +146,7 @@ class VllmPolicy:
             int64 [layers, slots] on the CPU, in memory of its own.
         """
         planner = self.planners.setdefault(interval.model, EnginePlanner(self.options))
+        planner.telemetry = None if self.telemetry is None else self.telemetry.of(interval.model)
         in_force = old.to("cpu", torch.int64, copy=True)
         ids, said = in_force, ""
         # What fails here must fail before the ranks meet below, or one would leave the others waiting.
@@ -167,6 +176,7 @@ class VllmPolicy:
                 ids, said = in_force, self._failed(planner, error)
                 if planner.reports and not planner.reports[-1].skipped:
                     planner.reports[-1] = _withdrawn(planner.reports[-1], said)
+        planner.conclude(interval.expert_bytes)
         if self._speaks:
             _logger.info("rebalance of %s: %s", interval.model, said)
         return ids.clone()

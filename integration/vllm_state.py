@@ -16,8 +16,10 @@ from ..planning.backend import use_kernels
 from ..topology import Topology
 from ..warmup import warmup
 from .engine_planner import EngineOptions
+from .engine_telemetry import engine_telemetry
 from .vllm_hook import VllmHookPolicy, has_hook
 from .vllm_policy import Interval, VllmPolicy
+from .vllm_telemetry import count_steps, expert_bytes
 from .vllm_window import fold_window, sum_over_ranks
 
 __all__ = ["bind_policy", "missing_seams"]
@@ -45,11 +47,16 @@ def bind_policy(state: Any, options: EngineOptions, about: str, made: Callable[[
         if policy is None:
             policy = _make_policy(state, options)
             made(policy)
+            policy.telemetry = engine_telemetry(options, _is_first_rank())
+            if policy.telemetry is not None:
+                count_steps(state, policy.telemetry)
             _warm_up(state, options, about)
         state.policy = policy
         if isinstance(policy, VllmHookPolicy):
             for model_state in state.model_states.values():
                 model_state.policy_state = policy.create_state(model_state.model.num_moe_layers)
+        elif policy.telemetry is not None:
+            policy.telemetry.of(_names(state)[-1])
         return result
 
     state.add_model = add
@@ -89,7 +96,7 @@ def _make_policy(state: Any, options: EngineOptions) -> VllmPolicy:
     from vllm.distributed import parallel_state
     from vllm.distributed.eplb import policy as policies
 
-    speaks = parallel_state.get_ep_group().rank_in_group == 0
+    speaks = _is_first_rank()
     if has_hook(policies.AbstractEplbPolicy):
         own = state.policy() if inspect.isclass(state.policy) else state.policy
         return VllmHookPolicy(options, own, policies.EplbPlan, speaks)
@@ -146,9 +153,7 @@ def _intervals(state: Any, options: EngineOptions) -> list[Interval]:
     """Each model's load since the last rearrangement, summed over the ranks. All ranks call it together."""
     from vllm.distributed import parallel_state
 
-    models = list(state.model_states.values())
-    # A draft model may go by the name of the model that it drafts for.
-    names = [model.model_name if n == 0 else f"{model.model_name} ({n})" for n, model in enumerate(models)]
+    models, names = list(state.model_states.values()), _names(state)
     try:
         loads = [
             fold_window(
@@ -168,7 +173,22 @@ def _intervals(state: Any, options: EngineOptions) -> list[Interval]:
         ready = _arrival(loads[0].device)
     except Exception as error:
         return [Interval(name, None, error=error) for name in names]
-    return [Interval(name, load, ready) for name, load in zip(names, on_host, strict=True)]
+    return [
+        Interval(name, load, ready, expert_bytes=functools.partial(expert_bytes, model.model))
+        for name, load, model in zip(names, on_host, models, strict=True)
+    ]
+
+
+def _names(state: Any) -> list[str]:
+    """A name for each model. A draft model may go by the name of the model that it drafts for."""
+    names = [model.model_name for model in state.model_states.values()]
+    return [name if n == 0 else f"{name} ({n})" for n, name in enumerate(names)]
+
+
+def _is_first_rank() -> bool:
+    from vllm.distributed import parallel_state
+
+    return bool(parallel_state.get_ep_group().rank_in_group == 0)
 
 
 def _arrival(device: torch.device) -> Callable[[], object]:

@@ -6,11 +6,16 @@ import logging
 
 import pytest
 import torch
+from prometheus_client import CollectorRegistry, generate_latest
 
 import eplb_plugin as eplb
 from eplb_plugin.integration.engine_planner import EngineOptions, EnginePlanner
+from eplb_plugin.integration.engine_telemetry import bytes_of_one_expert
+from eplb_plugin.telemetry import Telemetry, lower_bound_gap
 from eplb_plugin.traffic import generate
 from eplb_plugin.window import fold_steps
+
+from .test_telemetry import samples
 
 TOPOLOGY = eplb.Topology(num_ranks=4, num_slots=20)
 LAYERS, LOGICAL = 3, 16
@@ -133,3 +138,71 @@ def test_bad_options_and_loads_are_refused():
         EngineOptions(histroy=3)
     with pytest.raises(eplb.LoadError, match=r"-1\.0"):
         EnginePlanner().observe(torch.full((1, LAYERS, LOGICAL), -1.0))
+
+
+def watched(planner: EnginePlanner) -> CollectorRegistry:
+    registry = CollectorRegistry()
+    planner.telemetry = Telemetry(registry).of("tiny")
+    return registry
+
+
+def test_the_telemetry_shows_what_came_of_each_rebalance():
+    planner = EnginePlanner(EngineOptions(history=1, planner={"min_gain": 0.05}))
+    registry = watched(planner)
+    sizes = {0: 100, 1: 10, 2: 1}
+    loads, current, applied, moved_bytes = [traffic(8), traffic(8), traffic(8, 1)], start(), 0, 0
+    for number, load in enumerate(loads, 1):
+        planner.observe(load)
+        placement = planner.place(TOPOLOGY, current)
+        planner.conclude(lambda: sizes)
+        report, values = planner.reports[-1], samples(generate_latest(registry))
+        applied += not report.skipped
+        moved = eplb.count_moves(current, placement, TOPOLOGY).tolist()
+        moved_bytes += sum(n * sizes[layer] for layer, n in enumerate(moved))
+        assert values["eplb_observed_balancedness_ratio{tiny}"] == report.observed
+        assert values["eplb_predicted_balancedness_ratio{tiny}"] == report.predicted_after
+        gap = lower_bound_gap(fold_steps(load.double(), 16), placement, TOPOLOGY)
+        assert values["eplb_lower_bound_gap_ratio{tiny}"] == pytest.approx(gap)
+        assert values["eplb_rebalances_total{tiny,applied}"] == applied
+        assert values["eplb_rebalances_total{tiny,skipped}"] == number - applied
+        assert values["eplb_experts_moved_total{tiny}"] == sum(item.moves for item in planner.reports)
+        assert values["eplb_moved_bytes_total{tiny}"] == moved_bytes
+        seconds = sum(item.plan_seconds for item in planner.reports)
+        assert values["eplb_rebalance_seconds_total{tiny,plan}"] == pytest.approx(seconds)
+        current = placement
+    assert [report.skipped for report in planner.reports] == [False, True, False]
+
+
+def test_the_telemetry_counts_what_failed_was_withdrawn_or_never_planned():
+    planner = Raising()
+    registry = watched(planner)
+    planner.place(TOPOLOGY, start())  # without load
+    planner.conclude()
+    planner.conclude()  # an interval that was passed over before it came to a plan
+    planner.observe(traffic(8))
+    planner.place(TOPOLOGY, start())
+    planner.conclude()
+    planner.failures += 1  # another rank disagreed
+    planner.conclude()
+    values = samples(generate_latest(registry))
+    assert values["eplb_rebalances_total{tiny,skipped}"] == 2
+    assert values["eplb_rebalances_total{tiny,failed}"] == 2
+    assert values["eplb_rebalances_total{tiny,applied}"] == 0
+    assert not any("_ratio" in name for name in values)
+
+
+def test_bytes_are_left_out_where_they_are_not_known(caplog):
+    for expert_bytes in (None, dict, lambda: 1 / 0):
+        planner = EnginePlanner()
+        registry = watched(planner)
+        planner.observe(traffic(8))
+        planner.place(TOPOLOGY, start())
+        planner.conclude(expert_bytes)
+        assert not any("bytes" in name for name in samples(generate_latest(registry)))
+    assert "ZeroDivisionError" in caplog.text
+    weights = [
+        torch.zeros(5, 3, 2, dtype=torch.bfloat16),
+        torch.zeros(5),
+        torch.zeros(5, 4, dtype=torch.int8),
+    ]
+    assert bytes_of_one_expert(weights) == 12 + 4 + 4

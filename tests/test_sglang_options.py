@@ -52,6 +52,13 @@ def test_options_follow_the_colon():
     )
 
 
+def test_metrics_are_enabled_like_the_other_options(monkeypatch):
+    assert parse_algorithm("ensemble:metrics=true") == EngineOptions(metrics=True)
+    monkeypatch.setenv("EPLB_PLUGIN_METRICS__ENABLED", "true")
+    assert parse_algorithm("ensemble").metrics
+    assert not parse_algorithm("ensemble:metrics=false").metrics
+
+
 def test_the_command_line_goes_over_the_environment_and_the_file(tmp_path, monkeypatch):
     path = tmp_path / "options.yaml"
     path.write_text("planner: {seed: 1, num_candidates: 7, move_price: 0.5}\nrebalancer: {history: 9}\n")
