@@ -29,7 +29,7 @@ from eplb_plugin.settings import DemoOptions, Settings
 from eplb_plugin.traces import save_load_trace
 from eplb_plugin.traffic import generate
 
-from .test_telemetry import samples
+from .series import samples
 
 SMALL = {"ranks": 2, "layers": 2, "experts": 8, "slots": 10, "top_k": 2, "steps": 12, "interval": 4}
 SMALL |= {"tokens": 64, "topics": 4, "period": 12, "time_limit": 100}

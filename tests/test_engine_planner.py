@@ -15,7 +15,7 @@ from eplb_plugin.telemetry import Telemetry, lower_bound_gap
 from eplb_plugin.traffic import generate
 from eplb_plugin.window import fold_steps
 
-from .test_telemetry import samples
+from .series import samples
 
 TOPOLOGY = eplb.Topology(num_ranks=4, num_slots=20)
 LAYERS, LOGICAL = 3, 16

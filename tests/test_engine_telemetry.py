@@ -22,7 +22,7 @@ from eplb_plugin.telemetry import Telemetry
 from eplb_plugin.topology import Topology
 
 from .processes import run_ranks
-from .test_telemetry import samples
+from .series import samples
 from .test_vllm_policy import NUMBERS, call, in_force, policy, skewed
 
 

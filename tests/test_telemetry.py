@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 import socket
-import urllib.request
 from dataclasses import replace
 
 import pytest
 import torch
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.parser import text_string_to_metric_families
 
 import eplb_plugin as eplb
 from eplb_plugin.planning.bounds import peak_lower_bound
@@ -18,28 +16,13 @@ from eplb_plugin.runtime import rebalancer as loop
 from eplb_plugin.telemetry import MetricsServer, Telemetry, lower_bound_gap
 
 from .processes import run_ranks
+from .series import fetch, samples
 
 LAYERS, LOGICAL, SLOTS = 2, 6, 8
 ALONE = eplb.Topology(num_ranks=1, num_slots=SLOTS)
 PAIR = eplb.Topology(num_ranks=2, num_slots=SLOTS)
 OPTIONS = eplb.RebalancerOptions(interval=3, snapshots=3, history=1)
 PHASES = ("gather", "plan", "transfer", "commit")
-
-
-def samples(text: str | bytes) -> dict[str, float]:
-    """Value by series, without the times that counters were created at; labels as `name{value,value}`."""
-    text = text.decode() if isinstance(text, bytes) else text
-    return {
-        sample.name + (f"{{{','.join(sample.labels.values())}}}" if sample.labels else ""): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-        if not sample.name.endswith("_created")
-    }
-
-
-def fetch(port: int) -> dict[str, float]:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
-        return samples(answer.read())
 
 
 def counts(rank: int) -> torch.Tensor:

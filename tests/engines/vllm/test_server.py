@@ -9,6 +9,8 @@ import urllib.request
 
 import pytest
 
+from tests.series import fetch
+
 from .conftest import LIMIT, RESTLESS, eplb_arguments, llm_arguments
 from .drive import NEW_TOKENS, PROMPTS
 from .processes import engine, environment, tail
@@ -30,7 +32,7 @@ def command_line(model, port):
         del arguments[name]
     line = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", "tiny"]
     line += ["--host", "127.0.0.1", "--port", str(port), "--no-enable-prefix-caching"]
-    line += ["--additional-config", json.dumps({"eplb_plugin": RESTLESS})]
+    line += ["--additional-config", json.dumps({"eplb_plugin": RESTLESS | {"metrics": True}})]
     for name, value in arguments.items():
         flag = f"--{name.replace('_', '-')}"
         line += (
@@ -97,7 +99,10 @@ async def complete_all(port):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_all_answers_are_right_during_rearrangements(layout, model, expected, tmp_path):
     port, log = free_port(), tmp_path / "server.log"
-    env = environment(2, tmp_path, VLLM_SERVER_DEV_MODE="1")  # for the calls of worker methods
+    series = tmp_path / "series"
+    series.mkdir()
+    # The first is for the calls of worker methods.
+    env = environment(2, tmp_path, VLLM_SERVER_DEV_MODE="1", PROMETHEUS_MULTIPROC_DIR=str(series))
     with engine([*command_line(model, port), *LAYOUTS[layout]], log, env) as process:
         wait_until_healthy(port, process, log)
         call_workers(port, "watch")
@@ -106,6 +111,7 @@ def test_all_answers_are_right_during_rearrangements(layout, model, expected, tm
         except Exception as error:
             pytest.fail(f"{error!r}; the server's end: {process.poll()}\n{tail(log)}")
         report = call_workers(port, "eplb_plugin_report")
+        metrics = fetch(port)
         checks = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("checks-*.json"))]
     assert len(answers) == REQUESTS
     wrong = [n for n, tokens in enumerate(answers) if tokens != expected[n % len(expected)]]
@@ -118,3 +124,25 @@ def test_all_answers_are_right_during_rearrangements(layout, model, expected, tm
         (planned,) = rank["models"].values()
         assert planned["failures"] == 0
         assert sum(not one["skipped"] for one in planned["reports"]) >= 5
+    check_metrics(metrics, next(iter(report[0]["models"].items())))
+
+
+def check_metrics(metrics, model_reports):
+    """Acceptance: the server's /metrics shows what the first rank reports."""
+    model, planned = model_reports
+    reports = planned["reports"]
+    assert len(reports) < 64, "all reports are kept"
+    applied = sum(not one["skipped"] for one in reports)
+    moves = sum(one["moves"] for one in reports)
+    assert metrics[f"eplb_rebalances_total{{{model},applied}}"] == applied
+    # Intervals without load are not in the reports.
+    assert metrics[f"eplb_rebalances_total{{{model},skipped}}"] >= len(reports) - applied
+    assert metrics[f"eplb_rebalances_total{{{model},failed}}"] == 0
+    assert metrics[f"eplb_experts_moved_total{{{model}}}"] == moves
+    expert = metrics[f"eplb_moved_bytes_total{{{model}}}"] / moves
+    assert expert == int(expert) > 0
+    assert metrics[f"eplb_observed_balancedness_ratio{{{model}}}"] == reports[-1]["observed"]
+    assert metrics[f"eplb_predicted_balancedness_ratio{{{model}}}"] == reports[-1]["predicted_after"]
+    assert metrics[f"eplb_lower_bound_gap_ratio{{{model}}}"] > 0
+    # The tests' engine rearranges every 8 steps; the asynchronous mode lets it wait for the last one.
+    assert 0 <= metrics[f"eplb_steps_since_rebalance{{{model}}}"] <= 64
