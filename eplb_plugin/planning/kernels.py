@@ -25,7 +25,7 @@ __all__ = ["condense_loads", "keep_slots", "peak_loads", "plan_layers"]
 _compile = numba.njit(nogil=True, cache=True, fastmath=False, boundscheck=False)
 
 _TRIED_RANKS = 4  # heavy ranks that a round looks at before the search gives up
-_RACE_ROUNDS = 8  # rounds after which the better of two starts is carried on
+_RACE_ROUNDS = 5  # rounds after which the better of two starts is carried on
 _HYSTERESIS = 1.2  # how much heavier an expert counts that would lose a replica
 _LEAST_GAIN = 2e-4  # smaller gains are not worth a round, as a share of the mean rank load
 _LEAST_EXACT_GAIN = 1e-5  # the same for a single load
