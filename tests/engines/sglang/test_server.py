@@ -17,6 +17,7 @@ import torch
 from eplb_plugin import Placement
 from tests.engines.sglang.engine_process import started
 from tests.engines.sglang.tiny_model import EXPERTS, LAYERS, NEW_TOKENS
+from tests.series import fetch
 
 SLOTS = 24
 CLIENTS = 4
@@ -83,7 +84,8 @@ class Client:
 def test_serving_goes_on_through_rebalances_and_a_failing_planner(tiny, tmp_path):
     switch = tmp_path / "fail"
     port = free_port()
-    command = arguments(tiny.path, port, "--enable-eplb", "--eplb-algorithm", "ensemble:move_price=0.005")
+    algorithm = "ensemble:move_price=0.005,metrics=true"
+    command = arguments(tiny.path, port, "--enable-metrics", "--enable-eplb", "--eplb-algorithm", algorithm)
     env = {"TEST_PLANNER_FAILS_WHEN": str(switch), "SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR": str(tmp_path)}
     with started(command, tmp_path / "server.log", env) as server:
         client = Client(port, tiny)
@@ -115,6 +117,7 @@ def test_serving_goes_on_through_rebalances_and_a_failing_planner(tiny, tmp_path
         )
         assert right == total
         assert any(moves for moves, _ in server.rebalances()[seen:])
+        check_metrics(fetch(port), server.rebalances())
 
         # What SGLang's recorder writes is a load to plan from. It starts anew at each rebalance, so one of
         # two dumps may be empty.
@@ -124,6 +127,26 @@ def test_serving_goes_on_through_rebalances_and_a_failing_planner(tiny, tmp_path
     dumps = list(tmp_path.glob("expert_distribution_recorder_*.pt"))
     assert len(dumps) == 2
     check_offline_plan(max(dumps, key=lambda path: int(torch.load(path)["logical_count"].sum())))
+
+
+def check_metrics(metrics, rebalances):
+    """SGLang's own /metrics shows what the plugin has logged of the (moves, why the map stayed)."""
+    names = [name for name in metrics if name.startswith("eplb_rebalances_total")]
+    (model,) = {name.partition("{")[2].partition(",")[0] for name in names}
+    failed = sum("planning failed" in kept for _, kept in rebalances)
+    applied = sum(not kept for _, kept in rebalances)
+    assert metrics[f"eplb_rebalances_total{{{model},failed}}"] == failed >= 3
+    assert metrics[f"eplb_rebalances_total{{{model},applied}}"] == applied >= 3
+    assert metrics[f"eplb_rebalances_total{{{model},skipped}}"] == len(rebalances) - failed - applied
+    moves = sum(moves for moves, _ in rebalances)
+    assert metrics[f"eplb_experts_moved_total{{{model}}}"] == moves
+    expert = metrics[f"eplb_moved_bytes_total{{{model}}}"] / moves
+    assert expert == int(expert) > 0
+    for name in ("observed_balancedness", "predicted_balancedness"):
+        assert 0 < metrics[f"eplb_{name}_ratio{{{model}}}"] <= 1
+    assert metrics[f"eplb_lower_bound_gap_ratio{{{model}}}"] >= 0
+    assert metrics[f"eplb_rebalance_seconds_total{{{model},plan}}"] > 0
+    assert 0 <= metrics[f"eplb_steps_since_rebalance{{{model}}}"] <= 10
 
 
 def check_offline_plan(dump):
