@@ -15,8 +15,8 @@ def peak_lower_bound(load: torch.Tensor, topology: Topology) -> torch.Tensor:
 
     Per snapshot the largest of: the mean rank load; the smallest T with sum over experts of
     ceil(load / T) <= slots, since some replica carries that much whatever the replica counts are; and, where
-    groups stay within nodes, the mean rank load of a node that holds the heaviest group and the lightest
-    others.
+    groups stay within nodes, the mean rank load of the heaviest node however groups are packed, and that
+    smallest T for each group alone, in the slots that the other groups of its node leave it.
 
     Args:
         load: float64 [snapshots, layers, logical], tokens.
@@ -25,21 +25,43 @@ def peak_lower_bound(load: torch.Tensor, topology: Topology) -> torch.Tensor:
     Returns:
         float64 [layers], tokens.
     """
-    num_snapshots, num_layers, _ = load.shape
     bound = torch.maximum(load.sum(2) / topology.num_ranks, _hottest_replica(load, topology.num_slots))
     if topology.num_nodes > 1:
         per_node = topology.num_groups // topology.num_nodes
-        group = load.view(num_snapshots, num_layers, topology.num_groups, -1).sum(3).sort(2).values
-        node = group[:, :, -1] + group[:, :, : per_node - 1].sum(2)
-        bound = torch.maximum(bound, node / topology.ranks_per_node)
+        by_group = load.view(*load.shape[:2], topology.num_groups, -1)
+        node = _heaviest_node(by_group.sum(3), topology.num_nodes)
+        # Every expert of the other groups takes a slot.
+        slots = topology.slots_per_node - (per_node - 1) * by_group.shape[3]
+        replica = _hottest_replica(by_group, slots).amax(2)
+        bound = torch.maximum(bound, torch.maximum(node / topology.ranks_per_node, replica))
     return bound.mean(0)
 
 
+def _heaviest_node(group_load: torch.Tensor, num_nodes: int) -> torch.Tensor:
+    """What the heaviest node holds at least: [snapshots, layers], of loads [snapshots, layers, groups].
+
+    Of the k * nodes + 1 heaviest groups some node gets k + 1, and what else it gets weighs at least as much
+    as the lightest groups. With two groups a node, pairing the heaviest with the lightest is optimal.
+    """
+    group = group_load.sort(2, descending=True).values
+    num_groups = group.shape[2]
+    per_node = num_groups // num_nodes
+    bound = group.sum(2) / num_nodes
+    for k in range(per_node):
+        rest = group[:, :, num_groups - (per_node - k - 1) :].sum(2)
+        bound = torch.maximum(bound, group[:, :, k * num_nodes - k : k * num_nodes + 1].sum(2) + rest)
+    if per_node == 2:
+        bound = torch.maximum(bound, (group + group.flip(2)).amax(2))
+    return bound
+
+
 def _hottest_replica(load: torch.Tensor, num_slots: int) -> torch.Tensor:
-    """The load of the hottest replica when it is as low as counts allow: float64 [snapshots, layers].
+    """The load of the hottest replica when it is as low as counts allow: float64, the shape of `load` without
+    its last dimension, the experts that share `num_slots`.
 
     Greedy replication attains that smallest T: giving a slot to the hottest replica's expert is never wrong.
     """
-    rows = load.reshape(-1, load.shape[2])
-    count = replica_slots(replicate(rows, num_slots), load.shape[2])
-    return (rows / count).amax(1).view(load.shape[:2])
+    rows = load.flatten(0, -2)
+    count = replica_slots(replicate(rows, num_slots), load.shape[-1])
+    hottest: torch.Tensor = (rows / count).amax(1).view(load.shape[:-1])
+    return hottest

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import eplb_plugin as eplb
+from eplb_plugin.planning.bounds import _heaviest_node
 
 
 def best_peak(load: list[float], topology: eplb.Topology) -> float:
@@ -46,3 +47,22 @@ def test_the_heaviest_group_bounds_its_node():
     topology = eplb.Topology(num_nodes=2, num_ranks=4, num_slots=8, num_groups=4)
     load = torch.tensor([[50.0, 50, 1, 1, 2, 2, 3, 3]])
     assert eplb.plan(load, topology).lower_bound.item() == pytest.approx((100 + 2) / 2)
+
+
+@pytest.mark.parametrize(("groups", "nodes"), [(4, 2), (6, 3), (6, 2), (8, 4), (4, 4)])
+def test_the_heaviest_node_is_bounded_however_groups_are_packed(groups, nodes):
+    generator = torch.Generator().manual_seed(groups * nodes)
+    load = torch.empty(20, 1, groups, dtype=torch.float64).log_normal_(0, 0.7, generator=generator)
+    bound = _heaviest_node(load, nodes)[:, 0]
+    orders = torch.tensor(sorted(set(itertools.permutations(range(groups))))[:: 1 if groups < 8 else 3])
+    optimum = load[:, 0, orders].unflatten(2, (nodes, -1)).sum(3).amax(2).amin(1)
+    assert bool((bound <= optimum * (1 + 1e-12)).all())
+    if groups <= 2 * nodes and groups < 8:
+        torch.testing.assert_close(bound, optimum)
+
+
+def test_a_hot_expert_is_bounded_by_the_slots_that_other_groups_leave():
+    topology = eplb.Topology(num_nodes=2, num_ranks=8, num_slots=16, num_groups=4)
+    load = torch.tensor([[300.0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]])
+    # A node has eight slots; three are the other group's, two its own group's: three replicas.
+    assert eplb.plan(load, topology).lower_bound.item() == pytest.approx(100)
