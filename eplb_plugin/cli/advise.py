@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -20,10 +19,11 @@ from ..advisor.machine import Machine
 from ..advisor.models import ModelPreset, model_preset, model_presets
 from ..advisor.verdict import is_worth_it, verdict
 from ..errors import ConfigError
-from ..settings import Settings, load_settings
+from ..settings import Settings
 from ..surroundings import cache_folder
 from ..traces import LoadTrace
 from ..warmup import warmup
+from . import arguments
 from .simulate import load_for
 
 __all__ = ["advise"]
@@ -32,18 +32,16 @@ _STEPS = 1024
 
 
 def advise(
-    trace: Annotated[
-        str, typer.Argument(help="A recorded load of any format, a token trace, or a traffic profile.")
-    ],
+    trace: arguments.Load,
     model: Annotated[
         str | None, typer.Option(help="Model, for the size of its experts, such as deepseek-v3.")
     ] = None,
     expert_mb: Annotated[
         float | None, typer.Option(help="Size of one expert in MB, for other models.")
     ] = None,
-    ranks: Annotated[int | None, typer.Option(help="Ranks (GPUs) of the expert-parallel group.")] = None,
-    nodes: Annotated[int | None, typer.Option(help="Nodes that the ranks are spread over.")] = None,
-    groups: Annotated[int | None, typer.Option(help="Groups of experts per layer.")] = None,
+    ranks: arguments.Ranks = None,
+    nodes: arguments.Nodes = None,
+    groups: arguments.Groups = None,
     bandwidth: Annotated[
         float, typer.Option(help="Of a GPU within its node, in GB/s each way (NVLink of H100: about 400).")
     ] = 400.0,
@@ -56,29 +54,27 @@ def advise(
         list[int] | None, typer.Option(help="Steps between rebalances to try; repeat.")
     ] = None,
     move_price: Annotated[list[float] | None, typer.Option(help="Prices of moves to try; repeat.")] = None,
-    mode: Annotated[str | None, typer.Option(help="Token traces: decode or prefill.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Decode: requests in flight.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Prefill: most tokens of one step.")] = None,
+    mode: arguments.Mode = None,
+    batch: arguments.Batch = None,
+    max_tokens: arguments.MaxTokens = None,
     steps: Annotated[
         int | None, typer.Option(help=f"Decode and generated traffic: steps ({_STEPS} by default).")
     ] = None,
-    drift: Annotated[float | None, typer.Option(help="How strongly the mix of topics changes.")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file with options.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="End with one line of JSON.")] = False,
+    drift: arguments.Drift = None,
+    config: arguments.Config = None,
+    as_json: arguments.AsJson = False,
 ) -> None:
     """Say whether balancing is worth it for this traffic, with which settings, and how sure that is."""
-    settings = load_settings(
+    settings = arguments.settings_for(
         config,
-        {
-            "simulate.ranks": ranks,
-            "simulate.nodes": nodes,
-            "simulate.groups": groups,
-            "simulate.mode": mode,
-            "simulate.batch": batch,
-            "simulate.max_tokens": max_tokens,
-            "simulate.steps": steps,
-            "simulate.drift": drift,
-        },
+        ranks=ranks,
+        nodes=nodes,
+        groups=groups,
+        mode=mode,
+        batch=batch,
+        max_tokens=max_tokens,
+        steps=steps,
+        drift=drift,
     )
     if settings.simulate.steps is None:
         settings = settings.model_copy(

@@ -16,11 +16,11 @@ from ..metrics import balancedness, rank_loads
 from ..placement import Placement
 from ..planning.planner import Plan
 from ..planning.planner import plan as plan_placement
-from ..settings import load_settings
 from ..topology import Topology
 from ..traces import LoadTrace
 from ..warmup import warmup
 from ..window import fold_steps
+from . import arguments
 from .convert import with_first_layer
 from .simulate import load_for, topology_for
 
@@ -28,14 +28,12 @@ __all__ = ["plan"]
 
 
 def plan(
-    load: Annotated[
-        str, typer.Argument(help="A recorded load of any format, a token trace, or a traffic profile.")
-    ],
+    load: arguments.Load,
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write the placement to.")],
-    ranks: Annotated[int | None, typer.Option(help="Ranks (GPUs) of the expert-parallel group.")] = None,
-    slots: Annotated[int | None, typer.Option(help="Physical experts over all ranks.")] = None,
-    nodes: Annotated[int | None, typer.Option(help="Nodes that the ranks are spread over.")] = None,
-    groups: Annotated[int | None, typer.Option(help="Groups of experts per layer.")] = None,
+    ranks: arguments.Ranks = None,
+    slots: arguments.Slots = None,
+    nodes: arguments.Nodes = None,
+    groups: arguments.Groups = None,
     current: Annotated[
         Path | None, typer.Option(help="Placement in force, of any format: plan from it, with few moves.")
     ] = None,
@@ -45,22 +43,20 @@ def plan(
     first_layer: Annotated[
         int | None, typer.Option(help="Layer of the model that the load's first row is of (DeepSeek-V3: 3).")
     ] = None,
-    mode: Annotated[str | None, typer.Option(help="Token traces: decode or prefill.")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file with options.")] = None,
+    mode: arguments.Mode = None,
+    config: arguments.Config = None,
 ) -> None:
     """Plan a placement offline and write it for SGLang, TensorRT-LLM or another program.
 
     All of the recording counts alike, unless the configuration sets planner.snapshot_decay.
     """
-    settings = load_settings(
+    settings = arguments.settings_for(
         config,
-        {
-            "simulate.ranks": ranks,
-            "simulate.slots": slots,
-            "simulate.nodes": nodes,
-            "simulate.groups": groups,
-            "simulate.mode": mode,
-        },
+        ranks=ranks,
+        slots=slots,
+        nodes=nodes,
+        groups=groups,
+        mode=mode,
     )
     errors = Console(stderr=True)
     with errors.status("reading the load"):

@@ -13,9 +13,10 @@ from ..errors import TraceError
 from ..report.page import picture_set, write_page
 from ..report.replay import replay
 from ..report.style import pictures
-from ..settings import Settings, load_settings
-from ..simulation import POLICIES, policy_setup
+from ..settings import Settings
+from ..simulation import policy_setup
 from ..traces import LoadTrace
+from . import arguments
 from .simulate import load_for, topology_for
 
 __all__ = ["report"]
@@ -30,37 +31,33 @@ def report(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file to write.")],
     png: Annotated[Path | None, typer.Option(help="Folder for the pictures as single PNG files.")] = None,
-    ranks: Annotated[int | None, typer.Option(help="Ranks (GPUs) of the expert-parallel group.")] = None,
-    slots: Annotated[int | None, typer.Option(help="Physical experts over all ranks.")] = None,
-    nodes: Annotated[int | None, typer.Option(help="Nodes that the ranks are spread over.")] = None,
-    groups: Annotated[int | None, typer.Option(help="Groups of experts per layer.")] = None,
+    ranks: arguments.Ranks = None,
+    slots: arguments.Slots = None,
+    nodes: arguments.Nodes = None,
+    groups: arguments.Groups = None,
     interval: Annotated[
         int | None, typer.Option(help=f"Steps between two rebalances: {_INTERVAL}, fewer for a short load.")
     ] = None,
-    policy: Annotated[
-        list[str] | None, typer.Option(help=f"Repeat to compare several of: {', '.join(POLICIES)}.")
-    ] = None,
-    mode: Annotated[str | None, typer.Option(help="Token traces: decode or prefill.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Decode: requests in flight.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Prefill: most tokens of one step.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Decode and generated traffic: steps.")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file with options.")] = None,
+    policies: arguments.Policies = None,
+    mode: arguments.Mode = None,
+    batch: arguments.Batch = None,
+    max_tokens: arguments.MaxTokens = None,
+    steps: arguments.Steps = None,
+    config: arguments.Config = None,
 ) -> None:
     """Show recorded loads before and after balancing: one HTML file with pictures, and each as a PNG."""
-    settings = load_settings(
+    settings = arguments.settings_for(
         config,
-        {
-            "simulate.ranks": ranks,
-            "simulate.slots": slots,
-            "simulate.nodes": nodes,
-            "simulate.groups": groups,
-            "rebalancer.interval": interval,
-            "simulate.policies": policy or None,
-            "simulate.mode": mode,
-            "simulate.batch": batch,
-            "simulate.max_tokens": max_tokens,
-            "simulate.steps": steps,
-        },
+        ranks=ranks,
+        slots=slots,
+        nodes=nodes,
+        groups=groups,
+        interval=interval,
+        policies=policies,
+        mode=mode,
+        batch=batch,
+        max_tokens=max_tokens,
+        steps=steps,
     )
     if "rebalancer.interval" not in settings.origins:
         settings = _with_interval(settings, _INTERVAL)

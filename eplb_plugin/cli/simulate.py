@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,12 +12,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from ..folding import fold_decode, fold_prefill
-from ..settings import Settings, SimulateOptions, load_settings
-from ..simulation import POLICIES, SimulationResult, policy_setup
+from ..settings import Settings, SimulateOptions
+from ..simulation import SimulationResult, policy_setup
 from ..simulation import simulate as replay
 from ..topology import Topology
 from ..traces import LoadTrace, read_trace
 from ..traffic import PROFILES, generate
+from . import arguments
 
 __all__ = ["load_for", "simulate", "topology_for"]
 
@@ -26,46 +26,37 @@ _AUTO_INTERVALS = 8
 
 
 def simulate(
-    trace: Annotated[
-        str,
-        typer.Argument(
-            help=f"A recorded load of any format, a token trace, or generated traffic: {', '.join(PROFILES)}."
-        ),
-    ],
-    ranks: Annotated[int | None, typer.Option(help="Ranks (GPUs) of the expert-parallel group.")] = None,
-    slots: Annotated[int | None, typer.Option(help="Physical experts over all ranks.")] = None,
-    nodes: Annotated[int | None, typer.Option(help="Nodes that the ranks are spread over.")] = None,
-    groups: Annotated[int | None, typer.Option(help="Groups of experts per layer.")] = None,
-    interval: Annotated[int | None, typer.Option(help="Steps between two rebalances.")] = None,
-    policy: Annotated[
-        list[str] | None, typer.Option(help=f"Repeat to compare several of: {', '.join(POLICIES)}.")
-    ] = None,
-    mode: Annotated[str | None, typer.Option(help="Token traces: decode or prefill.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Decode: requests in flight.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Prefill: most tokens of one step.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Decode and generated traffic: steps.")] = None,
-    drift: Annotated[float | None, typer.Option(help="How strongly the mix of topics changes.")] = None,
+    trace: arguments.Load,
+    ranks: arguments.Ranks = None,
+    slots: arguments.Slots = None,
+    nodes: arguments.Nodes = None,
+    groups: arguments.Groups = None,
+    interval: arguments.Interval = None,
+    policies: arguments.Policies = None,
+    mode: arguments.Mode = None,
+    batch: arguments.Batch = None,
+    max_tokens: arguments.MaxTokens = None,
+    steps: arguments.Steps = None,
+    drift: arguments.Drift = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the replay or of the traffic.")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file with options.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="End with one line of JSON.")] = False,
+    config: arguments.Config = None,
+    as_json: arguments.AsJson = False,
 ) -> None:
     """Replay a load offline: what would each policy have gained, and what would it have moved?"""
-    settings = load_settings(
+    settings = arguments.settings_for(
         config,
-        {
-            "simulate.ranks": ranks,
-            "simulate.slots": slots,
-            "simulate.nodes": nodes,
-            "simulate.groups": groups,
-            "rebalancer.interval": interval,
-            "simulate.policies": policy or None,
-            "simulate.mode": mode,
-            "simulate.batch": batch,
-            "simulate.max_tokens": max_tokens,
-            "simulate.steps": steps,
-            "simulate.drift": drift,
-            "simulate.seed": seed,
-        },
+        ranks=ranks,
+        slots=slots,
+        nodes=nodes,
+        groups=groups,
+        interval=interval,
+        policies=policies,
+        mode=mode,
+        batch=batch,
+        max_tokens=max_tokens,
+        steps=steps,
+        drift=drift,
+        seed=seed,
     )
     setups = [policy_setup(name, settings.planner) for name in settings.simulate.policies]
     errors = Console(stderr=True)
