@@ -14,7 +14,7 @@ __all__ = ["search_placement"]
 
 _ROUNDS = 10  # compiled rounds for each of `PlannerOptions.refine_rounds`
 _GROUP_PATIENCE = 8  # the same for packing groups to nodes: few items, and all else depends on it
-_PATIENCE = 2  # candidates from scratch that may fail to improve on the best
+_PATIENCE = 1  # candidates from scratch that may fail to improve on the best
 
 
 def search_placement(
