@@ -269,7 +269,7 @@ def serve_metrics(
 def lower_bound_gap(load: torch.Tensor, placement: Placement, topology: Topology) -> float | None:
     """By what share the peak rank load of a load exceeds what no placement can go below, over all layers.
 
-    The load is summed over its snapshots first: the bound of each snapshot takes longer than planning.
+    The load is summed over its snapshots first: the bound of each of them takes as long as planning.
 
     Args:
         load: [layers, logical] or [snapshots, layers, logical], tokens.
