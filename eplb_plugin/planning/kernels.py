@@ -24,7 +24,7 @@ __all__ = ["condense_loads", "keep_slots", "peak_loads", "plan_layers"]
 
 _compile = numba.njit(nogil=True, cache=True, fastmath=False, boundscheck=False)
 
-_TRIED_RANKS = 4  # heavy ranks that a round looks at before the search gives up
+_TRIED_RANKS = 3  # heavy ranks that a round looks at before the search gives up
 _RACE_ROUNDS = 5  # rounds after which the better of two starts is carried on
 _HYSTERESIS = 1.2  # how much heavier an expert counts that would lose a replica
 _LEAST_GAIN = 2e-4  # smaller gains are not worth a round, as a share of the mean rank load
@@ -534,30 +534,19 @@ def _best_swap(
 
 
 @_compile
-def _add_growth(growth, expert_load, factor, rank_load, rank_power, inverse):
-    """Add to `growth` [snapshots] by how much a rank's power grows with `factor` times the expert's load."""
-    for snapshot in range(growth.shape[0]):
-        after = rank_load[snapshot] + expert_load[snapshot] * factor
-        growth[snapshot] += _power(after * inverse[snapshot]) - rank_power[snapshot]
+def _add_growth(growth, at, expert_load, expert, factor, rank_load, rank_power, rank, inverse):
+    """Add to `growth[at]` [snapshots] by how much a rank's power grows with `factor` times an expert."""
+    # Rows by index: a slice costs more than the loop over it.
+    for snapshot in range(growth.shape[1]):
+        after = rank_load[rank, snapshot] + expert_load[expert, snapshot] * factor
+        growth[at, snapshot] += _power(after * inverse[snapshot]) - rank_power[rank, snapshot]
 
 
 @_compile
-def _exchange_growth(
-    terms, growth, burden, load_in, arriving, load_out, leaving, rank_load, rank_power, inverse
-):
-    """Write to `terms` [snapshots] by how much the powers of all ranks grow with a change of a replica."""
+def _weighted(growth, at, slope, terms):
+    """The growth of the norms: sum over snapshots of slope times `growth[at]`; `terms` is scratch."""
     for snapshot in range(terms.shape[0]):
-        after = rank_load[snapshot] + load_in[snapshot] * arriving - load_out[snapshot] * leaving
-        terms[snapshot] = (
-            growth[snapshot] + burden[snapshot] + _power(after * inverse[snapshot]) - rank_power[snapshot]
-        )
-
-
-@_compile
-def _weighted(growth, slope, terms):
-    """The growth of the norms: sum over snapshots of slope times growth. `terms` [snapshots] is scratch."""
-    for snapshot in range(terms.shape[0]):
-        terms[snapshot] = growth[snapshot] * slope[snapshot]
+        terms[snapshot] = growth[at, snapshot] * slope[snapshot]
     total = np.float32(0.0)
     for snapshot in range(terms.shape[0]):
         total += terms[snapshot]
@@ -600,27 +589,23 @@ def _best_change(
         more = np.float32(1.0 / (count[y] - 1) - 1.0 / count[y])
         for rank in range(ranks_per_node):
             if held[y, first + rank] > 0 and first + rank != own:
-                _add_growth(
-                    burden[at], expert_load[y], more * np.float32(held[y, first + rank]), rank_load[rank],
-                    rank_power[rank], inverse,
-                )  # fmt: skip
-        most_relief[at] = heat[own] - _weighted(burden[at], slope, terms)
+                factor = more * np.float32(held[y, first + rank])
+                _add_growth(burden, at, expert_load, y, factor, rank_load, rank_power, rank, inverse)
+        most_relief[at] = heat[own] - _weighted(burden, at, slope, terms)
 
     best = worth_of_swap
     best_expert, best_slot, best_cost = -1, -1, 0
-    growth = np.empty(num_snapshots, np.float32)
+    growth = np.empty((2, num_snapshots), np.float32)  # of the expert's own ranks; of all
     for place in range(heavy * capacity, (heavy + 1) * capacity):
         x = slot_expert[place]
         fewer = np.float32(1.0 / count[x] - 1.0 / (count[x] + 1))
         arriving = np.float32(1.0 / (count[x] + 1))
-        growth[:] = np.float32(0.0)
+        growth[0] = np.float32(0.0)
         for rank in range(ranks_per_node):
             if held[x, first + rank] > 0:
-                _add_growth(
-                    growth, expert_load[x], -fewer * np.float32(held[x, first + rank]), rank_load[rank],
-                    rank_power[rank], inverse,
-                )  # fmt: skip
-        relief = -_weighted(growth, slope, terms)
+                factor = -fewer * np.float32(held[x, first + rank])
+                _add_growth(growth, 0, expert_load, x, factor, rank_load, rank_power, rank, inverse)
+        relief = -_weighted(growth, 0, slope, terms)
         if _worth(relief, -1, price) <= best:
             continue
         for at in range(num_surplus):
@@ -637,11 +622,13 @@ def _best_change(
             leaving = np.float32(1.0 / count[y])
             if held[y, rank] > 1:
                 leaving -= np.float32(held[y, rank] - 1) * np.float32(1.0 / (count[y] - 1) - 1.0 / count[y])
-            _exchange_growth(
-                terms, growth, burden[at], expert_load[x], arriving, expert_load[y], leaving,
-                rank_load[rank - first], rank_power[rank - first], inverse,
-            )  # fmt: skip
-            worth = _worth(-_weighted(terms, slope, terms), cost, price)
+            own = rank - first
+            for snapshot in range(num_snapshots):
+                after = rank_load[own, snapshot] + expert_load[x, snapshot] * arriving
+                after -= expert_load[y, snapshot] * leaving
+                growth[1, snapshot] = growth[0, snapshot] + burden[at, snapshot]
+                growth[1, snapshot] += _power(after * inverse[snapshot]) - rank_power[own, snapshot]
+            worth = _worth(-_weighted(growth, 1, slope, terms), cost, price)
             if worth > best:
                 best = worth
                 best_expert, best_slot, best_cost = x, slot, cost
