@@ -173,8 +173,7 @@ class ModelTelemetry:
         self._guard(lambda: self._record(figures()))
 
     def _start(self) -> None:
-        # Zero from the start, so that a rate knows of the first rebalance too. What is not a count is shown
-        # when it is known.
+        # So that a rate knows of the first rebalance too.
         self._all.steps.labels(self._model)
         self._all.moves.labels(self._model)
         for result in _RESULTS:
@@ -190,9 +189,8 @@ class ModelTelemetry:
             every.gap.labels(model).set(figures.gap)
         if figures.bytes_moved is not None:
             every.bytes_moved.labels(model).inc(figures.bytes_moved)
-        for phase in _PHASES:
-            if phase in figures.seconds:
-                every.seconds.labels(model, phase).inc(figures.seconds[phase])
+        for phase, seconds in figures.seconds.items():
+            every.seconds.labels(model, phase).inc(seconds)
         every.moves.labels(model).inc(figures.moves)
         every.rebalances.labels(model, figures.result).inc()
         every.steps.labels(model).set(0)
@@ -204,9 +202,7 @@ class ModelTelemetry:
             cause = f"{type(error).__name__}: {error}"
             if cause not in self._told:
                 self._told.add(cause)
-                _logger.exception(
-                    "metrics of %s: %s. Rebalances go on; this is said once", self._model, cause
-                )
+                _logger.exception("metrics of %s: %s; this is said once", self._model, cause)
 
 
 class MetricsServer:
