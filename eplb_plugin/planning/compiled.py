@@ -104,22 +104,24 @@ def pack_rows(
 
 def step_peaks(weight: torch.Tensor, physical_to_logical: torch.Tensor, num_ranks: int) -> torch.Tensor:
     """The peak rank load of each snapshot and layer, float64 [snapshots, layers], of a load on the CPU."""
-    from . import kernels
+    from . import table_kernels
 
     peaks = np.empty(weight.shape[:2])
     load, ids = _array(weight), _array(physical_to_logical)
-    _over_layers(lambda first, last: kernels.peak_loads(load, ids, num_ranks, first, last, peaks), weight)
+    _over_layers(
+        lambda first, last: table_kernels.peak_loads(load, ids, num_ranks, first, last, peaks), weight
+    )
     return torch.from_numpy(peaks)
 
 
 def condense_loads(load: torch.Tensor, weights: list[float], bins: list[int]) -> torch.Tensor:
     """Sum the snapshots of each bin, weighted: float64 [snapshots, layers, logical] to [bins, ...]."""
-    from . import kernels
+    from . import table_kernels
 
     condensed = np.zeros((max(bins) + 1, *load.shape[1:]))
     array, weight, place = _array(load), np.array(weights), np.array(bins, _INT64)
     _over_layers(
-        lambda first, last: kernels.condense_loads(array, weight, place, first, last, condensed), load
+        lambda first, last: table_kernels.condense_loads(array, weight, place, first, last, condensed), load
     )
     return torch.from_numpy(condensed)
 
@@ -136,12 +138,12 @@ def keep_slots(
         int64 [layers, slots]; and int64 [layers] each: experts that a rank gets and did not hold, and slots
         of `new`, and of `current`, that repeat an expert of their rank.
     """
-    from . import kernels
+    from . import table_kernels
 
     ids, in_force = _array(new), _array(current)
     kept, moves = np.empty_like(ids), np.empty(len(ids), _INT64)
     shared = np.empty((2, len(ids)), _INT64)
-    kernels.keep_slots(ids, in_force, num_ranks, num_logical, kept, moves, shared)
+    table_kernels.keep_slots(ids, in_force, num_ranks, num_logical, kept, moves, shared)
     after, before = torch.from_numpy(shared)
     return torch.from_numpy(kept), torch.from_numpy(moves), after, before
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-__all__ = ["condense_loads", "keep_slots", "peak_loads", "plan_layers"]
+__all__ = ["plan_layers"]
 
 _compile = numba.njit(nogil=True, cache=True, fastmath=False, boundscheck=False)
 
@@ -840,99 +840,3 @@ def _swap(share, load, slot_load, slot_expert, held, mine, other, capacity):
             slot_load[snapshot, slot] = load[snapshot, a]
         for slot in range(b * capacity, (b + 1) * capacity):
             slot_load[snapshot, slot] = load[snapshot, b]
-
-
-@_compile
-def peak_loads(weight, slot_expert, num_ranks, first, last, peaks):
-    """Write the peak rank load of layers `first..last-1` to float64 `peaks` [snapshots, layers].
-
-    Args:
-        weight: float64 [snapshots, layers, logical], tokens.
-        slot_expert: int64 [layers, slots].
-    """
-    num_snapshots, _, num_logical = weight.shape
-    num_slots = slot_expert.shape[1]
-    capacity = num_slots // num_ranks
-    count = np.empty(num_logical, np.float64)
-    share = np.empty(num_logical, np.float64)
-    for layer in range(first, last):
-        count[:] = 0.0
-        for slot in range(num_slots):
-            count[slot_expert[layer, slot]] += 1.0
-        for snapshot in range(num_snapshots):
-            for expert in range(num_logical):
-                share[expert] = weight[snapshot, layer, expert] / count[expert]
-            highest = 0.0
-            for rank in range(num_ranks):
-                total = 0.0
-                for slot in range(rank * capacity, (rank + 1) * capacity):
-                    total += share[slot_expert[layer, slot]]
-                highest = max(highest, total)
-            peaks[snapshot, layer] = highest
-
-
-@_compile
-def condense_loads(load, weights, bins, first, last, condensed):
-    """Sum the snapshots of each bin, weighted, for layers `first..last-1`.
-
-    Args:
-        load: float64 [snapshots, layers, logical].
-        weights: float64 [snapshots].
-        bins: int64 [snapshots], where each snapshot belongs.
-        condensed: float64 [bins, layers, logical], zeros; added to.
-    """
-    num_snapshots, _, num_logical = load.shape
-    for layer in range(first, last):
-        for snapshot in range(num_snapshots):
-            weight, place = weights[snapshot], bins[snapshot]
-            for expert in range(num_logical):
-                condensed[place, layer, expert] += weight * load[snapshot, layer, expert]
-
-
-@_compile
-def keep_slots(new, current, num_ranks, num_logical, kept, moves, shared):
-    """Order the slots of each rank so that experts which it holds already keep theirs.
-
-    Args:
-        new, current: int64 [layers, slots].
-        kept: int64 [layers, slots], written: on each rank the experts of `new`.
-        moves: int64 [layers], written: experts that a rank gets and did not hold.
-        shared: int64 [2, layers], written: slots of `new` and of `current` that repeat an expert of the rank.
-    """
-    num_layers, num_slots = new.shape
-    capacity = num_slots // num_ranks
-    wanted = np.zeros(num_logical, np.int64)
-    holds = np.zeros(num_logical, np.bool_)
-    moves[:] = 0
-    shared[:] = 0
-    for layer in range(num_layers):
-        for begin in range(0, num_slots, capacity):
-            for slot in range(begin, begin + capacity):
-                expert = new[layer, slot]
-                if wanted[expert] > 0:
-                    shared[0, layer] += 1
-                wanted[expert] += 1
-            for slot in range(begin, begin + capacity):
-                expert = current[layer, slot]
-                if holds[expert]:
-                    shared[1, layer] += 1
-                holds[expert] = True
-                kept[layer, slot] = -1
-                if wanted[expert] > 0:
-                    wanted[expert] -= 1
-                    kept[layer, slot] = expert
-            # What arrives fills the free slots in order.
-            free = begin
-            for slot in range(begin, begin + capacity):
-                expert = new[layer, slot]
-                if wanted[expert] > 0:
-                    wanted[expert] -= 1
-                    while kept[layer, free] >= 0:
-                        free += 1
-                    kept[layer, free] = expert
-                    if not holds[expert]:
-                        moves[layer] += 1
-                        holds[expert] = True
-            for slot in range(begin, begin + capacity):
-                holds[current[layer, slot]] = False
-                holds[new[layer, slot]] = False
