@@ -1,0 +1,245 @@
+"""Fingerprints of expert weights: a moved expert whose bytes are wrong is noticed before it is used.
+
+A fingerprint takes the bytes as little words `w` of 4 bytes, in blocks of 64 KiB, and adds up in wrapping
+64-bit integers: `sum over blocks b of p[b] * (sum over words i of b of m[i] * w[i])`. The multipliers `m` and
+`p` are fixed, odd and pseudo-random. A changed word changes the sum by `d * m[i] * p[b]`, 0 < |d| < 2**32.
+
+Noticed for certain, of the bytes that are covered:
+- any change within one word, a flipped byte for one: a product of odd numbers and `d` is not 0 modulo 2**64;
+- two words of a block exchanged: no two multipliers agree modulo 2**33, which they would have to.
+
+Everything else (rows or tensors exchanged, contents shifted, an old end, noise) only very probably. For
+a change that was not made with these multipliers in mind, the odds to pass depend on the lowest bit that
+differs in any word: below 2**-55 for bit 0, doubling with each bit, hence below 2**-24 where nothing but
+the highest bits of several words changed (signs of float32, of each second bfloat16). The higher a bit,
+the fewer bits of the products it reaches. Nothing here resists someone who wants a change to pass.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+import torch
+
+from ..placement import Placement
+from ..topology import Topology
+from .collectives import RankGroup
+from .weights import ExpertWeights
+
+__all__ = ["Coverage", "ExpertFingerprints", "fingerprint_rows"]
+
+Coverage = Literal["sampled", "all"]
+"""Of each tensor: 1024 words spread over it (all of a small one), or every byte."""
+
+_logger = logging.getLogger(__name__)
+
+_WORD = 4
+_BLOCK = 16 * 1024  # words
+_AT_ONCE = 32  # blocks whose products are in memory together: 4 MiB
+_SAMPLES = 1024  # words
+_TOLD = 5
+
+
+def fingerprint_rows(rows: Sequence[torch.Tensor], coverage: Coverage) -> torch.Tensor:
+    """One fingerprint for each row index, over the rows of all tensors; equal on every device and machine.
+
+    "sampled" reads 4 KiB of a tensor: the first word, the last one, and one anywhere in each 1024th between.
+    So it notices what changes a whole tensor, or all of a run of more than 1/512 of one; of single flipped
+    bytes it notices the share that it reads: all in tensors up to 4 KiB, 1 in 3584 in one of 14 MiB.
+
+    Args:
+        rows: for each tensor, at least one, uint8 [n, bytes], on one device; rows may lie apart.
+        coverage: which bytes count.
+
+    Returns:
+        int64 [n], on that device.
+    """
+    count, device = rows[0].shape[0], rows[0].device
+    if count > _AT_ONCE:
+        parts = ([row[first : first + _AT_ONCE] for row in rows] for first in range(0, count, _AT_ONCE))
+        return torch.cat([fingerprint_rows(part, coverage) for part in parts])
+    if coverage == "sampled":
+        rows = [torch.cat([_sample(row) for row in rows], 1)]
+    num_blocks = sum(-(-row.shape[1] // (_BLOCK * _WORD)) for row in rows)
+    of_word = _multipliers(_BLOCK, 1, device)
+    of_block = _multipliers(1 << num_blocks.bit_length(), 2, device)
+    total = torch.zeros(count, dtype=torch.int64, device=device)
+    products = torch.empty(0, dtype=torch.int64, device=device)
+    done = 0
+    for row in rows:
+        for piece in _pieces(row, _AT_ONCE // max(count, 1)):
+            words = _words(piece)
+            width = min(words.shape[1], _BLOCK)
+            words = words.view(count, words.shape[1] // width, width)
+            # Fresh memory for each product would cost the CPU more than multiplying.
+            products = torch.mul(words, of_word[:width], out=products.resize_(words.shape))
+            sums = products.sum(2)
+            total += (sums * of_block[done : done + sums.shape[1]]).sum(1)
+            done += sums.shape[1]
+    return total
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertFingerprints:
+    """What each expert's weights were at the start; weights that an engine replaces later need new ones.
+
+    Args:
+        table: int64 [layers, logical], on the CPU.
+        known: bool [layers, logical]; an expert that is not known is never wrong.
+        coverage: which bytes count.
+    """
+
+    table: torch.Tensor
+    known: torch.Tensor
+    coverage: Coverage
+
+    @classmethod
+    def make(
+        cls,
+        weights: ExpertWeights,
+        placement: Placement,
+        topology: Topology,
+        group: RankGroup,
+        coverage: Coverage,
+    ) -> ExpertFingerprints:
+        """Take the fingerprints of what all slots hold now. All ranks call it together.
+
+        Layers without tensors are not known, nor are experts whose replicas differ, which is said once.
+
+        Raises:
+            EplbError: on all ranks, when one of them could not read its weights.
+        """
+        mine = topology.slots_of_rank(group.rank)
+
+        def fingerprint_all() -> torch.Tensor:
+            found = torch.zeros(2, weights.num_layers, topology.num_slots, dtype=torch.int64)
+            for layer, rows in enumerate(weights.rows):
+                if rows:
+                    found[0, layer, mine] = fingerprint_rows(rows, coverage).cpu()
+                    found[1, layer, mine] = 1
+            return found.to(group.device)
+
+        found = group.sum(group.attempt("fingerprinting expert weights", fingerprint_all)).cpu()
+        # Empty slots, -1, go to a column of their own.
+        experts = placement.physical_to_logical.cpu() + 1
+        of_expert = torch.zeros(2, *experts.shape[:1], placement.num_logical + 1, dtype=torch.int64)
+        experts = experts.expand_as(found)
+        lowest, highest = (
+            of_expert.scatter_reduce(2, experts, found, how, include_self=False)[:, :, 1:]
+            for how in ("amin", "amax")
+        )
+        alike = lowest[0] == highest[0]
+        if group.rank == 0 and not bool(alike.all()):
+            differ = (~alike).nonzero().tolist()
+            _logger.warning(
+                "%d of %d experts have replicas with different weights, so moves of these are not verified; "
+                "the first (layer, expert): %s",
+                len(differ),
+                alike.numel(),
+                ", ".join(str(tuple(pair)) for pair in differ[:_TOLD]),
+            )
+        return cls(lowest[0], alike & lowest[1].bool(), coverage)
+
+    def matches(self, layer: int, expert: int, rows: Sequence[torch.Tensor]) -> bool:
+        """Whether these are the expert's weights; True where that is not known.
+
+        Args:
+            layer: its layer.
+            expert: logical.
+            rows: for each tensor of the layer, uint8 [bytes], anywhere on one device.
+        """
+        if not self.known[layer, expert]:
+            return True
+        found = fingerprint_rows([row.unsqueeze(0) for row in rows], self.coverage)
+        return int(found) == int(self.table[layer, expert])
+
+    def wrong_slots(
+        self,
+        weights: ExpertWeights,
+        placement: Placement,
+        topology: Topology,
+        rank: int,
+        layers: Sequence[int] | None = None,
+    ) -> list[tuple[int, int]]:
+        """(layer, slot) of the slots of this rank that do not hold the expert that `placement` says.
+
+        Args:
+            weights: of this rank.
+            placement: what to expect.
+            topology: gives the slots of a rank.
+            rank: this rank.
+            layers: those to look at; None is all.
+        """
+        slots = topology.slots_of_rank(rank)
+        wrong = []
+        for layer in range(weights.num_layers) if layers is None else layers:
+            experts = placement.physical_to_logical[layer, slots.start : slots.stop].cpu()
+            known = self.known[layer, experts] & (experts >= 0)
+            if bool(known.any()):
+                found = fingerprint_rows(weights.rows[layer], self.coverage).cpu()
+                differs = known & (found != self.table[layer, experts])
+                wrong += [(layer, slots.start + slot) for slot in differs.nonzero().flatten().tolist()]
+        return wrong
+
+
+def _pieces(row: torch.Tensor, blocks: int) -> Iterator[torch.Tensor]:
+    """Cut [n, bytes] into runs of whole blocks, `blocks` at most, and what is left over."""
+    block = _BLOCK * _WORD
+    whole = row.shape[1] // block * block
+    for first, last in pairwise([*range(0, whole, blocks * block), whole, row.shape[1]]):
+        if first < last:
+            yield row[:, first:last]
+
+
+def _words(piece: torch.Tensor) -> torch.Tensor:
+    """int32 [n, words]: the bytes themselves where they are aligned, else a copy, filled up with zeros."""
+    count, num_bytes = piece.shape
+    where = (num_bytes, piece.stride(0), piece.storage_offset(), piece.data_ptr())
+    if any(value % _WORD for value in where):
+        padded = piece.new_zeros(count, -(-num_bytes // _WORD) * _WORD)
+        padded[:, :num_bytes] = piece
+        piece = padded
+    return piece.view(torch.int32)
+
+
+def _sample(row: torch.Tensor) -> torch.Tensor:
+    """uint8 [n, 4 KiB at most]: the bytes of a tensor that "sampled" covers."""
+    count, num_bytes = row.shape
+    if num_bytes <= _SAMPLES * _WORD:
+        return row
+    chosen = _sampled_bytes(num_bytes, row.device)
+    # Of one row, torch gathers several times faster without its first dimension.
+    return row[0].index_select(0, chosen).unsqueeze(0) if count == 1 else row.index_select(1, chosen)
+
+
+@lru_cache(maxsize=256)
+def _sampled_bytes(num_bytes: int, device: torch.device) -> torch.Tensor:
+    """int64 [4096], the positions of 1024 words: the first, the last, and one anywhere in each cell between.
+
+    Positions at equal distances could all fall into the same few columns of a matrix.
+    """
+    edges = np.arange(_SAMPLES + 1) * (num_bytes // _WORD) // _SAMPLES
+    start, length = edges[:-1], np.diff(edges)
+    first = (start + (_mixed(_SAMPLES, 3) >> np.uint64(1)).astype(np.int64) % length) * _WORD
+    first[0], first[-1] = 0, num_bytes - _WORD
+    return torch.from_numpy((first[:, None] + np.arange(_WORD)).flatten()).to(device)
+
+
+@lru_cache(maxsize=64)
+def _multipliers(count: int, stream: int, device: torch.device) -> torch.Tensor:
+    """int64 [count], odd, the same on every machine."""
+    return torch.from_numpy((_mixed(count, stream) | np.uint64(1)).view(np.int64)).to(device)
+
+
+def _mixed(count: int, stream: int) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+    """uint64 [count]: SplitMix64 (Steele, Lea and Flood 2014) of consecutive numbers; a range per stream."""
+    x = (np.arange(1, count + 1, dtype=np.uint64) + np.uint64(stream << 40)) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
