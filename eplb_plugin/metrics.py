@@ -13,12 +13,12 @@ __all__ = ["balancedness", "count_moves", "rank_loads"]
 
 
 def rank_loads(load: torch.Tensor, placement: Placement, topology: Topology) -> torch.Tensor:
-    """Load of every rank when the tokens of an expert spread evenly over its replicas.
+    """Load of every rank when the tokens of an expert spread evenly over its replicas; 0 for an empty rank.
 
     Args:
         load: [layers, logical] or [snapshots, layers, logical], tokens.
         placement: the placement to score.
-        topology: gives slots per rank.
+        topology: gives the slots of each rank.
 
     Returns:
         float64 [snapshots, layers, ranks], tokens, on the device of `load`.
@@ -31,18 +31,25 @@ def rank_loads(load: torch.Tensor, placement: Placement, topology: Topology) -> 
     _check_fit(load, placement, topology)
     placement = placement.to(load.device)
     per_replica = load / placement.replica_count
-    ids = placement.physical_to_logical.expand(load.shape[0], -1, -1)
-    shape = (*ids.shape[:2], topology.num_ranks, topology.slots_per_rank)
-    return per_replica.gather(2, ids).view(shape).sum(3)
+    ids = placement.physical_to_logical
+    if placement.has_empty_slots:
+        # One more expert that nobody asks for, at the end, where -1 is found as well.
+        per_replica = torch.cat([per_replica, per_replica.new_zeros(*load.shape[:2], 1)], dim=2)
+        ids = torch.where(ids < 0, placement.num_logical, ids)
+    return topology.by_rank(per_replica.gather(2, ids.expand(load.shape[0], -1, -1)), 0.0).sum(3)
 
 
 def balancedness(load: torch.Tensor, placement: Placement, topology: Topology) -> float:
     """Sum over layers of the mean rank load / sum over layers of the max rank load; 1 is perfect.
 
     Of several snapshots: the mean of that over the snapshots that hold any tokens. A load without tokens
-    gives 1. Arguments and errors as for `rank_loads`.
+    gives 1. Ranks that hold nothing in any layer, since they failed or have no slots, are left out of the
+    mean. Arguments and errors as for `rank_loads`.
     """
     loads = rank_loads(load, placement, topology)
+    if placement.has_empty_slots or not topology.is_even:
+        filled = topology.by_rank(placement.physical_to_logical >= 0, False).any(2).any(0)
+        loads = loads[:, :, filled.to(loads.device)]
     peak = loads.amax(2).sum(1)
     busy = peak > 0
     if not bool(busy.any()):
@@ -53,7 +60,8 @@ def balancedness(load: torch.Tensor, placement: Placement, topology: Topology) -
 def count_moves(old: Placement, new: Placement, topology: Topology) -> torch.Tensor:
     """How many (rank, expert) pairs of each layer hold an expert that the rank did not hold before.
 
-    Each is one transfer of that expert's weights, also where the rank gets it into several slots.
+    Each is one transfer of that expert's weights, also where the rank gets it into several slots. A slot
+    that becomes empty is no move.
 
     Returns:
         int64 [layers], on the device of `new`.
@@ -74,11 +82,10 @@ def count_moves(old: Placement, new: Placement, topology: Topology) -> torch.Ten
 
 def _held(placement: Placement, topology: Topology) -> torch.Tensor:
     """bool [layers, ranks, logical]: whether the rank holds the expert."""
-    ids = placement.physical_to_logical.view(-1, topology.num_ranks, topology.slots_per_rank)
-    held = torch.zeros(
-        (placement.num_layers, topology.num_ranks, placement.num_logical), dtype=torch.bool, device=ids.device
-    )
-    return held.scatter_(2, ids, True)
+    # Column 0 is for empty slots.
+    ids = topology.by_rank(placement.physical_to_logical + 1, 0)
+    held = torch.zeros((*ids.shape[:2], placement.num_logical + 1), dtype=torch.bool, device=ids.device)
+    return held.scatter_(2, ids, True)[:, :, 1:]
 
 
 def _check_fit(load: torch.Tensor, placement: Placement, topology: Topology) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,10 +11,10 @@ import numpy.typing as npt
 import torch
 
 from .errors import PlacementError
-from .placement import Placement
+from .placement import Placement, checked_ids, slots_by_expert
 from .topology import Topology
 
-__all__ = ["Arrivals", "Copies", "MigrationPlan", "Sends", "plan_migration"]
+__all__ = ["Arrivals", "Copies", "MigrationPlan", "Reloads", "Sends", "plan_migration"]
 
 _Ints = npt.NDArray[np.int64]
 
@@ -70,50 +71,92 @@ class Arrivals:
 
 
 @dataclass(frozen=True, eq=False)
+class Reloads:
+    """Slots whose expert no living rank holds, so that it has to come from the checkpoint; each field int64
+    [reloads] on the CPU, in order of layer and slot.
+
+    Attributes:
+        layer: layer of the expert.
+        expert: the logical expert.
+        slot: slot (numbered over all ranks) that gets it.
+    """
+
+    layer: torch.Tensor
+    expert: torch.Tensor
+    slot: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class MigrationPlan:
-    """Every slot whose expert changes appears once, in `copies` or in `arrivals`; others stay untouched.
+    """Every slot that gets another expert appears once, in `copies`, `arrivals` or `reloads`; others stay
+    untouched, also those that become empty.
 
     Attributes:
         layers: int64 [changed layers], rising: the layers with any change.
         copies: what a rank copies from itself.
-        sends: what ranks send to each other; as many as the moves between the two placements.
+        sends: what ranks send to each other; together with the distinct (layer, rank, expert) of `reloads`
+            these are the moves between the two placements.
         arrivals: the slots that the sends fill.
+        reloads: the slots that no rank can fill; none unless ranks failed.
     """
 
     layers: torch.Tensor
     copies: Copies
     sends: Sends
     arrivals: Arrivals
+    reloads: Reloads
 
     @property
     def num_sends(self) -> int:
         return self.sends.layer.numel()
 
 
-def plan_migration(old: Placement, new: Placement, topology: Topology) -> MigrationPlan:
+def plan_migration(
+    old: Placement | torch.Tensor,
+    new: Placement,
+    topology: Topology,
+    *,
+    active_ranks: Sequence[bool] | torch.Tensor | None = None,
+) -> MigrationPlan:
     """Plan how the weights get from `old` to `new`.
 
     A sender on the receiver's node is preferred; among those, the rank that sends least in that layer.
     The same arguments give the same plan on every rank.
 
+    Args:
+        old: where the experts are, as a Placement or its int64 [layers, slots]; the tensor may have empty
+            slots (-1) and lack experts, as `current` of `plan` may.
+        new: where they shall be.
+        topology: nodes, ranks and slots.
+        active_ranks: bool [ranks], which ranks are alive; None is all of them. Nothing is taken from others.
+
     Returns:
         The plan, its tensors on the CPU.
 
     Raises:
-        PlacementError: the placements differ in shape or experts, or their slots from the topology's.
+        PlacementError: the placements differ in shape or experts, or their slots from the topology's; a slot
+            of a dead rank is to be filled. TopologyError: a malformed `active_ranks`.
     """
-    if (
-        old.num_logical != new.num_logical
-        or old.physical_to_logical.shape != new.physical_to_logical.shape
-        or new.num_slots != topology.num_slots
-    ):
-        raise PlacementError(f"cannot migrate from {old} to {new} on {topology}")
-    before = old.physical_to_logical.cpu().numpy()
+    if isinstance(old, Placement):
+        held, fits = old.physical_to_logical, old.num_logical == new.num_logical
+    else:
+        held, fits = checked_ids(old, new.num_logical), True
+    if not fits or held.shape != new.physical_to_logical.shape or new.num_slots != topology.num_slots:
+        described = old if isinstance(old, Placement) else f"a table {tuple(old.shape)}"
+        raise PlacementError(f"cannot migrate from {described} to {new} on {topology}")
+    rank_of_slot = topology.rank_of_slot().numpy()
+    alive = topology.living_ranks(active_ranks)
+    before = held.cpu().numpy()
     after = new.physical_to_logical.cpu().numpy()
+    if not all(alive):
+        dead = ~np.array(alive)[rank_of_slot]
+        _check_empty(after, dead, rank_of_slot)
+        before = np.where(dead, -1, before)
     changed = before != after
-    layer, slot = changed.nonzero()  # sorted by layer, then slot
-    expert, rank = after[layer, slot], slot // topology.slots_per_rank
-    source = _local_source(before, changed, old.num_logical, topology)[layer, rank, expert]
+    layer, slot = (changed & (after >= 0)).nonzero()  # sorted by layer, then slot
+    expert, rank = after[layer, slot], rank_of_slot[slot]
+    source = _local_source(before, changed, new.num_logical, topology)[layer, rank, expert]
+    holders = slots_by_expert(torch.from_numpy(before), new.num_logical).numpy()
 
     here = source >= 0
     copies = Copies(
@@ -121,17 +164,19 @@ def plan_migration(old: Placement, new: Placement, topology: Topology) -> Migrat
         rank=_tensor(rank[here]),
         source_slot=_tensor(source[here]),
         slot=_tensor(slot[here]),
-        staged=torch.from_numpy(changed[layer[here], source[here]]),
+        staged=torch.from_numpy((changed & (after >= 0))[layer[here], source[here]]),
     )
 
-    away = ~here
-    key = (layer[away] * topology.num_ranks + rank[away]) * old.num_logical + expert[away]
+    reloads = holders[layer, expert, 0] < 0
+    away = ~here & ~reloads
+    key = (layer[away] * topology.num_ranks + rank[away]) * new.num_logical + expert[away]
     unique, send = np.unique(key, return_inverse=True)
-    send_expert = unique % old.num_logical
-    send_rank = unique // old.num_logical % topology.num_ranks
-    send_layer = unique // (old.num_logical * topology.num_ranks)
-    replicas = old.logical_to_physical.cpu().numpy()[send_layer, send_expert]
-    source_slot = _choose_senders(send_layer, send_rank, replicas, old.num_layers, topology)
+    send_expert = unique % new.num_logical
+    send_rank = unique // new.num_logical % topology.num_ranks
+    send_layer = unique // (new.num_logical * topology.num_ranks)
+    source_slot = _choose_senders(
+        send_layer, send_rank, holders[send_layer, send_expert], len(before), topology
+    )
     by_send = np.argsort(send.reshape(-1), kind="stable")
     return MigrationPlan(
         layers=_tensor(changed.any(1).nonzero()[0]),
@@ -139,12 +184,25 @@ def plan_migration(old: Placement, new: Placement, topology: Topology) -> Migrat
         sends=Sends(
             layer=_tensor(send_layer),
             expert=_tensor(send_expert),
-            source_rank=_tensor(source_slot // topology.slots_per_rank),
+            source_rank=_tensor(rank_of_slot[source_slot]),
             source_slot=_tensor(source_slot),
             rank=_tensor(send_rank),
         ),
         arrivals=Arrivals(send=_tensor(send.reshape(-1)[by_send]), slot=_tensor(slot[away][by_send])),
+        reloads=Reloads(
+            layer=_tensor(layer[reloads]), expert=_tensor(expert[reloads]), slot=_tensor(slot[reloads])
+        ),
     )
+
+
+def _check_empty(after: _Ints, dead: npt.NDArray[np.bool_], rank_of_slot: _Ints) -> None:
+    wrong = np.argwhere((after >= 0) & dead)
+    if wrong.size:
+        layer, slot = wrong[0]
+        raise PlacementError(
+            f"layer {layer} gives expert {after[layer, slot]} to slot {slot} of rank {rank_of_slot[slot]}, "
+            "which active_ranks says is dead"
+        )
 
 
 def _local_source(
@@ -155,19 +213,20 @@ def _local_source(
     A slot that keeps its expert is preferred, then the lowest: assignments in rising order of preference.
     """
     layers = before.shape[0]
-    source = np.full((layers, topology.num_ranks, num_logical), -1, dtype=np.int64)
-    per_rank = (layers, topology.num_ranks, topology.slots_per_rank)
-    held, dirty = before.reshape(per_rank), changed.reshape(per_rank)
+    # One more expert, for what empty slots hold.
+    source = np.full((layers, topology.num_ranks, num_logical + 1), -1, dtype=np.int64)
+    held = topology.by_rank(torch.from_numpy(before), -1).numpy()
+    dirty = topology.by_rank(torch.from_numpy(changed), True).numpy()
     rows, ranks = np.ogrid[:layers, : topology.num_ranks]
-    first = ranks * topology.slots_per_rank
+    first = np.array(topology.first_slots[:-1])
     for only_kept in (False, True):
-        for i in reversed(range(topology.slots_per_rank)):
+        for i in reversed(range(topology.most_slots)):
             at = (rows, ranks, held[:, :, i])
             if only_kept:
                 source[at] = np.where(dirty[:, :, i], source[at], first + i)
             else:
                 source[at] = first + i
-    return source
+    return source[:, :, :num_logical]
 
 
 def _choose_senders(layer: _Ints, rank: _Ints, replicas: _Ints, num_layers: int, topology: Topology) -> _Ints:
@@ -179,9 +238,10 @@ def _choose_senders(layer: _Ints, rank: _Ints, replicas: _Ints, num_layers: int,
     """
     if not layer.size:
         return layer
-    node = rank // topology.ranks_per_node
+    rank_of_slot = topology.rank_of_slot().numpy()
+    senders = rank_of_slot[replicas]  # of the padding too, which `usable` tells apart
     usable = replicas >= 0
-    near = usable & (replicas // topology.slots_per_node == node[:, None])
+    near = usable & (senders // topology.ranks_per_node == (rank // topology.ranks_per_node)[:, None])
     usable = np.where(near.any(1, keepdims=True), near, usable)
     choices = usable.sum(1)
     chosen: _Ints = replicas[np.arange(layer.size), usable.argmax(1)]
@@ -190,7 +250,7 @@ def _choose_senders(layer: _Ints, rank: _Ints, replicas: _Ints, num_layers: int,
     # choices first. Layers do not depend on each other, so each turn decides one send of every layer.
     busy = np.zeros((num_layers, topology.num_ranks), dtype=np.int64)
     forced = choices == 1
-    np.add.at(busy, (layer[forced], chosen[forced] // topology.slots_per_rank), 1)
+    np.add.at(busy, (layer[forced], rank_of_slot[chosen[forced]]), 1)
     open_sends = np.flatnonzero(~forced)
     open_sends = open_sends[np.lexsort((choices[open_sends], layer[open_sends]))]
     open_layer = layer[open_sends]
@@ -199,13 +259,13 @@ def _choose_senders(layer: _Ints, rank: _Ints, replicas: _Ints, num_layers: int,
     bounds = np.flatnonzero(np.diff(turn[by_turn], prepend=-1, append=-1))
     for start, end in itertools.pairwise(bounds):
         now = open_sends[by_turn[start:end]]
-        sender = replicas[now] // topology.slots_per_rank
+        sender = senders[now]
         # Ties go to another rank in each layer, so that low ranks do not send most over all layers.
         tie = (sender - layer[now, None]) % topology.num_ranks
         cost = busy[layer[now, None], sender] * topology.num_ranks + tie
         best = np.where(usable[now], cost, np.iinfo(np.int64).max).argmin(1)
         chosen[now] = replicas[now, best]
-        busy[layer[now], chosen[now] // topology.slots_per_rank] += 1
+        busy[layer[now], rank_of_slot[chosen[now]]] += 1
     return chosen
 
 

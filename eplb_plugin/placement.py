@@ -9,7 +9,7 @@ import torch
 from .errors import PlacementError
 from .topology import Topology
 
-__all__ = ["Placement"]
+__all__ = ["Placement", "checked_ids", "slots_by_expert"]
 
 _INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -18,27 +18,18 @@ class Placement:
     """A frozen placement of `num_logical` experts into slots, layer by layer.
 
     Args:
-        physical_to_logical: integer [layers, slots], the logical expert in each slot. It is copied.
+        physical_to_logical: integer [layers, slots], the logical expert in each slot, -1 for an empty slot
+            (those of ranks that have failed, say). It is copied.
         num_logical: logical experts per layer.
 
     Raises:
-        PlacementError: wrong shape or dtype, an id outside `0..num_logical-1`, or an expert without a slot.
+        PlacementError: wrong shape or dtype, an id outside `-1..num_logical-1`, or an expert without a slot.
     """
 
     def __init__(self, physical_to_logical: torch.Tensor, num_logical: int) -> None:
-        if not isinstance(physical_to_logical, torch.Tensor):
-            raise PlacementError(
-                f"physical_to_logical is a {type(physical_to_logical).__name__}, not a tensor"
-            )
-        if physical_to_logical.dim() != 2 or physical_to_logical.numel() == 0:
-            raise PlacementError(
-                f"physical_to_logical has shape {tuple(physical_to_logical.shape)}, not [layers, slots]"
-            )
-        if physical_to_logical.dtype not in _INTEGER_DTYPES:
-            raise PlacementError(f"physical_to_logical has dtype {physical_to_logical.dtype}, not an integer")
         if num_logical < 1:
             raise PlacementError(f"num_logical={num_logical} is below 1")
-        self._physical_to_logical = physical_to_logical.detach().to(torch.int64, copy=True).contiguous()
+        self._physical_to_logical = checked_ids(physical_to_logical, num_logical)
         self._num_logical = int(num_logical)
         self.validate()
 
@@ -51,7 +42,7 @@ class Placement:
 
     @property
     def physical_to_logical(self) -> torch.Tensor:
-        """int64 [layers, slots]; do not write to it."""
+        """int64 [layers, slots], -1 for an empty slot; do not write to it."""
         return self._physical_to_logical
 
     @property
@@ -66,6 +57,11 @@ class Placement:
     def num_slots(self) -> int:
         return self._physical_to_logical.shape[1]
 
+    @cached_property
+    def has_empty_slots(self) -> bool:
+        """Whether any slot of any layer is empty."""
+        return bool((self._physical_to_logical < 0).any())
+
     @property
     def device(self) -> torch.device:
         return self._physical_to_logical.device
@@ -73,19 +69,12 @@ class Placement:
     @cached_property
     def replica_count(self) -> torch.Tensor:
         """int64 [layers, logical]: how many slots hold each expert."""
-        count = self._physical_to_logical.new_zeros(self.num_layers, self.num_logical)
-        return count.scatter_add_(1, self._physical_to_logical, torch.ones_like(self._physical_to_logical))
+        return _count(self._physical_to_logical, self.num_logical)
 
     @cached_property
     def logical_to_physical(self) -> torch.Tensor:
         """int64 [layers, logical, max_replicas]: the slots of each expert in rising order, then -1."""
-        by_expert, slots = self._physical_to_logical.sort(dim=1, stable=True)
-        first = self.replica_count.cumsum(1) - self.replica_count
-        replica = torch.arange(self.num_slots, device=self.device) - first.gather(1, by_expert)
-        width = int(self.replica_count.max())
-        table = torch.full((self.num_layers, self.num_logical * width), -1, device=self.device)
-        table.scatter_(1, by_expert * width + replica, slots)
-        return table.view(self.num_layers, self.num_logical, width)
+        return slots_by_expert(self._physical_to_logical, self.num_logical)
 
     def to(self, device: torch.device | str) -> Placement:
         """The same placement with its tables on `device`."""
@@ -105,19 +94,11 @@ class Placement:
         return Placement(rows, self.num_logical)
 
     def validate(self, topology: Topology | None = None) -> None:
-        """Check that ids are in range, every expert has a slot and, given `topology`, slots agree with it.
+        """Check that every expert has a slot and, given `topology`, that slots agree with it.
 
         Raises:
-            PlacementError: names the first layer and expert (or slot) that breaks the rule.
+            PlacementError: names the first layer and expert that breaks the rule.
         """
-        ids = self._physical_to_logical
-        bad = (ids < 0) | (ids >= self.num_logical)
-        if bool(bad.any()):
-            layer, slot = (int(x) for x in bad.nonzero()[0])
-            raise PlacementError(
-                f"layer {layer}, slot {slot} holds expert {int(ids[layer, slot])}, "
-                f"outside 0..{self.num_logical - 1}"
-            )
         missing = self.replica_count == 0
         if bool(missing.any()):
             layer, expert = (int(x) for x in missing.nonzero()[0])
@@ -139,3 +120,55 @@ class Placement:
             f"Placement({self.num_layers} layers, {self.num_logical} experts in {self.num_slots} slots, "
             f"{self.device})"
         )
+
+
+def checked_ids(physical_to_logical: torch.Tensor, num_logical: int) -> torch.Tensor:
+    """A copy of a table of experts by slot, int64 [layers, slots], in which experts may be missing.
+
+    Raises:
+        PlacementError: wrong shape or dtype, or an id outside `-1..num_logical-1`.
+    """
+    if not isinstance(physical_to_logical, torch.Tensor):
+        raise PlacementError(f"physical_to_logical is a {type(physical_to_logical).__name__}, not a tensor")
+    if physical_to_logical.dim() != 2 or physical_to_logical.numel() == 0:
+        raise PlacementError(
+            f"physical_to_logical has shape {tuple(physical_to_logical.shape)}, not [layers, slots]"
+        )
+    if physical_to_logical.dtype not in _INTEGER_DTYPES:
+        raise PlacementError(f"physical_to_logical has dtype {physical_to_logical.dtype}, not an integer")
+    ids = physical_to_logical.detach().to(torch.int64, copy=True).contiguous()
+    bad = (ids < -1) | (ids >= num_logical)
+    if bool(bad.any()):
+        layer, slot = (int(x) for x in bad.nonzero()[0])
+        raise PlacementError(
+            f"layer {layer}, slot {slot} holds expert {int(ids[layer, slot])}, "
+            f"outside 0..{num_logical - 1} (-1 for an empty slot)"
+        )
+    return ids
+
+
+def slots_by_expert(physical_to_logical: torch.Tensor, num_logical: int) -> torch.Tensor:
+    """The slots of each expert in rising order, then -1: int64 [layers, logical, max_replicas].
+
+    Args:
+        physical_to_logical: int64 [layers, slots], -1 for an empty slot; experts may be missing.
+    """
+    layers, num_slots = physical_to_logical.shape
+    count = _count(physical_to_logical, num_logical)
+    by_expert, slots = physical_to_logical.sort(dim=1, stable=True)
+    # The empty slots, which sort first, all end in one spare place behind the table.
+    empty = num_slots - count.sum(1, keepdim=True)
+    first = torch.cat([torch.zeros_like(empty), empty + count.cumsum(1) - count], dim=1)
+    replica = torch.arange(num_slots, device=slots.device) - first.gather(1, by_expert + 1)
+    width = max(1, int(count.max()))
+    spare = num_logical * width
+    place = torch.where(by_expert < 0, spare, by_expert * width + replica)
+    table = torch.full((layers, spare + 1), -1, device=slots.device)
+    return table.scatter_(1, place, slots)[:, :spare].reshape(layers, num_logical, width)
+
+
+def _count(physical_to_logical: torch.Tensor, num_logical: int) -> torch.Tensor:
+    """int64 [layers, logical]: how many slots hold each expert; column 0 before the cut is of empty slots."""
+    ids = physical_to_logical + 1
+    count = ids.new_zeros(ids.shape[0], num_logical + 1)
+    return count.scatter_add_(1, ids, torch.ones_like(ids))[:, 1:].contiguous()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 
 import torch
 
@@ -17,18 +20,22 @@ class Topology:
 
     Attributes:
         num_ranks: ranks (GPUs) in the expert-parallel group.
-        num_slots: physical experts over all ranks; every rank holds `num_slots / num_ranks` of them.
+        num_slots: physical experts over all ranks.
         num_nodes: nodes; node `k` holds ranks `k * num_ranks / num_nodes` and following.
         num_groups: groups of logical experts in each layer (1 where routing is not group-limited).
+        rank_slots: slots of each rank, 0 or more, `num_slots` in all; None where every rank has
+            `num_slots / num_ranks` of them, also when it was given with equal numbers.
 
     Raises:
-        TopologyError: a number is not a positive integer, or ranks or slots do not divide evenly.
+        TopologyError: a number is not a positive integer, ranks or slots do not divide evenly, or
+            `rank_slots` does not add up.
     """
 
     num_nodes: int = 1
     num_ranks: int
     num_slots: int
     num_groups: int = 1
+    rank_slots: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_nodes", "num_ranks", "num_slots", "num_groups"):
@@ -39,12 +46,65 @@ class Topology:
                 raise TopologyError(f"{name}={value} is below 1")
         if self.num_ranks % self.num_nodes:
             raise TopologyError(f"num_ranks={self.num_ranks} is not divisible by num_nodes={self.num_nodes}")
-        if self.num_slots % self.num_ranks:
+        if self.rank_slots is not None:
+            self._check_rank_slots(tuple(self.rank_slots))
+        if self.is_even and self.num_slots % self.num_ranks:
             raise TopologyError(f"num_slots={self.num_slots} is not divisible by num_ranks={self.num_ranks}")
+
+    def _check_rank_slots(self, rank_slots: tuple[int, ...]) -> None:
+        wrong = [slots for slots in rank_slots if isinstance(slots, bool) or not isinstance(slots, int)]
+        if wrong:
+            raise TopologyError(f"rank_slots={rank_slots} holds {wrong[0]!r}, which is not an integer")
+        if min(rank_slots, default=0) < 0:
+            raise TopologyError(f"rank_slots={rank_slots} holds {min(rank_slots)}, which is below 0")
+        if len(rank_slots) != self.num_ranks:
+            raise TopologyError(
+                f"rank_slots={rank_slots} is for {len(rank_slots)} ranks, num_ranks={self.num_ranks}"
+            )
+        if sum(rank_slots) != self.num_slots:
+            raise TopologyError(
+                f"rank_slots={rank_slots} are {sum(rank_slots)} slots in all, num_slots={self.num_slots}"
+            )
+        # Equal numbers are None, so that topologies compare, hash and plan alike however they were given.
+        even = len(set(rank_slots)) == 1
+        object.__setattr__(self, "rank_slots", None if even else rank_slots)
+
+    @property
+    def is_even(self) -> bool:
+        """Whether every rank has equally many slots."""
+        return self.rank_slots is None
 
     @property
     def slots_per_rank(self) -> int:
+        """Slots of every rank; TopologyError where ranks differ, see `slots_by_rank`."""
+        if self.rank_slots is not None:
+            raise TopologyError(
+                f"rank_slots={self.rank_slots}: this needs equally many slots on every rank, and ranks differ"
+            )
         return self.num_slots // self.num_ranks
+
+    @cached_property
+    def slots_by_rank(self) -> tuple[int, ...]:
+        """Slots of each rank, even or not."""
+        return self.rank_slots or (self.slots_per_rank,) * self.num_ranks
+
+    @cached_property
+    def first_slots(self) -> tuple[int, ...]:
+        """[num_ranks + 1]: the first slot of each rank, and `num_slots`."""
+        return tuple(accumulate(self.slots_by_rank, initial=0))
+
+    @property
+    def most_slots(self) -> int:
+        """Slots of the rank that has most."""
+        return max(self.slots_by_rank)
+
+    @cached_property
+    def has_like_nodes(self) -> bool:
+        """Whether the ranks of every node have the same slots, one by one."""
+        if self.rank_slots is None:
+            return True
+        width = self.ranks_per_node
+        return self.rank_slots == self.rank_slots[:width] * self.num_nodes
 
     @property
     def ranks_per_node(self) -> int:
@@ -52,11 +112,17 @@ class Topology:
 
     @property
     def slots_per_node(self) -> int:
+        """Slots of every node; TopologyError where nodes are not alike."""
+        if not self.has_like_nodes:
+            raise TopologyError(
+                f"rank_slots={self.rank_slots}: this needs the same slots on all {self.num_nodes} nodes"
+            )
         return self.num_slots // self.num_nodes
 
     def is_hierarchical(self, num_logical: int) -> bool:
-        """Whether groups can be packed to nodes: nodes divide groups and groups divide experts."""
-        return self.num_groups % self.num_nodes == 0 and num_logical % self.num_groups == 0
+        """Whether groups can be packed to nodes: nodes are alike and divide groups, groups divide experts."""
+        divides = self.num_groups % self.num_nodes == 0 and num_logical % self.num_groups == 0
+        return divides and self.has_like_nodes
 
     def check_experts(self, num_logical: int) -> None:
         """Raise TopologyError if `num_logical` experts cannot each have a slot."""
@@ -67,12 +133,60 @@ class Topology:
                 f"num_logical={num_logical} experts do not fit into num_slots={self.num_slots}"
             )
 
+    def living_ranks(self, active_ranks: Sequence[bool] | torch.Tensor | None) -> tuple[bool, ...]:
+        """`active_ranks`, bool [ranks] or None for all of them, checked.
+
+        Raises:
+            TopologyError: it is not a bool for each rank, or no rank is alive.
+        """
+        if active_ranks is None:
+            return (True,) * self.num_ranks
+        if isinstance(active_ranks, torch.Tensor):
+            if active_ranks.dtype != torch.bool or active_ranks.dim() != 1:
+                raise TopologyError(
+                    f"active_ranks is {active_ranks.dtype} {tuple(active_ranks.shape)}, "
+                    f"not bool [{self.num_ranks}]"
+                )
+            active_ranks = active_ranks.tolist()
+        alive = tuple(active_ranks)
+        for rank, value in enumerate(alive):
+            if not isinstance(value, bool):
+                raise TopologyError(f"active_ranks has {value!r} for rank {rank}, not a bool")
+        if len(alive) != self.num_ranks:
+            raise TopologyError(f"active_ranks is for {len(alive)} ranks, num_ranks={self.num_ranks}")
+        if not any(alive):
+            raise TopologyError(f"active_ranks leaves none of {self.num_ranks} ranks alive")
+        return alive
+
     def rank_of_slot(self, device: torch.device | str | None = None) -> torch.Tensor:
         """The rank of every slot: int64 [slots]."""
-        return torch.arange(self.num_slots, device=device) // self.slots_per_rank
+        if self.is_even:
+            return torch.arange(self.num_slots, device=device) // self.slots_per_rank
+        ranks = torch.arange(self.num_ranks).repeat_interleave(torch.tensor(self.slots_by_rank))
+        return ranks.to(device or "cpu")
 
     def slots_of_rank(self, rank: int) -> slice:
         """The slots of `rank`, as a slice of any slot axis."""
         if not 0 <= rank < self.num_ranks:
             raise TopologyError(f"rank={rank} is outside 0..{self.num_ranks - 1}")
-        return slice(rank * self.slots_per_rank, (rank + 1) * self.slots_per_rank)
+        return slice(self.first_slots[rank], self.first_slots[rank + 1])
+
+    def by_rank(self, values: torch.Tensor, filler: float) -> torch.Tensor:
+        """[..., slots] as [..., ranks, most_slots], with `filler` where a rank has fewer slots than that."""
+        if self.is_even:
+            return values.reshape(*values.shape[:-1], self.num_ranks, self.slots_per_rank)
+        filled = values.new_full((*values.shape[:-1], self.num_ranks * self.most_slots), filler)
+        filled[..., self._places.to(values.device)] = values
+        return filled.view(*values.shape[:-1], self.num_ranks, self.most_slots)
+
+    def from_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        """The inverse of `by_rank`: [..., ranks, most_slots] as [..., slots], without the filler."""
+        flat = values.flatten(-2)
+        return flat if self.is_even else flat[..., self._places.to(values.device)]
+
+    @cached_property
+    def _places(self) -> torch.Tensor:
+        """int64 [slots]: where each slot goes when every rank is given `most_slots`."""
+        rank = self.rank_of_slot()
+        place = torch.arange(self.num_slots) - torch.tensor(self.first_slots)[rank]
+        return rank * self.most_slots + place

@@ -502,7 +502,7 @@ BAD_PLACEMENTS = {
         "no slot for expert 1",
     ),
     "huge id": ("a.json", json.dumps(OURS | {"physical_to_logical": [[0, 10**30]]}), "a.json"),
-    "negative id": ("a.json", json.dumps(OURS | {"physical_to_logical": [[0, -1]]}), "holds expert -1"),
+    "negative id": ("a.json", json.dumps(OURS | {"physical_to_logical": [[0, -2]]}), "holds expert -2"),
     "sglang float": ("a.json", '{"physical_to_logical_map": [[0, 1.5]]}', "physical_to_logical_map.0.1: "),
     "sglang empty": ("a.json", '{"physical_to_logical_map": []}', "has no layer 0; it has none"),
     "sglang more": ("a.json", '{"physical_to_logical_map": [[0, 1]], "x": 1}', "x: Extra inputs"),

@@ -94,7 +94,7 @@ def test_layers_of_two_placements_mix():
         (torch.tensor([0, 1]), 2, r"shape \(2,\)"),
         (torch.zeros(1, 0, dtype=torch.int64), 2, r"shape \(1, 0\)"),
         (torch.tensor([[0.0, 1.0]]), 2, "float32"),
-        (torch.tensor([[0, -1]]), 2, "layer 0, slot 1 holds expert -1"),
+        (torch.tensor([[0, -2]]), 2, "layer 0, slot 1 holds expert -2, outside 0..1 .-1 for an empty slot"),
         (torch.tensor([[0, 1], [0, 2]]), 2, "layer 1, slot 1 holds expert 2, outside 0..1"),
         (torch.tensor([[0, 1], [0, 0]]), 2, "layer 1 has no slot for expert 1 of 2"),
         (torch.tensor([[0, 1]]), 0, "num_logical=0"),

@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 import torch
 
-from ..errors import TraceError
+from ..errors import PlacementError, TopologyError, TraceError
 from ..files import MAX_TEXT_BYTES, read_bytes
 from ..placement import Placement
 from ..topology import Topology
@@ -30,6 +30,8 @@ PLACEMENT_FORMATS: Mapping[str, Callable[[Path, Placement, tuple[int, ...], Topo
 )
 """What writes each format, by name."""
 
+_EMPTY_SLOTS = frozenset({"json"})  # formats that can say that a slot is empty; engines cannot load that
+
 
 def write_placement(
     path: str | Path, placement: Placement, layer_ids: tuple[int, ...], topology: Topology, form: str
@@ -37,10 +39,19 @@ def write_placement(
     """Write `placement`, whose rows are of the layers `layer_ids` of the model.
 
     Raises:
-        TraceError: there is no such format, or the file cannot be written.
+        TraceError: there is no such format, or the file cannot be written. TopologyError: ranks differ in
+            slots. PlacementError: slots are empty, for which only `json` has a way to say so.
     """
     if form not in PLACEMENT_FORMATS:
         raise TraceError(f"no format {form!r} of placements; there are {', '.join(PLACEMENT_FORMATS)}")
+    if not topology.is_even:
+        raise TopologyError(f"no format of placements has room for rank_slots={topology.rank_slots}")
+    if placement.has_empty_slots and form not in _EMPTY_SLOTS:
+        layer, slot = (placement.physical_to_logical < 0).nonzero()[0].tolist()
+        raise PlacementError(
+            f"layer {layer}, slot {slot} is empty, which the format {form!r} cannot say; "
+            f"{', '.join(sorted(_EMPTY_SLOTS))} can"
+        )
     PLACEMENT_FORMATS[form](Path(path), placement, layer_ids, topology)
 
 

@@ -54,26 +54,31 @@ def plan_from_scratch(
     Returns:
         physical_to_logical: int64 [layers, slots].
     """
-    current = torch.empty((weight.shape[1], 0), dtype=torch.int64)
-    return _run(weight, topology, expert_node, current, 0.0, 0, rounds, candidates, patience, tolerance, seed)
+    none = torch.empty((weight.shape[1], 0), dtype=torch.int64)
+    return _run(
+        weight, topology, expert_node, none, none, 0.0, 0, rounds, candidates, patience, tolerance, seed
+    )
 
 
 def grow(
     weight: torch.Tensor,
     topology: Topology,
     current: torch.Tensor,
+    start: torch.Tensor,
     *,
     price: float,
     max_moves: int,
     rounds: int,
     tolerance: float,
 ) -> torch.Tensor:
-    """Improve `current` [layers, slots] by swaps and changes of replicas that earn the price of their moves.
+    """Improve `start` [layers, slots] by swaps and changes of replicas that earn the price of their moves.
 
-    Arguments and result as for `plan_from_scratch`; experts stay on the node where they are.
+    Moves are counted from `current` [layers, slots], which is `start` or, where something had to be
+    completed, lacks some of it (-1). Experts stay on the node where they are; the rest is as for
+    `plan_from_scratch`.
     """
     unused = torch.zeros(weight.shape[1:], dtype=torch.int64)
-    return _run(weight, topology, unused, current, price, max_moves, rounds, 1, 1, tolerance, 0)
+    return _run(weight, topology, unused, current, start, price, max_moves, rounds, 1, 1, tolerance, 0)
 
 
 def pack_rows(
@@ -102,14 +107,15 @@ def pack_rows(
     return slot // topology.slots_per_rank, slot % topology.slots_per_rank
 
 
-def step_peaks(weight: torch.Tensor, physical_to_logical: torch.Tensor, num_ranks: int) -> torch.Tensor:
+def step_peaks(weight: torch.Tensor, physical_to_logical: torch.Tensor, topology: Topology) -> torch.Tensor:
     """The peak rank load of each snapshot and layer, float64 [snapshots, layers], of a load on the CPU."""
     from . import table_kernels
 
     peaks = np.empty(weight.shape[:2])
     load, ids = _array(weight), _array(physical_to_logical)
+    first_slot = np.array(topology.first_slots, _INT64)
     _over_layers(
-        lambda first, last: table_kernels.peak_loads(load, ids, num_ranks, first, last, peaks), weight
+        lambda first, last: table_kernels.peak_loads(load, ids, first_slot, first, last, peaks), weight
     )
     return torch.from_numpy(peaks)
 
@@ -127,12 +133,13 @@ def condense_loads(load: torch.Tensor, weights: list[float], bins: list[int]) ->
 
 
 def keep_slots(
-    new: torch.Tensor, current: torch.Tensor, num_ranks: int, num_logical: int
+    new: torch.Tensor, current: torch.Tensor, topology: Topology, num_logical: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`new` with the slots of each rank in an order in which experts that stay keep theirs.
 
     Args:
-        new, current: int64 [layers, slots] on the CPU, experts below `num_logical`.
+        new, current: int64 [layers, slots] on the CPU, experts below `num_logical`; -1 in `current` for an
+            empty slot.
 
     Returns:
         int64 [layers, slots]; and int64 [layers] each: experts that a rank gets and did not hold, and slots
@@ -140,10 +147,10 @@ def keep_slots(
     """
     from . import table_kernels
 
-    ids, in_force = _array(new), _array(current)
+    ids, in_force, first_slot = _array(new), _array(current), np.array(topology.first_slots, _INT64)
     kept, moves = np.empty_like(ids), np.empty(len(ids), _INT64)
     shared = np.empty((2, len(ids)), _INT64)
-    table_kernels.keep_slots(ids, in_force, num_ranks, num_logical, kept, moves, shared)
+    table_kernels.keep_slots(ids, in_force, first_slot, num_logical, kept, moves, shared)
     after, before = torch.from_numpy(shared)
     return torch.from_numpy(kept), torch.from_numpy(moves), after, before
 
@@ -154,10 +161,10 @@ def compile_kernels() -> None:
     load = torch.arange(1.0, 5.0, dtype=torch.float64).expand(2, 1, -1).contiguous()
     node = torch.zeros(1, 4, dtype=torch.int64)
     ids = plan_from_scratch(load, topology, node, rounds=4, candidates=2, patience=1, tolerance=0.0, seed=0)
-    grow(load, topology, ids, price=0.0, max_moves=4, rounds=4, tolerance=0.0)
-    step_peaks(load, ids, topology.num_ranks)
+    grow(load, topology, ids, ids, price=0.0, max_moves=4, rounds=4, tolerance=0.0)
+    step_peaks(load, ids, topology)
     condense_loads(load, [1.0, 1.0], [0, 1])
-    keep_slots(ids, ids, topology.num_ranks, 4)
+    keep_slots(ids, ids, topology, 4)
 
 
 def _run(
@@ -165,6 +172,7 @@ def _run(
     topology: Topology,
     expert_node: torch.Tensor,
     current: torch.Tensor,
+    start: torch.Tensor,
     price: float,
     max_moves: int,
     rounds: int,
@@ -176,17 +184,26 @@ def _run(
     # Importing numba takes a while and reads the environment: only when it is needed.
     from . import kernels
 
-    result = np.empty((weight.shape[1], topology.num_slots), _INT64)
-    load, node, start = _array(weight), _array(expert_node), _array(current)
+    num_layers = weight.shape[1]
+    if not topology.is_even:
+        # The closed slots, and the expert in them that weighs nothing.
+        closed = weight.shape[2]
+        weight = torch.nn.functional.pad(weight, (0, 1))
+        expert_node = torch.nn.functional.pad(expert_node, (0, 1), value=-1)
+        if start.shape[1]:
+            current, start = (topology.by_rank(ids, closed).flatten(1) for ids in (current, start))
+    result = np.empty((num_layers, topology.num_ranks * topology.most_slots), _INT64)
+    room = np.array(topology.slots_by_rank, _INT64)
+    load, node, held, begin = (_array(x) for x in (weight, expert_node, current, start))
 
     def work(first: int, last: int) -> None:
         kernels.plan_layers(
-            load, first, last, topology.num_ranks, topology.ranks_per_node, node, start, price, max_moves,
-            rounds, candidates, patience, tolerance, seed, result,
+            load, first, last, topology.num_ranks, topology.ranks_per_node, room, node, held, begin, price,
+            max_moves, rounds, candidates, patience, tolerance, seed, result,
         )  # fmt: skip
 
     _over_layers(work, weight)
-    return torch.from_numpy(result)
+    return topology.from_ranks(torch.from_numpy(result).view(num_layers, topology.num_ranks, -1))
 
 
 def _over_layers(work: Any, weight: torch.Tensor) -> None:

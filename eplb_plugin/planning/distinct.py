@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from ..topology import Topology
+from .replication import replica_slots
 
-__all__ = ["shared_replicas", "spread_over_ranks"]
+__all__ = ["replace_repeats", "shared_replicas", "spread_over_ranks"]
 
 _PEAK_ALLOWANCE = 0.01  # an exchange may raise the peak by this share
 _SENTINEL = torch.inf
@@ -14,11 +15,10 @@ _SENTINEL = torch.inf
 
 def shared_replicas(physical_to_logical: torch.Tensor, topology: Topology) -> torch.Tensor:
     """Slots whose expert sits in a lower slot of the same rank too: bool [layers, slots]."""
-    ids = physical_to_logical.reshape(-1, topology.slots_per_rank)
-    by_expert, order = ids.sort(dim=1, stable=True)
-    repeated = torch.zeros_like(ids, dtype=torch.bool)
-    repeated[:, 1:] = by_expert[:, 1:] == by_expert[:, :-1]
-    return torch.empty_like(repeated).scatter_(1, order, repeated).view_as(physical_to_logical)
+    by_expert, order = topology.by_rank(physical_to_logical, -1).sort(dim=2, stable=True)
+    repeated = torch.zeros_like(by_expert, dtype=torch.bool)
+    repeated[:, :, 1:] = by_expert[:, :, 1:] == by_expert[:, :, :-1]
+    return topology.from_ranks(torch.empty_like(repeated).scatter_(2, order, repeated))
 
 
 def spread_over_ranks(
@@ -58,9 +58,44 @@ def spread_over_ranks(
     return result
 
 
+def replace_repeats(
+    physical_to_logical: torch.Tensor, load: torch.Tensor, topology: Topology
+) -> torch.Tensor:
+    """Give slots that repeat an expert of their rank to experts of the node that the rank lacks.
+
+    Where ranks differ in slots, counts may be such that no exchange puts every replica on a rank of its own.
+    As with exchanges, the peak of a layer may rise by 1 %, and the expert that leaves it lowest is taken.
+
+    Args:
+        physical_to_logical: int64 [layers, slots].
+        load: float64 [snapshots, layers, logical], exact.
+        topology: as from `effective_topology`.
+    """
+    result = physical_to_logical.clone()
+    num_logical = load.shape[2]
+    rank_of_slot = topology.rank_of_slot(result.device)
+    node = rank_of_slot // topology.ranks_per_node
+    limit = _peak(result, load / replica_slots(result, num_logical), topology) * (1 + _PEAK_ALLOWANCE)
+    for layer, slot in shared_replicas(result, topology).nonzero().tolist():
+        row = result[layer]
+        possible = torch.zeros(num_logical, dtype=torch.bool, device=result.device)
+        possible[row[node == node[slot]]] = True
+        possible[row[rank_of_slot == rank_of_slot[slot]]] = False
+        experts = possible.nonzero()[:, 0]
+        if not experts.numel():
+            continue
+        changed = row.repeat(experts.numel(), 1)
+        changed[:, slot] = experts
+        share = load[:, layer : layer + 1] / replica_slots(changed, num_logical)
+        peak = _peak(changed, share, topology)
+        if peak.min() <= limit[layer]:
+            result[layer] = changed[peak.argmin()]
+    return result
+
+
 def _rank_loads(ids: torch.Tensor, share: torch.Tensor, topology: Topology) -> torch.Tensor:
     placed = share.gather(2, ids.expand(share.shape[0], -1, -1))
-    return placed.view(*placed.shape[:2], topology.num_ranks, topology.slots_per_rank).sum(3)
+    return topology.by_rank(placed, 0.0).sum(3)
 
 
 def _peak(ids: torch.Tensor, share: torch.Tensor, topology: Topology) -> torch.Tensor:
@@ -81,9 +116,11 @@ def _best_exchange(
     rank_of_slot = topology.rank_of_slot(ids.device)
     rank = rank_of_slot[slot]
     expert = ids[row, slot]
-    per_rank = ids.view(layers, topology.num_ranks, topology.slots_per_rank)
+    # Where a rank has no slot it holds one more expert, which nothing else holds.
+    num_logical = share.shape[2]
+    per_rank = topology.by_rank(ids, num_logical)
     lacks_mine = ~(per_rank == expert[:, None, None]).any(2)
-    held_here = torch.zeros((layers, share.shape[2]), dtype=torch.bool, device=ids.device)
+    held_here = torch.zeros((layers, num_logical + 1), dtype=torch.bool, device=ids.device)
     held_here.scatter_(1, per_rank[row, rank], True)
     same_node = rank_of_slot // topology.ranks_per_node == (rank // topology.ranks_per_node)[:, None]
     possible = lacks_mine[:, rank_of_slot] & ~held_here.gather(1, ids) & same_node

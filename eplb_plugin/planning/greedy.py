@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ..errors import TopologyError
@@ -18,7 +20,9 @@ def items_per_pack(num_items: int, num_packs: int) -> int:
     return num_items // num_packs
 
 
-def lpt_packing(weight: torch.Tensor, num_packs: int) -> tuple[torch.Tensor, torch.Tensor]:
+def lpt_packing(
+    weight: torch.Tensor, num_packs: int, capacities: Sequence[int] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Each item, from the heaviest to the lightest, goes to the lightest pack that has room.
 
     Graham's longest-processing-time rule with a capacity, as in DeepSeek's EPLB; one step per item, all
@@ -26,14 +30,16 @@ def lpt_packing(weight: torch.Tensor, num_packs: int) -> tuple[torch.Tensor, tor
 
     Args:
         weight: float [X, n].
-        num_packs: packs per row; divides n.
+        num_packs: packs per row; divides n where no capacities are given.
+        capacities: items of each pack, n in all; None is n / num_packs of each.
 
     Returns:
         pack_index and rank_in_pack, both int64 [X, n].
     """
     rows, num_items = weight.shape
-    capacity = items_per_pack(num_items, num_packs)
-    if capacity == 1:
+    if capacities is None:
+        capacities = (items_per_pack(num_items, num_packs),) * num_packs
+    if max(capacities) == min(capacities) == 1:
         pack = torch.arange(num_items, device=weight.device).expand(rows, -1).contiguous()
         return pack, torch.zeros_like(pack)
     order = weight.sort(dim=1, descending=True, stable=True).indices
@@ -41,6 +47,7 @@ def lpt_packing(weight: torch.Tensor, num_packs: int) -> tuple[torch.Tensor, tor
     pack_index = torch.empty_like(order)
     rank_in_pack = torch.empty_like(order)
     load = torch.zeros((rows, num_packs), dtype=weight.dtype, device=weight.device)
+    capacity = torch.tensor(capacities, device=weight.device)
     used = torch.zeros((rows, num_packs), dtype=torch.int64, device=weight.device)
     row = torch.arange(rows, device=weight.device)
     for position in range(num_items):

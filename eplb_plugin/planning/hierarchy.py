@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 
 from ..topology import Topology
+from .greedy import lpt_packing
 from .replication import replica_slots, replicate
 
 __all__ = ["Packer", "effective_topology", "groups_within_nodes", "place_from_scratch"]
@@ -35,7 +36,8 @@ def place_from_scratch(
     Args:
         load: float64 [snapshots, layers, logical].
         topology: as from `effective_topology`.
-        pack: the packer of both packing steps.
+        pack: the packer of both packing steps; ranks that differ in slots are packed longest processing time
+            first, whatever it is.
         spread_replicas: give no expert more replicas than it has ranks to spread over.
 
     Returns:
@@ -64,18 +66,23 @@ def place_from_scratch(
     share = (node_load / count).gather(2, slot_expert.expand(num_snapshots, -1, -1))
 
     # Replicas to ranks.
-    rank, place = pack(share, topology.ranks_per_node)
-    slot = rank * topology.slots_per_rank + place
+    width = topology.ranks_per_node
+    if topology.is_even:
+        rank, place = pack(share, width)
+    else:
+        rank, place = lpt_packing(share.sum(0), width, topology.slots_by_rank[:width])
+    slot = torch.tensor(topology.first_slots[:width], device=load.device)[rank] + place
     placed = torch.empty_like(slot_expert).scatter_(1, slot, slot_expert)
     return in_node.view(num_layers * nodes, -1).gather(1, placed).view(num_layers, -1)
 
 
 def groups_within_nodes(ids: torch.Tensor, num_logical: int, topology: Topology) -> torch.Tensor:
-    """Whether each layer keeps every group within one node: bool [layers]."""
+    """Whether each layer keeps every group within one node: bool [layers]; empty slots (-1) break nothing."""
     if topology.num_nodes == 1:
         return torch.ones(ids.shape[0], dtype=torch.bool, device=ids.device)
-    group = ids // (num_logical // topology.num_groups)
+    filled = ids >= 0
+    group = ids.clamp(min=0) // (num_logical // topology.num_groups)
     node = torch.arange(topology.num_slots, device=ids.device) // topology.slots_per_node
     lowest = torch.full((ids.shape[0], topology.num_groups), topology.num_nodes, device=ids.device)
-    lowest.scatter_reduce_(1, group, node.expand_as(group), "amin")
-    return (lowest.gather(1, group) == node).all(1)
+    lowest.scatter_reduce_(1, group, torch.where(filled, node, topology.num_nodes), "amin")
+    return ((lowest.gather(1, group) == node) | ~filled).all(1)

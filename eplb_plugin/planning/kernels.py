@@ -13,6 +13,10 @@ With several snapshots the search lowers the smooth peak: the 16-norm of the ran
 summed over snapshots. It also counts ranks that are nearly the heaviest, any of which may be the heaviest
 in the next step, so it reaches the same balance on later traffic with about half the moves. A single
 load, which has no future to differ from, is planned for its true peak.
+
+Where ranks differ in slots, all are given as many as the largest. What a rank does not have is closed: it
+holds the last expert, which weighs nothing, counts as one replica, and as held by every rank, so that no
+exchange takes or gives one. Its id is called `closed`, and is -1 where every slot is open.
 """
 
 from __future__ import annotations
@@ -35,16 +39,18 @@ _UNBOUNDED = 1 << 40
 
 @_compile
 def plan_layers(
-    weight, first, last, num_ranks, ranks_per_node, expert_node, current, price, max_moves, rounds,
-    candidates, patience, tolerance, seed, result,
+    weight, first, last, num_ranks, ranks_per_node, room, expert_node, current, start, price, max_moves,
+    rounds, candidates, patience, tolerance, seed, result,
 ):  # fmt: skip
     """Plan layers `first..last-1`, writing `result`.
 
     Args:
         weight: float64 [snapshots, layers, logical], tokens times the weight of their snapshot.
         num_ranks, ranks_per_node: the topology.
-        expert_node: int64 [layers, logical], the node that each expert belongs to.
-        current: int64 [layers, slots], the placement to grow from, or [layers, 0] to start from scratch.
+        room: int64 [ranks], open slots of each rank; the others of a rank come last.
+        expert_node: int64 [layers, logical], the node that each expert belongs to; -1 for the closed one.
+        current: int64 [layers, slots], what is held now, -1 for an empty slot: moves are counted from it.
+        start: int64 [layers, slots], the placement to grow from, or [layers, 0] to start from scratch.
         price: what a move costs, as a share of the mean rank load.
         max_moves: most moves per layer away from `current`.
         rounds: most rounds of improvement per candidate.
@@ -55,6 +61,7 @@ def plan_layers(
         result: int64 [layers, slots], written.
     """
     num_snapshots, _, num_logical = weight.shape
+    closed = num_logical - 1 if room.sum() < result.shape[1] else -1
     scaled = np.empty((num_snapshots, num_logical), np.float32)
     for layer in range(first, last):
         total = 0.0
@@ -62,31 +69,35 @@ def plan_layers(
             for expert in range(num_logical):
                 total += weight[snapshot, layer, expert]
         if total <= 0.0:
-            if current.shape[1]:
-                result[layer] = current[layer]
+            if start.shape[1]:
+                result[layer] = start[layer]
                 continue
             # Nothing to balance, but replicas still belong on distinct ranks: plan for even loads.
             scaled[:] = np.float32(num_ranks / (num_snapshots * num_logical))
+            if closed >= 0:
+                scaled[:, closed] = np.float32(0.0)
         else:
             scale = num_ranks / total
             for snapshot in range(num_snapshots):
                 for expert in range(num_logical):
                     scaled[snapshot, expert] = np.float32(weight[snapshot, layer, expert] * scale)
-        if current.shape[1]:
+        if start.shape[1]:
             _grow(
-                scaled, current[layer], num_ranks, ranks_per_node, price, max_moves, rounds, tolerance,
-                result[layer],
+                scaled, current[layer], start[layer], num_ranks, ranks_per_node, room, closed, price,
+                max_moves, rounds, tolerance, result[layer],
             )  # fmt: skip
         else:
             _from_scratch(
-                scaled, expert_node[layer], num_ranks, ranks_per_node, rounds, candidates, patience,
-                tolerance, seed, result[layer],
+                scaled, expert_node[layer], num_ranks, ranks_per_node, room, closed, rounds, candidates,
+                patience, tolerance, seed, result[layer],
             )  # fmt: skip
 
 
 @_compile
-def _grow(scaled, current, num_ranks, ranks_per_node, price, max_moves, rounds, tolerance, best):
-    """Grow a placement from `current`, for the lowest peak plus price of its moves, into `best`.
+def _grow(
+    scaled, current, start, num_ranks, ranks_per_node, room, closed, price, max_moves, rounds, tolerance, best
+):
+    """Grow a placement from `start`, for the lowest peak plus price of its moves from `current`, into `best`.
 
     One start is the placement as it is. Single exchanges rarely find their way to other replica counts, so
     another starts from counts chosen anew, somewhat in favour of those in force.
@@ -101,31 +112,34 @@ def _grow(scaled, current, num_ranks, ranks_per_node, price, max_moves, rounds, 
     count = np.zeros(num_logical, np.int64)
     expert_node = np.zeros(num_logical, np.int64)
     for slot in range(num_slots):
-        count[current[slot]] += 1
-        expert_node[current[slot]] = slot // capacity // ranks_per_node
+        count[start[slot]] += 1
+        expert_node[start[slot]] = slot // capacity // ranks_per_node
+    if closed >= 0:
+        count[closed], expert_node[closed] = 1, -1
     # A few rounds tell which of the two starts is better; only that one is carried through.
     race = min(rounds, _RACE_ROUNDS)
-    best[:] = current
+    best[:] = start
     peak, moves, done = _lower_smooth_peak(
-        scaled, best, current, num_ranks, ranks_per_node, price, max_moves, race, tolerance
+        scaled, best, current, closed, num_ranks, ranks_per_node, price, max_moves, race, tolerance
     )
-    target = _replicate(total, expert_node, count, _HYSTERESIS, num_slots, num_ranks, ranks_per_node)
+    target = _replicate(total, expert_node, count, _HYSTERESIS, room.sum(), num_ranks, ranks_per_node)
     changes = 0
     for expert in range(num_logical):
         changes += max(0, target[expert] - count[expert])
     if 0 < changes <= max_moves:
-        slot_expert = current.copy()
+        slot_expert = start.copy()
         _regrow(total, count, target, slot_expert, num_ranks, ranks_per_node)
         other_peak, other_moves, other_done = _lower_smooth_peak(
-            scaled, slot_expert, current, num_ranks, ranks_per_node, price, max_moves, race, tolerance
+            scaled, slot_expert, current, closed, num_ranks, ranks_per_node, price, max_moves, race, tolerance
         )
         if other_moves <= max_moves and other_peak + price * other_moves < peak + price * moves:
             best[:] = slot_expert
             done = other_done
     if not done:
         _lower_smooth_peak(
-            scaled, best, current, num_ranks, ranks_per_node, price, max_moves, rounds - race, tolerance
-        )
+            scaled, best, current, closed, num_ranks, ranks_per_node, price, max_moves, rounds - race,
+            tolerance,
+        )  # fmt: skip
 
 
 @_compile
@@ -179,8 +193,9 @@ def _regrow(total, count, target, slot_expert, num_ranks, ranks_per_node):
 
 @_compile
 def _from_scratch(
-    scaled, expert_node, num_ranks, ranks_per_node, rounds, candidates, patience, tolerance, seed, best
-):
+    scaled, expert_node, num_ranks, ranks_per_node, room, closed, rounds, candidates, patience, tolerance,
+    seed, best,
+):  # fmt: skip
     """Candidates from nothing, each improved; the one with the lowest peak goes to `best`."""
     num_snapshots, num_logical = scaled.shape
     slot_expert = np.empty(best.shape[0], np.int64)
@@ -189,19 +204,20 @@ def _from_scratch(
         for expert in range(num_logical):
             total[expert] += scaled[snapshot, expert]
     ones = np.ones(num_logical, np.int64)
-    count = _replicate(total, expert_node, ones, 1.0, best.shape[0], num_ranks, ranks_per_node)
-    bound = max(1.0, _packing_bound(scaled, count, best.shape[0] // num_ranks))
+    count = _replicate(total, expert_node, ones, 1.0, room.sum(), num_ranks, ranks_per_node)
+    bound = max(1.0, _packing_bound(scaled, count, 1 if closed >= 0 else best.shape[0] // num_ranks))
     best_peak = np.inf
     failures = 0
     for candidate in range(candidates):
-        _hand_out(total, count, expert_node, num_ranks, ranks_per_node, candidate, seed, slot_expert)
+        _hand_out(total, count, expert_node, ranks_per_node, room, closed, candidate, seed, slot_expert)
         if num_snapshots == 1:
-            peak = _lower_peak(scaled, slot_expert, num_ranks, ranks_per_node, rounds, tolerance)
+            peak = _lower_peak(scaled, slot_expert, closed, num_ranks, ranks_per_node, rounds, tolerance)
         else:
             peak, _, _ = _lower_smooth_peak(
                 scaled,
                 slot_expert,
                 slot_expert,
+                closed,
                 num_ranks,
                 ranks_per_node,
                 0.0,
@@ -283,12 +299,14 @@ def _mix(x):
 
 
 @_compile
-def _hand_out(total, count, expert_node, num_ranks, ranks_per_node, candidate, seed, slot_expert):
+def _hand_out(total, count, expert_node, ranks_per_node, room, closed, candidate, seed, slot_expert):
     """Longest processing time with capacity: each replica to the lightest rank of its node that has room
     and lacks the expert. Candidates after the first take the replicas in a noisy order."""
     num_logical = total.shape[0]
     num_slots = slot_expert.shape[0]
+    num_ranks = room.shape[0]
     capacity = num_slots // num_ranks
+    slot_expert[:] = closed
     key = np.empty(num_logical, np.float64)
     for expert in range(num_logical):
         key[expert] = -total[expert] / count[expert]
@@ -302,13 +320,15 @@ def _hand_out(total, count, expert_node, num_ranks, ranks_per_node, candidate, s
     used = np.zeros(num_ranks, np.int64)
     last_of = np.full(num_ranks, -1, np.int64)  # the expert that a rank got last: its replicas come in a row
     for expert in order:
+        if expert == closed:
+            continue
         share = total[expert] / count[expert]
         start = expert_node[expert] * ranks_per_node
         for _ in range(count[expert]):
             chosen = -1
             fallback = -1
             for rank in range(start, start + ranks_per_node):
-                if used[rank] < capacity:
+                if used[rank] < room[rank]:
                     if last_of[rank] != expert:
                         if chosen < 0 or load[rank] < load[chosen]:
                             chosen = rank
@@ -324,7 +344,7 @@ def _hand_out(total, count, expert_node, num_ranks, ranks_per_node, candidate, s
 
 @_compile
 def _lower_smooth_peak(
-    scaled, slot_expert, current, num_ranks, ranks_per_node, price, max_moves, rounds, tolerance
+    scaled, slot_expert, current, closed, num_ranks, ranks_per_node, price, max_moves, rounds, tolerance
 ):
     """Lower the smooth peak by swaps and changes of replicas, in place.
 
@@ -345,7 +365,12 @@ def _lower_smooth_peak(
     for slot in range(num_slots):
         count[slot_expert[slot]] += 1
         held[slot_expert[slot], slot // capacity] += 1
-        origin[current[slot], slot // capacity] += 1
+        if current[slot] >= 0:
+            origin[current[slot], slot // capacity] += 1
+    if closed >= 0:
+        count[closed] = 1
+        held[closed] = 1
+        origin[closed] = 1
     moves = _count_moves(slot_expert, origin, capacity)
     share = np.empty((num_snapshots, num_slots), np.float32)
     load = np.empty((num_snapshots, num_ranks), np.float32)
@@ -636,7 +661,7 @@ def _best_change(
 
 
 @_compile
-def _lower_peak(scaled, slot_expert, num_ranks, ranks_per_node, rounds, tolerance):
+def _lower_peak(scaled, slot_expert, closed, num_ranks, ranks_per_node, rounds, tolerance):
     """Lower the peak of a single load by swaps and changes of replicas, in place; returns the peak.
 
     A round relieves the heaviest rank that can be relieved.
@@ -649,6 +674,9 @@ def _lower_peak(scaled, slot_expert, num_ranks, ranks_per_node, rounds, toleranc
     for slot in range(num_slots):
         count[slot_expert[slot]] += 1
         held[slot_expert[slot], slot // capacity] += 1
+    if closed >= 0:
+        count[closed] = 1
+        held[closed] = 1
     share = np.empty((1, num_slots), np.float32)
     load = np.empty((1, num_ranks), np.float32)
     slot_load = np.empty((1, num_slots), np.float32)

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 import torch
 
 from ..config import PlannerOptions
-from ..errors import LoadError, PlacementError
+from ..errors import LoadError, PlacementError, TopologyError
 from ..load import as_snapshots
-from ..placement import Placement
+from ..placement import Placement, checked_ids
 from ..topology import Topology
 from .backend import use_kernels
 from .bounds import peak_lower_bound
-from .distinct import shared_replicas, spread_over_ranks
+from .distinct import replace_repeats, shared_replicas, spread_over_ranks
+from .elastic import complete, missing_experts
 from .exact import to_exact
 from .greedy import lpt_packing
 from .hierarchy import effective_topology, place_from_scratch
+from .living import Living, living_part
 from .packing import pack_exact
 from .recency import condense
 from .search import search_placement
@@ -28,7 +31,7 @@ from .settling import settle
 __all__ = ["Plan", "plan", "rebalance_experts"]
 
 _logger = logging.getLogger(__name__)
-_told_global: set[tuple[int, int, int]] = set()
+_told_global: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
 
 
 @dataclass(frozen=True)
@@ -36,13 +39,15 @@ class Plan:
     """A planned placement.
 
     Attributes:
-        placement: what to put where.
-        balancedness: predicted, of the load that was planned from, mean over its snapshots.
+        placement: what to put where; the slots of dead ranks are empty (-1).
+        balancedness: predicted, of the load that was planned from, mean over its snapshots; of living ranks.
         moves: transfers of one expert's weights to one rank that lead from `current` to the placement; 0
             when no placement in force was given.
         seconds: time that planning took.
         hierarchical: whether groups were kept within nodes; False also when the numbers did not allow it.
         shared_replicas: replicas that sit on a rank beside another of the same expert, over all layers.
+        lost: (layer, expert) pairs, in rising order, that no living rank holds in `current`. They have slots
+            in the placement, but their weights have to come from the checkpoint; all else has a source.
     """
 
     placement: Placement
@@ -51,12 +56,14 @@ class Plan:
     seconds: float
     hierarchical: bool
     shared_replicas: int
+    lost: tuple[tuple[int, int], ...]
     _load: torch.Tensor = field(repr=False)
     _topology: Topology = field(repr=False)
 
     @cached_property
     def lower_bound(self) -> torch.Tensor:
-        """float64 [layers], tokens: no placement has a lower peak rank load (mean over the snapshots).
+        """float64 [layers], tokens: no placement has a lower peak rank load (mean over the snapshots) on the
+        living ranks.
 
         Compare it with the peak of `rank_loads` to see how much could be gained at most. It is computed
         when it is asked for, since that takes longer than planning.
@@ -69,6 +76,8 @@ def plan(
     topology: Topology,
     current: Placement | torch.Tensor | None = None,
     options: PlannerOptions | None = None,
+    *,
+    active_ranks: Sequence[bool] | torch.Tensor | None = None,
 ) -> Plan:
     """Plan a placement of every layer for a load. A pure function: same input, same plan, everywhere.
 
@@ -76,38 +85,54 @@ def plan(
         load: [layers, logical] or [snapshots, layers, logical] in time order, tokens; integer or float.
         topology: nodes, ranks, slots and groups.
         current: the placement in force, as a Placement or its int64 [layers, slots]; experts that stay on
-            a rank keep their slot.
+            a rank keep their slot. Slots may be empty (-1), those of a rank that has just joined, say; with
+            those or with `active_ranks` the tensor may also lack experts, see `Plan.lost`.
         options: policy, effort and seed.
+        active_ranks: bool [ranks], which ranks are alive; None is all of them. The slots of the others are
+            left empty, and what `current` has there is gone.
 
     Returns:
         The plan, its tensors on the device of `load`.
 
     Raises:
-        LoadError: a malformed load. TopologyError: more experts than slots. PlacementError: `current` does
-        not fit the load or the topology.
+        LoadError: a malformed load. TopologyError: more experts than living slots, a malformed mask, or the
+        objective `spread` where ranks differ in slots. PlacementError: `current` does not fit the load or the
+        topology.
     """
     started = time.perf_counter()
     options = options or PlannerOptions()
     snapshots = as_snapshots(load)
     num_logical = snapshots.shape[2]
-    topology.check_experts(num_logical)
-    in_force = _check_current(current, snapshots, topology)
-    usable = effective_topology(topology, num_logical)
-    _tell_global(topology, num_logical)
+    living = living_part(topology, active_ranks, num_logical)
+    current_ids = _check_current(current, snapshots, topology, active_ranks is not None)
+    usable = effective_topology(living.topology, num_logical)
+    hierarchical = usable.num_nodes == topology.num_nodes and living.topology.is_hierarchical(num_logical)
+    if not hierarchical:
+        _tell_global(topology, living, num_logical)
+    if options.objective == "spread" and not usable.is_even:
+        raise TopologyError(f"objective='spread' plans ranks with equal slots only, not {usable.rank_slots}")
 
-    current_ids = None if in_force is None else in_force.physical_to_logical
+    start = None
+    lost: tuple[tuple[int, int], ...] = ()
+    if current_ids is not None:
+        current_ids = living.compact(current_ids)
+        lost = missing_experts(current_ids, num_logical)
+        if lost or bool((current_ids < 0).any()):
+            weighted = condense(snapshots, options.snapshot_decay)
+            start = complete(current_ids.cpu(), weighted.cpu(), usable).to(snapshots.device)
     if options.policy == "greedy":
         ids = _greedy(snapshots, usable)
     else:
-        ids = _ensemble(snapshots, usable, options, current_ids)
-    settled = settle(snapshots, ids, current_ids, usable, options.min_gain)
+        ids = _ensemble(snapshots, usable, options, current_ids, start)
+    settled = settle(snapshots, ids, current_ids, usable, options.min_gain, start)
     return Plan(
-        placement=Placement(settled.physical_to_logical, num_logical),
+        placement=Placement(living.expand(settled.physical_to_logical), num_logical),
         balancedness=settled.balancedness,
         moves=settled.moves,
         seconds=time.perf_counter() - started,
-        hierarchical=topology.is_hierarchical(num_logical),
+        hierarchical=hierarchical,
         shared_replicas=settled.shared_replicas,
+        lost=lost,
         _load=snapshots,
         _topology=usable,
     )
@@ -155,17 +180,24 @@ def _greedy(load: torch.Tensor, topology: Topology) -> torch.Tensor:
 
 
 def _ensemble(
-    load: torch.Tensor, topology: Topology, options: PlannerOptions, current: torch.Tensor | None
+    load: torch.Tensor,
+    topology: Topology,
+    options: PlannerOptions,
+    current: torch.Tensor | None,
+    start: torch.Tensor | None,
 ) -> torch.Tensor:
     weighted = condense(load, options.snapshot_decay)
-    if use_kernels(load, options, current is not None):
-        on_host = None if current is None else current.cpu()
-        ids = search_placement(weighted.cpu(), topology, options, on_host).to(load.device)
+    # The tensor version packs ranks with equal slots only.
+    if not topology.is_even or use_kernels(load, options, current is not None):
+        held, begin = (None if x is None else x.cpu() for x in (current, start))
+        ids = search_placement(weighted.cpu(), topology, options, held, begin).to(load.device)
     else:
         ids = place_from_scratch(to_exact(weighted), topology, partial(_pack, options=options))
     if bool(shared_replicas(ids, topology).any()):
         count = Placement(ids, load.shape[2]).replica_count
         ids = spread_over_ranks(ids, to_exact(weighted) / count, topology)
+        if not topology.is_even:
+            ids = replace_repeats(ids, to_exact(weighted), topology)
     return ids
 
 
@@ -174,29 +206,47 @@ def _pack(weight: torch.Tensor, num_packs: int, options: PlannerOptions) -> tupl
 
 
 def _check_current(
-    current: Placement | torch.Tensor | None, load: torch.Tensor, topology: Topology
-) -> Placement | None:
+    current: Placement | torch.Tensor | None, load: torch.Tensor, topology: Topology, elastic: bool
+) -> torch.Tensor | None:
+    """`current` as int64 [layers, slots] on the device of `load`; experts may be missing where it has empty
+    slots or where `elastic`."""
     if current is None:
         return None
-    if not isinstance(current, Placement):
-        current = Placement(current, load.shape[2])
-    if (current.num_layers, current.num_logical) != tuple(load.shape[1:]):
+    num_layers, num_logical = load.shape[1:]
+    if isinstance(current, Placement):
+        ids, experts = current.physical_to_logical, current.num_logical
+    else:
+        ids, experts = checked_ids(current, num_logical), num_logical
+        if not elastic and not bool((ids < 0).any()):
+            Placement(ids, num_logical)
+    if (ids.shape[0], experts) != (num_layers, num_logical):
         raise LoadError(
-            f"load has {load.shape[1]} layers of {load.shape[2]} experts, "
-            f"the placement in force {current.num_layers} of {current.num_logical}"
+            f"load has {num_layers} layers of {num_logical} experts, "
+            f"the placement in force {ids.shape[0]} of {experts}"
         )
-    if current.num_slots != topology.num_slots:
+    if ids.shape[1] != topology.num_slots:
         raise PlacementError(
-            f"the placement in force has {current.num_slots} slots, the topology {topology.num_slots}"
+            f"the placement in force has {ids.shape[1]} slots, the topology {topology.num_slots}"
         )
-    return current.to(load.device)
+    return ids.to(load.device)
 
 
-def _tell_global(topology: Topology, num_logical: int) -> None:
+def _tell_global(topology: Topology, living: Living, num_logical: int) -> None:
     """Say once per combination that the hierarchical policy does not fit."""
-    key = (topology.num_nodes, topology.num_groups, num_logical)
-    if topology.is_hierarchical(num_logical) or key in _told_global:
+    numbers = (topology.num_nodes, topology.num_groups, num_logical)
+    divides = topology.num_groups % topology.num_nodes == 0 and num_logical % topology.num_groups == 0
+    key = (numbers, living.rank_slots if divides else ())
+    if key in _told_global:
         return
     _told_global.add(key)
+    if divides:
+        _logger.warning(
+            "planning globally: the %d nodes differ in the slots of their living ranks: %s",
+            topology.num_nodes,
+            living.rank_slots,
+        )
+        return
     level = logging.WARNING if topology.num_groups > 1 else logging.INFO
-    _logger.log(level, "planning globally: num_nodes=%d, num_groups=%d and %d experts do not divide", *key)
+    _logger.log(
+        level, "planning globally: num_nodes=%d, num_groups=%d and %d experts do not divide", *numbers
+    )

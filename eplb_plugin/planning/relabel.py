@@ -15,12 +15,12 @@ def overlap_ranks(
 ) -> torch.Tensor:
     """Exchange whole ranks within nodes, then whole nodes, for the fewest moves from `current`.
 
-    Ranks of a node do the same work under any names, and so do nodes, so this changes no peak. Each is an
-    assignment problem, solved exactly (the algorithm of Jonker and Volgenant, in scipy).
+    Ranks of a node with the same slots do the same work under any names, and so do nodes, so this changes no
+    peak. Each is an assignment problem, solved exactly (the algorithm of Jonker and Volgenant, in scipy).
 
     Args:
         physical_to_logical: int64 [layers, slots] on the CPU, the new placement.
-        current: int64 [layers, slots] on the CPU, the placement in force.
+        current: int64 [layers, slots] on the CPU, the placement in force, -1 for an empty slot.
         topology: nodes, ranks and slots.
 
     Returns:
@@ -30,10 +30,12 @@ def overlap_ranks(
     from scipy.optimize import linear_sum_assignment
 
     nodes, width = topology.num_nodes, topology.ranks_per_node
-    new = physical_to_logical.numpy().reshape(-1, topology.num_ranks, topology.slots_per_rank)
-    old = current.numpy().reshape(new.shape)
+    new, old = (topology.by_rank(ids, -1).numpy() for ids in (physical_to_logical, current))
     result = np.empty_like(new)
     num_logical = int(max(new.max(), old.max())) + 1
+    capacity = np.array(topology.slots_by_rank[:width])
+    # Worse than any overlap: ranks that differ in slots cannot exchange them.
+    penalty = np.where(capacity[:, None] == capacity, 0, -topology.num_slots)
     for layer in range(new.shape[0]):
         kept = _held(old[layer], num_logical) @ _held(new[layer], num_logical).T
         worth = np.zeros((nodes, nodes))
@@ -41,17 +43,17 @@ def overlap_ranks(
         for here in range(nodes):
             for there in range(nodes):
                 block = kept[here * width : (here + 1) * width, there * width : (there + 1) * width]
-                row, column = linear_sum_assignment(block, maximize=True)
+                row, column = linear_sum_assignment(block + penalty, maximize=True)
                 worth[here, there] = block[row, column].sum()
                 names[here, there] = column
         for here, there in zip(*linear_sum_assignment(worth, maximize=True), strict=True):
             at = slice(here * width, (here + 1) * width)
             result[layer, at] = new[layer, there * width + names[here, there]]
-    return torch.from_numpy(result).view_as(physical_to_logical)
+    return topology.from_ranks(torch.from_numpy(result))
 
 
 def _held(ids: np.ndarray, num_logical: int) -> np.ndarray:
     """float32 [ranks, logical]: 1 where a rank holds an expert."""
-    held = np.zeros((ids.shape[0], num_logical), np.float32)
-    np.put_along_axis(held, ids, 1.0, axis=1)
-    return held
+    held = np.zeros((ids.shape[0], num_logical + 1), np.float32)
+    np.put_along_axis(held, ids, 1.0, axis=1)  # -1 is the last column
+    return held[:, :num_logical]

@@ -18,7 +18,11 @@ _PATIENCE = 1  # candidates from scratch that may fail to improve on the best
 
 
 def search_placement(
-    load: torch.Tensor, topology: Topology, options: PlannerOptions, current: torch.Tensor | None
+    load: torch.Tensor,
+    topology: Topology,
+    options: PlannerOptions,
+    current: torch.Tensor | None,
+    start: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Plan with the compiled kernels.
 
@@ -30,21 +34,25 @@ def search_placement(
         load: float64 [snapshots, layers, logical] on the CPU, weighted by snapshot.
         topology: as from `effective_topology`.
         options: effort, price and bound of moves.
-        current: int64 [layers, slots] on the CPU, or None.
+        current: int64 [layers, slots] on the CPU, or None; where `start` is given it may have empty slots
+            (-1) and lack experts.
+        start: int64 [layers, slots] on the CPU, `current` completed; None is `current`.
 
     Returns:
         physical_to_logical: int64 [layers, slots].
     """
     if current is None:
         return _from_scratch(load, topology, options)
-    broken = ~groups_within_nodes(current, load.shape[2], topology)
-    ids = current.clone()
+    if start is None:
+        start = current
+    broken = ~groups_within_nodes(start, load.shape[2], topology)
+    ids = start.clone()
     if bool(broken.any()):
         whole = (~broken).nonzero()[:, 0]
         if whole.numel():
-            ids[whole] = _grow(load[:, whole], topology, options, current[whole])
+            ids[whole] = _grow(load[:, whole], topology, options, current[whole], start[whole])
     else:
-        ids = _grow(load, topology, options, current)
+        ids = _grow(load, topology, options, current, start)
     anew = broken
     if options.move_price == 0 and options.max_moves is None:
         anew = torch.ones_like(broken)
@@ -52,20 +60,25 @@ def search_placement(
         layers = anew.nonzero()[:, 0]
         some = load[:, layers].contiguous()
         fresh = overlap_ranks(_from_scratch(some, topology, options), current[layers], topology)
-        peaks = [step_peaks(some, x, topology.num_ranks).sum(0) for x in (fresh, ids[layers])]
+        peaks = [step_peaks(some, x, topology).sum(0) for x in (fresh, ids[layers])]
         better = (peaks[0] < peaks[1]) | broken[layers]
         ids[layers[better]] = fresh[better]
     return ids
 
 
 def _grow(
-    load: torch.Tensor, topology: Topology, options: PlannerOptions, current: torch.Tensor
+    load: torch.Tensor,
+    topology: Topology,
+    options: PlannerOptions,
+    current: torch.Tensor,
+    start: torch.Tensor,
 ) -> torch.Tensor:
     return grow(
         load,
         topology,
         current,
-        price=options.move_price / topology.slots_per_rank,
+        start,
+        price=options.move_price / (topology.num_slots / topology.num_ranks),
         max_moves=topology.num_slots if options.max_moves is None else options.max_moves,
         rounds=_ROUNDS * options.refine_rounds,
         tolerance=options.tolerance,

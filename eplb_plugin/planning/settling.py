@@ -34,7 +34,12 @@ class Settled:
 
 
 def settle(
-    load: torch.Tensor, ids: torch.Tensor, current: torch.Tensor | None, topology: Topology, min_gain: float
+    load: torch.Tensor,
+    ids: torch.Tensor,
+    current: torch.Tensor | None,
+    topology: Topology,
+    min_gain: float,
+    start: torch.Tensor | None = None,
 ) -> Settled:
     """Reorder the slots of each rank so that experts which it holds already stay where they are, and leave
     layers alone whose balancedness would rise by less than `min_gain`.
@@ -45,30 +50,35 @@ def settle(
     Args:
         load: float64 [snapshots, layers, logical].
         ids: int64 [layers, slots], the planned placement.
-        current: int64 [layers, slots], the placement in force, or None.
+        current: int64 [layers, slots], the placement in force, or None; where `start` is given it may have
+            empty slots (-1) and lack experts.
         topology: as from `effective_topology`.
         min_gain: the least rise, as a share.
+        start: int64 [layers, slots], `current` completed, for the layers that stay; None is `current`.
     """
     totals = load.sum(2)
     if current is None:
         peaks = _step_peaks(load, ids, topology)
         shared = int(shared_replicas(ids, topology).sum())
         return Settled(ids, _balancedness(totals, peaks, topology), 0, shared)
-    on_host, moves, shared_after, shared_before = keep_slots(
-        ids.cpu(), current.cpu(), topology.num_ranks, load.shape[2]
-    )
+    num_logical = load.shape[2]
+    on_host, moves, shared_after, shared_before = keep_slots(ids.cpu(), current.cpu(), topology, num_logical)
+    moves_before = torch.zeros_like(moves)
+    if start is not None:
+        _, moves_before, shared_before, _ = keep_slots(start.cpu(), current.cpu(), topology, num_logical)
+        current = start
     ids = on_host.to(load.device)
     peaks, peaks_before = (_step_peaks(load, x, topology) for x in (ids, current))
     mean = totals.sum(0) / topology.num_ranks
     gain = torch.where(mean > 0, mean / peaks.sum(0) - mean / peaks_before.sum(0), 0.0)
-    stays = (gain < min_gain) & groups_within_nodes(current, load.shape[2], topology)
+    stays = (gain < min_gain) & groups_within_nodes(current, num_logical, topology)
     stays &= (shared_before <= shared_after).to(load.device)
     peaks = torch.where(stays, peaks_before, peaks)
     stays_here = stays.cpu()
     return Settled(
         torch.where(stays[:, None], current, ids),
         _balancedness(totals, peaks, topology),
-        int(moves[~stays_here].sum()),
+        int(torch.where(stays_here, moves_before, moves).sum()),
         int(torch.where(stays_here, shared_before, shared_after).sum()),
     )
 
@@ -84,5 +94,5 @@ def _balancedness(totals: torch.Tensor, step_peaks: torch.Tensor, topology: Topo
 def _step_peaks(load: torch.Tensor, ids: torch.Tensor, topology: Topology) -> torch.Tensor:
     """float64 [snapshots, layers]: the peak rank load, by the compiled kernel where that can be used."""
     if load.device.type == "cpu":
-        return step_peaks(load, ids, topology.num_ranks)
+        return step_peaks(load, ids, topology)
     return rank_loads(load, Placement(ids, load.shape[2]), topology).amax(2)

@@ -14,16 +14,16 @@ _compile = numba.njit(nogil=True, cache=True, fastmath=False, boundscheck=False)
 
 
 @_compile
-def peak_loads(weight, slot_expert, num_ranks, first, last, peaks):
+def peak_loads(weight, slot_expert, first_slot, first, last, peaks):
     """Write the peak rank load of layers `first..last-1` to float64 `peaks` [snapshots, layers].
 
     Args:
         weight: float64 [snapshots, layers, logical], tokens.
         slot_expert: int64 [layers, slots].
+        first_slot: int64 [ranks + 1], the first slot of each rank, then the number of slots.
     """
     num_snapshots, _, num_logical = weight.shape
     num_slots = slot_expert.shape[1]
-    capacity = num_slots // num_ranks
     count = np.empty(num_logical, np.float64)
     share = np.empty(num_logical, np.float64)
     for layer in range(first, last):
@@ -34,9 +34,9 @@ def peak_loads(weight, slot_expert, num_ranks, first, last, peaks):
             for expert in range(num_logical):
                 share[expert] = weight[snapshot, layer, expert] / count[expert]
             highest = 0.0
-            for rank in range(num_ranks):
+            for rank in range(first_slot.shape[0] - 1):
                 total = 0.0
-                for slot in range(rank * capacity, (rank + 1) * capacity):
+                for slot in range(first_slot[rank], first_slot[rank + 1]):
                     total += share[slot_expert[layer, slot]]
                 highest = max(highest, total)
             peaks[snapshot, layer] = highest
@@ -61,40 +61,43 @@ def condense_loads(load, weights, bins, first, last, condensed):
 
 
 @_compile
-def keep_slots(new, current, num_ranks, num_logical, kept, moves, shared):
+def keep_slots(new, current, first_slot, num_logical, kept, moves, shared):
     """Order the slots of each rank so that experts which it holds already keep theirs.
 
     Args:
-        new, current: int64 [layers, slots].
+        new, current: int64 [layers, slots], -1 in `current` for an empty slot.
+        first_slot: int64 [ranks + 1], the first slot of each rank, then the number of slots.
         kept: int64 [layers, slots], written: on each rank the experts of `new`.
         moves: int64 [layers], written: experts that a rank gets and did not hold.
         shared: int64 [2, layers], written: slots of `new` and of `current` that repeat an expert of the rank.
     """
-    num_layers, num_slots = new.shape
-    capacity = num_slots // num_ranks
+    num_layers = new.shape[0]
     wanted = np.zeros(num_logical, np.int64)
     holds = np.zeros(num_logical, np.bool_)
     moves[:] = 0
     shared[:] = 0
     for layer in range(num_layers):
-        for begin in range(0, num_slots, capacity):
-            for slot in range(begin, begin + capacity):
+        for rank in range(first_slot.shape[0] - 1):
+            begin, end = first_slot[rank], first_slot[rank + 1]
+            for slot in range(begin, end):
                 expert = new[layer, slot]
                 if wanted[expert] > 0:
                     shared[0, layer] += 1
                 wanted[expert] += 1
-            for slot in range(begin, begin + capacity):
+            for slot in range(begin, end):
                 expert = current[layer, slot]
+                kept[layer, slot] = -1
+                if expert < 0:
+                    continue
                 if holds[expert]:
                     shared[1, layer] += 1
                 holds[expert] = True
-                kept[layer, slot] = -1
                 if wanted[expert] > 0:
                     wanted[expert] -= 1
                     kept[layer, slot] = expert
             # What arrives fills the free slots in order.
             free = begin
-            for slot in range(begin, begin + capacity):
+            for slot in range(begin, end):
                 expert = new[layer, slot]
                 if wanted[expert] > 0:
                     wanted[expert] -= 1
@@ -104,6 +107,7 @@ def keep_slots(new, current, num_ranks, num_logical, kept, moves, shared):
                     if not holds[expert]:
                         moves[layer] += 1
                         holds[expert] = True
-            for slot in range(begin, begin + capacity):
-                holds[current[layer, slot]] = False
+            for slot in range(begin, end):
+                if current[layer, slot] >= 0:
+                    holds[current[layer, slot]] = False
                 holds[new[layer, slot]] = False

@@ -25,8 +25,8 @@ class DispatchTables:
     `update` writes in place, so captured graphs see the new placement at their next replay.
 
     Args:
-        placement: the placement in force.
-        topology: gives the rank of a slot.
+        placement: the placement in force; no token goes to an empty slot.
+        topology: gives the slots of this rank.
         rank: this rank; each rank starts its tokens at another replica.
         local_first: use the replicas on this rank alone for experts that have any here.
         device: where ids arrive.
@@ -74,23 +74,38 @@ class DispatchTables:
         Raises:
             PlacementError: the placement has other layers, experts or slots than the tables.
         """
+        for layer, rows in self.prepare(placement, layers).items():
+            self.write(layer, rows)
+
+    def prepare(
+        self, placement: Placement, layers: Sequence[int] | None = None
+    ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """What `write` needs for each of `layers` (None: all) of `placement`, made ahead of time.
+
+        Raises:
+            As `update`.
+        """
         if (placement.num_layers, placement.num_logical) != self._shape:
             raise PlacementError(
                 f"{placement} does not fit tables of {self._shape[0]} layers of {self._shape[1]} experts"
             )
         placement.validate(self._topology)
-        index = torch.arange(self._shape[0]) if layers is None else torch.tensor(layers, dtype=torch.int64)
-        if not index.numel():
-            return
+        chosen = list(range(self._shape[0])) if layers is None else list(layers)
+        if not chosen:
+            return {}
         placement = placement.to("cpu")
-        slots, count = placement.logical_to_physical[index], placement.replica_count[index]
+        slots, count = placement.logical_to_physical[chosen], placement.replica_count[chosen]
         if self._local_first:
             slots, count = self._prefer_local(slots, count)
-        width = slots.shape[2]
-        index = index.to(self.device)
-        self._slots[index, 1:, :width] = slots.to(self.device)
-        self._slots[index, 1:, width:] = -1
-        self._count[index, 1:] = count.to(self.device)
+        whole = torch.full((*slots.shape[:2], self.max_replicas), -1)
+        whole[:, :, : slots.shape[2]] = slots
+        return dict(zip(chosen, zip(whole.to(self.device), count.to(self.device), strict=True), strict=True))
+
+    def write(self, layer: int, rows: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Make what was prepared for a layer visible to `physical`: two copies on the device."""
+        slots, count = rows
+        self._slots[layer, 1:].copy_(slots)
+        self._count[layer, 1:].copy_(count)
 
     def reserve(self, num_tokens: int) -> None:
         """Make room for batches of `num_tokens`, before a graph is captured, say."""
@@ -130,7 +145,8 @@ class DispatchTables:
 
     def _prefer_local(self, slots: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Put an expert's slots on this rank first and count those alone, where it has any."""
-        local = (slots >= 0) & (slots // self._topology.slots_per_rank == self._rank)
+        here = self._topology.slots_of_rank(self._rank)
+        local = (slots >= here.start) & (slots < here.stop)
         num_local = local.sum(2)
         order = (~local).to(torch.int8).sort(dim=2, stable=True).indices
         slots = slots.gather(2, order)

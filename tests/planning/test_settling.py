@@ -23,7 +23,9 @@ def two_placements(draw):
 @given(two_placements())
 def test_ranks_keep_their_experts_in_place(case):
     ranks, experts, new, old = case
-    kept, moves, shared, shared_before = keep_slots(new, old, ranks, experts)
+    kept, moves, shared, shared_before = keep_slots(
+        new, old, eplb.Topology(num_ranks=ranks, num_slots=new.shape[1]), experts
+    )
     for layer in range(new.shape[0]):
         expected_moves, repeats = 0, [0, 0]
         for rank, (wanted, had, got) in enumerate(

@@ -1,0 +1,148 @@
+"""Complete a placement that lost slots or experts, because ranks failed or joined, with the fewest moves."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ..topology import Topology
+from .exact import to_exact
+
+__all__ = ["complete", "missing_experts"]
+
+_Ints = npt.NDArray[np.int64]
+_Floats = npt.NDArray[np.float64]
+
+
+def missing_experts(ids: torch.Tensor, num_logical: int) -> tuple[tuple[int, int], ...]:
+    """(layer, expert), in rising order, of the experts without a slot in `ids` [layers, slots]."""
+    held = torch.zeros((ids.shape[0], num_logical + 1), dtype=torch.bool, device=ids.device)
+    held.scatter_(1, ids + 1, True)
+    return tuple((layer, expert) for layer, expert in (~held[:, 1:]).nonzero().tolist())
+
+
+def complete(ids: torch.Tensor, load: torch.Tensor, topology: Topology) -> torch.Tensor:
+    """Give every missing expert a slot and every empty slot an expert; all that is held stays if it can.
+
+    Missing experts, the heaviest first, go to empty slots of the lightest ranks, and where none is left in
+    place of the surplus replica whose loss raises the peak least. Empty slots that remain get replicas of
+    the experts with the most load per replica. Groups stay within nodes where `ids` has them within nodes and
+    there is room; the layer is completed globally otherwise, and left to be planned anew.
+
+    Args:
+        ids: int64 [layers, slots] on the CPU, -1 for an empty slot.
+        load: float64 [snapshots, layers, logical] on the CPU, tokens.
+        topology: as from `effective_topology`.
+
+    Returns:
+        int64 [layers, slots] without empty slots and missing experts.
+    """
+    weight = to_exact(load.sum(0, keepdim=True))[0].numpy()
+    rows = ids.numpy().copy()
+    for row, weight_of in zip(rows, weight, strict=True):
+        held = np.bincount(row + 1, minlength=weight.shape[1] + 1)
+        if held[0] or not held.all():
+            _Layer(row, weight_of, topology).complete()
+    return torch.from_numpy(rows)
+
+
+class _Layer:
+    """One layer on its way to completeness. `row` [slots] is written in place."""
+
+    def __init__(self, row: _Ints, weight: _Floats, topology: Topology) -> None:
+        self.row = row
+        # Without load there is still a choice to make: as if all weighed alike.
+        self.weight = weight if weight.any() else np.ones_like(weight)
+        self.rank = topology.rank_of_slot().numpy()
+        self.num_ranks = topology.num_ranks
+        self.node_of_rank = np.arange(topology.num_ranks) // topology.ranks_per_node
+        expert_node = _expert_nodes(row, len(weight), topology)
+        if expert_node is None:
+            self.node_of_rank[:] = 0
+            expert_node = np.zeros(len(weight), np.int64)
+        self.expert_node = expert_node
+        # [ranks, logical]: how many slots of a rank hold an expert.
+        self.held = np.zeros((self.num_ranks, len(weight)), np.int64)
+        filled = row >= 0
+        np.add.at(self.held, (self.rank[filled], row[filled]), 1)
+        self.count = self.held.sum(0)
+
+    def complete(self) -> None:
+        missing = np.flatnonzero(self.count == 0)
+        for expert in missing[np.argsort(-self.weight[missing], kind="stable")]:
+            near = self.node_of_rank[self.rank] == self.expert_node[expert]
+            empty = near & (self.row < 0)
+            if empty.any():
+                load = np.where(empty, self._rank_loads()[self.rank], np.inf)
+                self._put(int(expert), int(load.argmin()))
+            else:
+                self._put(int(expert), self._least_needed(int(expert), near))
+        for _ in range(int((self.row < 0).sum())):
+            self._fill()
+
+    def _put(self, expert: int, slot: int) -> None:
+        old, rank = self.row[slot], self.rank[slot]
+        if old >= 0:
+            self.held[rank, old] -= 1
+            self.count[old] -= 1
+        self.row[slot] = expert
+        self.held[rank, expert] += 1
+        self.count[expert] += 1
+
+    def _rank_loads(self) -> _Floats:
+        """float64 [ranks]; bincount adds in the order of the slots, the same on every machine."""
+        ids = np.maximum(self.row, 0)
+        share = np.where(self.row >= 0, self.weight[ids] / np.maximum(self.count[ids], 1), 0.0)
+        return np.bincount(self.rank, share, self.num_ranks).astype(np.float64, copy=False)
+
+    def _least_needed(self, expert: int, near: npt.NDArray[np.bool_]) -> int:
+        """The slot of a surplus replica whose change to `expert` leaves the lowest peak; among equals, the
+        lowest peak of the ranks that it touches."""
+        slot = np.flatnonzero(near & (self.count[self.row] > 1))
+        old, rank, each = self.row[slot], self.rank[slot], np.arange(slot.size)
+        weight, count = self.weight[old], self.count[old]
+        left = self.held[:, old].T.copy()
+        left[each, rank] -= 1
+        # Shares by replicas that stay, less what all of them weigh now.
+        change = left * (weight / (count - 1))[:, None] - self.held[:, old].T * (weight / count)[:, None]
+        change[each, rank] += self.weight[expert]
+        after = self._rank_loads() + change
+        touched = left > 0
+        touched[each, rank] = True
+        local = np.where(touched, after, 0.0).max(1)
+        return int(slot[np.lexsort((local, after.max(1)))[0]])
+
+    def _fill(self) -> None:
+        """Fill one empty slot: the expert with the most load per replica that some rank with room lacks."""
+        room = np.bincount(self.rank[self.row < 0], minlength=self.num_ranks) > 0
+        fits = room[:, None] & (self.node_of_rank[:, None] == self.expert_node)
+        lacking = fits & (self.held == 0)
+        # A rank of more slots than experts has to repeat some.
+        useful = lacking if lacking.any() else fits
+        share = np.where(useful.any(0), self.weight / self.count, -1.0)
+        expert = int(share.argmax())
+        load = np.where(useful[:, expert], self._rank_loads(), np.inf)
+        rank = int(load.argmin())
+        self._put(expert, int(np.flatnonzero((self.rank == rank) & (self.row < 0))[0]))
+
+
+def _expert_nodes(row: _Ints, num_logical: int, topology: Topology) -> _Ints | None:
+    """The node of each expert, int64 [logical], by where the rest of its group is; groups of which nothing is
+    left go to the nodes with the fewest. None where groups span nodes or a node has too few slots."""
+    if topology.num_nodes == 1:
+        return np.zeros(num_logical, np.int64)
+    group_size = num_logical // topology.num_groups
+    filled = np.flatnonzero(row >= 0)
+    group, node = row[filled] // group_size, filled // topology.slots_per_node
+    node_of_group = np.full(topology.num_groups, -1)
+    node_of_group[group] = node
+    if (node_of_group[group] != node).any():
+        return None
+    members = np.bincount(node_of_group[node_of_group >= 0], minlength=topology.num_nodes)
+    for lost in np.flatnonzero(node_of_group < 0):
+        node_of_group[lost] = members.argmin()
+        members[node_of_group[lost]] += 1
+    if members.max() * group_size > topology.slots_per_node:
+        return None
+    return node_of_group.repeat(group_size)

@@ -1,0 +1,80 @@
+"""The ranks that can hold experts, as a topology of their own: planning never sees a rank that is dead."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import TopologyError
+from ..topology import Topology
+
+__all__ = ["Living", "living_part"]
+
+
+@dataclass(frozen=True)
+class Living:
+    """What is left of a topology.
+
+    Attributes:
+        topology: of the ranks that are alive and have slots, in their order; of one node where nodes are left
+            with different numbers of ranks.
+        slots: int64 [living slots], the number that each slot has among all; None where nothing is missing.
+        rank_slots: slots that each rank of the whole topology has to give, 0 for a dead one.
+        num_slots: slots over all ranks, dead ones included.
+    """
+
+    topology: Topology
+    slots: torch.Tensor | None
+    rank_slots: tuple[int, ...]
+    num_slots: int
+
+    def compact(self, ids: torch.Tensor) -> torch.Tensor:
+        """[layers, slots] over all ranks to [layers, living slots]."""
+        return ids if self.slots is None else ids[:, self.slots.to(ids.device)]
+
+    def expand(self, ids: torch.Tensor) -> torch.Tensor:
+        """[layers, living slots] to [layers, slots] over all ranks, -1 on those that are dead."""
+        if self.slots is None:
+            return ids
+        every = ids.new_full((ids.shape[0], self.num_slots), -1)
+        every[:, self.slots.to(ids.device)] = ids
+        return every
+
+
+def living_part(
+    topology: Topology, active_ranks: Sequence[bool] | torch.Tensor | None, num_logical: int
+) -> Living:
+    """Leave out the ranks that `active_ranks` (bool [ranks], None for all alive) names dead or that have no
+    slots.
+
+    Raises:
+        TopologyError: a malformed mask, no rank left, or fewer slots than `num_logical` experts.
+    """
+    alive = topology.living_ranks(active_ranks)
+    topology.check_experts(num_logical)
+    rank_slots = tuple(
+        slots if lives else 0 for slots, lives in zip(topology.slots_by_rank, alive, strict=True)
+    )
+    kept = [rank for rank, slots in enumerate(rank_slots) if slots]
+    if len(kept) == topology.num_ranks:
+        return Living(topology, None, rank_slots, topology.num_slots)
+    num_slots = sum(rank_slots)
+    if num_slots < num_logical:
+        raise TopologyError(
+            f"num_logical={num_logical} experts do not fit into the {num_slots} slots of the "
+            f"{sum(alive)} living ranks of {topology.num_ranks}"
+        )
+    per_node = [0] * topology.num_nodes
+    for rank in kept:
+        per_node[rank // topology.ranks_per_node] += 1
+    left = Topology(
+        num_nodes=topology.num_nodes if len(set(per_node)) == 1 else 1,
+        num_ranks=len(kept),
+        num_slots=num_slots,
+        num_groups=topology.num_groups,
+        rank_slots=tuple(rank_slots[rank] for rank in kept),
+    )
+    slots = torch.cat([torch.arange(topology.num_slots)[topology.slots_of_rank(rank)] for rank in kept])
+    return Living(left, slots, rank_slots, topology.num_slots)
