@@ -7,9 +7,11 @@ from .errors import (
     EplbError,
     LoadError,
     PlacementError,
+    RankLostError,
     TopologyError,
     TraceError,
     TransferError,
+    UndecidedError,
 )
 from .metrics import balancedness, count_moves, rank_loads
 from .migration import MigrationPlan, plan_migration
@@ -51,7 +53,9 @@ __all__ = [
     "ConfigError",
     "LoadError",
     "PlacementError",
+    "RankLostError",
     "TopologyError",
     "TraceError",
     "TransferError",
+    "UndecidedError",
 ]

@@ -75,6 +75,10 @@ class PlannerOptions(Options):
 class RebalancerOptions(Options):
     """How the online loop runs."""
 
+    mode: Literal["async", "sync"] = "async"
+    """`async`: plan and move weights in the background while the model serves, switch over between steps;
+    `sync`: do all of it within the step that ends an interval."""
+
     interval: int = Field(1000, ge=1)
     """Steps between two rebalances."""
 
@@ -91,7 +95,19 @@ class RebalancerOptions(Options):
     """Send a token to a replica on its own rank when there is one, instead of spreading evenly."""
 
     staging_mib: int = Field(256, ge=1)
-    """Bound on the buffers that receive weights, in MiB per rank; a single layer may exceed it."""
+    """Bound on the buffers that receive weights, in MiB per rank. A layer that needs more is switched over in
+    several steps, each of which is a valid placement."""
+
+    commit_layers: int = Field(1, ge=1)
+    """Layers that switch over in one step when `mode` is `async`."""
+
+    time_limit: float = Field(30.0, gt=0, le=3600)
+    """Seconds that a rank waits for the others in each phase. After that balancing is turned off, and the
+    placement in force stays."""
+
+    verify: Literal["off", "sampled", "all"] = "sampled"
+    """What is compared with the fingerprints of the weights when an expert has moved: nothing, some bytes of
+    every tensor, or every byte."""
 
 
 class MetricsOptions(Options):

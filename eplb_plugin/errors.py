@@ -6,9 +6,11 @@ __all__ = [
     "EplbError",
     "LoadError",
     "PlacementError",
+    "RankLostError",
     "TopologyError",
     "TraceError",
     "TransferError",
+    "UndecidedError",
 ]
 
 
@@ -42,3 +44,11 @@ class TransferError(EplbError, RuntimeError):
 
 class AgreementError(EplbError, RuntimeError):
     """Ranks that must hold the same plan hold different ones; nothing was moved."""
+
+
+class RankLostError(EplbError, RuntimeError):
+    """Another rank died, or did not answer within the time limit."""
+
+
+class UndecidedError(RankLostError):
+    """This rank cannot learn whether the others switched over. Serving on might give wrong tokens."""

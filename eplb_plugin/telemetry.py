@@ -126,6 +126,13 @@ class Telemetry:
             [*label, "phase"],
             registry=registry,
         )
+        self.active = Gauge(
+            "eplb_active",
+            "1 while rebalances go on, 0 when the balancer has turned itself off after losing a rank.",
+            label,
+            registry=registry,
+            multiprocess_mode="livemin",
+        )
         self._models: dict[str, ModelTelemetry] = {}
 
     def of(self, model: str) -> ModelTelemetry:
@@ -168,6 +175,11 @@ class ModelTelemetry:
         """A rebalance has raised."""
         self.record(lambda: RebalanceFigures(result="failed"))
 
+    def turned_off(self, reason: str) -> None:
+        """See `RebalanceObserver`."""
+        self.failed()
+        self._guard(lambda: self._all.active.labels(self._model).set(0))
+
     def record(self, figures: Callable[[], RebalanceFigures]) -> None:
         """Take in a rebalance; `figures` is called here, so that it may raise too."""
         self._guard(lambda: self._record(figures()))
@@ -176,6 +188,7 @@ class ModelTelemetry:
         # So that a rate knows of the first rebalance too.
         self._all.steps.labels(self._model)
         self._all.moves.labels(self._model)
+        self._all.active.labels(self._model).set(1)
         for result in _RESULTS:
             self._all.rebalances.labels(self._model, result)
 

@@ -45,11 +45,11 @@ def queries():
 
 
 def test_the_names_say_what_is_counted(shown):
-    assert len(shown) == 8
+    assert len(shown) == 9
     for name, (kind, _) in shown.items():
         assert (kind == "counter") == name.endswith("_total"), name
         if kind == "gauge":
-            assert name.endswith(("_ratio", "_steps_since_rebalance")), name
+            assert name.endswith(("_ratio", "_steps_since_rebalance", "_active")), name
 
 
 def test_the_dashboard_shows_every_series_and_no_other(shown):

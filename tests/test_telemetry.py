@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 import eplb_plugin as eplb
 from eplb_plugin.planning.bounds import peak_lower_bound
-from eplb_plugin.runtime import rebalancer as loop
+from eplb_plugin.runtime import rebalance as phases
 from eplb_plugin.telemetry import MetricsServer, Telemetry, lower_bound_gap
 
 from .processes import run_ranks
@@ -21,7 +21,7 @@ from .series import fetch, samples
 LAYERS, LOGICAL, SLOTS = 2, 6, 8
 ALONE = eplb.Topology(num_ranks=1, num_slots=SLOTS)
 PAIR = eplb.Topology(num_ranks=2, num_slots=SLOTS)
-OPTIONS = eplb.RebalancerOptions(interval=3, snapshots=3, history=1)
+OPTIONS = eplb.RebalancerOptions(mode="sync", interval=3, snapshots=3, history=1)
 PHASES = ("gather", "plan", "transfer", "commit")
 
 
@@ -121,30 +121,31 @@ def test_nothing_is_shown_before_it_is_known():
     registry = CollectorRegistry()
     Telemetry(registry).of("tiny")
     values = samples(generate_latest(registry))
-    assert set(values.values()) == {0}
+    assert {name for name, value in values.items() if value} == {"eplb_active{tiny}"}
     assert not any("_ratio" in name or "bytes" in name or "seconds" in name for name in values)
     assert "eplb_rebalances_total{tiny,failed}" in values
 
 
-def test_failures_are_counted_whether_they_raise_or_not(monkeypatch):
+def test_failures_are_counted_and_turning_itself_off_is_shown(monkeypatch):
     balancer, registry = watched()
-    monkeypatch.setattr(loop, "plan", lambda *_: 1 / 0)
+    monkeypatch.setattr(phases, "plan", lambda *_: 1 / 0)
     assert run_interval(balancer).failed
-    assert samples(generate_latest(registry))["eplb_rebalances_total{tiny,failed}"] == 1
-    monkeypatch.undo()
-
-    def lost(*_, **__):
-        raise eplb.TransferError("a rank is gone")
-
-    monkeypatch.setattr(loop, "execute", lost)
-    with pytest.raises(eplb.TransferError):
-        run_interval(balancer)
     values = samples(generate_latest(registry))
-    assert values["eplb_rebalances_total{tiny,failed}"] == 2
-    assert values["eplb_rebalances_total{tiny,applied}"] == 0
-    assert values["eplb_steps_since_rebalance{tiny}"] == 0
+    assert values["eplb_rebalances_total{tiny,failed}"] == 1
+    assert values["eplb_active{tiny}"] == 1
     monkeypatch.undo()
     assert not run_interval(balancer).failed
+
+    def lost(*_, **__):
+        raise eplb.RankLostError("a rank is gone")
+
+    monkeypatch.setattr(phases.Rebalance, "_move", lost)
+    assert "a rank is gone" in run_interval(balancer).reason
+    assert "a rank is gone" in balancer.off
+    values = samples(generate_latest(registry))
+    assert values["eplb_rebalances_total{tiny,failed}"] == 2
+    assert values["eplb_active{tiny}"] == 0
+    assert values["eplb_steps_since_rebalance{tiny}"] == 0
 
 
 def test_a_rebalance_goes_on_when_its_figures_cannot_be_had(monkeypatch, caplog):

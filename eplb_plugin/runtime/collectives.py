@@ -6,18 +6,22 @@ Every method of `RankGroup` is called by all ranks of the group, in the same ord
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from typing import TypeVar, cast
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
-from ..errors import AgreementError, EplbError, TopologyError
+from ..errors import AgreementError, EplbError, RankLostError, TopologyError
 from ..topology import Topology
 
-__all__ = ["RankGroup", "fingerprint"]
+__all__ = ["AnyGroup", "Message", "RankGroup", "answered", "fingerprint"]
 
 _T = TypeVar("_T")
+# A process group, or a backend alone, which torch does not list; its stubs know no common base of the two.
+AnyGroup: TypeAlias = Any
 
 
 def fingerprint(*parts: torch.Tensor | str) -> int:
@@ -32,36 +36,43 @@ def fingerprint(*parts: torch.Tensor | str) -> int:
     return int.from_bytes(digest.digest(), "little") >> 1
 
 
+@dataclass(frozen=True, eq=False)
+class Message:
+    """One contiguous tensor to or from another rank."""
+
+    rank: int
+    tensor: torch.Tensor
+
+
 class RankGroup:
     """The expert-parallel group: a process group, or one lone rank without any.
 
-    Ranks here are ranks within the group, which number the ranks of the topology.
+    Ranks here are ranks within the group, which number the ranks of the topology. Where others die or stay
+    silent for longer than the group's time limit, every method raises RankLostError.
 
     Args:
-        group: process group; None is the default group where one is initialised, else a lone rank.
+        group: process group, or a backend alone; None is the default group where one is initialised, else
+            a lone rank.
         alone: be a lone rank even then; not together with a group.
         device: device of the tensors that collectives run on; NCCL needs a CUDA device.
     """
 
     def __init__(
         self,
-        group: dist.ProcessGroup | None = None,
+        group: AnyGroup | None = None,
         device: torch.device | str | None = None,
         *,
         alone: bool = False,
     ) -> None:
-        initialised = dist.is_available() and dist.is_initialized()
         if alone and group is not None:
             raise EplbError("a lone rank has no group, but one was given")
-        if group is not None and not initialised:
-            raise EplbError("a group was given, but torch.distributed is not initialised")
-        self.group: dist.ProcessGroup | None = None
-        if initialised and not alone:
-            self.group = group if group is not None else dist.group.WORLD
-        self.size = dist.get_world_size(self.group) if self.group is not None else 1
-        self.rank = dist.get_rank(self.group) if self.group is not None else 0
-        if self.rank < 0:
-            raise EplbError(f"this process is not one of the {self.size} of the group")
+        if group is None and not alone and dist.is_available() and dist.is_initialized():
+            group = dist.group.WORLD
+        if group is not None and group == dist.GroupMember.NON_GROUP_MEMBER:
+            raise EplbError("this process is not in the group that was given")
+        self.group = group
+        self.size = self.group.size() if self.group is not None else 1
+        self.rank = self.group.rank() if self.group is not None else 0
         self.device = torch.device(device) if device is not None else self._default_device()
 
     def check_topology(self, topology: Topology) -> None:
@@ -71,29 +82,62 @@ class RankGroup:
                 f"the topology has num_ranks={topology.num_ranks}, the group {self.size} processes"
             )
 
-    def peer(self, rank: int) -> int:
-        """The number of `rank` in the default group, as point-to-point operations want it."""
-        return dist.get_global_rank(self.group, rank) if self.group is not None else rank
-
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over ranks, in place; the same shape on every rank."""
-        if self.size > 1 and tensor.numel():
-            dist.all_reduce(tensor, group=self.group)
+        if self.group is not None and self.size > 1 and tensor.numel():
+            group = self.group
+            answered("sum", lambda: group.allreduce([tensor]).wait())
         return tensor
 
     def broadcast(self, tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
         """Overwrite `tensor` with that of rank `source`; the same shape on every rank."""
-        if self.size > 1:
-            dist.broadcast(tensor, self.peer(source), group=self.group)
+        if self.group is not None and self.size > 1:
+            group, options = self.group, dist.BroadcastOptions()
+            options.rootRank, options.rootTensor = source, 0
+            answered("broadcast", lambda: group.broadcast([tensor], options).wait())
         return tensor
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """[ranks, ...]: the tensors of all ranks, of one shape."""
-        if self.size == 1:
+        if self.group is None or self.size == 1:
             return tensor.unsqueeze(0)
-        parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        dist.all_gather(parts, tensor.contiguous(), group=self.group)
+        group, parts = self.group, [torch.empty_like(tensor) for _ in range(self.size)]
+        answered("exchange", lambda: group.allgather([parts], [tensor.contiguous()]).wait())
         return torch.stack(parts)
+
+    def collect(self, value: _T) -> list[_T]:
+        """The values of all ranks: anything that can be pickled."""
+        if self.size == 1:
+            return [value]
+        data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        sizes = self.all_gather(torch.tensor([data.numel()], device=self.device)).flatten().tolist()
+        padded = torch.zeros(max(sizes), dtype=torch.uint8)
+        padded[: data.numel()] = data
+        rows = self.all_gather(padded.to(self.device)).cpu()
+        return [pickle.loads(row[:size].numpy().tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+    def move(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
+        """Send to some ranks and receive from others, until all of it is done.
+
+        Messages between two ranks match by their order. Every rank that is sent to has to receive, and the
+        other way round; ranks that have nothing to do with each other need not call.
+        """
+        if self.group is None or not (sends or receives):
+            return
+        group = self.group
+
+        def run() -> None:
+            together = self.device.type != "cpu"
+            if together:
+                group._start_coalescing()
+            works = [group.recv([message.tensor], message.rank, 0) for message in receives]
+            works += [group.send([message.tensor], message.rank, 0) for message in sends]
+            if together:
+                works = [group._end_coalescing()]
+            for work in works:
+                work.wait()
+
+        answered("moving expert weights", run)
 
     def agree(self, what: str, value: int) -> None:
         """Check that all ranks hold the same `value` (a fingerprint).
@@ -107,30 +151,46 @@ class RankGroup:
             described = "; ".join(f"{v:016x} on ranks {ranks}" for v, ranks in held.items())
             raise AgreementError(f"ranks disagree on {what}: {described}")
 
-    def failures(self, error: BaseException | None) -> dict[int, str]:
-        """Which ranks failed, and how: empty when none did. `error` is this rank's failure or None."""
-        failed = torch.tensor([int(error is not None)], device=self.device)
-        if not int(self.sum(failed)):
-            return {}
-        message = None if error is None else f"{type(error).__name__}: {error}"
-        messages: list[str | None] = [message]
-        if self.size > 1:
-            messages = [None] * self.size
-            dist.all_gather_object(messages, message, group=self.group)
-        return {rank: text for rank, text in enumerate(messages) if text is not None}
+    def vote(
+        self,
+        phase: str,
+        error: Exception | None = None,
+        value: int = 0,
+        raises: type[EplbError] = EplbError,
+    ) -> list[int]:
+        """The `value` of every rank, if `error` is None on all of them.
 
-    def attempt(self, phase: str, action: Callable[[], _T], raises: type[EplbError]) -> _T:
-        """Run `action` on every rank; if it fails on any, `raises` is raised on all, naming ranks and causes
-        (on a rank that failed with an error of this package: that kind of error).
+        Raises:
+            raises: on all ranks, when any has an error: names ranks and causes; of that error's kind on a
+                rank where it is one of this package.
+            RankLostError: some rank is in another phase, so that nothing more can be agreed on.
+        """
+        message = torch.tensor([fingerprint(phase), int(error is not None), value], device=self.device)
+        votes = self.all_gather(message).tolist()
+        if len({vote[0] for vote in votes}) > 1:
+            raise RankLostError(
+                f"ranks are not all in the phase {phase!r}: steps were called unequally often"
+            )
+        if any(vote[1] for vote in votes):
+            cause = None if error is None else f"{type(error).__name__}: {error}"
+            causes = [f"rank {r}: {text}" for r, text in enumerate(self.collect(cause)) if text is not None]
+            kind = type(error) if isinstance(error, EplbError) else raises
+            raise kind(
+                f"{phase} failed on {len(causes)} of {self.size} ranks: {'; '.join(causes)}"
+            ) from error
+        return [vote[2] for vote in votes]
+
+    def attempt(self, phase: str, action: Callable[[], _T], raises: type[EplbError] = EplbError) -> _T:
+        """Run `action` on every rank, and raise on all as `vote` does if it fails on any.
 
         `action` itself must not call a collective, or a rank that fails early leaves the others in it.
         """
-        result, error = try_action(action)
-        failed = self.failures(error)
-        if failed:
-            causes = "; ".join(f"rank {rank}: {text}" for rank, text in failed.items())
-            kind = type(error) if isinstance(error, EplbError) else raises
-            raise kind(f"{phase} failed on {len(failed)} of {self.size} ranks: {causes}") from error
+        result, error = None, None
+        try:
+            result = action()
+        except Exception as caught:  # every kind, since the other ranks wait
+            error = caught
+        self.vote(phase, error, raises=raises)
         return cast(_T, result)
 
     def _default_device(self) -> torch.device:
@@ -139,9 +199,10 @@ class RankGroup:
         return torch.device("cpu")
 
 
-def try_action(action: Callable[[], _T]) -> tuple[_T | None, Exception | None]:
-    """The result of `action` or the exception that it raised, for those that have to tell other ranks."""
+def answered(what: str, action: Callable[[], _T]) -> _T:
+    """The result of a communication; RankLostError where it fails, since it says nothing about this rank."""
     try:
-        return action(), None
-    except Exception as error:  # every kind, since the other ranks wait
-        return None, error
+        return action()
+    except RuntimeError as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        raise RankLostError(f"{what} between ranks failed: {type(error).__name__}: {first}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import time
+import threading
 from collections import deque
 from collections.abc import Sequence
 
@@ -11,18 +11,22 @@ import torch
 import torch.distributed as dist
 
 from ..config import PlannerOptions, RebalancerOptions
-from ..errors import EplbError, PlacementError, TransferError
-from ..metrics import balancedness
-from ..migration import plan_migration
+from ..errors import EplbError, PlacementError, RankLostError, TransferError, UndecidedError
 from ..placement import Placement
-from ..planning.planner import plan
 from ..topology import Topology
 from ..warmup import warmup
 from ..window import LoadWindow
-from .collectives import RankGroup, fingerprint, try_action
+from .channels import Channels, Store
+from .collectives import RankGroup, fingerprint
 from .dispatch import DispatchTables
+from .fingerprints import ExpertFingerprints
+from .pace import AtOnce, BetweenSteps, Pace
+from .rebalance import Outcome, Parts, Rebalance
+
+# from .registration import warn_unregistered
 from .reports import RebalanceObserver, RebalanceReport
-from .transfer import Staging, execute
+from .streams import DeviceOrder
+from .transfer import Staging
 from .weights import ExpertWeights
 
 __all__ = ["RebalanceReport", "Rebalancer"]
@@ -49,6 +53,9 @@ class Rebalancer:
         planner: of the planner.
         group: process group; None is the default group, or no group at all for a topology of one rank.
         device: where expert ids arrive; None is where the weights are.
+        modules: the MoE layers themselves; tensors of theirs that have slots but are not among `weights` are
+            named in a warning.
+        store: where the ranks leave their decisions; None is the store of the default group.
 
     Attributes:
         reports: the latest reports.
@@ -59,6 +66,7 @@ class Rebalancer:
         PlacementError, TransferError: the placement or the weights do not fit; EplbError on ranks where
             they do, but not on another.
         AgreementError: ranks differ in options, placement, or the structure of their weights.
+        RankLostError: a rank did not answer.
     """
 
     def __init__(
@@ -73,6 +81,8 @@ class Rebalancer:
         planner: PlannerOptions | None = None,
         group: dist.ProcessGroup | None = None,
         device: torch.device | str | None = None,
+        modules: Sequence[torch.nn.Module] | None = None,
+        store: Store | None = None,
     ) -> None:
         self.topology = topology
         self.options = options or RebalancerOptions()
@@ -83,13 +93,163 @@ class Rebalancer:
         if device is None:
             device = next((t.device for tensors in weights or () for t in tensors), None)
         alone = topology.num_ranks == 1 and group is None
-        self._group = RankGroup(group, device, alone=alone)
-        self._group.check_topology(topology)
-        self._staging = Staging(self.options.staging_mib << 20)
+        group_of_engine = RankGroup(group, device, alone=alone)
+        group_of_engine.check_topology(topology)
+        self._channels = Channels(group_of_engine, self.options.time_limit, store)
+        self._rank = self._channels.control.rank
+        try:
+            start, registered, prints = self._register(num_layers, num_logical, weights, placement)
+        except EplbError:
+            self._channels.close()
+            raise
+        if modules is not None and weights is not None:
+            pass  # warn_unregistered(modules, weights, topology.slots_per_rank)
+        self._physical_to_logical = start.physical_to_logical.clone()
+        self._placement: Placement | None = start
+        self.window = LoadWindow(
+            num_layers,
+            num_logical,
+            interval=self.options.interval,
+            snapshots=self.options.snapshots,
+            history=self.options.history,
+            device=group_of_engine.device,
+        )
+        self.tables = DispatchTables(
+            start,
+            topology,
+            rank=self._rank,
+            local_first=self.options.local_first,
+            device=group_of_engine.device,
+        )
+        self._parts = Parts(
+            topology=topology,
+            planner=self.planner,
+            options=self.options,
+            channels=self._channels,
+            window=self.window,
+            weights=registered,
+            fingerprints=prints,
+            staging=Staging(self.options.staging_mib << 20),
+            tables=self.tables,
+            order=DeviceOrder(registered.device or group_of_engine.device),
+            switch=self._switch,
+        )
         self._steps = 0
+        self._number = 0
+        # Intervals that ended while a rebalance was under way wait for the next one.
+        self._waiting: deque[torch.Tensor] = deque(maxlen=self.options.history)
+        self._background: threading.Thread | None = None
+        self._pace = BetweenSteps(0)
+        self._outcome: Outcome | None = None
+        self._error: Exception | None = None
+        self._off = ""
         self._told_failure = False
+        # Ranks that plan compile the planner now, so that the first rebalance does not wait for it.
+        if self.planner.policy == "ensemble" and (self.rank == 0 or self.options.planning == "sharded"):
+            warmup()
 
-        # All ranks: what can be wrong on one of them is checked before anyone goes on.
+    @property
+    def placement(self) -> Placement:
+        """The placement in force; its tables are on the CPU."""
+        if self._placement is None:
+            self._placement = Placement(self._physical_to_logical, self.window.num_logical)
+        return self._placement
+
+    @property
+    def rank(self) -> int:
+        """This rank within the group."""
+        return self._rank
+
+    @property
+    def off(self) -> str:
+        """Why there will be no more rebalances; empty while there will."""
+        return self._off
+
+    def record(self, layer: int, expert_ids: torch.Tensor, valid: torch.Tensor | None = None) -> None:
+        """Count tokens per logical expert; see `LoadWindow.record`. Hot path: device work only."""
+        if not self._off:
+            self.window.record(layer, expert_ids, valid)
+
+    def record_counts(self, layer: int, counts: torch.Tensor) -> None:
+        """Add counts, integer [logical], tokens; see `LoadWindow.record_counts`."""
+        if not self._off:
+            self.window.record_counts(layer, counts)
+
+    def physical(self, layer: int, expert_ids: torch.Tensor) -> torch.Tensor:
+        """The slots to send tokens to; see `DispatchTables.physical`. Hot path: device work only."""
+        return self.tables.physical(layer, expert_ids)
+
+    def step(self, is_dummy: bool = False) -> RebalanceReport | None:
+        """End a forward step. All ranks call it; every `interval` steps a rebalance begins.
+
+        Returns:
+            The report of a rebalance that has ended in this step, the same step on every rank. Failures are
+            reported, not raised: the placement in force stays, and the next interval tries again. After a
+            rank could not be reached `off` says so and there are no more rebalances.
+
+        Raises:
+            UndecidedError: a rank and the store were lost in the moment when all were about to switch over,
+                and this rank cannot learn whether they did. It must not serve on.
+        """
+        if self._off:
+            self._check_decided()
+            return None
+        self.window.step(is_dummy)
+        self._steps += 1
+        if self.observer is not None:
+            self.observer.stepped()
+        report = None
+        if self._background is not None:
+            try:
+                self._pace.step_ended(self._steps)
+            except Exception as error:
+                self._error = self._error or error
+            report = self._collect()
+        if self._off or self._steps % self.options.interval:
+            return report
+        self._waiting.append(self.window.take())
+        if self._background is not None:
+            return report
+        if self.options.mode == "sync":
+            return self._run(AtOnce())
+        self._pace = BetweenSteps(self._steps)
+        rebalance = self._next(self._pace)
+        self._background = threading.Thread(
+            target=self._work, args=(rebalance, self._pace), name="eplb-rebalance", daemon=True
+        )
+        self._background.start()
+        return report
+
+    def rebalance(self) -> RebalanceReport:
+        """Plan from what was recorded and switch over now. One under way is finished first.
+
+        All ranks call it. Returns and raises as `step`.
+        """
+        self._finish()
+        if self._off:
+            self._check_decided()
+            return self._off_report()
+        if self.window.steps:
+            self._waiting.append(self.window.take())
+        return self._run(AtOnce())
+
+    def close(self) -> None:
+        """End the balancing for good, after finishing what is under way. All ranks call it."""
+        self._finish()
+        if not self._off:
+            self._off = "closed"
+            self._channels.close()
+
+    def _register(
+        self,
+        num_layers: int,
+        num_logical: int,
+        weights: Sequence[Sequence[torch.Tensor]] | None,
+        placement: Placement | None,
+    ) -> tuple[Placement, ExpertWeights, ExpertFingerprints | None]:
+        """All ranks: check what was given, and see that it is the same everywhere."""
+        topology, control = self.topology, self._channels.control
+
         def check() -> tuple[Placement, ExpertWeights]:
             start = placement or Placement.default(num_layers, num_logical, topology.num_slots)
             start.validate(topology)
@@ -99,167 +259,131 @@ class Rebalancer:
                 raise TransferError(f"weights of {len(weights)} layers were given, num_layers={num_layers}")
             return start.to("cpu"), ExpertWeights(weights or [[]] * num_layers, topology)
 
-        self._placement, self._weights = self._group.attempt("registration", check, EplbError)
+        # What can be wrong on one rank is checked before anyone goes on.
+        start, registered = control.attempt("registration", check)
         described = f"{topology} {self.options.model_dump_json()} {self.planner.model_dump_json()}"
-        self._group.agree("topology and options", fingerprint(described))
-        self._group.agree("the placement at the start", fingerprint(self._placement.physical_to_logical))
-        self._group.agree("the structure of the expert weights", fingerprint(self._weights.signature))
+        control.agree("topology and options", fingerprint(described))
+        control.agree("the placement at the start", fingerprint(start.physical_to_logical))
+        control.agree("the structure of the expert weights", fingerprint(registered.signature))
+        prints = None
+        if self.options.verify != "off" and registered.device is not None:
+            prints = ExpertFingerprints.make(registered, start, topology, control, self.options.verify)
+        return start, registered, prints
 
-        self.window = LoadWindow(
-            num_layers,
-            num_logical,
-            interval=self.options.interval,
-            snapshots=self.options.snapshots,
-            history=self.options.history,
-            device=self._group.device,
-        )
-        self.tables = DispatchTables(
-            self._placement,
-            topology,
-            rank=self._group.rank,
-            local_first=self.options.local_first,
-            device=self._group.device,
-        )
-        # Ranks that plan compile the planner now, so that the first rebalance does not wait for it.
-        if self.planner.policy == "ensemble" and (self.rank == 0 or self.options.planning == "sharded"):
-            warmup()
-
-    @property
-    def placement(self) -> Placement:
-        """The placement in force; its tables are on the CPU."""
-        return self._placement
-
-    @property
-    def rank(self) -> int:
-        """This rank within the group."""
-        return self._group.rank
-
-    def record(self, layer: int, expert_ids: torch.Tensor, valid: torch.Tensor | None = None) -> None:
-        """Count tokens per logical expert; see `LoadWindow.record`. Hot path: device work only."""
-        self.window.record(layer, expert_ids, valid)
-
-    def record_counts(self, layer: int, counts: torch.Tensor) -> None:
-        """Add counts, integer [logical], tokens; see `LoadWindow.record_counts`."""
-        self.window.record_counts(layer, counts)
-
-    def physical(self, layer: int, expert_ids: torch.Tensor) -> torch.Tensor:
-        """The slots to send tokens to; see `DispatchTables.physical`. Hot path: device work only."""
-        return self.tables.physical(layer, expert_ids)
-
-    def step(self, is_dummy: bool = False) -> RebalanceReport | None:
-        """End a forward step. All ranks call it; every `interval` steps it rebalances and reports."""
-        self.window.step(is_dummy)
-        self._steps += 1
-        if self.observer is not None:
-            self.observer.stepped()
-        if self._steps % self.options.interval:
-            return None
-        return self.rebalance()
-
-    def rebalance(self) -> RebalanceReport:
-        """Plan from the recorded window and switch over now. All ranks call it.
-
-        A planner that fails on any rank leaves all ranks with the placement in force; the report says so.
-
-        Raises:
-            AgreementError: on all ranks, when they hold different plans; nothing was moved.
-            TransferError: on all ranks, when weights could not be moved on one of them. Each layer has
-                its old placement or its new one, alike on all ranks, and `placement` tells which.
-        """
+    def _finish(self) -> None:
+        if self._background is None:
+            return
+        thread = self._background
         try:
-            report, interval_load = self._rebalance()
-        except Exception:
-            if self.observer is not None:
-                self.observer.failed()
-            raise
-        self.reports.append(report)
-        if self.observer is not None:
-            self.observer.rebalanced(report, interval_load, self._placement, self.topology)
+            self._pace.finish(lambda: not thread.is_alive())
+        except Exception as error:
+            self._error = self._error or error
+        self._collect()
+
+    def _next(self, pace: Pace) -> Rebalance:
+        self._number += 1
+        self._parts.order.mark()
+        intervals = list(self._waiting)
+        self._waiting.clear()
+        return Rebalance(
+            self._parts,
+            number=self._number,
+            step=self._steps,
+            intervals=intervals,
+            placement=self.placement,
+            pace=pace,
+        )
+
+    def _run(self, pace: AtOnce) -> RebalanceReport:
+        """A rebalance in this thread."""
+        self._work(self._next(pace), pace)
+        self._parts.order.rejoin()
+        report = self._collect()
+        assert report is not None
         return report
 
-    def _rebalance(self) -> tuple[RebalanceReport, torch.Tensor]:
-        """The report, and the load of the interval: [snapshots, layers, logical], tokens."""
-        old = self._placement
-        # Phase 1, all ranks: sum the interval over the group.
-        start = time.perf_counter()
-        interval_load = self._group.sum(self.window.take())
-        self.window.push(interval_load)
-        load = self.window.load()
-        has_load = bool(load.any())
-        gathered = time.perf_counter()
+    def _work(self, rebalance: Rebalance, pace: Pace) -> None:
+        try:
+            rebalance.run(self._ended)
+        except Exception as error:  # of every kind, since the serving thread may be waiting for it
+            self._error = error
+            if isinstance(pace, BetweenSteps):
+                if isinstance(error, UndecidedError):
+                    pace.fail(error)
+                else:
+                    pace.release(None)
 
-        # Phase 2, all ranks: plan, exchange, agree. Without load, all ranks know and none goes on.
-        new, failure = self._plan(load) if has_load else (old, "")
-        reason = failure if has_load else "no load was recorded"
-        planned = time.perf_counter()
+    def _ended(self, outcome: Outcome) -> None:
+        self._outcome = outcome
 
-        # Phase 3, all ranks: move the weights, chunk by chunk of layers; each chunk is switched over
-        # when every rank has what it needs.
-        migration = plan_migration(old, new, self.topology)
-        if not migration.layers.numel() and not reason:
-            reason = f"no layer gains min_gain={self.planner.min_gain}"
-        times = execute(
-            migration,
-            self._weights,
-            self.topology,
-            self._group,
-            staging=self._staging,
-            committed=lambda layers: self._switch(new, layers),
-        )
-        report = RebalanceReport(
+    def _collect(self) -> RebalanceReport | None:
+        """The report of a rebalance that has ended."""
+        error, outcome = self._error, self._outcome
+        if error is not None:
+            self._background = None
+            return self._turn_off(error)
+        if outcome is None:
+            return None
+        if self._background is not None:
+            self._background.join()
+        self._background = self._outcome = None
+        report = outcome.report
+        self.reports.append(report)
+        if report.failed and not self._told_failure:
+            self._told_failure = True
+            _logger.error("%s. Later failures are only reported", report.reason)
+        if self.observer is not None:
+            self.observer.rebalanced(report, outcome.interval_load, outcome.placement, self.topology)
+        return report
+
+    def _turn_off(self, error: Exception) -> RebalanceReport:
+        """No more rebalances. All ranks that can still be reached give the same reason, the first one's."""
+        reason = f"{type(error).__name__}: {error}"
+        self._error = error
+        if isinstance(error, UndecidedError):
+            _logger.critical("rank %d does not know which weights the others use: %s", self.rank, reason)
+        else:
+            try:
+                reason = self._channels.decisions.decide("off", f"rank {self.rank}: {reason}")
+            except UndecidedError:
+                reason = f"rank {self.rank}: {reason}"
+            _logger.error(
+                "expert balancing is turned off on rank %d; the placement in force stays. %s",
+                self.rank,
+                reason,
+                exc_info=None if isinstance(error, RankLostError) else error,
+            )
+        self._off = reason
+        if self.observer is not None:
+            self.observer.turned_off(reason)
+        self._check_decided()
+        report = self._off_report()
+        self.reports.append(report)
+        return report
+
+    def _off_report(self) -> RebalanceReport:
+        return RebalanceReport(
             step=self._steps,
-            skipped=not migration.layers.numel(),
-            reason=reason,
-            failed=bool(failure),
-            balancedness_before=self._balancedness(interval_load, old),
-            balancedness_after=self._balancedness(interval_load, new),
-            layers=migration.layers.numel(),
-            moves=migration.num_sends,
-            bytes_moved=sum(self._weights.expert_bytes(layer) for layer in migration.sends.layer.tolist()),
-            gather_seconds=gathered - start,
-            plan_seconds=planned - gathered,
-            transfer_seconds=times.transfer,
-            commit_seconds=times.commit,
+            skipped=True,
+            reason=self._off,
+            failed=True,
+            balancedness_before=1.0,
+            balancedness_after=1.0,
+            layers=0,
+            moves=0,
+            bytes_moved=0,
+            gather_seconds=0.0,
+            plan_seconds=0.0,
+            transfer_seconds=0.0,
+            commit_seconds=0.0,
         )
-        return report, interval_load
 
-    def _plan(self, load: torch.Tensor) -> tuple[Placement, str]:
-        """The placement to go to, the same on all ranks, and why it is the old one where planning failed."""
-        layers, group = self._placement.num_layers, self._group
-        leader = self.options.planning == "leader"
-        share = layers if leader else -(-layers // group.size)
-        first = min(group.rank * share, layers)
-        last = min(first + share, layers)
-        rows = torch.zeros(share, self.topology.num_slots, dtype=torch.int64, device=group.device)
+    def _check_decided(self) -> None:
+        if isinstance(self._error, UndecidedError):
+            raise self._error
 
-        def work() -> None:
-            if first < last:
-                rows[: last - first] = self._plan_layers(load, first, last).to(group.device)
-
-        failed = group.failures(try_action(work)[1])
-        if failed:
-            reason = "planning failed: " + "; ".join(f"rank {rank}: {text}" for rank, text in failed.items())
-            if not self._told_failure:
-                self._told_failure = True
-                _logger.error("%s. The placement in force stays; later failures are only reported", reason)
-            return self._placement, reason
-        rows = group.broadcast(rows) if leader else group.all_gather(rows).flatten(0, 1)[:layers]
-        rows = rows.cpu()
-        group.agree("the plan", fingerprint(rows))
-        return Placement(rows, self._placement.num_logical), ""
-
-    def _plan_layers(self, load: torch.Tensor, first: int, last: int) -> torch.Tensor:
-        """int64 [last - first, slots]: the planned rows."""
-        load = load[:, first:last]
-        current = Placement(self._placement.physical_to_logical[first:last], self._placement.num_logical)
-        return plan(load, self.topology, current, self.planner).placement.physical_to_logical.cpu()
-
-    def _balancedness(self, interval_load: torch.Tensor, placement: Placement) -> float:
-        if not interval_load.shape[0]:
-            return 1.0
-        return balancedness(interval_load, placement, self.topology)
-
-    def _switch(self, new: Placement, layers: list[int]) -> None:
-        """Put `layers` of the new placement in force, their weights being in place."""
-        self._placement = self._placement.with_layers(torch.tensor(layers), new)
-        self.tables.update(self._placement, layers)
+    def _switch(self, layer: int, row: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Put one layer of a new placement in force, its weights being in place."""
+        self._physical_to_logical[layer] = row
+        self._placement = None
+        self.tables.write(layer, tables)

@@ -20,17 +20,19 @@ class RebalanceReport:
     Attributes:
         step: steps that the rebalancer had seen.
         skipped: whether everything stayed as it was.
-        reason: why it was skipped, else empty.
-        failed: whether it was skipped because planning failed on some rank.
+        reason: why it was skipped or did not go all the way, else empty.
+        failed: whether something failed on some rank. Layers that had switched over before that stay so.
         balancedness_before: of the interval that just ended, under the placement it ran with.
         balancedness_after: of the same interval, had it run under the placement now in force.
         layers: layers whose placement changed.
         moves: transfers of one expert to one rank, over all ranks.
         bytes_moved: bytes sent between ranks, over all ranks; 0 where the engine moves the weights.
+        mismatches: experts found with other weights than their fingerprint says, in a slot or on arrival.
         gather_seconds: time to sum the interval over the ranks.
         plan_seconds: time to plan, to hand the plan to every rank and to agree on it.
         transfer_seconds: time to get the weights into the staging buffers.
-        commit_seconds: time to write them to their slots and to switch the dispatch tables.
+        commit_seconds: time to write them to their slots and to switch the dispatch tables; the serving
+            thread does that.
     """
 
     step: int
@@ -42,6 +44,7 @@ class RebalanceReport:
     layers: int
     moves: int
     bytes_moved: int
+    mismatches: int = 0
     gather_seconds: float
     plan_seconds: float
     transfer_seconds: float
@@ -66,5 +69,5 @@ class RebalanceObserver(Protocol):
             topology: ranks and slots.
         """
 
-    def failed(self) -> None:
-        """A rebalance has raised."""
+    def turned_off(self, reason: str) -> None:
+        """There will be no more rebalances: another rank could not be reached."""

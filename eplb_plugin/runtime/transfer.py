@@ -1,36 +1,19 @@
-"""Moving expert weights between ranks: staged first, then committed when every rank has all it needs."""
+"""One hop on one rank: staged first, and committed layer by layer when every rank has all that it needs."""
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
-import torch.distributed as dist
 
-from ..errors import TransferError
 from ..migration import MigrationPlan
 from ..topology import Topology
-from .collectives import RankGroup
-from .weights import ExpertWeights
+from .collectives import Message, RankGroup
+from .hops import Hop
+from .weights import ExpertWeights, is_packed, padded
 
-__all__ = ["Staging", "TransferTimes", "execute", "layer_chunks"]
-
-# Rows of at least this many bytes are sent from where they are; smaller ones (scales, biases, small
-# experts) share one message per pair of ranks, since a message costs more than copying them.
-_OWN_MESSAGE = 64 * 1024
-_ALIGN = 16
-
-
-@dataclass(frozen=True)
-class TransferTimes:
-    """Seconds that this rank spent on filling the staging buffers and on committing them."""
-
-    transfer: float
-    commit: float
+__all__ = ["Arrival", "Staging", "Transfer"]
 
 
 class Staging:
@@ -38,7 +21,7 @@ class Staging:
     fresh memory costs about as much time as what is received into it.
 
     Args:
-        bound: bytes; a single layer may exceed it.
+        bound: bytes that are never exceeded.
     """
 
     def __init__(self, bound: int) -> None:
@@ -46,7 +29,13 @@ class Staging:
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def reserve(self, num_bytes: int, device: torch.device) -> torch.Tensor:
-        """uint8 [num_bytes or more], whatever it held before."""
+        """uint8 [num_bytes or more], whatever it held before.
+
+        Raises:
+            MemoryError: more than the bound.
+        """
+        if num_bytes > self.bound:
+            raise MemoryError(f"{num_bytes} bytes of staging memory exceed the bound of {self.bound}")
         if self._buffer.numel() < num_bytes or self._buffer.device != device:
             self._buffer = torch.empty(0, dtype=torch.uint8)  # two at once might not fit
             with torch.inference_mode(False):
@@ -54,138 +43,80 @@ class Staging:
         return self._buffer
 
 
-def execute(
-    plan: MigrationPlan,
-    weights: ExpertWeights,
-    topology: Topology,
-    group: RankGroup,
-    *,
-    staging: Staging,
-    committed: Callable[[list[int]], None],
-) -> TransferTimes:
-    """Carry out a migration plan. All ranks call it with the same plan and bound.
+@dataclass(frozen=True, eq=False)
+class Arrival:
+    """One expert that a rank is about to use in a slot that held another.
 
-    Args:
-        plan: the plan, the same on every rank.
-        weights: what this rank holds.
-        topology: gives the slots of a rank.
-        group: one process per rank.
-        staging: where incoming weights wait; of the same bound on every rank.
-        committed: called with the layers of each chunk once their weights are in place.
-
-    Raises:
-        TransferError: on all ranks, when any of them failed before a commit. The layers already
-            reported to `committed` have the new placement, all others the old one, on every rank.
+    Attributes:
+        layer: its layer.
+        expert: the logical expert.
+        source_slot: the slot (numbered over all ranks) that it comes from.
+        rows: uint8 [bytes] of each tensor, in order; where they wait.
     """
-    chunks = layer_chunks(plan, weights, topology, staging.bound)
-    stages = [_Stage(plan, weights, topology, group.rank, layers) for layers in chunks]
-    largest = max((stage.num_bytes for stage in stages), default=0)
-    seconds_transfer = seconds_commit = 0.0
-    buffer: torch.Tensor | None = None
-    for stage in stages:
-        # Phase 1, all ranks: memory, once. Nothing was sent yet.
-        start = time.perf_counter()
-        if buffer is None:
-            device = weights.device if weights.device is not None else group.device
-            buffer = group.attempt(
-                "allocating staging memory",
-                partial(staging.reserve, largest, device),
-                TransferError,
-            )
-        # Phase 2, all ranks: fill the staging buffers. Nothing in force changes.
-        group.attempt("moving expert weights", partial(stage.fill, buffer, group), TransferError)
-        seconds_transfer += time.perf_counter() - start
-        # Phase 3, each rank alone: all are ready, and nothing below can fail.
-        start = time.perf_counter()
-        stage.commit()
-        committed(stage.layers)
-        seconds_commit += time.perf_counter() - start
-    return TransferTimes(seconds_transfer, seconds_commit)
+
+    layer: int
+    expert: int
+    source_slot: int
+    rows: list[torch.Tensor]
 
 
-def layer_chunks(
-    plan: MigrationPlan, weights: ExpertWeights, topology: Topology, staging_bytes: int
-) -> list[list[int]]:
-    """Cut the changed layers into runs that fit into `staging_bytes` on every rank, at least one layer each.
-
-    Every rank computes the same chunks, since they follow from the plan and the weights' structure alone.
-    """
-    ranks = topology.num_ranks
-    received, staged, sent = (
-        torch.zeros(weights.num_layers * ranks, dtype=torch.int64).index_add_(0, key, torch.ones_like(key))
-        for key in (
-            plan.sends.layer * ranks + plan.sends.rank,
-            (plan.copies.layer * ranks + plan.copies.rank)[plan.copies.staged],
-            plan.sends.layer * ranks + plan.sends.source_rank,
-        )
-    )
-    row = torch.tensor([sum(_padded(r) for r in rows) for rows in weights.rows])
-    packed = torch.tensor([sum(_padded(r) for r in rows if _is_packed(r)) for rows in weights.rows])
-    need = (received + staged).view(-1, ranks) * row[:, None] + sent.view(-1, ranks) * packed[:, None]
-
-    chunks: list[list[int]] = []
-    filled = torch.zeros(ranks, dtype=torch.int64)
-    for layer in plan.layers.tolist():
-        filled = filled + need[layer]
-        if not chunks or int(filled.max()) > staging_bytes:
-            chunks.append([])
-            filled = need[layer]
-        chunks[-1].append(layer)
-    return chunks
-
-
-def _padded(row: torch.Tensor) -> int:
-    return -(-row.shape[1] // _ALIGN) * _ALIGN
-
-
-def _is_packed(row: torch.Tensor) -> bool:
-    return row.shape[1] < _OWN_MESSAGE
-
-
-class _Stage:
-    """One chunk of layers as this rank sees it: what to send, what to receive, and where that goes.
+class Transfer:
+    """What a rank sends, receives and writes in one hop.
 
     Both ends of a pair list its sends in the order of the plan, so messages match without tags.
+
+    Args:
+        hop: the same on every rank.
+        plan: its migration.
+        weights: what this rank holds.
+        topology: gives the slots of a rank.
+        rank: this rank.
+
+    Attributes:
+        num_bytes: staging memory that this rank needs.
+        arrivals: what is about to be used, once `exchange` has ended.
     """
 
     def __init__(
-        self, plan: MigrationPlan, weights: ExpertWeights, topology: Topology, rank: int, layers: list[int]
+        self, hop: Hop, plan: MigrationPlan, weights: ExpertWeights, topology: Topology, rank: int
     ) -> None:
-        self.layers = layers
-        self._rows = weights.rows
-        first = topology.slots_of_rank(rank).start
-        wanted = torch.zeros(weights.num_layers, dtype=torch.bool)
-        wanted[layers] = True
+        self._layers = hop.layers
+        self._rows = [weights.rows[layer] for layer in hop.layers]
+        self._first = topology.slots_of_rank(rank).start
+        self._after = hop.after
         sends, copies = plan.sends, plan.copies
 
-        sending = wanted[sends.layer] & (sends.source_rank == rank)
-        self._outgoing = _triples(sends.rank, sends.layer, sends.source_slot - first, sending)
-        receiving = wanted[sends.layer] & (sends.rank == rank)
-        # One entry per slot that a send fills; entries of one send follow each other.
-        arrives = receiving[plan.arrivals.send]
-        self._targets: dict[int, list[int]] = defaultdict(list)
-        for send, slot in zip(
-            plan.arrivals.send[arrives].tolist(), (plan.arrivals.slot[arrives] - first).tolist(), strict=True
-        ):
-            self._targets[send].append(slot)
-        self._incoming = _triples(sends.source_rank, sends.layer, torch.arange(plan.num_sends), receiving)
-        mine = wanted[copies.layer] & (copies.rank == rank)
-        local = (copies.layer, copies.source_slot - first, copies.slot - first)
-        self._staged_copies = _triples(*local, mine & copies.staged)
-        self._direct_copies = _triples(*local, mine & ~copies.staged)
-
-        received = sum(_padded(row) for _, layer, _ in self._incoming for row in self._rows[layer])
-        staged = sum(_padded(row) for layer, _, _ in self._staged_copies for row in self._rows[layer])
-        packed = sum(
-            _padded(row) for _, layer, _ in self._outgoing for row in self._rows[layer] if _is_packed(row)
+        sending = sends.source_rank == rank
+        self._outgoing = _lists(sending, sends.rank, sends.layer, sends.source_slot)
+        receiving = sends.rank == rank
+        self._incoming = _lists(
+            receiving,
+            sends.source_rank,
+            sends.layer,
+            sends.expert,
+            sends.source_slot,
+            torch.arange(plan.num_sends),
         )
-        self.num_bytes = received + staged + packed
-        """Staging memory that this rank needs."""
-        self._writes: list[tuple[torch.Tensor, torch.Tensor]] = []
+        # One entry per slot that a send fills.
+        self._targets: dict[int, list[int]] = defaultdict(list)
+        for send, slot in _lists(receiving[plan.arrivals.send], plan.arrivals.send, plan.arrivals.slot):
+            self._targets[send].append(slot)
+        self._copies = _lists(
+            copies.rank == rank, copies.layer, copies.source_slot, copies.slot, copies.staged
+        )
 
-    def fill(self, buffer: torch.Tensor, group: RankGroup) -> None:
-        """Send, receive and wait; afterwards the buffer holds all that `commit` writes."""
-        self._writes.clear()
+        self.num_bytes = (
+            sum(weights.staged_bytes(self._layers[incoming[1]]) for incoming in self._incoming)
+            + sum(weights.staged_bytes(self._layers[layer]) for layer, _, _, staged in self._copies if staged)
+            + sum(weights.packed_bytes(self._layers[outgoing[1]]) for outgoing in self._outgoing)
+        )
+        self.arrivals: list[Arrival] = []
+        self._writes: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
+        self._sends: list[Message] = []
+        self._receives: list[Message] = []
+
+    def prepare(self, buffer: torch.Tensor) -> None:
+        """Lay out the buffer and fill what this rank can fill alone. No other rank is waited for."""
         used = 0
 
         def take(num_bytes: int) -> torch.Tensor:
@@ -193,60 +124,68 @@ class _Stage:
             used += num_bytes
             return buffer[used - num_bytes : used]
 
-        operations: list[dist.P2POp] = []
-
-        def post(kind: Callable[..., object], tensor: torch.Tensor, rank: int) -> None:
-            operations.append(dist.P2POp(kind, tensor, group.peer(rank), group.group))
-
         packs: dict[int, list[torch.Tensor]] = defaultdict(list)
-        for receiver, layer, slot in self._outgoing:
+        for receiver, layer, source_slot in self._outgoing:
             for row in self._rows[layer]:
-                if _is_packed(row):
-                    packs[receiver].append(row[slot])
+                source = row[source_slot - self._first]
+                if is_packed(row):
+                    packs[receiver].append(source)
                 else:
-                    post(dist.isend, row[slot], receiver)
+                    self._sends.append(Message(receiver, source))
         for receiver, parts in packs.items():
-            padded = [-(-part.numel() // _ALIGN) * _ALIGN for part in parts]
-            message = take(sum(padded))
-            for part, space in zip(parts, torch.split(message, padded), strict=True):
+            message = take(sum(padded(part) for part in parts))
+            for part, space in zip(
+                parts, torch.split(message, [padded(part) for part in parts]), strict=True
+            ):
                 space[: part.numel()].copy_(part)
-            post(dist.isend, message, receiver)
+            self._sends.append(Message(receiver, message))
 
-        expected: dict[int, list[tuple[torch.Tensor, list[int]]]] = defaultdict(list)
-        for sender, layer, send in self._incoming:
-            for row in self._rows[layer]:
-                if _is_packed(row):
-                    expected[sender].append((row, self._targets[send]))
+        packed_rows: dict[int, list[tuple[Arrival, int, torch.Tensor]]] = defaultdict(list)
+        for sender, layer, expert, source_slot, _ in self._incoming:
+            rows = self._rows[layer]
+            arrival = Arrival(self._layers[layer], expert, source_slot, [row[0] for row in rows])
+            self.arrivals.append(arrival)
+            for index, row in enumerate(rows):
+                if is_packed(row):
+                    packed_rows[sender].append((arrival, index, row))
                 else:
-                    space = take(_padded(row))[: row.shape[1]]
-                    post(dist.irecv, space, sender)
-                    self._writes += [(row[slot], space) for slot in self._targets[send]]
-        for sender, entries in expected.items():
-            padded = [_padded(row) for row, _ in entries]
-            message = take(sum(padded))
-            post(dist.irecv, message, sender)
-            for (row, slots), space in zip(entries, torch.split(message, padded), strict=True):
-                self._writes += [(row[slot], space[: row.shape[1]]) for slot in slots]
+                    arrival.rows[index] = take(padded(row))[: row.shape[1]]
+                    self._receives.append(Message(sender, arrival.rows[index]))
+        for sender, entries in packed_rows.items():
+            message = take(sum(padded(row) for _, _, row in entries))
+            self._receives.append(Message(sender, message))
+            sizes = [padded(row) for _, _, row in entries]
+            for (arrival, index, row), space in zip(entries, torch.split(message, sizes), strict=True):
+                arrival.rows[index] = space[: row.shape[1]]
+        for arrival, (_, layer, _, _, send) in zip(self.arrivals, self._incoming, strict=True):
+            for slot in self._targets[send]:
+                self._write(layer, slot, arrival.rows)
 
-        works = dist.batch_isend_irecv(operations) if operations else []
-        for layer, source, slot in self._staged_copies:
-            for row in self._rows[layer]:
-                space = take(_padded(row))[: row.shape[1]].copy_(row[source])
-                self._writes.append((row[slot], space))
-        for work in works:
-            work.wait()
+        # Slots that nothing writes to are read when they are committed, without a detour.
+        for layer, source_slot, slot, staged in self._copies:
+            rows = [row[source_slot - self._first] for row in self._rows[layer]]
+            if staged:
+                rows = [take(padded(row))[: row.numel()].copy_(row) for row in rows]
+            expert = int(self._after[layer, slot])
+            self.arrivals.append(Arrival(self._layers[layer], expert, source_slot, rows))
+            self._write(layer, slot, rows)
 
-    def commit(self) -> None:
-        """Write what was staged to its slots. Direct copies read slots that nothing writes to."""
-        for target, staged in self._writes:
+    def exchange(self, group: RankGroup) -> None:
+        """Send, receive and wait. RankLostError where a peer does not answer; the buffer is lost then, since
+        what is late may still be written to it."""
+        group.move(self._sends, self._receives)
+
+    def commit(self, layer: int) -> None:
+        """Write what was staged for a layer to its slots."""
+        for target, staged in self._writes[self._layers.index(layer)]:
             target.copy_(staged)
-        for layer, source, slot in self._direct_copies:
-            for row in self._rows[layer]:
-                row[slot].copy_(row[source])
-        self._writes.clear()
+
+    def _write(self, layer: int, slot: int, staged: list[torch.Tensor]) -> None:
+        self._writes[layer] += [
+            (row[slot - self._first], source) for row, source in zip(self._rows[layer], staged, strict=True)
+        ]
 
 
-def _triples(
-    a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, chosen: torch.Tensor
-) -> list[tuple[int, int, int]]:
-    return list(zip(a[chosen].tolist(), b[chosen].tolist(), c[chosen].tolist(), strict=True))
+def _lists(chosen: torch.Tensor, *fields: torch.Tensor) -> list[list[int]]:
+    """The chosen entries of several fields, one list per entry."""
+    return torch.stack([field[chosen].to(torch.int64) for field in fields], 1).tolist()

@@ -10,7 +10,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..errors import TransferError
 from ..topology import Topology
 
-__all__ = ["ExpertWeights", "byte_rows"]
+__all__ = ["ExpertWeights", "byte_rows", "is_packed", "padded"]
+
+# Rows of at least this many bytes are sent from where they are; smaller ones (scales, biases, small
+# experts) share one message per pair of ranks, since a message costs more than copying them.
+_OWN_MESSAGE = 64 * 1024
+_ALIGN = 16
 
 # torch packs several values of these into a byte, but counts strides in values.
 _PACKED_DTYPES = (torch.quint4x2, torch.quint2x4)
@@ -108,6 +113,24 @@ class ExpertWeights:
     def expert_bytes(self, layer: int) -> int:
         """Bytes of one expert of the layer, over all its tensors."""
         return sum(row.shape[1] for row in self.rows[layer])
+
+    def staged_bytes(self, layer: int) -> int:
+        """Bytes that one expert of the layer takes up in a staging buffer."""
+        return sum(padded(row) for row in self.rows[layer])
+
+    def packed_bytes(self, layer: int) -> int:
+        """Those of them that share a message with others, which takes up memory where they are sent from."""
+        return sum(padded(row) for row in self.rows[layer] if is_packed(row))
+
+
+def padded(row: torch.Tensor) -> int:
+    """Bytes that a row, uint8 [..., bytes], takes up in a staging buffer."""
+    return -(-row.shape[-1] // _ALIGN) * _ALIGN
+
+
+def is_packed(row: torch.Tensor) -> bool:
+    """Whether such a row shares a message with others."""
+    return row.shape[-1] < _OWN_MESSAGE
 
 
 def _strides(tensor: torch.Tensor) -> tuple[int, ...]:

@@ -1,0 +1,73 @@
+"""Process groups of the balancer's own: they do not disturb the engine's, and wait no longer than a limit."""
+
+from __future__ import annotations
+
+import secrets
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from ..errors import TransferError
+from .collectives import AnyGroup, RankGroup, answered
+from .decisions import Decisions, Store
+
+__all__ = ["Channels", "Store"]
+
+
+class Channels:
+    """What one expert-parallel group talks over. All its ranks make it together.
+
+    Args:
+        group: the engine's group; it says who takes part, and is used once, here.
+        time_limit: seconds that any communication may take.
+        store: where the groups meet and decisions are left; None is the store of the default group.
+
+    Attributes:
+        control: small messages on the CPU, over gloo.
+        data: expert weights: over gloo on the CPU, over NCCL on CUDA devices.
+        decisions: the last word on every commit.
+
+    Raises:
+        RankLostError: a rank did not join. TransferError: weights are on a device of another kind.
+    """
+
+    def __init__(self, group: RankGroup, time_limit: float, store: Store | None = None) -> None:
+        self.control = self.data = group
+        self.decisions = Decisions(None, time_limit)
+        if group.size == 1:
+            self.control = RankGroup(device="cpu", alone=True)
+            return
+        if group.device.type not in ("cpu", "cuda"):
+            raise TransferError(
+                f"weights on {group.device} cannot be moved, only those on CPU and CUDA devices"
+            )
+        # Ranks may arrive minutes apart, after loading weights; from here on they are together. The name is
+        # new each time, since others may have left something in the same store.
+        name = int(group.broadcast(torch.tensor([secrets.randbits(62)], device=group.device)))
+        if store is None:
+            store = dist.distributed_c10d._get_default_store()
+        # Calls on one store object wait for each other; the engine may be using this one.
+        store = store.clone() if hasattr(store, "clone") else store
+        limit = timedelta(seconds=time_limit)
+
+        def prefixed(part: str) -> Store:
+            return dist.PrefixStore(f"eplb_plugin/{name:x}/{part}", store)  # type: ignore[attr-defined]
+
+        def gloo(part: str) -> AnyGroup:
+            return dist.ProcessGroupGloo(prefixed(part), group.rank, group.size, limit)
+
+        def nccl(part: str) -> AnyGroup:
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = limit
+            return dist.ProcessGroupNCCL(prefixed(part), group.rank, group.size, options)
+
+        joined = answered("joining", lambda: gloo("control"))
+        self.control = RankGroup(joined, "cpu")
+        joined = answered("joining", lambda: (nccl if group.device.type == "cuda" else gloo)("data"))
+        self.data = RankGroup(joined, group.device)
+        self.decisions = Decisions(prefixed("decisions"), time_limit)
+
+    def close(self) -> None:
+        """Give the groups back; ranks that still expect an answer get an error."""
+        self.control.group = self.data.group = None

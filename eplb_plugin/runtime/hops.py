@@ -1,0 +1,177 @@
+"""From one placement to another in hops that each fit into the staging memory and are valid on their own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import TransferError
+from ..migration import MigrationPlan, plan_migration
+from ..placement import Placement
+from ..topology import Topology
+from .weights import ExpertWeights
+
+__all__ = ["Hop", "plan_hops", "staged_bytes"]
+
+
+@dataclass(frozen=True, eq=False)
+class Hop:
+    """Layers that are staged together.
+
+    Attributes:
+        layers: rising.
+        before, after: int64 [layers of the hop, slots], what they hold before and after it; -1 for a slot
+            without usable weights.
+        num_logical: experts of a layer.
+    """
+
+    layers: list[int]
+    before: torch.Tensor
+    after: torch.Tensor
+    num_logical: int
+
+    def migration(self, topology: Topology) -> MigrationPlan:
+        """What has to be copied and sent; its layers are indices into `layers`."""
+        before, after = Placement(self.before, self.num_logical), Placement(self.after, self.num_logical)
+        return plan_migration(before, after, topology)
+
+
+def plan_hops(
+    before: torch.Tensor, after: torch.Tensor, weights: ExpertWeights, topology: Topology, bound: int
+) -> tuple[list[Hop], dict[int, str]]:
+    """Cut the way from `before` to `after` into hops: neighbouring layers together, as many as fit.
+
+    A layer that does not fit alone changes in parts: slots whose old expert would lose its last replica
+    change together with those that take it up, so that every part leaves each expert a replica. Every rank
+    gets the same hops, since they follow from the arguments, and ranks differ in no size of a tensor.
+
+    Args:
+        before, after: int64 [layers, slots] on the CPU; -1 in `before` for a slot without usable weights.
+        weights: what this rank holds.
+        topology: ranks and slots.
+        bound: bytes of staging memory on each rank.
+
+    Returns:
+        The hops; and the layers that cannot move within the bound, with the reason.
+    """
+    num_logical = int(after.max()) + 1
+    changed = (before != after).any(1).nonzero().flatten().tolist()
+    if not changed:
+        return [], {}
+    whole = Hop(changed, before[changed], after[changed], num_logical)
+    need = staged_bytes(whole.migration(topology), changed, weights, topology)
+    hops: list[Hop] = []
+    impossible: dict[int, str] = {}
+    group: list[int] = []
+    filled = torch.zeros(topology.num_ranks, dtype=torch.int64)
+
+    def close() -> None:
+        if group:
+            hops.append(Hop(list(group), before[group], after[group], num_logical))
+            group.clear()
+            filled.zero_()
+
+    for row, layer in enumerate(changed):
+        if int(need[row].max()) > bound:
+            close()
+            try:
+                hops += _parts(layer, before[layer], after[layer], num_logical, weights, topology, bound)
+            except TransferError as error:
+                impossible[layer] = str(error)
+            continue
+        if int((filled + need[row]).max()) > bound:
+            close()
+        group.append(layer)
+        filled += need[row]
+    close()
+    return hops, impossible
+
+
+def staged_bytes(
+    plan: MigrationPlan, layers: list[int], weights: ExpertWeights, topology: Topology
+) -> torch.Tensor:
+    """Staging memory that each layer needs on each rank: int64 [layers, ranks], bytes.
+
+    Args:
+        plan: its layers are indices into `layers`.
+    """
+    ranks = topology.num_ranks
+    received, staged, sent = (
+        torch.zeros(len(layers) * ranks, dtype=torch.int64).index_add_(0, key, torch.ones_like(key))
+        for key in (
+            plan.sends.layer * ranks + plan.sends.rank,
+            (plan.copies.layer * ranks + plan.copies.rank)[plan.copies.staged],
+            plan.sends.layer * ranks + plan.sends.source_rank,
+        )
+    )
+    row = torch.tensor([weights.staged_bytes(layer) for layer in layers])
+    packed = torch.tensor([weights.packed_bytes(layer) for layer in layers])
+    return (received + staged).view(-1, ranks) * row[:, None] + sent.view(-1, ranks) * packed[:, None]
+
+
+def _parts(
+    layer: int,
+    before: torch.Tensor,
+    after: torch.Tensor,
+    num_logical: int,
+    weights: ExpertWeights,
+    topology: Topology,
+    bound: int,
+) -> list[Hop]:
+    """The hops of one layer that does not fit into `bound` at once. TransferError where no way does."""
+
+    def hop(start: list[int], slots: list[int]) -> tuple[Hop, int]:
+        end = list(start)
+        for slot in slots:
+            end[slot] = goal[slot]
+        made = Hop([layer], torch.tensor([start]), torch.tensor([end]), num_logical)
+        need = staged_bytes(made.migration(topology), [layer], weights, topology)
+        return made, int(need.max())
+
+    goal = after.tolist()
+    now = before.tolist()
+    hops: list[Hop] = []
+    batch: list[int] = []
+    for piece in _pieces(now, goal):
+        _, need = hop(now, batch + piece)
+        if need > bound and batch:
+            hops.append(hop(now, batch)[0])
+            now = hops[-1].after[0].tolist()
+            batch = []
+            _, need = hop(now, piece)
+        if need > bound:
+            raise TransferError(
+                f"layer {layer} needs {need / 2**20:.1f} MiB of staging memory to exchange "
+                f"{len(piece)} slots, staging_mib={bound >> 20}"
+            )
+        batch += piece
+    if batch:
+        hops.append(hop(now, batch)[0])
+    return hops
+
+
+def _pieces(before: list[int], after: list[int]) -> list[list[int]]:
+    """Slots that change together, in an order in which every expert always has a replica."""
+    count: dict[int, int] = {}
+    for expert in before:
+        count[expert] = count.get(expert, 0) + 1
+    pending = {slot for slot, expert in enumerate(before) if expert != after[slot]}
+    pieces = []
+    # Empty slots first: they only add replicas. Then whatever is there several times.
+    for start in sorted(pending, key=lambda slot: (before[slot] >= 0, slot)):
+        if start not in pending:
+            continue
+        piece, slot = [], start
+        while True:
+            pending.discard(slot)
+            piece.append(slot)
+            count[after[slot]] = count.get(after[slot], 0) + 1
+            leaving = before[slot]
+            count[leaving] -= 1
+            if leaving < 0 or count[leaving] > 0:
+                break
+            # The last replica is about to go: take up a slot that gets this expert.
+            slot = min(slot for slot in pending if after[slot] == leaving)
+        pieces.append(piece)
+    return pieces

@@ -1,0 +1,90 @@
+"""Hops between placements: each fits, each is valid, and the last one is where it was to go."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import eplb_plugin as eplb
+from eplb_plugin.runtime.hops import plan_hops, staged_bytes
+from eplb_plugin.runtime.weights import ExpertWeights
+from tests.runtime.cases import random_placement
+
+
+def make_weights(layers: int, topology: eplb.Topology) -> ExpertWeights:
+    """One tensor that is sent by itself, 128 KiB an expert, and a small one that shares messages."""
+    spr = topology.slots_per_rank
+    return ExpertWeights(
+        [[torch.zeros(spr, 32 * 1024), torch.zeros(spr, 64)] for _ in range(layers)], topology
+    )
+
+
+@given(
+    ranks=st.integers(1, 4),
+    slots_per_rank=st.integers(1, 6),
+    spare=st.integers(0, 4),
+    experts_at_once=st.integers(2, 12),
+    seed=st.integers(0, 10_000),
+)
+def test_hops_fit_and_every_one_is_a_placement(
+    ranks: int, slots_per_rank: int, spare: int, experts_at_once: int, seed: int
+) -> None:
+    topology = eplb.Topology(num_ranks=ranks, num_slots=ranks * slots_per_rank)
+    logical = max(1, topology.num_slots - spare)
+    weights = make_weights(3, topology)
+    old, new = (random_placement(3, logical, topology.num_slots, seed + x) for x in (0, 1))
+    bound = experts_at_once * (weights.staged_bytes(0) + weights.packed_bytes(0))
+    before, after = old.physical_to_logical, new.physical_to_logical
+    hops, impossible = plan_hops(before, after, weights, topology, bound)
+    now = before.clone()
+    for hop in hops:
+        assert torch.equal(now[hop.layers], hop.before)
+        now[hop.layers] = hop.after
+        eplb.Placement(now, logical)  # every expert has a slot
+        need = staged_bytes(hop.migration(topology), hop.layers, weights, topology)
+        assert int(need.sum(0).max()) <= bound
+    for layer, reason in impossible.items():
+        # Only a ring of experts without spare replicas has to move at once.
+        assert "staging_mib" in reason
+        assert experts_at_once < topology.num_slots
+        after[layer] = now[layer]
+    assert torch.equal(now, after)
+
+
+def test_a_ring_too_large_for_the_bound_is_refused_and_a_spare_slot_lets_it_through() -> None:
+    topology = eplb.Topology(num_ranks=4, num_slots=4)
+    ring = torch.tensor([[0, 1, 2, 3]]), torch.tensor([[1, 2, 3, 0]])
+    weights = make_weights(1, topology)
+    one = weights.staged_bytes(0) + weights.packed_bytes(0)
+    assert plan_hops(*ring, weights, topology, one)[1] == {}
+    hops, impossible = plan_hops(*ring, weights, topology, one - 1)
+    assert hops == []
+    assert list(impossible) == [0]
+    assert "exchange 4 slots" in impossible[0]
+    # One expert less: two slots of a rank change one after the other.
+    topology = eplb.Topology(num_ranks=2, num_slots=4)
+    weights = make_weights(1, topology)
+    way = torch.tensor([[0, 1, 2, 2]]), torch.tensor([[2, 0, 1, 1]])
+    assert len(plan_hops(*way, weights, topology, 1 << 30)[0]) == 1
+    hops, impossible = plan_hops(*way, weights, topology, 2 * one)
+    assert impossible == {}
+    assert len(hops) >= 1
+
+
+def test_empty_slots_are_filled_from_any_replica() -> None:
+    topology = eplb.Topology(num_ranks=2, num_slots=4)
+    held, goal = torch.tensor([[-1, 1, 0, 2]]), torch.tensor([[0, 1, 0, 2]])
+    (hop,), impossible = plan_hops(held, goal, make_weights(1, topology), topology, 1 << 30)
+    assert impossible == {}
+    migration = hop.migration(topology)
+    assert migration.num_sends == 1
+    assert migration.sends.source_slot.tolist() == [2]
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_nothing_to_do_is_no_hop(layers: int) -> None:
+    topology = eplb.Topology(num_ranks=2, num_slots=4)
+    rows = random_placement(layers, 3, 4, 1).physical_to_logical
+    assert plan_hops(rows, rows.clone(), make_weights(layers, topology), topology, 1) == ([], {})
