@@ -22,8 +22,7 @@ from .dispatch import DispatchTables
 from .fingerprints import ExpertFingerprints
 from .pace import AtOnce, BetweenSteps, Pace
 from .rebalance import Outcome, Parts, Rebalance
-
-# from .registration import warn_unregistered
+from .registration import warn_unregistered
 from .reports import RebalanceObserver, RebalanceReport
 from .streams import DeviceOrder
 from .transfer import Staging
@@ -103,7 +102,7 @@ class Rebalancer:
             self._channels.close()
             raise
         if modules is not None and weights is not None:
-            pass  # warn_unregistered(modules, weights, topology.slots_per_rank)
+            warn_unregistered(modules, weights, topology.slots_per_rank)
         self._physical_to_logical = start.physical_to_logical.clone()
         self._placement: Placement | None = start
         self.window = LoadWindow(
