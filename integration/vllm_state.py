@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from ..planning.backend import use_kernels
+from ..runtime.registration import warn_unregistered
 from ..topology import Topology
 from ..warmup import warmup
 from .engine_planner import EngineOptions
@@ -22,7 +23,7 @@ from .vllm_policy import Interval, VllmPolicy
 from .vllm_telemetry import count_steps, expert_bytes
 from .vllm_window import fold_window, sum_over_ranks
 
-__all__ = ["bind_policy", "missing_seams"]
+__all__ = ["bind_policy", "missing_seams", "warn_unmoved"]
 
 _logger = logging.getLogger(__name__)
 
@@ -57,9 +58,20 @@ def bind_policy(state: Any, options: EngineOptions, about: str, made: Callable[[
                 model_state.policy_state = policy.create_state(model_state.model.num_moe_layers)
         elif policy.telemetry is not None:
             policy.telemetry.of(_names(state)[-1])
+        if _is_first_rank():
+            warn_unmoved(list(state.model_states.values())[-1].model)
         return result
 
     state.add_model = add
+
+
+def warn_unmoved(model: Any) -> None:
+    """Warn of tensors that look like an expert's and that vLLM will not move; raises nothing."""
+    try:
+        experts = [getattr(layer, "routed_experts", layer) for layer in model.moe_layers]
+        warn_unregistered(experts, model.expert_weights, model.num_local_physical_experts)
+    except Exception:
+        _logger.exception("whether vLLM moves all weights of the experts could not be checked; it goes on")
 
 
 def missing_seams(state: Any) -> list[str]:

@@ -126,6 +126,8 @@ def test_it_says_what_it_does(served):
     moved = sum(not report["skipped"] for report in reports(served["steps"]["mended"])[0]["reports"])
     assert len(lines) >= min(moved, 15)
     assert all("EP0" in line for line in lines)
+    assert "do not move with the experts" not in served["log"]
+    assert "could not be checked" not in served["log"]
 
 
 def test_four_ranks(model, expected, tmp_path):

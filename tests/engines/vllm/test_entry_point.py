@@ -13,7 +13,7 @@ from vllm.distributed.eplb.eplb_state import EplbState
 
 import eplb_plugin as eplb
 from eplb_plugin.integration import vllm_plugin
-from eplb_plugin.integration.vllm_state import missing_seams
+from eplb_plugin.integration.vllm_state import missing_seams, warn_unmoved
 
 
 @pytest.fixture(autouse=True)
@@ -181,6 +181,43 @@ def test_an_untested_release_is_warned_of(monkeypatch, caplog):
     state = state_with({"eplb_plugin": {"enabled": True}})
     assert "add_model" in vars(state), "a warning, not a refusal"
     assert "tested with vLLM 0.32, not 0.47.1" in caplog.text
+
+
+def test_what_vllm_does_not_move_is_warned_of(caplog):
+    """vLLM moves the parameters of `RoutedExperts`, but for some names, and nothing else."""
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+    experts = []
+    for _ in range(3):
+        module = RoutedExperts.__new__(RoutedExperts)
+        torch.nn.Module.__init__(module)
+        module.local_num_experts = 5
+        module.w13_weight = torch.nn.Parameter(torch.rand(5, 4, 2))
+        module.w13_weight_scale = torch.nn.Parameter(torch.rand(5, 2, 4).transpose(1, 2))
+        module.w13_input_scale = torch.nn.Parameter(torch.full((5,), 0.5))
+        module.register_buffer("_expert_map", torch.arange(5, dtype=torch.int32))
+        module.e_score_correction_bias = torch.rand(16)
+        experts.append(module)
+
+    def model():
+        return SimpleNamespace(
+            moe_layers=[SimpleNamespace(routed_experts=module) for module in experts],
+            expert_weights=[list(module.get_expert_weights()) for module in experts],
+            num_local_physical_experts=5,
+        )
+
+    warn_unmoved(model())
+    assert [record for record in caplog.records if record.name.startswith("eplb_plugin")] == []
+    experts[1].w13_input_scale = torch.nn.Parameter(torch.rand(5))
+    experts[2].register_buffer("g1_alphas", torch.rand(5))
+    warn_unmoved(model())
+    (record,) = (record for record in caplog.records if record.name.startswith("eplb_plugin"))
+    assert record.levelno == logging.WARNING
+    assert record.getMessage().endswith(
+        "layer 1: w13_input_scale (5,) float32; layer 2: g1_alphas (5,) float32"
+    )
+    warn_unmoved(SimpleNamespace(moe_layers=None))
+    assert "could not be checked; it goes on" in caplog.text
 
 
 def test_vllms_tables_of_our_maps_are_ours():
