@@ -1,6 +1,7 @@
 """Expert-parallel load balancing for mixture-of-experts serving engines."""
 
 from .config import MetricsOptions, PlannerOptions, RebalancerOptions
+from .elastic import regroup
 from .errors import (
     AgreementError,
     ConfigError,
@@ -38,6 +39,7 @@ __all__ = [
     "Rebalancer",
     "RebalanceReport",
     "RebalancerOptions",
+    "regroup",
     # look
     "serve_metrics",
     "MetricsServer",

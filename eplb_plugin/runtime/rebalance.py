@@ -43,6 +43,7 @@ class Parts:
     """What every rebalance of a rank works with.
 
     Attributes:
+        start: the placement that the loop starts from.
         fingerprints: of the weights; None where nothing is verified.
         switch: puts one layer in force: its row, int64 [slots], and what the tables prepared for it.
     """
@@ -51,6 +52,7 @@ class Parts:
     planner: PlannerOptions
     options: RebalancerOptions
     channels: Channels
+    start: Placement
     window: LoadWindow
     weights: ExpertWeights
     fingerprints: ExpertFingerprints | None
@@ -135,6 +137,23 @@ class Rebalance:
             fence = self._pace.propose()
             last = max(self._parts.channels.control.vote(self._phase("ending"), value=fence))
         self._pace.release(last, [partial(ended, outcome)])
+
+    def fill(self, held: torch.Tensor, goal: torch.Tensor) -> Outcome:
+        """Bring a group to its first placement. All ranks call it.
+
+        Args:
+            held: int64 [layers, slots], what is where now; -1 where nothing is. Every expert occurs.
+            goal: int64 [layers, slots].
+
+        Raises:
+            TransferError: on all ranks, when a layer could not be brought there. As `run`.
+        """
+        self._now = held.clone()
+        with self._parts.order.background():
+            self._move(goal.clone())
+        if not torch.equal(self._now, goal):
+            raise TransferError("; ".join(self._notes))
+        return self._outcome(False)
 
     def _gather(self) -> None:
         """All ranks: sum what they recorded."""

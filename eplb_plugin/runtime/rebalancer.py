@@ -6,27 +6,23 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 
 from ..config import PlannerOptions, RebalancerOptions
-from ..errors import EplbError, PlacementError, RankLostError, TransferError, UndecidedError
+from ..errors import EplbError, RankLostError, UndecidedError
 from ..placement import Placement
 from ..topology import Topology
 from ..warmup import warmup
-from ..window import LoadWindow
 from .channels import Channels, Store
-from .collectives import RankGroup, fingerprint
-from .dispatch import DispatchTables
-from .fingerprints import ExpertFingerprints
+from .collectives import RankGroup
 from .pace import AtOnce, BetweenSteps, Pace
-from .rebalance import Outcome, Parts, Rebalance
+from .rebalance import Outcome, Rebalance
 from .registration import warn_unregistered
 from .reports import RebalanceObserver, RebalanceReport
-from .streams import DeviceOrder
-from .transfer import Staging
-from .weights import ExpertWeights
+from .starting import Restore, start_up
 
 __all__ = ["RebalanceReport", "Rebalancer"]
 
@@ -47,7 +43,13 @@ class Rebalancer:
         num_logical: logical experts per layer.
         weights: for each layer, its tensors [slots on this rank, ...]: weights, scales, biases. None
             where the engine moves weights itself: then only the maps change.
-        placement: where the experts are now; None is the order that engines load them in.
+        placement: where the experts are now; None is the order that engines load them in. Where ranks have
+            joined or failed, int64 [layers, slots] as from `regroup`: before the constructor returns, slots
+            of -1 are filled, and experts that do not occur are restored.
+        restore: loads an expert from a checkpoint: `restore(layer, expert, slot)` writes the weights of an
+            expert that no rank holds to a slot of this rank, counted on this rank.
+        load: [snapshots, layers, logical], tokens: the traffic by which such a placement is completed, that
+            of rank 0 for all; None takes all experts to be equally busy.
         options: of the loop.
         planner: of the planner.
         group: process group; None is the default group, or no group at all for a topology of one rank.
@@ -75,7 +77,9 @@ class Rebalancer:
         num_logical: int,
         *,
         weights: Sequence[Sequence[torch.Tensor]] | None = None,
-        placement: Placement | None = None,
+        placement: Placement | torch.Tensor | None = None,
+        restore: Restore | None = None,
+        load: torch.Tensor | None = None,
         options: RebalancerOptions | None = None,
         planner: PlannerOptions | None = None,
         group: dist.ProcessGroup | None = None,
@@ -97,42 +101,27 @@ class Rebalancer:
         self._channels = Channels(group_of_engine, self.options.time_limit, store)
         self._rank = self._channels.control.rank
         try:
-            start, registered, prints = self._register(num_layers, num_logical, weights, placement)
+            parts = start_up(
+                self._channels,
+                topology,
+                (num_layers, num_logical),
+                weights=weights,
+                placement=placement,
+                restore=restore,
+                load=load,
+                options=self.options,
+                planner=self.planner,
+                device=group_of_engine.device,
+            )
         except EplbError:
             self._channels.close()
             raise
+        self._parts = replace(parts, switch=self._switch)
+        self.window, self.tables = parts.window, parts.tables
+        self._placement: Placement | None = parts.start
+        self._physical_to_logical = parts.start.physical_to_logical.clone()
         if modules is not None and weights is not None:
             warn_unregistered(modules, weights, topology.slots_per_rank)
-        self._physical_to_logical = start.physical_to_logical.clone()
-        self._placement: Placement | None = start
-        self.window = LoadWindow(
-            num_layers,
-            num_logical,
-            interval=self.options.interval,
-            snapshots=self.options.snapshots,
-            history=self.options.history,
-            device=group_of_engine.device,
-        )
-        self.tables = DispatchTables(
-            start,
-            topology,
-            rank=self._rank,
-            local_first=self.options.local_first,
-            device=group_of_engine.device,
-        )
-        self._parts = Parts(
-            topology=topology,
-            planner=self.planner,
-            options=self.options,
-            channels=self._channels,
-            window=self.window,
-            weights=registered,
-            fingerprints=prints,
-            staging=Staging(self.options.staging_mib << 20),
-            tables=self.tables,
-            order=DeviceOrder(registered.device or group_of_engine.device),
-            switch=self._switch,
-        )
         self._steps = 0
         self._number = 0
         # Intervals that ended while a rebalance was under way wait for the next one.
@@ -238,36 +227,6 @@ class Rebalancer:
         if not self._off:
             self._off = "closed"
             self._channels.close()
-
-    def _register(
-        self,
-        num_layers: int,
-        num_logical: int,
-        weights: Sequence[Sequence[torch.Tensor]] | None,
-        placement: Placement | None,
-    ) -> tuple[Placement, ExpertWeights, ExpertFingerprints | None]:
-        """All ranks: check what was given, and see that it is the same everywhere."""
-        topology, control = self.topology, self._channels.control
-
-        def check() -> tuple[Placement, ExpertWeights]:
-            start = placement or Placement.default(num_layers, num_logical, topology.num_slots)
-            start.validate(topology)
-            if (start.num_layers, start.num_logical) != (num_layers, num_logical):
-                raise PlacementError(f"{start} is not for {num_layers} layers of {num_logical} experts")
-            if weights is not None and len(weights) != num_layers:
-                raise TransferError(f"weights of {len(weights)} layers were given, num_layers={num_layers}")
-            return start.to("cpu"), ExpertWeights(weights or [[]] * num_layers, topology)
-
-        # What can be wrong on one rank is checked before anyone goes on.
-        start, registered = control.attempt("registration", check)
-        described = f"{topology} {self.options.model_dump_json()} {self.planner.model_dump_json()}"
-        control.agree("topology and options", fingerprint(described))
-        control.agree("the placement at the start", fingerprint(start.physical_to_logical))
-        control.agree("the structure of the expert weights", fingerprint(registered.signature))
-        prints = None
-        if self.options.verify != "off" and registered.device is not None:
-            prints = ExpertFingerprints.make(registered, start, topology, control, self.options.verify)
-        return start, registered, prints
 
     def _finish(self) -> None:
         if self._background is None:
