@@ -6,9 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from .errors import TraceError
+
 __all__ = ["topic_mix"]
 
 _WAVES = 3
+_MAX_SHARES = 2**26
 
 
 def topic_mix(
@@ -29,7 +32,12 @@ def topic_mix(
 
     Returns:
         float64 [steps, topics], every row sums to 1.
+
+    Raises:
+        TraceError: there are too many of both.
     """
+    if steps * topics > _MAX_SHARES:
+        raise TraceError(f"steps={steps} with topics={topics} take too much memory")
     phase = rng.uniform(0, 2 * np.pi, (_WAVES, 1, topics))
     length = period * rng.uniform(0.6, 1.6, (_WAVES, 1, topics))
     angle = 2 * np.pi * np.arange(steps)[:, None] / length + phase

@@ -1,4 +1,4 @@
-"""Text files from strangers, read up to a bound, and files that appear whole or not at all."""
+"""Text and YAML from strangers, read up to a bound, and files that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from .errors import TraceError
 
-__all__ = ["MAX_TEXT_BYTES", "read_bytes", "written_whole"]
+__all__ = ["MAX_TEXT_BYTES", "read_bytes", "read_yaml", "written_whole"]
 
 MAX_TEXT_BYTES = 512 * 2**20
 """Bound on the size of text files (JSON, YAML, CSV), which take a multiple of it in memory, in bytes."""
+
+_DEEPEST = 32
+_LONGEST_INTEGER = 64  # bits; Python refuses to write out integers of thousands of digits
 
 
 def read_bytes(path: str | Path, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
@@ -27,11 +31,67 @@ def read_bytes(path: str | Path, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
             content = stream.read(max_bytes + 1)
     except FileNotFoundError:
         raise TraceError(f"{path}: no such file") from None
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise TraceError(f"{path}: cannot be read: {error}") from None
     if len(content) > max_bytes:
         raise TraceError(f"{path}: is larger than the {max_bytes} bytes allowed")
     return content
+
+
+def read_yaml(path: str | Path, max_bytes: int, max_values: int) -> Any:
+    """What a YAML file holds, read by the safe loader.
+
+    Args:
+        path: the file.
+        max_bytes: bound on its size.
+        max_values: bound on the values in it, those that anchors repeat counted each time.
+
+    Raises:
+        TraceError: it is missing, too large, not YAML, or nested deeper than any file of use.
+    """
+    # Importing the package is to stay cheap.
+    import yaml
+
+    base = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+    class Loader(base):  # type: ignore[misc, valid-type]
+        """Counts how deep it is: the compiled parser would overflow the stack of the process."""
+
+        depth = 0
+
+        def descend_resolver(self, node: Any, index: Any) -> None:
+            self.depth += 1
+            if self.depth > _DEEPEST:
+                raise yaml.YAMLError(f"nested deeper than {_DEEPEST}")
+            super().descend_resolver(node, index)
+
+        def ascend_resolver(self) -> None:
+            self.depth -= 1
+            super().ascend_resolver()
+
+    try:
+        content = yaml.load(read_bytes(path, max_bytes), Loader)
+    except TraceError:
+        raise
+    except Exception as error:  # values such as 2001-99-99 or !!bool x make it fail in many ways
+        raise TraceError(f"{path}: not YAML: {' '.join(str(error).split())[:300]}") from None
+    _check_size(content, path, max_values)
+    return content
+
+
+def _check_size(content: Any, path: str | Path, max_values: int) -> None:
+    count = 1
+    todo = [content]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, int) and value.bit_length() > _LONGEST_INTEGER:
+            raise TraceError(f"{path}: holds an integer of {value.bit_length()} bits")
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        if isinstance(parts, (list, tuple, set)):
+            count += len(parts)
+            if count > max_values:
+                raise TraceError(f"{path}: holds more than the {max_values} values allowed")
+            todo.extend(parts)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 
 from .drift import topic_mix
 from .errors import TraceError
-from .traces import LoadTrace, TokenTrace
+from .traces import MAX_CELLS, LoadTrace, TokenTrace
 
 __all__ = ["category_mix", "decode_schedule", "fold_decode", "fold_prefill"]
 
@@ -67,6 +67,8 @@ def decode_schedule(
     for name, value in (("batch", batch), ("steps", steps)):
         if value < 1:
             raise TraceError(f"{trace.name}: {name}={value} is below 1")
+    if steps * batch > MAX_CELLS:
+        raise TraceError(f"{trace.name}: steps={steps} of batch={batch} take too much memory")
     rng = np.random.default_rng(seed)
     usable = np.flatnonzero(trace.lengths > 0)
     _, category, size = np.unique(trace.category[usable], return_inverse=True, return_counts=True)
@@ -159,6 +161,11 @@ def _count(trace: TokenTrace, tokens: _Ints, bounds: _Ints) -> torch.Tensor:
     """Count the experts that `tokens` chose, int32 [steps, layers, experts]; step `s` is
     `tokens[bounds[s]:bounds[s+1]]`."""
     steps, cells = len(bounds) - 1, trace.num_layers * trace.num_experts
+    if steps * cells > MAX_CELLS:
+        raise TraceError(
+            f"{trace.name}: {steps} steps of {trace.num_layers} layers with {trace.num_experts} experts take "
+            "too much memory"
+        )
     load = np.zeros((steps, cells), np.int32)
     # The cell of (layer, expert) in one step; a narrow type keeps the gather within the cache.
     layer_base = (np.arange(trace.num_layers, dtype=np.int32) * trace.num_experts)[None, :, None]

@@ -20,7 +20,7 @@ def as_snapshots(load: torch.Tensor, name: str = "load") -> torch.Tensor:
         float64 [snapshots, layers, logical] on the device of `load`, never the same memory.
 
     Raises:
-        LoadError: wrong shape or dtype, or NaN, infinite or negative values.
+        LoadError: wrong shape or dtype, NaN, infinite or negative values, or some too large to be added up.
     """
     if not isinstance(load, torch.Tensor):
         raise LoadError(f"{name} is a {type(load).__name__}, not a tensor")
@@ -42,5 +42,9 @@ def as_snapshots(load: torch.Tensor, name: str = "load") -> torch.Tensor:
             f"{name} of snapshot {snapshot}, layer {layer}, expert {expert} is "
             f"{float(out[snapshot, layer, expert])}; {int(bad.sum())} of {out.numel()} values are "
             "NaN, infinite or negative"
+        )
+    if most * out.numel() == float("inf"):
+        raise LoadError(
+            f"{name} has the value {most:g}: sums of {out.numel()} such values are beyond float64"
         )
     return out

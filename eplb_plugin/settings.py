@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import reprlib
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +21,8 @@ from pydantic_settings import (
 )
 
 from .config import MetricsOptions, Options, PlannerOptions, RebalancerOptions
-from .errors import ConfigError
+from .errors import ConfigError, TraceError
+from .files import read_yaml
 
 __all__ = [
     "CONFIG_VARIABLE",
@@ -40,16 +42,19 @@ CONFIG_VARIABLE = "EPLB_PLUGIN_CONFIG"
 ADAPTER_SECTIONS = ("eplb_plugin",)
 """Sections of the file that belong to an engine's adapter, which reads and checks them itself."""
 
+_MAX_BYTES = 2**20
+_MAX_VALUES = 10_000
+
 Sections: TypeAlias = dict[str, dict[str, Any]]
 
 
 class SimulateOptions(Options):
     """What `eplb-plugin simulate` replays. Its window is that of the `rebalancer` section."""
 
-    ranks: int = Field(8, ge=1)
+    ranks: int = Field(8, ge=1, le=2**16)
     """Ranks of the expert-parallel group."""
 
-    slots: int | None = Field(None, ge=1)
+    slots: int | None = Field(None, ge=1, le=2**20)
     """Physical experts over all ranks; null: room for all experts and one spare slot per rank."""
 
     nodes: int = Field(1, ge=1)
@@ -64,19 +69,19 @@ class SimulateOptions(Options):
     mode: Literal["decode", "prefill"] = "decode"
     """How a token trace becomes steps."""
 
-    batch: int = Field(256, ge=1)
+    batch: int = Field(256, ge=1, le=2**20)
     """Decode: requests in flight."""
 
     max_tokens: int = Field(2048, ge=1)
     """Prefill: most tokens of one step."""
 
-    steps: int | None = Field(None, ge=1)
+    steps: int | None = Field(None, ge=1, le=2**24)
     """Decode and generated traffic: steps; null: eight intervals. Prefill takes the file as it is."""
 
-    tokens_per_step: int = Field(2048, ge=1)
+    tokens_per_step: int = Field(2048, ge=1, le=2**24)
     """Generated traffic: tokens of each step."""
 
-    topics: int = Field(4, ge=1)
+    topics: int = Field(4, ge=1, le=1024)
     """Generated traffic: kinds of requests."""
 
     drift: float = Field(1.5, ge=0, le=10)
@@ -245,12 +250,12 @@ def _overlay(merged: Sections, origins: dict[str, str], sections: Sections, orig
         field = Settings.model_fields.get(section)
         if field is None:
             known = ", ".join(Settings.model_fields)
-            raise ConfigError(f"{origin}: unknown section {section!r}; there are {known}")
+            raise ConfigError(f"{origin}: unknown section {reprlib.repr(section)}; there are {known}")
         model: type[Options] = type(field.default)
         for option in options:
             if option not in model.model_fields:
                 known = ", ".join(model.model_fields)
-                raise ConfigError(f"{origin}: unknown option {section}.{option}; {section} has {known}")
+                raise ConfigError(f"{origin}: unknown option {section}.{option[:80]}; {section} has {known}")
         target = merged.setdefault(section, {})
         target.update(options)
         origins.update({f"{section}.{option}": origin for option in options})
@@ -262,21 +267,24 @@ def _overlay(merged: Sections, origins: dict[str, str], sections: Sections, orig
 
 def _read_yaml(path: Path) -> Sections:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+        content = read_yaml(path, _MAX_BYTES, _MAX_VALUES)
+    except TraceError as error:
+        raise ConfigError(str(error)) from None
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: holds a {type(content).__name__}, not sections with options")
     for section, options in content.items():
         if not isinstance(section, str) or not isinstance(options, dict):
-            raise ConfigError(f"{path}: section {section!r} holds {options!r}, not options with values")
+            raise ConfigError(
+                f"{path}: section {reprlib.repr(section)} holds {reprlib.repr(options)}, "
+                "not options with values"
+            )
         for option in options:
             if not isinstance(option, str):
-                raise ConfigError(f"{path}: section {section} has the option {option!r}, not a name")
+                raise ConfigError(
+                    f"{path}: section {section[:80]} has the option {reprlib.repr(option)}, not a name"
+                )
     return content
 
 

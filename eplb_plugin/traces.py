@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -14,11 +15,26 @@ from .errors import TraceError
 from .files import written_whole
 from .npz import MAX_BYTES, NpzReader
 
-__all__ = ["LoadTrace", "TokenTrace", "as_load", "read_npz_trace", "read_trace", "save_load_trace"]
+__all__ = [
+    "MAX_CELLS",
+    "MAX_COUNT",
+    "LoadTrace",
+    "TokenTrace",
+    "as_load",
+    "read_npz_trace",
+    "read_trace",
+    "save_load_trace",
+]
 
 _Array = np.ndarray[Any, Any]
-# Counts above this are no longer exact as float64, in which planning computes.
-_MAX_COUNT = 2**53
+MAX_COUNT = 2**53
+"""Counts above this are no longer exact as float64, in which planning computes."""
+
+MAX_CELLS = 2**31
+"""Most numbers of a load that is made of something else; a small file can stand for a large one."""
+
+# What follows from these numbers of a file takes memory in proportion to them, however small the file is.
+_MAX_LAYER = _MAX_EXPERTS = 2**16
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +77,9 @@ class LoadTrace:
         if len(layer_ids) != self.num_layers:
             raise TraceError(f"{self.name}: {len(layer_ids)} layer_ids for {self.num_layers} layers")
         if layer_ids[0] < 0 or any(a >= b for a, b in pairwise(layer_ids)):
-            raise TraceError(f"{self.name}: layer_ids {list(layer_ids)} do not rise from 0 or above")
+            raise TraceError(f"{self.name}: layer_ids {reprlib.repr(layer_ids)} do not rise from 0 or above")
+        if layer_ids[-1] >= _MAX_LAYER:
+            raise TraceError(f"{self.name}: layer_ids go up to {layer_ids[-1]}, not below {_MAX_LAYER}")
         object.__setattr__(self, "layer_ids", layer_ids)
 
     @property
@@ -115,8 +133,8 @@ class TokenTrace:
             raise TraceError(
                 f"{self.name}: category is {category.dtype} {category.shape}, not text or integers [requests]"
             )
-        if self.num_experts < 1:
-            raise TraceError(f"{self.name}: num_experts={self.num_experts} is below 1")
+        if not 1 <= self.num_experts <= _MAX_EXPERTS:
+            raise TraceError(f"{self.name}: num_experts={self.num_experts} is outside 1..{_MAX_EXPERTS}")
         self._check_range("topk_ids", ids, self.num_experts, "num_experts")
         self._check_range("request", request, len(category), "requests in category")
         request = request.astype(np.int64)
@@ -128,6 +146,9 @@ class TokenTrace:
                 f"the token before it to {request[token - 1]}"
             )
         object.__setattr__(self, "request", request)
+        if ids.dtype.itemsize == 8:
+            # Sums with unsigned ones would become floats.
+            object.__setattr__(self, "topk_ids", ids.astype(np.int64))
         object.__setattr__(self, "first", np.searchsorted(request, np.arange(len(category) + 1)))
 
     def _check_range(self, name: str, values: _Array, bound: int, what: str) -> None:
@@ -241,6 +262,6 @@ def as_load(array: _Array, name: str) -> torch.Tensor:
             f"{name}: load has dtype {array.dtype}, not an integer or a float of at most 64 bits"
         )
     peak = int(array.max()) if array.size else 0
-    if peak > _MAX_COUNT:
-        raise TraceError(f"{name}: load has the value {peak}, above {_MAX_COUNT}")
+    if peak > MAX_COUNT:
+        raise TraceError(f"{name}: load has the value {peak}, above {MAX_COUNT}")
     return torch.from_numpy(array.astype(np.int32 if peak < 2**31 and array.itemsize <= 4 else np.int64))

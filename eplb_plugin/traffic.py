@@ -12,7 +12,7 @@ import torch
 
 from .drift import topic_mix
 from .errors import TraceError
-from .traces import LoadTrace
+from .traces import MAX_CELLS, LoadTrace
 
 __all__ = ["PROFILES", "TokenStream", "TrafficProfile", "generate", "profile"]
 
@@ -127,6 +127,10 @@ def generate(
     ):
         if value < low:
             raise TraceError(f"{base.name}: {name}={value} is below {low}")
+    if steps * layers * experts > MAX_CELLS:
+        raise TraceError(
+            f"{base.name}: steps={steps}, layers={layers}, experts={experts} take too much memory"
+        )
     rng = np.random.default_rng(seed)
     mix = topic_mix(steps, topics, drift=drift, period=period, rng=rng)
     shares = _topic_shares(base.log_std, mix.mean(0), layers, experts, rng)

@@ -18,6 +18,8 @@ _SETTINGS |= {
     "history": "rebalancer.history",
     "metrics": "metrics.enabled",
 }
+_LONGEST = 200
+
 OPTIONS = ("config", "check_agreement", *_SETTINGS)
 """What may follow the name."""
 
@@ -37,7 +39,7 @@ def parse_algorithm(algorithm: str) -> EngineOptions:
     Raises:
         ConfigError: a malformed, unknown or repeated option, a wrong value, or a file that cannot be used.
     """
-    source = f"--eplb-algorithm {algorithm}"
+    source = f"--eplb-algorithm {_told(algorithm)}"
     given = _split(source, algorithm)
     path = given.pop("config", None)
     agreement = {name: given.pop(name) for name in ("check_agreement",) if name in given}
@@ -58,17 +60,23 @@ def _split(source: str, algorithm: str) -> dict[str, str]:
     """The text of each option given, by name."""
     name, colon, text = algorithm.partition(":")
     if name.strip() != ALGORITHM:
-        raise ConfigError(f"{source}: {name!r} is not {ALGORITHM!r}")
+        raise ConfigError(f"{source}: {_told(name)!r} is not {ALGORITHM!r}")
     if colon and not text.strip():
         raise ConfigError(f"{source}: no option follows the colon")
     given: dict[str, str] = {}
     for item in text.split(",") if colon else ():
         option, equals, value = (part.strip() for part in item.partition("="))
         if not option or not equals or not value:
-            raise ConfigError(f"{source}: {item.strip()!r} is not OPTION=VALUE")
+            raise ConfigError(f"{source}: {_told(item)!r} is not OPTION=VALUE")
         if option not in OPTIONS:
-            raise ConfigError(f"{source}: unknown option {option!r}; there are {', '.join(OPTIONS)}")
+            raise ConfigError(f"{source}: unknown option {_told(option)!r}; there are {', '.join(OPTIONS)}")
         if option in given:
             raise ConfigError(f"{source}: {option} is given twice")
         given[option] = value
     return given
+
+
+def _told(text: str) -> str:
+    """The text on one line, of a length that a message can have."""
+    line = " ".join(text.split())
+    return line if len(line) <= _LONGEST else line[:_LONGEST] + "..."

@@ -211,7 +211,12 @@ MALFORMED = {
     "pt old pickle": ("a.pt", pickle.dumps({"logical_count": [1]}), "not a file of torch.save"),
     "pt pickled object": ("a.pt", torch_file({"logical_count": Trap()}), "holds the Python object _pytest"),
     "pt bytearray bomb": ("a.pt", pickled(bytearray_bomb()), "holds the Python object __builtin__.bytearray"),
-    "pt newer pickle": ("a.pt", pickled(pickle.dumps(Path("x"), 4)), "in a way that torch.save does not"),
+    "pt newer pickle": ("a.pt", pickled(pickle.dumps(Path("x"), 4)), "its pickle is of protocol 4"),
+    "pt stacked name": (
+        "a.pt",
+        pickled(b"\x80\x02\x8c\x02os\x8c\x06system\x93."),
+        "that torch.save does not",
+    ),
     "pt broken pickle": ("a.pt", pickled(b"\x80\x02}q"), "pickle is damaged"),
     "pt odd pickle": ("a.pt", pickled(b"\x80\x02."), "is damaged"),
     "pt compressed": ("a.pt", rezipped(GOOD_PT, compression=zipfile.ZIP_DEFLATED), "is compressed"),
@@ -522,7 +527,7 @@ BAD_PLACEMENTS = {
         + "1, " * 20_000
         + "1]\n"
         + "".join(f"  {index}: *row\n" for index in range(1, 2000)),
-        "assigns 40002000 slots",
+        "holds more than the 2097152 values allowed",
     ),
 }
 

@@ -99,7 +99,7 @@ def test_the_documentation_has_every_option_with_its_default():
         ("ensemble:history=0", r"history: .* greater than or equal to 1 \(got '0'\)"),
         ("ensemble:move_price=cheap", r"move_price: .* valid number.* \(got 'cheap'\)"),
         ("ensemble:check_agreement=perhaps", r"check_agreement: .* boolean"),
-        ("ensemble:config=/no/such.yaml", "/no/such.yaml: cannot be read"),
+        ("ensemble:config=/no/such.yaml", "/no/such.yaml: no such file"),
     ],
 )
 def test_what_is_wrong_is_named(algorithm, message):

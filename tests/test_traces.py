@@ -138,7 +138,7 @@ MALFORMED = {
     "float category": (token_arrays(category=np.zeros(2)), "category is float64"),
     "no experts": (token_arrays(num_experts=None), "'num_experts' is missing"),
     "many experts": (token_arrays(num_experts=np.array([8, 8])), r"num_experts is int64 \(2,\)"),
-    "zero experts": (token_arrays(num_experts=np.int64(0)), "num_experts=0 is below 1"),
+    "zero experts": (token_arrays(num_experts=np.int64(0)), "num_experts=0 is outside 1..65536"),
     "text experts": (token_arrays(num_experts=np.array("8")), "num_experts is <U1"),
 }
 

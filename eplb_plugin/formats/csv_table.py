@@ -14,6 +14,9 @@ from ..traces import LoadTrace, as_load
 
 __all__ = ["read_csv", "write_csv"]
 
+# An array of text takes the width of its longest cell for all of them.
+_LONGEST_CELL = 64
+
 
 def read_csv(path: str | Path, max_bytes: int = MAX_TEXT_BYTES) -> LoadTrace:
     """Read a table with the columns `step, layer, expert_0, expert_1, ...`.
@@ -81,6 +84,9 @@ def _number(cell: str, place: str) -> int:
 
 
 def _row(cells: list[str], place: str) -> np.ndarray[tuple[int], np.dtype[np.float64 | np.int64]]:
+    longest = max(range(len(cells)), key=lambda expert: len(cells[expert]))
+    if len(cells[longest]) > _LONGEST_CELL:
+        raise TraceError(f"{place}, expert_{longest}: {cells[longest][:40]!r}... is not a number")
     text = np.array(cells)
     try:
         return text.astype(np.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -67,7 +68,8 @@ def recognise(path: Path) -> LoadFormat:
     Raises:
         TraceError: there is nothing, or it is of no known format.
     """
-    if path.is_dir():
+    # Unlike those of Path, these functions know an answer for names that no file can have.
+    if os.path.isdir(path):
         if (path / META_FILE).exists():
             return LOAD_FORMATS["tensorrt-llm"]
         if any(path.glob("*.pt")):
@@ -85,7 +87,7 @@ def recognise(path: Path) -> LoadFormat:
     try:
         return by_suffix[path.suffix.lower()]
     except KeyError:
-        if not path.exists():
+        if not os.path.exists(path):
             raise TraceError(f"{path}: no such file") from None
         raise TraceError(f"{path}: of no known format; files end in {', '.join(by_suffix)}") from None
 

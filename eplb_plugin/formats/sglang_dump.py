@@ -7,6 +7,9 @@ in `per_token` the choices that they were counted from.
 
 from __future__ import annotations
 
+import math
+import os
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ import torch
 from ..errors import TraceError
 from ..files import written_whole
 from ..npz import MAX_BYTES
-from ..traces import LoadTrace, as_load
+from ..traces import MAX_COUNT, LoadTrace, as_load
 from .torch_file import load_torch_file
 
 __all__ = ["read_sglang_dump", "write_sglang_dump"]
@@ -35,7 +38,7 @@ def read_sglang_dump(path: str | Path, max_bytes: int = MAX_BYTES) -> LoadTrace:
         TraceError: a file is damaged, too large, of another kind, or does not go with the others.
     """
     path = Path(path)
-    files = sorted(path.glob("*.pt")) if path.is_dir() else [path]
+    files = sorted(path.glob("*.pt")) if os.path.isdir(path) else [path]
     if not files:
         raise TraceError(f"{path}: no .pt files in this folder")
     passes: dict[int, torch.Tensor] = {}
@@ -50,7 +53,7 @@ def read_sglang_dump(path: str | Path, max_bytes: int = MAX_BYTES) -> LoadTrace:
                 raise TraceError(f"{file}: is a dump of all ranks; read the {len(files)} files one by one")
             return LoadTrace(_without_idle(_count(content["logical_count"], file), file), str(path))
         _add_records(content, file, passes, seen)
-    load = torch.stack([passes[key] for key in sorted(passes)])
+    load = torch.stack([passes[key] for key in sorted(passes)]).long()
     return LoadTrace(_without_idle(load, path), str(path))
 
 
@@ -62,7 +65,11 @@ def write_sglang_dump(path: str | Path, trace: LoadTrace) -> None:
     """
     load = trace.load
     if trace.layer_ids != tuple(range(trace.num_layers)):
-        full = load.new_zeros(trace.num_steps, trace.layer_ids[-1] + 1, trace.num_experts)
+        shape = (trace.num_steps, trace.layer_ids[-1] + 1, trace.num_experts)
+        size = math.prod(shape) * load.element_size()
+        if size > MAX_BYTES:
+            raise TraceError(f"{path}: layers up to {trace.layer_ids[-1]} would take {size} bytes")
+        full = load.new_zeros(shape)
         full[:, list(trace.layer_ids)] = load
         load = full
     content = {"rank": 0, "logical_count": load.contiguous(), "average_utilization_rate_over_window": None}
@@ -94,7 +101,7 @@ def _add_records(
         if not isinstance(content.get(key), kind):
             raise TraceError(
                 f"{file}: neither logical_count nor {key} ({kind.__name__}); it has "
-                f"{sorted(map(str, content))}"
+                f"{reprlib.repr(sorted(map(str, content)))}"
             )
     placement = _plain(content["last_physical_to_logical_map"], f"{file}: last_physical_to_logical_map")
     if placement.dim() != 2 or placement.numel() == 0 or placement.is_floating_point():
@@ -119,15 +126,18 @@ def _add_records(
                 "dumps of one recording in a folder of their own"
             )
         seen[number, rank] = file
-        load = torch.zeros(placement.shape[0], high + 1, dtype=torch.int64)
-        load.scatter_add_(1, placement.long(), count.long())
+        load = torch.zeros(placement.shape[0], high + 1, dtype=torch.float64)
+        load.scatter_add_(1, placement.long(), count.double())
         known = passes.get(number, next(iter(passes.values()), load))
         if known.shape != load.shape:
             raise TraceError(
                 f"{place}: {load.shape[0]} layers of {load.shape[1]} experts, other ranks have "
                 f"{known.shape[0]} of {known.shape[1]}"
             )
-        passes[number] = passes[number] + load if number in passes else load
+        total = passes[number] + load if number in passes else load
+        if float(total.max()) > MAX_COUNT:
+            raise TraceError(f"{place}: an expert got {float(total.max()):g} tokens, above {MAX_COUNT}")
+        passes[number] = total
 
 
 def _record(record: Any, placement: torch.Tensor, place: str) -> tuple[int, int, torch.Tensor]:
@@ -158,7 +168,7 @@ def _plain(value: Any, place: str) -> torch.Tensor:
     # A stride of 0 would make a small file a large tensor.
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
         raise TraceError(f"{place} declares shape {tuple(value.shape)}, more than it holds")
-    return value.detach()
+    return value.detach().resolve_neg()
 
 
 def _without_idle(load: torch.Tensor, file: Path) -> torch.Tensor:

@@ -17,6 +17,9 @@ from .schema import first_wrong
 __all__ = ["read_sglang_location", "write_sglang_location"]
 
 
+_MAX_SLOTS = 2**26
+
+
 class _Map(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
     physical_to_logical_map: list[list[int]]
@@ -45,6 +48,9 @@ def write_sglang_location(
         TraceError: the file cannot be written.
     """
     default = Placement.default(1, placement.num_logical, placement.num_slots).physical_to_logical
+    size = (layer_ids[-1] + 1) * placement.num_slots
+    if size > _MAX_SLOTS:
+        raise TraceError(f"{path}: layers up to {layer_ids[-1]} would take {size} slots")
     rows: torch.Tensor = default.repeat(layer_ids[-1] + 1, 1)
     rows[list(layer_ids)] = placement.physical_to_logical.cpu()
     with written_whole(path) as part:

@@ -8,7 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..errors import TraceError
-from ..files import read_bytes, written_whole
+from ..files import read_yaml, written_whole
 from ..placement import Placement
 from ..topology import Topology
 from .schema import first_wrong
@@ -17,6 +17,7 @@ __all__ = ["read_tensorrt_llm_config", "write_tensorrt_llm_config"]
 
 # A hundred layers of a thousand slots are half a MiB; reading YAML takes a few seconds per MiB.
 _MAX_BYTES = 16 * 2**20
+_MAX_VALUES = 2**21
 
 
 class _Config(BaseModel):
@@ -34,19 +35,8 @@ def read_tensorrt_llm_config(path: str | Path) -> dict[int, list[int]]:
         TraceError: the file is not of this kind.
     """
     path = Path(path)
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        content = yaml.load(read_bytes(path, _MAX_BYTES), loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise TraceError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    rows = content.get("initial_global_assignments") if isinstance(content, dict) else None
-    if isinstance(rows, dict):
-        # YAML may name one long row a million times; checking would unfold it.
-        size = sum(len(row) for row in rows.values() if isinstance(row, list))
-        if size > _MAX_BYTES:
-            raise TraceError(f"{path}: assigns {size} slots, {_MAX_BYTES} are allowed")
-    try:
-        config = _Config.model_validate(content)
+        config = _Config.model_validate(read_yaml(path, _MAX_BYTES, _MAX_VALUES))
     except ValidationError as error:
         raise TraceError(f"{path}: {first_wrong(error)}") from None
     for layer, row in config.initial_global_assignments.items():

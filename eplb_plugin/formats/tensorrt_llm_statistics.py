@@ -25,6 +25,7 @@ __all__ = ["META_FILE", "read_tensorrt_llm_statistics", "write_tensorrt_llm_stat
 
 META_FILE = "meta_info.json"
 _MAX_META = 2**20
+_LONGEST_KEY = 40
 
 
 class _Meta(BaseModel):
@@ -54,6 +55,8 @@ def read_tensorrt_llm_statistics(path: str | Path, max_bytes: int = MAX_BYTES) -
     counts: dict[tuple[int, int], np.ndarray[Any, Any]] = {}
     for file in files:
         _add_rank(counts, file, meta.num_experts)
+    if not counts:
+        raise TraceError(f"{path}: no arrays in its rank*.safetensors")
     iterations = sorted({iteration for iteration, _ in counts})
     layers = sorted({layer for _, layer in counts})
     for iteration in iterations:
@@ -100,8 +103,8 @@ def _add_rank(counts: dict[tuple[int, int], np.ndarray[Any, Any]], file: Path, n
         with safe_open(file, framework="np") as tensors:
             for key in tensors.keys():  # noqa: SIM118  # it is no mapping
                 iteration, _, layer = key.partition("_")
-                if not (iteration.isdecimal() and layer.isdecimal()):
-                    raise TraceError(f"{file}: array {key!r} is not called iteration_layer")
+                if len(key) > _LONGEST_KEY or not (iteration.isdecimal() and layer.isdecimal()):
+                    raise TraceError(f"{file}: array {key[:_LONGEST_KEY]!r} is not called iteration_layer")
                 count = tensors.get_tensor(key)
                 if count.shape != (num_experts,) or count.dtype.kind not in "iuf":
                     raise TraceError(
@@ -109,6 +112,9 @@ def _add_rank(counts: dict[tuple[int, int], np.ndarray[Any, Any]], file: Path, n
                     )
                 if not (count >= 0).all():
                     raise TraceError(f"{file}: array {key!r} holds values that are negative or NaN")
+                if count.dtype.kind != "f":
+                    # Before ranks are added up, which could wrap around to something that looks well.
+                    as_load(count, f"{file}: array {key!r}")
                 place = int(iteration), int(layer)
                 wide = count.astype(np.float64 if count.dtype.kind == "f" else np.int64)
                 counts[place] = counts[place] + wide if place in counts else wide

@@ -16,6 +16,7 @@ __all__ = ["load_torch_file"]
 
 # What the pickle of plain tensors refers to. `weights_only` alone would also let a file allocate a
 # bytearray of any size.
+_PROTOCOL = 2
 _STORAGES = ("Byte", "Char", "Short", "Int", "Long", "Half", "Float", "Double")
 _ALLOWED = frozenset(
     {"torch._utils _rebuild_tensor_v2", "collections OrderedDict"}
@@ -61,6 +62,10 @@ def load_torch_file(path: str | Path, max_bytes: int = MAX_BYTES) -> Any:
 def _check_globals(path: Path, content: bytes) -> None:
     try:
         for opcode, argument, _ in pickletools.genops(content):
+            if opcode.name == "PROTO" and argument != _PROTOCOL:
+                raise TraceError(
+                    f"{path}: its pickle is of protocol {argument}, torch.save writes {_PROTOCOL}"
+                )
             if opcode.name == "STACK_GLOBAL" or opcode.name.startswith("EXT"):
                 raise TraceError(f"{path}: refers to Python objects in a way that torch.save does not")
             if opcode.name in ("GLOBAL", "INST") and argument not in _ALLOWED:
