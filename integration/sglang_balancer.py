@@ -51,6 +51,7 @@ class SglangBalancer:
 
     Attributes:
         expert_bytes: gives the bytes of an expert's weights, by layer; None where that is not known.
+        before_first: called once, before the first rebalance.
 
     Raises:
         ConfigError: the options are wrong.
@@ -61,6 +62,7 @@ class SglangBalancer:
         self.options = parse_algorithm(algorithm)
         self.planner = EnginePlanner(self.options)
         self.expert_bytes: Callable[[], Mapping[int, int]] | None = None
+        self.before_first: Callable[[], None] | None = None
         self._group_of: tuple[object, ...] | None = None
         self._told: set[str] = set()
 
@@ -110,6 +112,9 @@ class SglangBalancer:
             topology: nodes, ranks, slots and groups.
             current: int64 [layers, slots], the map in force.
         """
+        if self.before_first is not None:
+            first, self.before_first = self.before_first, None
+            first()
         in_force = Placement(current, counts.shape[-1])
         placement = self._place(counts, topology, in_force)
         if self.options.check_agreement:

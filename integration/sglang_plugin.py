@@ -11,7 +11,7 @@ import logging
 import pkgutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from types import MappingProxyType
 from typing import Any
 
@@ -22,6 +22,7 @@ from ..topology import Topology
 from .sglang_balancer import SglangBalancer, SglangMaps
 from .sglang_options import is_ours, parse_algorithm
 from .sglang_telemetry import watch
+from .sglang_weights import warn_unmoved
 
 __all__ = ["TESTED_VERSIONS", "missing_hooks", "register"]
 
@@ -162,6 +163,7 @@ def _start(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         current = _map_in_force()
         _balancer(algorithm).start(current.physical_to_logical_map, current.num_logical_experts)
         watch(args[0], _balancer(algorithm))
+        _balancer(algorithm).before_first = partial(warn_unmoved, args[0])
 
 
 def _in_time_order(original: Callable[..., torch.Tensor], buffer: Any) -> torch.Tensor:

@@ -54,6 +54,14 @@ def test_folding_refuses_what_is_not_counts(counts):
         fold_busy_steps(counts, 4)
 
 
+def test_what_comes_before_the_first_rebalance_comes_once():
+    balancer, calls = SglangBalancer("ensemble"), []
+    balancer.before_first = lambda: calls.append(len(balancer.planner.reports))
+    for seed in range(2):
+        balancer.rebalance(interval(seed), TOPOLOGY, start())
+    assert calls == [0]
+
+
 def test_maps_are_what_sglang_expects():
     balancer = SglangBalancer("ensemble")
     maps = balancer.rebalance(interval(1), TOPOLOGY, start())

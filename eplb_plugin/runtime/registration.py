@@ -85,8 +85,8 @@ def warn_unregistered(
     count = sum(len(layers) for layers in layers_of.values())
     if count:
         _logger.warning(
-            "tensors with a row for each of %d slots do not move with the experts; if they belong to experts, "
-            "answers are wrong after a rebalance: %s",
+            "tensors with a row for each of %d slots do not move with the experts; if they belong to "
+            "experts, answers are wrong after a rebalance: %s",
             slots,
             "; ".join(f"{layers}: {', '.join(tensors)}" for layers, tensors in tensors_of.items()),
         )

@@ -153,7 +153,7 @@ def test_one_warning_names_all(caplog: pytest.LogCaptureFixture) -> None:
         assert warn_unregistered(layers, weights, SLOTS) == 9
         assert warn_unregistered(layers[2:5], weights[2:5], SLOTS, numbers=[58, 59, 60]) == 6
     first, second = (record.getMessage() for record in caplog.records)
-    assert first.startswith("9 tensors have a row for each of 9 slots but do not move")
+    assert first.startswith("tensors with a row for each of 9 slots do not move with the experts")
     assert first.endswith(
         "layers 0, 2-4: w13_weight_scale (9, 2) float32, alphas (9,) float32; layer 6: odd (9, 1) float16"
     )

@@ -30,10 +30,11 @@ TOP_K = 2
 TOKENS = 96
 
 
-class StandIn:
+class StandIn(torch.nn.Module):
     """Has what the manager asks of a model: the weights of its MoE layers, each expert's of one value."""
 
     def __init__(self, rank: int, metadata: ExpertLocationMetadata) -> None:
+        super().__init__()
         self.slots = slice(
             rank * metadata.num_local_physical_experts, (rank + 1) * metadata.num_local_physical_experts
         )

@@ -58,6 +58,8 @@ def test_tokens_are_equal_before_between_and_after_live_rebalances(tiny, tmp_pat
         assert (tmp_path / "rounds.json").exists(), engine.tail()
         log, rebalances = engine.text(), engine.rebalances()
     assert "eplb-plugin is active" in log
+    assert "do not move with the experts" not in log
+    assert "could not be checked" not in log
 
     rounds = json.loads((tmp_path / "rounds.json").read_text())
     assert rounds == [[tokens[:count] for tokens in tiny.tokens] for count in ROUNDS]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from eplb_plugin import ConfigError
 from eplb_plugin.integration import sglang_plugin
 from eplb_plugin.integration.sglang_balancer import SglangBalancer
+from eplb_plugin.integration.sglang_weights import warn_unmoved
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -153,3 +155,43 @@ def test_a_recorded_load_is_planned_from_at_start():
         for expert in range(8):
             held = [slot for slot in slots[layer, expert].tolist() if slot >= 0]
             assert held == (placed[layer] == expert).nonzero().flatten().tolist()
+
+
+def test_what_sglang_does_not_move_is_warned_of(caplog):
+    """SGLang moves the parameters of `FusedMoE` and no other tensor of it."""
+    from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+    from sglang.srt.models.qwen3_moe import Qwen3MoeSparseMoeBlock
+
+    model = torch.nn.Module()
+    blocks = []
+    for layer in (2, 3, 4):
+        block = Qwen3MoeSparseMoeBlock.__new__(Qwen3MoeSparseMoeBlock)
+        experts = FusedMoE.__new__(FusedMoE)
+        for module in (block, experts):
+            torch.nn.Module.__init__(module)
+        experts.layer_id, experts.num_local_experts = layer, 5
+        experts.w13_weight = torch.nn.Parameter(torch.rand(5, 4, 2))
+        experts.w13_weight_scale = torch.nn.Parameter(torch.rand(5, 4))
+        experts.w13_input_scale = torch.nn.Parameter(torch.rand(16))
+        experts.register_buffer("expert_mask_gpu", torch.arange(5, dtype=torch.int32))
+        block.experts = experts
+        model.add_module(f"layer{layer}", block)
+        blocks.append(block)
+    manager = SimpleNamespace(_get_model=lambda: model)
+
+    def ours():
+        return [record.getMessage() for record in caplog.records if record.name.startswith("eplb_plugin")]
+
+    moved = {block.experts.layer_id: block.get_moe_weights() for block in blocks}
+    assert [len(tensors) for tensors in moved.values()] == [2, 2, 2]
+    model.routed_experts_weights_of_layer = moved
+    warn_unmoved(manager)
+    assert ours() == []
+    for block in blocks[1:]:
+        # As SGLang keeps padded scales for one of its kernels.
+        block.experts.hpc_ops_w13_weight_scale = torch.rand(5, 8)
+    warn_unmoved(manager)
+    (said,) = ours()
+    assert said.endswith(": layers 3-4: hpc_ops_w13_weight_scale (5, 8) float32")
+    warn_unmoved(SimpleNamespace())
+    assert "could not be checked; it goes on" in ours()[-1]
