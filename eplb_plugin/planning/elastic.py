@@ -26,8 +26,8 @@ def complete(ids: torch.Tensor, load: torch.Tensor, topology: Topology) -> torch
     """Give every missing expert a slot and every empty slot an expert; all that is held stays if it can.
 
     Missing experts, the heaviest first, go to empty slots of the lightest ranks, and where none is left in
-    place of the surplus replica whose loss raises the peak least. Empty slots that remain get replicas of
-    the experts with the most load per replica. Groups stay within nodes where `ids` has them within nodes and
+    place of the surplus replica whose loss raises the peak least. Empty slots that remain get the replicas
+    that bring rank loads closest together. Groups stay within nodes where `ids` has them within nodes and
     there is room; the layer is completed globally otherwise, and left to be planned anew.
 
     Args:
@@ -114,16 +114,22 @@ class _Layer:
         return int(slot[np.lexsort((local, after.max(1)))[0]])
 
     def _fill(self) -> None:
-        """Fill one empty slot: the expert with the most load per replica that some rank with room lacks."""
+        """Fill one empty slot with the replica that leaves the smallest sum of squared rank loads."""
         room = np.bincount(self.rank[self.row < 0], minlength=self.num_ranks) > 0
         fits = room[:, None] & (self.node_of_rank[:, None] == self.expert_node)
         lacking = fits & (self.held == 0)
         # A rank of more slots than experts has to repeat some.
         useful = lacking if lacking.any() else fits
-        share = np.where(useful.any(0), self.weight / self.count, -1.0)
-        expert = int(share.argmax())
-        load = np.where(useful[:, expert], self._rank_loads(), np.inf)
-        rank = int(load.argmin())
+        load = self._rank_loads()
+        # Each replica there is gives up this much, and that is what the ranks with one weigh.
+        relief = self.weight / (self.count * (self.count + 1))
+        filled = self.row >= 0
+        weighs = np.bincount(self.row[filled], load[self.rank[filled]], len(self.weight))
+        lighter = relief * relief * (self.held * self.held).sum(0) - 2 * relief * weighs
+        arriving = self.weight / (self.count + 1)
+        heavier = arriving * (2 * (load[:, None] - relief * self.held) + arriving)
+        change = np.where(useful, lighter + heavier, np.inf)
+        rank, expert = divmod(int(change.argmin()), len(self.weight))
         self._put(expert, int(np.flatnonzero((self.rank == rank) & (self.row < 0))[0]))
 
 

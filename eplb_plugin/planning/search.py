@@ -87,7 +87,7 @@ def _grow(
 
 def _from_scratch(load: torch.Tensor, topology: Topology, options: PlannerOptions) -> torch.Tensor:
     rounds = _ROUNDS * options.refine_rounds
-    return plan_from_scratch(
+    ids = plan_from_scratch(
         load,
         topology,
         _expert_nodes(load, topology, options),
@@ -97,6 +97,13 @@ def _from_scratch(load: torch.Tensor, topology: Topology, options: PlannerOption
         tolerance=options.tolerance,
         seed=options.seed,
     )
+    if not topology.is_even:
+        # Handing out by load alone gives a rank of many slots too much, which takes other counts to mend.
+        free = options.model_copy(update={"move_price": 0.0, "max_moves": None})
+        grown = _grow(load, topology, free, ids, ids)
+        before, after = (step_peaks(load, x, topology).sum(0) for x in (ids, grown))
+        ids = torch.where((after < before)[:, None], grown, ids)
+    return ids
 
 
 def _expert_nodes(load: torch.Tensor, topology: Topology, options: PlannerOptions) -> torch.Tensor:
