@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +24,8 @@ class IntervalOutcome:
         steps: its steps.
         balancedness: measured, mean over its steps.
         balancedness_static: the same of the model that is never rebalanced.
-        report: the rebalance at its end, with the seconds of the slowest rank; None after the last interval.
+        report: the rebalance that its end began, with the seconds of the slowest rank; None after the last
+            interval, and where one was still under way.
     """
 
     first_step: int
@@ -150,9 +152,17 @@ class DemoTally:
                 steps=record.rows.shape[0],
                 balancedness=_balancedness(np.stack([item.rows for item in records])),
                 balancedness_static=_balancedness(np.stack([item.rows_static for item in records])),
-                report=_slowest([item.report for item in records]),
+                report=None,
             )
         )
+        for reports in zip(*(item.reports for item in records), strict=True):
+            self._attach(_slowest(reports))
+
+    def _attach(self, report: RebalanceReport) -> None:
+        """Show a rebalance with the interval whose end began it."""
+        for index, item in enumerate(self._intervals):
+            if item.first_step + item.steps == report.step:
+                self._intervals[index] = replace(item, report=report)
 
     def outcome(self) -> DemoOutcome:
         """The run so far."""
@@ -166,17 +176,14 @@ class DemoTally:
         )
 
 
-def _slowest(reports: list[RebalanceReport | None]) -> RebalanceReport | None:
+def _slowest(reports: Sequence[RebalanceReport]) -> RebalanceReport:
     """What the ranks tell of one rebalance, which differs in the seconds alone."""
-    told = [report for report in reports if report is not None]
-    if not told:
-        return None
     return replace(
-        told[0],
-        gather_seconds=max(report.gather_seconds for report in told),
-        plan_seconds=max(report.plan_seconds for report in told),
-        transfer_seconds=max(report.transfer_seconds for report in told),
-        commit_seconds=max(report.commit_seconds for report in told),
+        reports[0],
+        gather_seconds=max(report.gather_seconds for report in reports),
+        plan_seconds=max(report.plan_seconds for report in reports),
+        transfer_seconds=max(report.transfer_seconds for report in reports),
+        commit_seconds=max(report.commit_seconds for report in reports),
     )
 
 

@@ -67,7 +67,8 @@ class IntervalRecord:
         wrong: those among them with another prediction, or logits that differ by more than rounding.
         ties: those that differ, but whose router is undecided between two experts.
         difference: largest difference between logits, apart from those.
-        report: the rebalance at the end of the interval; None after the last one.
+        reports: rebalances that have ended since the last record; in the background they end a few steps
+            after the interval that they are about.
         wrong_slots: slots of this rank that hold other weights than the placement says, after that.
     """
 
@@ -78,7 +79,7 @@ class IntervalRecord:
     wrong: int
     ties: int
     difference: float
-    report: RebalanceReport | None
+    reports: tuple[RebalanceReport, ...]
     wrong_slots: int
 
 
@@ -168,7 +169,7 @@ def serve(
         stop = min(start + options.interval, options.steps)
         rows, rows_static = [], []
         wrong, ties, difference = 0, 0, 0.0
-        report = None
+        reports = []
         for step in range(start, stop):
             tokens = stream.batch(step, rank, options.tokens)
             served, expected = balanced.serve(tokens), static.serve(tokens)
@@ -181,8 +182,14 @@ def serve(
             # After the last batch there is nothing left to rebalance for.
             if step < options.steps - 1:
                 report = balanced.step()
+                reports += [report] if report is not None else []
                 static.step()
             send(StepDone(step + 1))
+        if stop == options.steps:
+            known = len(balanced.rebalancer.reports)
+            balanced.rebalancer.close()
+            static.rebalancer.close()
+            reports += list(balanced.rebalancer.reports)[known:]
         send(
             IntervalRecord(
                 interval=start // options.interval,
@@ -192,7 +199,7 @@ def serve(
                 wrong=wrong,
                 ties=ties,
                 difference=difference,
-                report=report,
+                reports=tuple(reports),
                 wrong_slots=balanced.wrong_slots(),
             )
         )
