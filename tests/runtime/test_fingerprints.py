@@ -204,6 +204,11 @@ def test_samples_are_words_of_the_tensor_from_first_to_last(num_bytes: int) -> N
     assert places.numel() == 4096
 
 
+def test_samples_do_not_keep_to_a_few_columns_of_a_matrix() -> None:
+    columns = fingerprints._sampled_bytes(2048 * 7168, CPU)[::4] % 7168
+    assert columns.unique().numel() > 500
+
+
 def test_sampling_reads_no_more_than_it_says() -> None:
     (row,) = random_rows(1, [100_000])
     places = set(fingerprints._sampled_bytes(100_000, CPU).tolist())
@@ -291,6 +296,17 @@ def test_all_ranks_share_one_table(coverage: Coverage) -> None:
     assert said.startswith("1 of 20 experts have replicas with different weights")
     assert said.endswith(f"(layer, expert): (1, {twice(placement)})")
     assert nothing == as_well == []
+
+
+def test_empty_slots_are_passed_over() -> None:
+    topology = eplb.Topology(num_ranks=1, num_slots=5)
+    weights = ExpertWeights([[torch.arange(5.0)]], topology)
+    placement = eplb.Placement(torch.tensor([[2, -1, 0, 1, -1]]), 3)
+    prints = ExpertFingerprints.make(weights, placement, topology, RankGroup(alone=True), "all")
+    assert prints.known.all()
+    assert prints.wrong_slots(weights, placement, topology, 0) == []
+    moved = eplb.Placement(torch.tensor([[2, 1, 0, -1, 1]]), 3)
+    assert prints.wrong_slots(weights, moved, topology, 0) == [(0, 1), (0, 4)]
 
 
 def fail_to_read(rank: int) -> str:
