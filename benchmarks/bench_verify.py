@@ -1,6 +1,6 @@
 """What verifying moved experts costs: per expert, beside copying its bytes, and for a rank at the start.
 
-    python benchmarks/bench_verify.py [--layers 4] [--repeats 20] [--device cpu]
+    python benchmarks/bench_verify.py [--layers 2] [--repeats 20] [--device cpu]
 
 Several experts take turns, so that none is still in the cache from the last time. Copies and fingerprints
 alternate, so that whatever else the machine does hits both alike.
