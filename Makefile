@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-sglang bench-sglang test-vllm bench-vllm lint wheel bench-peers clean
+.PHONY: demo test test-faults test-sglang bench-sglang test-vllm bench-vllm lint wheel bench-peers clean
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml constraints.txt
@@ -18,6 +18,9 @@ demo: $(STAMP)  ## the main job on four processes
 
 test: $(STAMP)  ## all tests of the package itself
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+test-faults: $(STAMP)  ## ranks that are killed, stopped, cut off or wrong, and a thousand rebalances; as root all of it
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 tests/faults
 
 SGLANG := .venv-sglang
 SGLANG_TESTS := tests/engines/sglang

@@ -1,0 +1,39 @@
+"""A rank is killed in any phase: the others keep one placement, notice in time, and never wait again."""
+
+from __future__ import annotations
+
+import pytest
+
+from eplb_plugin.runtime.rebalance import PHASES
+from tests.faults.cluster import Seat, run_cluster
+from tests.faults.serving import SIZE, Service, Survivor, at_phases, once
+from tests.faults.table import Record
+
+LIMIT = 4.0
+MARGIN = 10.0
+
+
+def lose_a_rank(seat: Seat, mode: str, victim: int, phase: str) -> Survivor:
+    service = Service(seat, mode=mode, time_limit=LIMIT)
+    service.serve(2)
+    if seat.rank == victim:
+        with at_phases(once(phase, seat.die)):
+            return service.outlive(2 * LIMIT + MARGIN)
+    return service.outlive(2 * LIMIT + MARGIN)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_a_killed_rank_ends_the_balancing_and_nothing_else(
+    mode: str, victim: int, phase: str, record: Record
+) -> None:
+    ended = run_cluster(lose_a_rank, SIZE, mode, victim, phase, dies={victim})
+    survivors = [survivor for survivor in ended if survivor is not None]
+    assert len(survivors) == SIZE - 1
+    assert all(survivor.rows == survivors[0].rows for survivor in survivors)
+    assert all(survivor.off == survivors[0].off for survivor in survivors)
+    assert "RankLostError" in survivors[0].off
+    assert not any(survivor.undecided for survivor in survivors)
+    seconds = max(survivor.seconds for survivor in survivors)
+    record(f"SIGKILL of rank {victim}", mode, phase, placement=True, outputs=None, seconds=seconds)
