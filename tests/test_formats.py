@@ -463,6 +463,19 @@ def test_placements_come_back_equal(tmp_path, form):
         read_placement(path, 5, LAYERS)
 
 
+@pytest.mark.parametrize("form", PLACEMENT_FORMATS)
+def test_empty_slots_are_written_only_where_they_can_be(tmp_path, form):
+    placement = Placement(torch.tensor([[0, 1, 2, 3, 4, 5, -1, -1]]), 6)
+    path = tmp_path / "map"
+    if form == "json":
+        write_placement(path, placement, (3,), TOPOLOGY, form)
+        assert read_placement(path, 6, (3,)) == placement
+    else:
+        with pytest.raises(PlacementError, match=f"layer 0, slot 6 is empty, which the format '{form}'"):
+            write_placement(path, placement, (3,), TOPOLOGY, form)
+        assert not path.exists()
+
+
 def test_what_the_engines_read(tmp_path):
     torch.manual_seed(0)
     placement = placement_of()

@@ -27,11 +27,15 @@ def placements(draw, count: int = 1) -> tuple[Topology, list[Placement]]:
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
 
     def row() -> torch.Tensor:
-        extra = torch.randint(experts, (slots - experts,), generator=generator)
+        extra = torch.randint(-1, experts, (slots - experts,), generator=generator)  # some slots stay empty
         return torch.cat([torch.arange(experts), extra])[torch.randperm(slots, generator=generator)]
 
     made = [Placement(torch.stack([row() for _ in range(layers)]), experts) for _ in range(count)]
-    return Topology(num_ranks=ranks, num_slots=slots), made
+    if draw(st.booleans()):
+        return Topology(num_ranks=ranks, num_slots=slots), made
+    cuts = sorted(draw(st.lists(st.integers(0, slots), min_size=ranks - 1, max_size=ranks - 1)))
+    rank_slots = tuple(b - a for a, b in zip([0, *cuts], [*cuts, slots], strict=True))
+    return Topology(num_ranks=ranks, num_slots=slots, rank_slots=rank_slots), made
 
 
 @given(placements(), st.integers(1, 3), st.integers(0, 2**20))
@@ -41,11 +45,16 @@ def test_rank_loads_and_balancedness(case, snapshots, seed):
     shape = (snapshots, placement.num_layers, placement.num_logical)
     load = torch.randint(0, 100, shape, generator=torch.Generator().manual_seed(seed))
     expected = torch.zeros(*shape[:2], topology.num_ranks, dtype=torch.float64)
+    rank_of = topology.rank_of_slot().tolist()
+    holding = set()
     for layer, row in enumerate(placement.physical_to_logical.tolist()):
         for slot, expert in enumerate(row):
-            share = load[:, layer, expert].double() / row.count(expert)
-            expected[:, layer, slot // topology.slots_per_rank] += share
+            if expert >= 0:
+                expected[:, layer, rank_of[slot]] += load[:, layer, expert].double() / row.count(expert)
+                holding.add(rank_of[slot])
     assert torch.allclose(rank_loads(load, placement, topology), expected)
+    # Ranks that hold nothing anywhere do not count in the mean.
+    expected = expected[:, :, sorted(holding)]
     ratios = [float(step.mean(1).sum() / step.amax(1).sum()) for step in expected if step.sum() > 0]
     assert balancedness(load, placement, topology) == pytest.approx(
         sum(ratios) / len(ratios) if ratios else 1.0
@@ -59,9 +68,22 @@ def test_count_moves(case):
     expected = []
     for before, after in zip(old.physical_to_logical, new.physical_to_logical, strict=True):
         ranks = [topology.slots_of_rank(rank) for rank in range(topology.num_ranks)]
-        expected.append(sum(len(set(after[r].tolist()) - set(before[r].tolist())) for r in ranks))
+        expected.append(sum(len(set(after[r].tolist()) - set(before[r].tolist()) - {-1}) for r in ranks))
     assert count_moves(old, new, topology).tolist() == expected
     assert count_moves(old, old, topology).sum() == 0
+
+
+@given(placements())
+@settings(max_examples=60, deadline=None)
+def test_the_tables_of_experts_leave_empty_slots_out(case):
+    _, (placement,) = case
+    for layer, row in enumerate(placement.physical_to_logical.tolist()):
+        for expert in range(placement.num_logical):
+            slots = [slot for slot, held in enumerate(row) if held == expert]
+            assert int(placement.replica_count[layer, expert]) == len(slots)
+            table = placement.logical_to_physical[layer, expert].tolist()
+            assert table == slots + [-1] * (len(table) - len(slots))
+    assert placement.has_empty_slots == bool((placement.physical_to_logical == -1).any())
 
 
 def test_the_default_placement_wraps_round():

@@ -68,6 +68,23 @@ def test_local_replicas_share_among_themselves() -> None:
     assert sorted(other.physical(0, torch.zeros(50, dtype=torch.int64)).unique().tolist()) == [0, 1, 3, 11]
 
 
+@pytest.mark.parametrize("local_first", [False, True])
+def test_no_token_goes_to_an_empty_slot(local_first: bool) -> None:
+    # Rank 1 of three has failed; ranks differ in slots.
+    topology = eplb.Topology(num_ranks=3, num_slots=7, rank_slots=(3, 2, 2))
+    rows = torch.tensor([[0, 1, 2, -1, -1, 0, 1], [2, 0, 1, -1, -1, 2, 2]])
+    tables = DispatchTables(eplb.Placement(rows, 3), topology, rank=2, local_first=local_first)
+    ids = torch.arange(3).repeat(20)
+    for layer in range(2):
+        slots = tables.physical(layer, ids)
+        assert torch.equal(rows[layer][slots], ids)
+        used = {e: set(slots[ids == e].tolist()) for e in range(3)}
+        for expert in range(3):
+            holders = set((rows[layer] == expert).nonzero()[:, 0].tolist())
+            local = holders & {5, 6}
+            assert used[expert] == (local if local and local_first else holders)
+
+
 def test_updates_are_in_place_and_only_for_the_given_layers() -> None:
     old, new = random_placement(3, 7, 12, 0), random_placement(3, 7, 12, 1)
     with torch.inference_mode():
