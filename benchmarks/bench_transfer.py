@@ -23,8 +23,8 @@ from rich.table import Table
 
 import eplb_plugin as eplb
 from eplb_plugin.cli.ranks import run_ranks
+from eplb_plugin.runtime.moving import Move
 from eplb_plugin.runtime.pace import AtOnce
-from eplb_plugin.runtime.rebalance import Rebalance
 from eplb_plugin.runtime.weights import ExpertWeights
 
 SLOTS_PER_RANK = 8
@@ -85,10 +85,9 @@ def measure(rank: int, send: Callable[[Any], None], ranks: int, repeats: int) ->
                 if name == "raw":
                     baseline()
                 else:
-                    rebalance = Rebalance(
-                        parts, number=repeat, step=0, intervals=[], placement=old, pace=AtOnce()
-                    )
-                    rebalance.fill(old.physical_to_logical, rotate(old, ranks).physical_to_logical)
+                    now = old.physical_to_logical.clone()
+                    move = Move(parts, repeat, now, old.num_logical, AtOnce(), lambda phase: None)
+                    move.run(rotate(old, ranks).physical_to_logical)
                 dist.barrier()
                 if repeat:
                     times[name].append(time.perf_counter() - start)

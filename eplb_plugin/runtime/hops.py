@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -30,11 +30,14 @@ class Hop:
     before: torch.Tensor
     after: torch.Tensor
     num_logical: int
+    _known: dict[Topology, MigrationPlan] = field(default_factory=dict, repr=False)
 
     def migration(self, topology: Topology) -> MigrationPlan:
         """What has to be copied and sent; its layers are indices into `layers`."""
-        before, after = Placement(self.before, self.num_logical), Placement(self.after, self.num_logical)
-        return plan_migration(before, after, topology)
+        if topology not in self._known:
+            before, after = Placement(self.before, self.num_logical), Placement(self.after, self.num_logical)
+            self._known[topology] = plan_migration(before, after, topology)
+        return self._known[topology]
 
 
 def plan_hops(
@@ -61,6 +64,8 @@ def plan_hops(
         return [], {}
     whole = Hop(changed, before[changed], after[changed], num_logical)
     need = staged_bytes(whole.migration(topology), changed, weights, topology)
+    if int(need.sum(0).max()) <= bound:
+        return [whole], {}
     hops: list[Hop] = []
     impossible: dict[int, str] = {}
     group: list[int] = []

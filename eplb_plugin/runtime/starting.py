@@ -19,8 +19,9 @@ from .channels import Channels
 from .collectives import fingerprint
 from .dispatch import DispatchTables
 from .fingerprints import ExpertFingerprints
+from .moving import Move
 from .pace import AtOnce
-from .rebalance import Parts, Rebalance
+from .parts import Parts
 from .streams import DeviceOrder
 from .transfer import Staging
 from .weights import ExpertWeights
@@ -92,10 +93,13 @@ def start_up(
         switch=lambda layer, row, tables: None,
     )
     if not torch.equal(held, start.physical_to_logical):
-        first = Rebalance(parts, number=0, step=0, intervals=[], placement=start, pace=AtOnce())
-        first.fill(held, start.physical_to_logical)
+        way = Move(parts, 0, held, num_logical, AtOnce(), lambda phase: None)
+        with parts.order.background():
+            way.run(start.physical_to_logical)
         parts.order.rejoin()
-    if options.verify == "off" or registered.device is None:
+        if not torch.equal(way.now, start.physical_to_logical):
+            raise TransferError("; ".join(way.notes))
+    if options.verify == "off" or not registered.signature:
         return parts
     prints = ExpertFingerprints.make(registered, start, topology, control, options.verify)
     return replace(parts, fingerprints=prints)

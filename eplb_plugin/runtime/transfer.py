@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from ..migration import MigrationPlan
 from ..topology import Topology
 from .collectives import Message, RankGroup
 from .hops import Hop
@@ -67,24 +66,24 @@ class Transfer:
 
     Args:
         hop: the same on every rank.
-        plan: its migration.
         weights: what this rank holds.
         topology: gives the slots of a rank.
         rank: this rank.
 
     Attributes:
         num_bytes: staging memory that this rank needs.
+        sends: for each expert that is sent from rank to rank, over all ranks: its layer.
         arrivals: what is about to be used, once `exchange` has ended.
     """
 
-    def __init__(
-        self, hop: Hop, plan: MigrationPlan, weights: ExpertWeights, topology: Topology, rank: int
-    ) -> None:
+    def __init__(self, hop: Hop, weights: ExpertWeights, topology: Topology, rank: int) -> None:
+        plan = hop.migration(topology)
         self._layers = hop.layers
         self._rows = [weights.rows[layer] for layer in hop.layers]
         self._first = topology.slots_of_rank(rank).start
         self._after = hop.after
         sends, copies = plan.sends, plan.copies
+        self.sends = [hop.layers[layer] for layer in sends.layer.tolist()]
 
         sending = sends.source_rank == rank
         self._outgoing = _lists(sending, sends.rank, sends.layer, sends.source_slot)

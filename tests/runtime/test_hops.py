@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eplb_plugin as eplb
@@ -21,6 +21,7 @@ def make_weights(layers: int, topology: eplb.Topology) -> ExpertWeights:
     )
 
 
+@settings(deadline=None)
 @given(
     ranks=st.integers(1, 4),
     slots_per_rank=st.integers(1, 6),

@@ -49,7 +49,7 @@ def carry(
     placements = []
     now = old.physical_to_logical.clone()
     for hop in hops:
-        transfer = Transfer(hop, hop.migration(topology), weights, topology, group.rank)
+        transfer = Transfer(hop, weights, topology, group.rank)
         transfer.prepare(staging.reserve(transfer.num_bytes, torch.device("cpu")))
         transfer.exchange(group)
         for layer in hop.layers:
