@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-faults test-sglang bench-sglang test-vllm bench-vllm lint wheel bench-peers clean
+.PHONY: demo test test-faults fuzz test-sglang bench-sglang test-vllm bench-vllm lint wheel bench-peers clean
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml constraints.txt
@@ -21,6 +21,14 @@ test: $(STAMP)  ## all tests of the package itself
 
 test-faults: $(STAMP)  ## ranks that are killed, stopped, cut off or wrong, and a thousand rebalances; as root all of it
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 tests/faults
+
+$(VENV)/.fuzzing: $(STAMP)
+	$(BIN)/python -m pip install -qq atheris
+	touch $@
+
+fuzz: $(VENV)/.fuzzing  ## hostile input for every parser, for some minutes
+	OMP_NUM_THREADS=1 EPLB_FUZZ_EFFORT=20 $(BIN)/python -m pytest -n auto tests/fuzz
+	$(BIN)/python -m tests.fuzz.fuzz_formats --seconds 20
 
 SGLANG := .venv-sglang
 SGLANG_TESTS := tests/engines/sglang

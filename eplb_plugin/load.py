@@ -24,6 +24,8 @@ def as_snapshots(load: torch.Tensor, name: str = "load") -> torch.Tensor:
     """
     if not isinstance(load, torch.Tensor):
         raise LoadError(f"{name} is a {type(load).__name__}, not a tensor")
+    if load.layout != torch.strided or load.is_nested or load.is_quantized or load.is_meta:
+        raise LoadError(f"{name} is sparse, nested, quantized or without values, not a plain tensor")
     if load.dim() not in (2, 3) or load.numel() == 0:
         raise LoadError(
             f"{name} has shape {tuple(load.shape)}, not [layers, logical] or [snapshots, layers, logical]"

@@ -53,7 +53,8 @@ def parse_algorithm(algorithm: str) -> EngineOptions:
             **agreement,
         )
     except ConfigError as error:
-        raise ConfigError(f"{source}: {error}") from None
+        # The name of the file may have line breaks in it.
+        raise ConfigError(f"{source}: {' '.join(str(error).split())}") from None
 
 
 def _split(source: str, algorithm: str) -> dict[str, str]:
