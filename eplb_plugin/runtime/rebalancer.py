@@ -18,6 +18,7 @@ from ..topology import Topology
 from ..warmup import warmup
 from .channels import Channels, Store
 from .collectives import RankGroup
+from .fingerprints import ExpertFingerprints
 from .pace import AtOnce, BetweenSteps, Pace
 from .rebalance import Outcome, Rebalance
 from .registration import warn_unregistered
@@ -220,6 +221,22 @@ class Rebalancer:
         if self.window.steps:
             self._waiting.append(self.window.take())
         return self._run(AtOnce())
+
+    def weights_replaced(self) -> None:
+        """The engine has loaded other weights into the slots. All ranks call it, at the same step.
+
+        Raises:
+            TransferError, RankLostError: fingerprints could not be taken.
+        """
+        self._finish()
+        parts, prints = self._parts, self._parts.fingerprints
+        if self._off or prints is None:
+            return
+        control = self._channels.control
+        prints = ExpertFingerprints.make(
+            parts.weights, self.placement, self.topology, control, prints.coverage
+        )
+        self._parts = replace(parts, fingerprints=prints)
 
     def close(self) -> None:
         """End the balancing for good, after finishing what is under way. All ranks call it."""
