@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -109,7 +110,7 @@ def test_simulate_reads_a_configuration_file(tmp_path, load_file):
         (["nowhere.npz"], "nowhere.npz: no such file"),
         (["deepseek-v3", "--policy", "best"], "no policy 'best'; there are static, greedy, ensemble"),
         (["deepseek-v3", "--ranks", "0"], "command line: section simulate: SimulateOptions: ranks"),
-        (["deepseek-v3", "--config", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
+        (["deepseek-v3", "--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
         (["gpt-oss-20b", "--steps", "8", "--interval", "8"], "has 8 steps: with interval=8 none are left"),
         (
             ["gpt-oss-20b", "--steps", "8", "--ranks", "3", "--slots", "40"],
@@ -131,6 +132,10 @@ def test_errors_are_one_line_and_exit_code_2(monkeypatch, capsys, args, message)
     line = err.splitlines()[-1]
     assert line.startswith("eplb-plugin: ")
     assert message in line
+
+
+def test_the_version():
+    assert run("--version").stdout.strip() == version("eplb-plugin")
 
 
 def test_the_command_is_installed():

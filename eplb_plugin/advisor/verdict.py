@@ -37,9 +37,11 @@ def verdict(advice: Advice, num_experts: int) -> list[str]:
             f"Moving weights keeps the busiest links busy {best.cost.transfer_share:.0%} of the time: choose "
             "a longer interval or a higher move_price if the network is needed for other things."
         )
+    # Rounded to what is printed; adding 0 makes a zero of a negative zero.
+    missed = round(100 * (test.measured - test.predicted), 1) + 0.0
     said.append(
         f"Predicted from the first half of the load: balancedness {test.predicted:.3f}; measured on the "
-        f"second half: {test.measured:.3f} ({100 * (test.measured - test.predicted):+.1f} points). The loads "
+        f"second half: {test.measured:.3f} ({missed:+.1f} points). The loads "
         f"of the halves correlate at {test.similarity:.2f}."
     )
     if test.safe:

@@ -189,13 +189,14 @@ def _table(load: LoadTrace, machine: Machine, advice: Advice) -> Table:
         f"experts of {machine.bytes_per_expert / 1e6:.1f} MB on {machine.ranks} ranks",
         caption=f"balancedness: on steps that planning had not seen; without balancing {advice.static:.3f}. "
         "speed-up: of the MoE layers against that. links: share of the time in which the busiest rank's "
-        f"links carry weights, at {1000 * machine.step_seconds:g} ms a step. memory: replicas, per rank. "
-        f"{advice.cached} trials had been made before.",
+        f"links carry weights, at {1000 * machine.step_seconds:g} ms a step. memory: replicas, per rank."
+        + (f" {advice.cached} trials had been made before." if advice.cached else ""),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    names = ("redundant", "interval", "price", "balancedness", "speed-up", "GB/hour", "links", "memory GB")
+    # Together they fit into 80 columns.
+    names = ("redundant", "interval", "price", "balancedness", "speed-up", "GB/hour", "links", "memory\nGB")
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     for item in advice.rated:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
@@ -33,8 +35,18 @@ app.command()(doctor)
 app.command()(convert)
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(version("eplb-plugin"))
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    asked: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
     """Keeps the commands named, however many there are."""
 
 

@@ -18,6 +18,7 @@ from ..simulation import simulate as replay
 from ..topology import Topology
 from ..traces import LoadTrace, read_trace
 from ..traffic import PROFILES, generate
+from ..warmup import warmup
 from . import arguments
 
 __all__ = ["load_for", "simulate", "topology_for"]
@@ -60,8 +61,9 @@ def simulate(
     )
     setups = [policy_setup(name, settings.planner) for name in settings.simulate.policies]
     errors = Console(stderr=True)
-    with errors.status("reading the load"):
+    with errors.status("reading the load, and loading the planner (the first time, it is compiled)"):
         load = load_for(trace, settings)
+        warmup()
     topology = topology_for(load, settings.simulate)
     options = settings.rebalancer
     results: list[SimulationResult] = []

@@ -42,7 +42,7 @@ def resolve(tiny, **arguments):
             "history: .* greater than or equal to 1",
         ),
         ({"enable_eplb": True, "eplb_algorithm": "ensemble:history"}, "'history' is not OPTION=VALUE"),
-        ({"enable_eplb": True, "eplb_algorithm": "ensemble:config=/no/such"}, "/no/such: cannot be read"),
+        ({"enable_eplb": True, "eplb_algorithm": "ensemble:config=/no/such"}, "/no/such: no such file"),
         (
             {"enable_eplb": True, "eplb_algorithm": "ensemble", "elastic_ep_backend": "nixl"},
             "cannot plan around failed ranks",
