@@ -32,6 +32,7 @@ _STEPS = 1024
 
 
 def advise(
+    context: typer.Context,
     trace: arguments.Load,
     model: Annotated[
         str | None, typer.Option(help="Model, for the size of its experts, such as deepseek-v3.")
@@ -50,8 +51,8 @@ def advise(
     ] = 45.0,
     step_ms: Annotated[float, typer.Option(help="Duration of one engine step in milliseconds.")] = 40.0,
     redundant: Annotated[list[int] | None, typer.Option(help="Redundant experts to try; repeat.")] = None,
-    interval: Annotated[
-        list[int] | None, typer.Option(help="Steps between rebalances to try; repeat.")
+    intervals: Annotated[
+        list[int] | None, typer.Option("--interval", help="Steps between rebalances to try; repeat.")
     ] = None,
     move_price: Annotated[list[float] | None, typer.Option(help="Prices of moves to try; repeat.")] = None,
     mode: arguments.Mode = None,
@@ -65,17 +66,7 @@ def advise(
     as_json: arguments.AsJson = False,
 ) -> None:
     """Say whether balancing is worth it for this traffic, with which settings, and how sure that is."""
-    settings = arguments.settings_for(
-        config,
-        ranks=ranks,
-        nodes=nodes,
-        groups=groups,
-        mode=mode,
-        batch=batch,
-        max_tokens=max_tokens,
-        steps=steps,
-        drift=drift,
-    )
+    settings = arguments.settings_for(context)
     if settings.simulate.steps is None:
         settings = settings.model_copy(
             update={"simulate": settings.simulate.model_copy(update={"steps": _STEPS})}
@@ -103,7 +94,7 @@ def advise(
             settings.planner,
             settings.rebalancer,
             redundant=redundant or (),
-            intervals=interval or (),
+            intervals=intervals or (),
             prices=move_price or (),
             cache=TrialCache(cache_folder() / "advise"),
             progress=lambda done, total: bar.update(task, completed=done, total=total),

@@ -26,6 +26,7 @@ __all__ = [
     "Nodes",
     "Policies",
     "Ranks",
+    "Seed",
     "Slots",
     "Steps",
     "settings_for",
@@ -50,6 +51,7 @@ Batch = Annotated[int | None, typer.Option(help="Decode: requests in flight.")]
 MaxTokens = Annotated[int | None, typer.Option(help="Prefill: most tokens of one step.")]
 Steps = Annotated[int | None, typer.Option(help="Decode and generated traffic: steps.")]
 Drift = Annotated[float | None, typer.Option(help="How strongly the mix of topics changes.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the replay or of the traffic.")]
 Config = Annotated[Path | None, typer.Option(help="YAML file with options.")]
 AsJson = Annotated[bool, typer.Option("--json", help="End with one line of JSON.")]
 
@@ -74,16 +76,18 @@ _SETTINGS: Mapping[str, str] = MappingProxyType(
 )
 
 
-def settings_for(config: Path | None, **given: object) -> Settings:
+def settings_for(context: typer.Context) -> Settings:
     """The settings of the file and the environment, under what was given on the command line.
 
     Args:
-        config: YAML file, or None.
-        given: values by the name of the option; None and empty lists were not given.
+        context: of a command, whose parameters are options of that name or its own affair.
 
     Raises:
         ConfigError: an unknown option or a wrong value.
     """
+    given = {_SETTINGS[name]: value for name, value in context.params.items() if name in _SETTINGS}
+    # An option that may be repeated, and was not given at all, is an empty list.
     return load_settings(
-        config, {_SETTINGS[name]: None if value == [] else value for name, value in given.items()}
+        context.params["config"],
+        {name: None if value in ([], ()) else value for name, value in given.items()},
     )

@@ -9,14 +9,15 @@ import typer
 from rich.console import Console
 
 from ..formats.loads import LOAD_FORMATS, format_for_output, write_load
-from ..settings import load_settings
 from ..traces import LoadTrace
+from . import arguments
 from .simulate import load_for
 
 __all__ = ["convert", "with_first_layer"]
 
 
 def convert(
+    context: typer.Context,
     source: Annotated[
         str, typer.Argument(help="A recorded load of any format, a token trace, or a traffic profile.")
     ],
@@ -28,25 +29,16 @@ def convert(
         int | None, typer.Option(help="Layer of the model that the first row is of (DeepSeek-V3: 3).")
     ] = None,
     top_k: Annotated[int | None, typer.Option(help="Experts per token, for tensorrt-llm.")] = None,
-    mode: Annotated[str | None, typer.Option(help="Token traces: decode or prefill.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Decode: requests in flight.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Prefill: most tokens of one step.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Decode and generated traffic: steps.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the replay or of the traffic.")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file with options.")] = None,
+    mode: arguments.Mode = None,
+    batch: arguments.Batch = None,
+    max_tokens: arguments.MaxTokens = None,
+    steps: arguments.Steps = None,
+    seed: arguments.Seed = None,
+    config: arguments.Config = None,
 ) -> None:
     """Convert a recorded load; `docs/formats.md` describes the formats. Token traces become loads."""
     form = format_for_output(output, to)
-    settings = load_settings(
-        config,
-        {
-            "simulate.mode": mode,
-            "simulate.batch": batch,
-            "simulate.max_tokens": max_tokens,
-            "simulate.steps": steps,
-            "simulate.seed": seed,
-        },
-    )
+    settings = arguments.settings_for(context)
     with Console(stderr=True).status("reading the load"):
         load = with_first_layer(load_for(source, settings), first_layer)
     write_load(output, load, form, top_k)

@@ -28,6 +28,7 @@ __all__ = ["plan"]
 
 
 def plan(
+    context: typer.Context,
     load: arguments.Load,
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write the placement to.")],
     ranks: arguments.Ranks = None,
@@ -50,14 +51,7 @@ def plan(
 
     All of the recording counts alike, unless the configuration sets planner.snapshot_decay.
     """
-    settings = arguments.settings_for(
-        config,
-        ranks=ranks,
-        slots=slots,
-        nodes=nodes,
-        groups=groups,
-        mode=mode,
-    )
+    settings = arguments.settings_for(context)
     errors = Console(stderr=True)
     with errors.status("reading the load"):
         trace = with_first_layer(load_for(load, settings), first_layer)

@@ -26,6 +26,7 @@ _LEAST_INTERVALS = 8
 
 
 def report(
+    context: typer.Context,
     traces: Annotated[
         list[str], typer.Argument(help="Recorded loads of any format, token traces, or traffic profiles.")
     ],
@@ -46,19 +47,7 @@ def report(
     config: arguments.Config = None,
 ) -> None:
     """Show recorded loads before and after balancing: one HTML file with pictures, and each as a PNG."""
-    settings = arguments.settings_for(
-        config,
-        ranks=ranks,
-        slots=slots,
-        nodes=nodes,
-        groups=groups,
-        interval=interval,
-        policies=policies,
-        mode=mode,
-        batch=batch,
-        max_tokens=max_tokens,
-        steps=steps,
-    )
+    settings = arguments.settings_for(context)
     if "rebalancer.interval" not in settings.origins:
         settings = _with_interval(settings, _INTERVAL)
     for name in settings.simulate.policies:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -27,6 +26,7 @@ _AUTO_INTERVALS = 8
 
 
 def simulate(
+    context: typer.Context,
     trace: arguments.Load,
     ranks: arguments.Ranks = None,
     slots: arguments.Slots = None,
@@ -39,26 +39,12 @@ def simulate(
     max_tokens: arguments.MaxTokens = None,
     steps: arguments.Steps = None,
     drift: arguments.Drift = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the replay or of the traffic.")] = None,
+    seed: arguments.Seed = None,
     config: arguments.Config = None,
     as_json: arguments.AsJson = False,
 ) -> None:
     """Replay a load offline: what would each policy have gained, and what would it have moved?"""
-    settings = arguments.settings_for(
-        config,
-        ranks=ranks,
-        slots=slots,
-        nodes=nodes,
-        groups=groups,
-        interval=interval,
-        policies=policies,
-        mode=mode,
-        batch=batch,
-        max_tokens=max_tokens,
-        steps=steps,
-        drift=drift,
-        seed=seed,
-    )
+    settings = arguments.settings_for(context)
     setups = [policy_setup(name, settings.planner) for name in settings.simulate.policies]
     errors = Console(stderr=True)
     with errors.status("reading the load, and loading the planner (the first time, it is compiled)"):
