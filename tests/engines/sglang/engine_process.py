@@ -13,6 +13,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
+SMALL_ENGINE = {
+    "device": "cpu",
+    "dtype": "float32",
+    "skip_tokenizer_init": True,
+    "skip_server_warmup": True,
+    "attention_backend": "torch_native",
+    "disable_cuda_graph": True,
+    "disable_overlap_schedule": True,
+    "disable_radix_cache": True,
+    "max_total_tokens": 2048,
+    "max_running_requests": 8,
+    "mem_fraction_static": 0.3,
+}
 REBALANCE = re.compile(r"rebalance (\d+): (?:.*?; (\d+) moves in|the map in force stays: (.*))")
 
 

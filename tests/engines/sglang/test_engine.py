@@ -12,7 +12,7 @@ import pytest
 
 from eplb_plugin.traces import save_load_trace
 from eplb_plugin.traffic import TrafficProfile, generate
-from tests.engines.sglang.engine_process import started
+from tests.engines.sglang.engine_process import SMALL_ENGINE, started
 from tests.engines.sglang.tiny_model import EXPERTS, LAYERS, NEW_TOKENS
 
 INTERVAL = 10
@@ -27,19 +27,9 @@ def test_tokens_are_equal_before_between_and_after_live_rebalances(tiny, tmp_pat
     arguments = {
         "engine": {
             "model_path": str(tiny.path),
-            "device": "cpu",
-            "dtype": "float32",
+            **SMALL_ENGINE,
             "tp_size": 2,
             "ep_size": 2,
-            "skip_tokenizer_init": True,
-            "skip_server_warmup": True,
-            "attention_backend": "torch_native",
-            "disable_cuda_graph": True,
-            "disable_overlap_schedule": True,
-            "disable_radix_cache": True,
-            "max_total_tokens": 2048,
-            "max_running_requests": 8,
-            "mem_fraction_static": 0.3,
             "log_level": "info",
             "enable_eplb": True,
             "eplb_algorithm": "ensemble:history=2,move_price=0.005",

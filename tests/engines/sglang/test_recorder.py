@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from eplb_plugin.traces import read_trace
-from tests.engines.sglang.engine_process import started
+from tests.engines.sglang.engine_process import SMALL_ENGINE, started
 from tests.engines.sglang.tiny_model import EXPERTS, LAYERS
 
 TOP_K = 4
@@ -23,20 +23,10 @@ def record(tiny, folder, mode):
     arguments = {
         "engine": {
             "model_path": str(tiny.path),
-            "device": "cpu",
-            "dtype": "float32",
+            **SMALL_ENGINE,
             "tp_size": RANKS,
             "ep_size": RANKS,
-            "skip_tokenizer_init": True,
-            "skip_server_warmup": True,
-            "attention_backend": "torch_native",
-            "disable_cuda_graph": True,
-            "disable_overlap_schedule": True,
-            "disable_radix_cache": True,
-            "max_total_tokens": 2048,
-            "max_running_requests": 8,
             "chunked_prefill_size": 256,
-            "mem_fraction_static": 0.3,
             "ep_num_redundant_experts": 8,
             "expert_distribution_recorder_mode": mode,
             "expert_distribution_recorder_buffer_size": 50,
