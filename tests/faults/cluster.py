@@ -46,7 +46,7 @@ class Seat:
     rank: int
     size: int
     folder: Path
-    sender: Connection
+    sender: Connection | None = None
     logged: list[str] = field(default_factory=list)
 
     def die(self) -> None:
@@ -56,6 +56,7 @@ class Seat:
 
     def stop(self, seconds: float) -> None:
         """SIGSTOP, here and now; the launcher sends SIGCONT after `seconds`."""
+        assert self.sender is not None
         self.mark("fault")
         self.sender.send(("stop", seconds))
         # To this thread, which therefore does not get a single instruction further.
@@ -122,6 +123,15 @@ def run_cluster(
     return [results[rank] for rank in range(size)]
 
 
+def hear_errors(seat: Seat) -> None:
+    """Keep the errors that the package logs."""
+    handler = logging.Handler(logging.ERROR)
+    handler.emit = lambda record: seat.logged.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("eplb_plugin")
+    logger.addHandler(handler)
+    logger.propagate = False
+
+
 def _watch(
     processes: list[Any], receivers: dict[Connection, int], deadline: float, dies: set[int], folder: Path
 ) -> tuple[dict[int, Any], dict[int, str]]:
@@ -181,11 +191,8 @@ def _run(seat: Seat, store: StoreKind, fn: Callable[..., Any], args: Any) -> Non
     torch.set_num_threads(1)
     # Written by the C library's handler: that works in a process whose interpreter is stuck as well.
     faulthandler.register(signal.SIGUSR1, file=(seat.folder / f"trace.{seat.rank}").open("w"))
-    handler = logging.Handler(logging.ERROR)
-    handler.emit = lambda record: seat.logged.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("eplb_plugin")
-    logger.addHandler(handler)
-    logger.propagate = False
+    hear_errors(seat)
+    assert seat.sender is not None
     try:
         dist.init_process_group(
             "gloo",

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 import eplb_plugin as eplb
-from tests.faults.table import PROPERTY, Record, Row, markdown, recorder, show
+from tests.faults.table import FAULT, SOAK, Record, Row, Soak, Use, markdown, recorder, show
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -24,15 +24,16 @@ def record(record_property) -> Record:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    rows = [
-        Row(**value)
-        for report in terminalreporter.stats.get("passed", [])
-        for name, value in report.user_properties
-        if name == PROPERTY
+    found = [item for report in terminalreporter.stats.get("passed", []) for item in report.user_properties]
+    rows = [Row(**value) for name, value in found if name == FAULT]
+    soaks = [
+        Soak(**value | {"first": Use(**value["first"]), "last": Use(**value["last"])})
+        for name, value in found
+        if name == SOAK
     ]
-    if not rows:
+    if not rows and not soaks:
         return
-    show(rows, Console(width=200))
+    show(rows, soaks, Console(width=200))
     path = os.environ.get("EPLB_FAULT_TABLE")
     if path:
-        Path(path).write_text(markdown(rows), encoding="utf-8")
+        Path(path).write_text(markdown(rows, soaks), encoding="utf-8")

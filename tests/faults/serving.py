@@ -88,20 +88,25 @@ class Service:
         )
         self.reference = MoEModel(config)
         self.steps = 0
+        self.topic = 0
         self.off_at: float | None = None
 
     @property
     def balancer(self) -> Rebalancer:
         return self.model.rebalancer
 
-    def step(self, *, sound: bool = True) -> RebalanceReport | None:
-        """One forward step on all ranks. `sound`: with weights as they should be, so that outputs agree."""
-        tokens = self._batch()
-        logits = self.model.forward(tokens)
+    def step(self, *, sound: bool = True, topic: int | None = None) -> RebalanceReport | None:
+        """One forward step on all ranks.
+
+        Args:
+            sound: with weights as they should be, so that outputs agree.
+            topic: of the tokens; None is another one in each interval.
+        """
+        self.topic = self.steps // self.balancer.options.interval if topic is None else topic
         if sound:
-            expected = self.reference.forward(tokens)
-            assert torch.allclose(logits, expected, rtol=1e-4, atol=1e-5), f"outputs of step {self.steps}"
-            assert torch.equal(logits.argmax(-1), expected.argmax(-1)), f"tokens of step {self.steps}"
+            self.check_outputs()
+        else:
+            self.model.forward(self._batch())
         report = self.model.step()
         if self.balancer.off and self.off_at is None:
             self.off_at = time.monotonic()
@@ -136,6 +141,13 @@ class Service:
                     return report
         raise AssertionError(reports)
 
+    def check_outputs(self) -> None:
+        """A forward pass on all ranks gives what it gives on one process."""
+        tokens = self._batch()
+        logits, expected = self.model.forward(tokens), self.reference.forward(tokens)
+        assert torch.allclose(logits, expected, rtol=1e-4, atol=1e-5), f"outputs of step {self.steps}"
+        assert torch.equal(logits.argmax(-1), expected.argmax(-1)), f"tokens of step {self.steps}"
+
     def check_weights(self) -> None:
         """Every slot of this rank holds what the placement says, to the bit."""
         assert self.model.wrong_slots() == 0, f"step {self.steps}, {self.balancer.placement}"
@@ -152,11 +164,12 @@ class Service:
         for layer, row in enumerate(now.physical_to_logical):
             assert torch.equal(row[self.balancer.physical(layer, ids)], ids)
 
-    def outlive(self, within: float) -> Survivor:
+    def outlive(self, within: float, *, left_over: str = "") -> Survivor:
         """Go on until the balancing is off or undecided, without the model where a rank of it is gone.
 
         Args:
             within: seconds from the fault.
+            left_over: name of threads of the balancer's that may still be there in the end.
         """
         before = self.balancer.placement
         deadline = time.monotonic() + within
@@ -166,10 +179,7 @@ class Service:
             assert time.monotonic() < (deadline if fault is None else fault + within), "still on"
             if together:
                 try:
-                    tokens = self._batch()
-                    assert torch.allclose(
-                        self.model.forward(tokens), self.reference.forward(tokens), rtol=1e-4, atol=1e-5
-                    )
+                    self.check_outputs()
                 except RuntimeError:
                     together = False
             if not together:
@@ -185,7 +195,7 @@ class Service:
                 dist.destroy_process_group()
             self.steps += 1
         seconds = time.monotonic() - (self.seat.marked("fault") or 0.0)
-        self._check_off(undecided)
+        self._check_off(undecided, left_over)
         if not undecided:
             self.check_weights()
             self.check_tables()
@@ -194,7 +204,7 @@ class Service:
             now.physical_to_logical.tolist(), now != before, self.balancer.off, seconds, undecided
         )
 
-    def _check_off(self, undecided: bool) -> None:
+    def _check_off(self, undecided: bool, left_over: str) -> None:
         """A step costs nothing any more, one error was logged, and no thread of the balancer's is left."""
         start = time.monotonic()
         for _ in range(3):
@@ -207,7 +217,7 @@ class Service:
         assert len(self.seat.logged) == 1, self.seat.logged
         # A thread that asks the store may have been given up on, and ends when the store's client does.
         deadline = time.monotonic() + 2 * self.balancer.options.time_limit + AT_ONCE
-        while left := [t.name for t in threading.enumerate() if t.name.startswith("eplb-")]:
+        while left := {t.name for t in threading.enumerate() if t.name.startswith("eplb-")} - {left_over}:
             assert time.monotonic() < deadline, left
             time.sleep(0.01)
 
@@ -222,7 +232,7 @@ class Service:
         """Token ids of a topic that changes with every interval; now and then there are none on rank 1."""
         generator = torch.Generator().manual_seed(self.steps * 10 + self.seat.rank)
         tokens = 0 if self.seat.rank == 1 and self.steps % 7 == 3 else 20 + 5 * self.seat.rank
-        topic = self.steps // self.balancer.options.interval % self.config.num_topics
+        topic = self.topic % self.config.num_topics
         width = self.config.vocab // self.config.num_topics
         ids = torch.randint(width, (tokens,), generator=generator)
         return ids * self.config.num_topics + topic
