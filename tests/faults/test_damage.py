@@ -112,7 +112,7 @@ def on_the_way(damage: Damage) -> dict[str, float]:
     with mock.patch.object(Transfer, "exchange", flip if damage.here else exchange):
         report = damage.until(lambda report: report.mismatches > 0, sound=True)
     assert report.mismatches == 2
-    assert report.reason == f"experts of layer {layer} arrive damaged again and again"
+    assert report.reason == f"experts of layer {layer} were damaged on their way more than once"
     seconds["bit flipped on the way, every time"] = damage.over()
     return seconds
 
