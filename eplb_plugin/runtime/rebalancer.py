@@ -131,6 +131,7 @@ class Rebalancer:
         self._pace = BetweenSteps(0)
         self._outcome: Outcome | None = None
         self._error: Exception | None = None
+        self._reason = ""
         self._off = ""
         self._told_failure = False
         # Ranks that plan compile the planner now, so that the first rebalance does not wait for it.
@@ -281,12 +282,23 @@ class Rebalancer:
         try:
             rebalance.run(self._ended)
         except Exception as error:  # of every kind, since the serving thread may be waiting for it
-            self._error = error
             if isinstance(pace, BetweenSteps):
                 if isinstance(error, UndecidedError):
                     pace.fail(error)
                 else:
                     pace.release(None)
+            self._reason = self._agreed_reason(error)
+            self._error = error
+
+    def _agreed_reason(self, error: Exception) -> str:
+        """Why balancing ends: all ranks that can still be reached give the same reason, the first one's."""
+        reason = f"rank {self.rank}: {type(error).__name__}: {error}"
+        if isinstance(error, UndecidedError):
+            return reason
+        try:
+            return self._channels.decisions.decide("off", reason)
+        except UndecidedError:
+            return reason
 
     def _ended(self, outcome: Outcome) -> None:
         self._outcome = outcome
@@ -312,22 +324,20 @@ class Rebalancer:
         return report
 
     def _turn_off(self, error: Exception) -> RebalanceReport:
-        """No more rebalances. All ranks that can still be reached give the same reason, the first one's."""
-        reason = f"{type(error).__name__}: {error}"
+        """No more rebalances."""
         self._error = error
+        reason = self._reason or f"rank {self.rank}: {type(error).__name__}: {error}"
         if isinstance(error, UndecidedError):
             _logger.critical("rank %d does not know which weights the others use: %s", self.rank, reason)
         else:
-            try:
-                reason = self._channels.decisions.decide("off", f"rank {self.rank}: {reason}")
-            except UndecidedError:
-                reason = f"rank {self.rank}: {reason}"
             _logger.error(
                 "expert balancing is turned off on rank %d; the placement in force stays. %s",
                 self.rank,
                 reason,
                 exc_info=None if isinstance(error, RankLostError) else error,
             )
+        # Whoever waits for this rank gets an error at once, instead of at the limit.
+        self._channels.close()
         self._off = reason
         if self.observer is not None:
             self.observer.turned_off(reason)
