@@ -26,9 +26,9 @@ from eplb_plugin.integration.torch_moe import MoEConfig, MoEModel
 
 LAYERS, EXPERTS, SLOTS_PER_RANK = 12, 32, 18
 CONFIG = MoEConfig(
-    vocab=512, num_topics=8, hidden=256, expert_hidden=512, num_layers=LAYERS, num_logical=EXPERTS, top_k=4
+    vocab=512, num_topics=8, hidden=128, expert_hidden=512, num_layers=LAYERS, num_logical=EXPERTS, top_k=4
 )
-INTERVAL, TOKENS, QUIET = 40, 64, 30
+INTERVAL, TOKENS = 40, 32
 MODES = ("never", "sync", "async")
 
 
@@ -58,31 +58,28 @@ def serve(rank: int, send: Callable[[Any], None], ranks: int, turns: int) -> Non
     worst: dict[str, list[float]] = {mode: [] for mode in MODES}
     during: dict[str, list[float]] = {mode: [] for mode in MODES}
     moved: dict[str, int] = dict.fromkeys(MODES, 0)
+    steps = dict.fromkeys(MODES, 0)
     for turn in range(turns):
         for mode, model in models.items():
-            step, ending = 0, False
-            while step < INTERVAL or ending:
+            times: list[float] = []
+            ended = False
+            while not ended:
                 start = time.perf_counter()
-                model.forward(batch(turn, step, rank))
+                model.forward(batch(turn, steps[mode], rank))
                 report = model.step()
                 seconds = time.perf_counter() - start
-                step += 1
-                if QUIET > INTERVAL - step >= 1 and not ending:
+                steps[mode] += 1
+                begins = steps[mode] % INTERVAL == 0
+                if begins or times:
+                    times.append(seconds)
+                else:
                     quiet[mode].append(seconds)
-                if mode == "async" and step == INTERVAL:
-                    ending, times = True, []
-                if step >= INTERVAL:
-                    times = [*times, seconds] if mode == "async" else [seconds]
-                if report is not None or (mode == "never" and step == INTERVAL):
-                    ending = False
-                    # The first turn leaves the placement that engines start from; it is not typical.
-                    if turn and (mode == "never" or (report is not None and report.moves)):
-                        worst[mode].append(max(times))
-                        during[mode] += times
-                        moved[mode] += report.bytes_moved if report is not None else 0
-            # All begin their next turn at the start of an interval.
-            while model.rebalancer.window.steps % INTERVAL:
-                model.step(is_dummy=True)
+                ended = report is not None or (mode == "never" and begins)
+            # The first turn leaves the placement that engines start from; it is not typical.
+            if turn and (report is None or report.moves):
+                worst[mode].append(max(times))
+                during[mode] += times
+                moved[mode] += report.bytes_moved if report is not None else 0
     for model in models.values():
         model.rebalancer.close()
     if rank == 0:
