@@ -18,6 +18,7 @@ from tests.faults.serving import SMALL, Service
 from tests.faults.table import SOAK, Soak, Use
 
 SIZE = 4
+LIMIT = 540.0  # seconds; two minutes on two idle cores
 WARMUP = 100  # rebalances; allocators and caches have seen every size by then
 BYTES_EVERY = 50
 GROWTH = 1.01
@@ -84,12 +85,13 @@ def rebalance_on_and_on(seat: Seat, mode: str, rebalances: int, name: str) -> So
     return Soak(name, seat.rank, done, moving, seconds, first, last)
 
 
+@pytest.mark.timeout(LIMIT + 60)
 @pytest.mark.parametrize(
     ("mode", "store", "rebalances"), [("async", "file", 1000), ("sync", "tcp", 300)], ids=["async", "sync"]
 )
 def test_nothing_grows(mode: str, store: StoreKind, rebalances: int, record_property) -> None:
     ranks = run_cluster(
-        rebalance_on_and_on, SIZE, mode, rebalances, f"{mode}, {store} store", store=store, limit=280.0
+        rebalance_on_and_on, SIZE, mode, rebalances, f"{mode}, {store} store", store=store, limit=LIMIT
     )
     for soak in ranks:
         record_property(SOAK, asdict(soak))

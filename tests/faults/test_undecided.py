@@ -36,7 +36,8 @@ def test_a_store_that_dies_with_its_rank(mode: str, phase: str, record: Record) 
     if phase == "commit":
         # Without the vote of rank 0 only the store could tell.
         assert not decided
-    elif phase != "decided":
+    elif phase == "stage":
+        # Nothing had been decided; later on, rank 0 may be ahead of ranks that have yet to ask.
         assert decided == ranks
     then = {0: "UndecidedError", len(ranks): "off"}.get(len(decided), "off or UndecidedError")
     seconds = max(rank.seconds for rank in ranks)
