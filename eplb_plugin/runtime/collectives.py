@@ -84,24 +84,26 @@ class RankGroup:
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over ranks, in place; the same shape on every rank."""
-        if self.group is not None and self.size > 1 and tensor.numel():
-            group = self.group
+        group = self._connected()
+        if group is not None and tensor.numel():
             answered("sum", lambda: group.allreduce([tensor]).wait())
         return tensor
 
     def broadcast(self, tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
         """Overwrite `tensor` with that of rank `source`; the same shape on every rank."""
-        if self.group is not None and self.size > 1:
-            group, options = self.group, dist.BroadcastOptions()
+        group = self._connected()
+        if group is not None:
+            options = dist.BroadcastOptions()
             options.rootRank, options.rootTensor = source, 0
             answered("broadcast", lambda: group.broadcast([tensor], options).wait())
         return tensor
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """[ranks, ...]: the tensors of all ranks, of one shape."""
-        if self.group is None or self.size == 1:
+        group = self._connected()
+        if group is None:
             return tensor.unsqueeze(0)
-        group, parts = self.group, [torch.empty_like(tensor) for _ in range(self.size)]
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
         answered("exchange", lambda: group.allgather([parts], [tensor.contiguous()]).wait())
         return torch.stack(parts)
 
@@ -122,9 +124,9 @@ class RankGroup:
         Messages between two ranks match by their order. Every rank that is sent to has to receive, and the
         other way round; ranks that have nothing to do with each other need not call.
         """
-        if self.group is None or not (sends or receives):
+        group = self._connected()
+        if group is None or not (sends or receives):
             return
-        group = self.group
 
         def run() -> None:
             together = self.device.type != "cpu"
@@ -192,6 +194,14 @@ class RankGroup:
             error = caught
         self.vote(phase, error, raises=raises)
         return cast(_T, result)
+
+    def _connected(self) -> AnyGroup:
+        """The group, or None for a lone rank. A group that was closed has no lone rank's say."""
+        if self.size == 1:
+            return None
+        if self.group is None:
+            raise RankLostError("the connections to the other ranks are closed")
+        return self.group
 
     def _default_device(self) -> torch.device:
         if self.group is not None and "nccl" in str(dist.get_backend(self.group)):

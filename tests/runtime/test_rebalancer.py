@@ -13,7 +13,7 @@ import eplb_plugin as eplb
 from eplb_plugin.planning.planner import plan
 from eplb_plugin.runtime import rebalance as phases
 from eplb_plugin.runtime import rebalancer as loop
-from eplb_plugin.runtime.collectives import RankGroup
+from eplb_plugin.runtime.collectives import Message, RankGroup
 from eplb_plugin.runtime.rebalancer import Rebalancer, RebalanceReport
 from tests.processes import RanksFailedError, run_ranks
 from tests.runtime.cases import fill, wrong_rows
@@ -194,6 +194,24 @@ def trouble(rank: int) -> None:
 
 def test_trouble_reaches_all_ranks_alike() -> None:
     run_ranks(trouble, 2)
+
+
+def close_and_vote(rank: int) -> None:
+    """A closed group is not a lone rank, whose votes would all succeed."""
+    group = RankGroup()
+    group.group = None
+    messages = [Message(1 - rank, torch.zeros(1))]
+    for say in (group.sum, group.broadcast, group.all_gather):
+        with pytest.raises(eplb.RankLostError, match="closed"):
+            say(torch.zeros(1))
+    with pytest.raises(eplb.RankLostError, match="closed"):
+        group.vote("closing")
+    with pytest.raises(eplb.RankLostError, match="closed"):
+        group.move(messages, messages)
+
+
+def test_nothing_is_agreed_on_over_closed_connections() -> None:
+    run_ranks(close_and_vote, 2)
 
 
 def hang(rank: int) -> None:
