@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -11,13 +12,25 @@ from .errors import ConfigError
 __all__ = ["MetricsOptions", "Options", "PlannerOptions", "RebalancerOptions", "config_error"]
 
 
+_shorten = reprlib.Repr()
+_shorten.maxstring = _shorten.maxother = 120
+
+
 def config_error(source: str, error: ValidationError) -> ConfigError:
     """The pydantic error as one line per wrong option, `source` naming where the values came from."""
-    lines = [
-        f"{'.'.join(str(part) for part in item['loc']) or source}: {item['msg']} (got {item['input']!r})"
-        for item in error.errors()
-    ]
+    lines = []
+    for item in error.errors():
+        where = ".".join(str(p) if str(p).isidentifier() else _shown(p) for p in item["loc"]) or source
+        lines.append(f"{where}: {item['msg']} (got {_shown(item['input'])})")
     return ConfigError(f"{source}: " + "; ".join(lines))
+
+
+def _shown(value: object) -> str:
+    """The value on one line of bounded length, whatever it is."""
+    try:
+        return _shorten.repr(value)
+    except ValueError:  # Python refuses to print integers of thousands of digits
+        return f"a {type(value).__name__} that is too long to show"
 
 
 class Options(BaseModel):
@@ -51,11 +64,11 @@ class PlannerOptions(Options):
     tolerance: float = Field(5e-4, ge=0, lt=1)
     """A row is finished when its peak is within this share of the lower bound."""
 
-    move_price: float = Field(0.0025, ge=0)
+    move_price: float = Field(0.0025, ge=0, allow_inf_nan=False)
     """What exchanges have to lower the peak by for every move that they take, as a share of the mean load of
     a slot. With 0 moves are free and a placement from scratch is tried too."""
 
-    max_moves: int | None = Field(None, ge=0)
+    max_moves: int | None = Field(None, ge=0, le=2**31)
     """Most moves per layer and rebalance; None leaves it to the price. A layer whose placement in force
     breaks the hierarchical policy is planned anew whatever that takes."""
 

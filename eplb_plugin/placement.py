@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from functools import cached_property
 
 import torch
@@ -11,6 +12,7 @@ from .topology import Topology
 
 __all__ = ["Placement", "checked_ids", "slots_by_expert"]
 
+_MOST_EXPERTS = 1024  # per slot; more than one has no placement, but the error may name the missing expert
 _INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -27,16 +29,24 @@ class Placement:
     """
 
     def __init__(self, physical_to_logical: torch.Tensor, num_logical: int) -> None:
-        if num_logical < 1:
+        try:
+            self._num_logical = operator.index(num_logical)
+        except TypeError:
+            raise PlacementError(f"num_logical is a {type(num_logical).__name__}, not an integer") from None
+        if self._num_logical < 1:
             raise PlacementError(f"num_logical={num_logical} is below 1")
-        self._physical_to_logical = checked_ids(physical_to_logical, num_logical)
-        self._num_logical = int(num_logical)
+        self._physical_to_logical = checked_ids(physical_to_logical, self._num_logical)
+        # Looking for the experts without a slot takes memory for each of them.
+        if self._num_logical > _MOST_EXPERTS * self.num_slots:
+            raise PlacementError(f"{self.num_slots} slots are far too few for that many experts")
         self.validate()
 
     @classmethod
     def default(cls, num_layers: int, num_logical: int, num_slots: int) -> Placement:
         """The placement that engines start from: experts in order, then again from 0 in the spare slots."""
         Topology(num_ranks=1, num_slots=num_slots).check_experts(num_logical)
+        if num_layers < 1:
+            raise PlacementError(f"num_layers={num_layers} is below 1")
         row = torch.arange(num_slots) % num_logical
         return cls(row.expand(num_layers, -1), num_logical)
 
@@ -130,6 +140,11 @@ def checked_ids(physical_to_logical: torch.Tensor, num_logical: int) -> torch.Te
     """
     if not isinstance(physical_to_logical, torch.Tensor):
         raise PlacementError(f"physical_to_logical is a {type(physical_to_logical).__name__}, not a tensor")
+    if physical_to_logical.layout != torch.strided or physical_to_logical.is_meta:
+        raise PlacementError(
+            f"physical_to_logical is {physical_to_logical.layout} on {physical_to_logical.device}, "
+            "not a strided tensor with values"
+        )
     if physical_to_logical.dim() != 2 or physical_to_logical.numel() == 0:
         raise PlacementError(
             f"physical_to_logical has shape {tuple(physical_to_logical.shape)}, not [layers, slots]"

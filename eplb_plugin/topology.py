@@ -13,6 +13,8 @@ from .errors import TopologyError
 
 __all__ = ["Topology"]
 
+_MOST = 1 << 20  # of anything; a larger number is a mistake that would end in an allocation
+
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
@@ -44,6 +46,8 @@ class Topology:
                 raise TopologyError(f"{name}={value!r} is not an integer")
             if value < 1:
                 raise TopologyError(f"{name}={value} is below 1")
+            if value > _MOST:
+                raise TopologyError(f"{name} is above {_MOST}")
         if self.num_ranks % self.num_nodes:
             raise TopologyError(f"num_ranks={self.num_ranks} is not divisible by num_nodes={self.num_nodes}")
         if self.rank_slots is not None:

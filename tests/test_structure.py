@@ -19,7 +19,19 @@ PACKAGE = ROOT / "eplb_plugin"
 LAYERS = [
     {"errors"},
     {"topology", "placement"},
-    {"load", "config", "metrics", "window", "migration", "elastic", "npz", "files", "drift", "traces", "formats"}
+    {
+        "load",
+        "config",
+        "metrics",
+        "window",
+        "migration",
+        "elastic",
+        "npz",
+        "files",
+        "drift",
+        "traces",
+        "formats",
+    }
     | {"traffic", "folding"},
     {"planning", "warmup"},
     {"simulation"},

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import eplb_plugin as eplb
 from eplb_plugin import (
     LoadError,
     Placement,
@@ -134,3 +135,42 @@ def test_loads_that_do_not_fit_the_placement():
         rank_loads(torch.ones(3, 4), placement, topology)
     with pytest.raises(PlacementError, match="4 slots, topology has 8"):
         rank_loads(torch.ones(2, 4), placement, Topology(num_ranks=2, num_slots=8))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: eplb.Topology(num_ranks=10**30, num_slots=10**30), eplb.TopologyError, "num_ranks is above"),
+        (lambda: eplb.Topology(num_ranks=1, num_slots=10**12), eplb.TopologyError, "num_slots is above"),
+        (lambda: eplb.Placement(torch.tensor([[0]]), 10**12), eplb.PlacementError, "1 slots are far too few"),
+        (lambda: eplb.Placement(torch.tensor([[0]]), "1"), eplb.PlacementError, "is a str, not an integer"),
+        (lambda: eplb.Placement(torch.tensor([[0]]), 1.5), eplb.PlacementError, "is a float"),
+        (
+            lambda: eplb.Placement(torch.zeros(1, 1, dtype=torch.int64).to_sparse(), 1),
+            eplb.PlacementError,
+            "sparse",
+        ),
+        (
+            lambda: eplb.Placement(torch.zeros(1, 1, dtype=torch.int64, device="meta"), 1),
+            eplb.PlacementError,
+            "meta",
+        ),
+        (lambda: eplb.Placement.default(-5, 1, 2), eplb.PlacementError, "num_layers=-5"),
+        (lambda: eplb.Placement.default(1, 1, 2**40), eplb.TopologyError, "num_slots is above"),
+        (lambda: eplb.balanced_packing(torch.ones(1, 2), "1"), eplb.TopologyError, "num_packs='1'"),
+        (lambda: eplb.plan(torch.ones(1, 2), None), eplb.TopologyError, "a NoneType, not a Topology"),
+        (
+            lambda: eplb.plan(torch.ones(1, 2), eplb.Topology(num_ranks=1, num_slots=2), None, {}),
+            eplb.ConfigError,
+            "a dict, not PlannerOptions",
+        ),
+        (lambda: eplb.PlannerOptions(seed=10**5000), eplb.ConfigError, "too long to show"),
+        (lambda: eplb.PlannerOptions(max_moves=10**30), eplb.ConfigError, "max_moves"),
+        (lambda: eplb.PlannerOptions(**{"\n": 1}), eplb.ConfigError, r"'\\n': Extra inputs"),
+    ],
+)
+def test_absurd_arguments_are_refused_in_a_line(make, error, message):
+    with pytest.raises(error, match=message) as caught:
+        make()
+    assert len(str(caught.value)) < 500
+    assert "\n" not in str(caught.value)

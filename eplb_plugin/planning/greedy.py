@@ -13,8 +13,8 @@ __all__ = ["items_per_pack", "lpt_packing"]
 
 def items_per_pack(num_items: int, num_packs: int) -> int:
     """`num_items / num_packs`, or TopologyError when that is not a whole number of at least 1."""
-    if num_packs < 1:
-        raise TopologyError(f"num_packs={num_packs} is below 1")
+    if isinstance(num_packs, bool) or not isinstance(num_packs, int) or num_packs < 1:
+        raise TopologyError(f"num_packs={num_packs!r} is not an integer from 1 on")
     if num_items % num_packs:
         raise TopologyError(f"{num_items} items are not divisible by num_packs={num_packs}")
     return num_items // num_packs

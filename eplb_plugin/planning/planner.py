@@ -11,7 +11,7 @@ from functools import cached_property, partial
 import torch
 
 from ..config import PlannerOptions
-from ..errors import LoadError, PlacementError, TopologyError
+from ..errors import ConfigError, LoadError, PlacementError, TopologyError
 from ..load import as_snapshots
 from ..placement import Placement, checked_ids
 from ..topology import Topology
@@ -100,6 +100,10 @@ def plan(
         topology.
     """
     started = time.perf_counter()
+    if not isinstance(topology, Topology):
+        raise TopologyError(f"topology is a {type(topology).__name__}, not a Topology")
+    if options is not None and not isinstance(options, PlannerOptions):
+        raise ConfigError(f"options are a {type(options).__name__}, not PlannerOptions")
     options = options or PlannerOptions()
     snapshots = as_snapshots(load)
     num_logical = snapshots.shape[2]
