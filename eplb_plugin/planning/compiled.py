@@ -185,13 +185,8 @@ def _run(
     from . import kernels
 
     num_layers = weight.shape[1]
-    if not topology.is_even:
-        # The closed slots, and the expert in them that weighs nothing.
-        closed = weight.shape[2]
-        weight = torch.nn.functional.pad(weight, (0, 1))
-        expert_node = torch.nn.functional.pad(expert_node, (0, 1), value=-1)
-        if start.shape[1]:
-            current, start = (topology.by_rank(ids, closed).flatten(1) for ids in (current, start))
+    if not topology.is_even and start.shape[1]:
+        current, start = (topology.by_rank(ids, -1).flatten(1) for ids in (current, start))
     result = np.empty((num_layers, topology.num_ranks * topology.most_slots), _INT64)
     room = np.array(topology.slots_by_rank, _INT64)
     load, node, held, begin = (_array(x) for x in (weight, expert_node, current, start))
