@@ -96,8 +96,8 @@ def _plan_layer(
 
     Growth has two starts, the placement as it is, and one with counts chosen anew, somewhat in favour of
     those in force, since single exchanges rarely find their way to other counts. A few rounds tell which has
-    the lower peak plus price of its moves from `current`; that one is carried through. From scratch, candidates are
-    improved one after the other, and the one with the lowest peak is taken.
+    the lower peak plus price of its moves from `current`; that one is carried through. From scratch,
+    candidates are improved one after the other, and the one with the lowest peak is taken.
     """
     num_snapshots, num_logical = scaled.shape
     num_slots = best.shape[0]
