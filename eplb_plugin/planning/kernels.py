@@ -155,7 +155,7 @@ def _plan_layer(
                 price if grows else 0.0, max_moves if grows else _UNBOUNDED, effort, tolerance,
             )  # fmt: skip
         value += price * moves
-        if grows and moves > max_moves:
+        if start == 1 and moves > max_moves and grows:
             continue
         failures = 0 if value < best_value - 1e-5 else failures + 1
         if value < best_value:
@@ -199,12 +199,15 @@ def _regrow(total, count, target, slot_expert, num_ranks, ranks_per_node):
                 slot = next_[slot]
             slot_expert[leaves] = -1
             load[leaves // capacity] -= total[expert] / target[expert]
-            free[num_free] = leaves
+            at = num_free
+            while at > 0 and free[at - 1] > leaves:
+                free[at] = free[at - 1]
+                at -= 1
+            free[at] = leaves
             num_free += 1
     key = np.empty(num_logical, np.float64)
     for expert in range(num_logical):
         key[expert] = -total[expert] / target[expert]
-    free[:num_free].sort()
     for expert in np.argsort(key, kind="mergesort"):
         for _ in range(target[expert] - count[expert]):
             chosen, fallback = -1, -1
@@ -235,17 +238,24 @@ def _packing_bound(scaled, count, capacity):
     num_snapshots, num_logical = scaled.shape
     num_slots = count.sum()
     share = np.empty(num_slots, np.float32)
+    heap = np.empty(num_slots, np.int64)
     bound = 0.0
     for snapshot in range(num_snapshots):
         at = 0
+        heaviest = np.float32(0.0)
         for expert in range(num_logical):
+            part = scaled[snapshot, expert] / np.float32(count[expert])
+            heaviest = max(heaviest, part)
             for _ in range(count[expert]):
-                share[at] = scaled[snapshot, expert] / np.float32(count[expert])
+                share[at], heap[at] = part, at
                 at += 1
-        share.sort()
-        bound += np.float64(share[num_slots - 1])
-        for place in range(capacity - 1):
-            bound += np.float64(share[place])
+        bound += np.float64(heaviest)
+        for at in range(num_slots // 2 - 1, -1, -1):
+            _sink(heap, num_slots, at, share)
+        for place in range(1, capacity):
+            bound += np.float64(share[heap[0]])
+            heap[0] = heap[num_slots - place]
+            _sink(heap, num_slots - place, 0, share)
     return bound
 
 
@@ -1169,6 +1179,8 @@ def _lower_peak(scaled, slot_expert, num_ranks, ranks_per_node, rounds, toleranc
     share = np.empty((1, num_slots), np.float32)
     load = np.empty((1, num_ranks), np.float32)
     slot_load = np.empty((1, num_slots), np.float32)
+    rest = np.empty(ranks_per_node * capacity, np.float32)
+    lowest = np.empty(ranks_per_node * capacity, np.float32)
     _recompute(scaled, slot_expert, count, share, load, slot_load)
     failed = np.zeros(num_ranks, np.bool_)
     fresh = True
@@ -1186,7 +1198,7 @@ def _lower_peak(scaled, slot_expert, num_ranks, ranks_per_node, rounds, toleranc
             if heavy < 0 or load[0, heavy] < peak * np.float32(1.0 - 1e-4):
                 break
             mine, other = _best_peak_swap(
-                share[0], slot_load[0], slot_expert, held, heavy, ranks_per_node, capacity
+                share[0], slot_load[0], slot_expert, held, heavy, ranks_per_node, capacity, rest, lowest
             )
             if mine >= 0:
                 _swap(share, load, slot_load, slot_expert, held, mine, other, capacity)
@@ -1219,24 +1231,45 @@ def _lower_peak(scaled, slot_expert, num_ranks, ranks_per_node, rounds, toleranc
 
 
 @_compile
-def _best_peak_swap(share, slot_load, slot_expert, held, heavy, ranks_per_node, capacity):
-    """The swap that leaves `heavy` and its partner the lowest: (slot, other slot), or -1 where none helps."""
+def _keep_lowest_peaks(given, mine, share, rest, lowest):
+    """Lower `lowest` to the higher of two ranks after swaps of one slot of the heavy rank with each slot."""
+    for at in range(lowest.shape[0]):
+        here, there = mine - given + share[at], rest[at] + given
+        after = here if here > there else there
+        lowest[at] = after if after < lowest[at] else lowest[at]
+
+
+@_compile
+def _best_peak_swap(share, slot_load, slot_expert, held, heavy, ranks_per_node, capacity, rest, lowest):
+    """The swap that leaves `heavy` and its partner the lowest: (slot, other slot), or -1 where none helps.
+
+    `rest` and `lowest` are scratch, float32 [slots of a node].
+    """
     first = heavy // ranks_per_node * ranks_per_node
+    low = first * capacity
     mine = slot_load[heavy * capacity]
     best = mine - np.float32(_LEAST_EXACT_GAIN)
-    best_mine, best_other = -1, -1
+    for at in range(rest.shape[0]):
+        closed = slot_expert[low + at] < 0 or (low + at) // capacity == heavy
+        rest[at] = np.float32(np.inf) if closed else slot_load[low + at] - share[low + at]
+    lowest[:] = best
+    partners = share[low : low + rest.shape[0]]
     for place in range(heavy * capacity, (heavy + 1) * capacity):
-        x = slot_expert[place]
-        if x < 0:
+        if slot_expert[place] >= 0:
+            _keep_lowest_peaks(share[place], mine, partners, rest, lowest)
+    best_mine, best_other = -1, -1
+    for at in range(rest.shape[0]):
+        if lowest[at] >= best or held[slot_expert[low + at], heavy] > 0:
             continue
-        for slot in range(first * capacity, (first + ranks_per_node) * capacity):
-            if slot_expert[slot] < 0:
+        rank = (low + at) // capacity
+        for place in range(heavy * capacity, (heavy + 1) * capacity):
+            x = slot_expert[place]
+            if x < 0 or held[x, rank] > 0:
                 continue
-            shift = share[place] - share[slot]
-            after = max(mine - shift, slot_load[slot] + shift)
-            if after < best and held[x, slot // capacity] == 0 and held[slot_expert[slot], heavy] == 0:
+            after = max(mine - share[place] + share[low + at], rest[at] + share[place])
+            if after < best:
                 best = after
-                best_mine, best_other = place, slot
+                best_mine, best_other = place, low + at
     return best_mine, best_other
 
 
@@ -1248,13 +1281,24 @@ def _best_peak_change(weight, load, slot_expert, count, held, heavy, ranks_per_n
     low, high = first * capacity, (first + ranks_per_node) * capacity
     # The heaviest rank that shares an expert with several replicas bounds what taking one away costs.
     heaviest_holder = np.zeros(num_logical, np.float32)
+    surplus = np.empty(high - low, np.int64)
+    num_surplus = 0
     for slot in range(low, high):
         expert = slot_expert[slot]
-        if expert < 0:
-            continue
-        heaviest_holder[expert] = max(heaviest_holder[expert], load[slot // capacity])
+        if expert >= 0 and count[expert] > 1:
+            heaviest_holder[expert] = max(heaviest_holder[expert], load[slot // capacity])
+            surplus[num_surplus] = slot
+            num_surplus += 1
     best = load.max() - np.float32(_LEAST_EXACT_GAIN)
     best_expert, best_slot = -1, -1
+    if num_surplus == 0:
+        return best_expert, best_slot
+    staying = np.empty(num_surplus, np.float64)
+    burden = np.empty(num_surplus, np.float64)
+    for at in range(num_surplus):
+        y = slot_expert[surplus[at]]
+        staying[at] = load[surplus[at] // capacity] - weight[y] / count[y]
+        burden[at] = heaviest_holder[y] + weight[y] / (count[y] - 1) - weight[y] / count[y]
     short_slot = np.empty(_SHORTLIST, np.int64)
     short_value = np.empty(_SHORTLIST, np.float64)
     for place in range(heavy * capacity, (heavy + 1) * capacity):
@@ -1262,17 +1306,15 @@ def _best_peak_change(weight, load, slot_expert, count, held, heavy, ranks_per_n
         if x < 0:
             continue
         short_slot[:] = -1
-        short_value[:] = np.inf
-        for slot in range(low, high):
-            y = slot_expert[slot]
-            rank = slot // capacity
-            if y < 0 or count[y] < 2 or y == x or held[x, rank] > 0:
-                continue
-            arrival = load[rank] - weight[y] / count[y] + weight[x] / (count[x] + 1)
-            burden = heaviest_holder[y] + weight[y] / (count[y] - 1) - weight[y] / count[y]
-            value = max(arrival, burden)
+        short_value[:] = load[heavy]
+        arriving = weight[x] / (count[x] + 1)
+        for number in range(num_surplus):
+            value = max(staying[number] + arriving, burden[number])
             at = _SHORTLIST - 1
-            if value >= load[heavy] or value >= short_value[at]:
+            if value >= short_value[at]:
+                continue
+            slot = surplus[number]
+            if slot_expert[slot] == x or held[x, slot // capacity] > 0:
                 continue
             while at > 0 and value < short_value[at - 1]:
                 short_value[at], short_slot[at] = short_value[at - 1], short_slot[at - 1]
