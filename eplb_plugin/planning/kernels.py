@@ -77,10 +77,12 @@ def plan_layers(
             # Nothing to balance, but replicas still belong on distinct ranks: plan for even loads.
             scaled[:] = np.float32(num_ranks / (num_snapshots * num_logical))
         else:
-            scale = num_ranks / total
+            # Loads so small that this overflows are made larger first, by a power of two.
+            larger = 1.0 if num_ranks / total < np.inf else 2.0**100
+            scale = num_ranks / (total * larger)
             for snapshot in range(num_snapshots):
                 for expert in range(num_logical):
-                    scaled[snapshot, expert] = np.float32(weight[snapshot, layer, expert] * scale)
+                    scaled[snapshot, expert] = np.float32(weight[snapshot, layer, expert] * larger * scale)
         _plan_layer(
             scaled, expert_node[layer], current[layer], start[layer], num_ranks, ranks_per_node, room, price,
             max_moves, rounds, candidates, patience, tolerance, seed, result[layer],
@@ -158,7 +160,7 @@ def _plan_layer(
         if start == 1 and moves > max_moves and grows:
             continue
         failures = 0 if value < best_value - 1e-5 else failures + 1
-        if value < best_value:
+        if start == 0 or value < best_value:
             best_value, done = value, finished
             best[:] = trial
         if not grows and (best_value <= bound + tolerance or failures >= patience):
@@ -1085,6 +1087,9 @@ def _best_change(state, scratch, heavy, capacity, ranks_per_node, price, moves_l
         )
         for snapshot in range(terms.shape[0]):
             terms[snapshot] = -growth[snapshot] * slope[snapshot]
+        relief = _sum(terms)
+        if _worth(relief, -1, price) <= best:
+            continue
         by_rank[:] = ones  # moves that it takes to bring the expert to a rank
         _mark(state.origin_first[x], state.origin_next, rank_of, first, ranks_per_node, ones, none, by_rank)
         _mark(held_first[x], held_next, rank_of, first, ranks_per_node, ones, _NEVER, by_rank)
@@ -1093,7 +1098,7 @@ def _best_change(state, scratch, heavy, capacity, ranks_per_node, price, moves_l
             arriving[number] = scratch.arriving[place, rank_of[cell] - first]
             cost[number] = by_rank[rank_of[cell] - first] - frees[cell]
         _bound_changes(
-            np.float32(_sum(terms)), price, most, np.float32(count[x] / (count[x] + 1)), arriving,
+            np.float32(relief), price, most, np.float32(count[x] / (count[x] + 1)), arriving,
             scratch.packed[1], scratch.packed[2], scratch.packed[3], scratch.packed[4], cost, bound,
         )  # fmt: skip
         for number in range(num_surplus):

@@ -140,8 +140,13 @@ def test_the_best_change_is_the_best_of_all(layer, price, moves_left):
         return float((weight * ((loads[:, rank] + added) ** 16 - loads[:, rank] ** 16)).sum())
 
     best, values = 0.0, {}
-    for x in set(layer.now[heavy * layer.capacity : (heavy + 1) * layer.capacity]):
+    for x in layer.now[heavy * layer.capacity : (heavy + 1) * layer.capacity]:
         load_x = layer.scaled[:, x].astype(np.float64)
+        part = load_x * (1 / (count[x] + 1) - 1 / count[x])
+        relief = -sum(growth(r, part * held[x, r]) for r in range(layer.num_ranks) if held[x, r])
+        # An expert whose own ranks gain less than the best change does is passed over.
+        if worth(relief, -1, price) <= best:
+            continue
         for slot, y in enumerate(layer.now):
             rank = layer.rank(slot)
             if rank // layer.ranks_per_node != heavy // layer.ranks_per_node:
