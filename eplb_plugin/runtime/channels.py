@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import torch
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from ..errors import TransferError
 from .collectives import AnyGroup, RankGroup, answered
 from .decisions import Decisions, Store
+from .priority import give_way
 
 __all__ = ["Channels", "Store"]
 
@@ -21,6 +23,7 @@ class Channels:
     Args:
         group: the engine's group; it says who takes part, and is used once, here.
         time_limit: seconds that any communication may take.
+        in_background: weights move while the model serves, and should not take cores from it.
         store: where the groups meet and decisions are left; None is the store of the default group.
 
     Attributes:
@@ -32,7 +35,14 @@ class Channels:
         RankLostError: a rank did not join. TransferError: weights are on a device of another kind.
     """
 
-    def __init__(self, group: RankGroup, time_limit: float, store: Store | None = None) -> None:
+    def __init__(
+        self,
+        group: RankGroup,
+        time_limit: float,
+        store: Store | None = None,
+        *,
+        in_background: bool = False,
+    ) -> None:
         self.control = self.data = group
         self.decisions = Decisions(None, time_limit)
         if group.size == 1:
@@ -64,7 +74,10 @@ class Channels:
 
         joined = answered("joining", lambda: gloo("control"))
         self.control = RankGroup(joined, "cpu")
-        joined = answered("joining", lambda: (nccl if group.device.type == "cuda" else gloo)("data"))
+        make = nccl if group.device.type == "cuda" else gloo
+        # The group's own threads get the priority of the thread that makes it.
+        with ThreadPoolExecutor(1, initializer=give_way if in_background else None) as maker:
+            joined = answered("joining", maker.submit(make, "data").result)
         self.data = RankGroup(joined, group.device)
         self.decisions = Decisions(prefixed("decisions"), time_limit)
 

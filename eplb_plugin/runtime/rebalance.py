@@ -172,8 +172,7 @@ class Rebalance:
         if self._parts.fingerprints is not None:
             self._enter("audit")
             self._parts.order.catch_up()
-            going = (goal != self._way.now).any(1).nonzero().flatten().tolist()
-            damaged = self._way.damage.audit(self._way.now, going)
+            damaged = self._way.damage.audit(self._way.now)
         self._way.run(goal, damaged)
 
     def _outcome(self, failed: bool) -> Outcome:

@@ -20,6 +20,7 @@ from .channels import Channels, Store
 from .collectives import RankGroup
 from .fingerprints import ExpertFingerprints
 from .pace import AtOnce, BetweenSteps, Pace
+from .priority import give_way
 from .rebalance import Outcome, Rebalance
 from .registration import warn_unregistered
 from .reports import RebalanceObserver, RebalanceReport
@@ -99,7 +100,9 @@ class Rebalancer:
         alone = topology.num_ranks == 1 and group is None
         group_of_engine = RankGroup(group, device, alone=alone)
         group_of_engine.check_topology(topology)
-        self._channels = Channels(group_of_engine, self.options.time_limit, store)
+        self._channels = Channels(
+            group_of_engine, self.options.time_limit, store, in_background=self.options.mode == "async"
+        )
         self._rank = self._channels.control.rank
         try:
             parts = start_up(
@@ -279,6 +282,8 @@ class Rebalancer:
         return report
 
     def _work(self, rebalance: Rebalance, pace: Pace) -> None:
+        if isinstance(pace, BetweenSteps):
+            give_way()
         try:
             rebalance.run(self._ended)
         except Exception as error:  # of every kind, since the serving thread may be waiting for it
