@@ -117,8 +117,8 @@ def main() -> None:
     table = Table(
         title=f"{options.ranks} ranks, {LAYERS} layers, {EXPERTS} experts, {options.rebalances} rebalances",
         caption="Medians on the first rank. quiet: steps while nothing moves. worst: the longest step of a\n"
-        f"rebalance; of {AS_MANY} steps where there is none. stall: how much longer that is than a quiet step\n"
-        "(sync), and than the longest of as many steps without a rebalance (async).",
+        f"rebalance; of {AS_MANY} steps where there is none. stall: how much longer that is than a quiet\n"
+        "step (sync), and than the longest of as many steps without a rebalance (async).",
         caption_justify="left",
     )
     columns = (

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from eplb_plugin.runtime import repair
 from eplb_plugin.runtime.rebalancer import RebalanceReport
 from eplb_plugin.runtime.transfer import Transfer
 from tests.faults.cluster import Seat, run_cluster
@@ -38,6 +39,8 @@ class Damage:
         self.victim = victim
         self.here = service.seat.rank == victim
         self.started = 0.0
+        # Every rebalance looks at every layer, so that damage is found in the next one.
+        repair._TURNS = 1
 
     def slots(self, replicated: bool) -> list[Slot]:
         """Those of the victim whose expert has replicas on other ranks too; or has no other at all."""
