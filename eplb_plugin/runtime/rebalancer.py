@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,11 +18,11 @@ from ..warmup import warmup
 from .channels import Channels, Store
 from .collectives import RankGroup
 from .fingerprints import ExpertFingerprints
-from .pace import AtOnce, BetweenSteps, Pace
-from .priority import give_way
-from .rebalance import Outcome, Rebalance
+from .pace import Pace
+from .rebalance import Rebalance
 from .registration import warn_unregistered
 from .reports import RebalanceObserver, RebalanceReport
+from .runner import Runner
 from .starting import Restore, start_up
 
 __all__ = ["RebalanceReport", "Rebalancer"]
@@ -130,11 +129,7 @@ class Rebalancer:
         self._number = 0
         # Intervals that ended while a rebalance was under way wait for the next one.
         self._waiting: deque[torch.Tensor] = deque(maxlen=self.options.history)
-        self._background: threading.Thread | None = None
-        self._pace = BetweenSteps(0)
-        self._outcome: Outcome | None = None
-        self._error: Exception | None = None
-        self._reason = ""
+        self._runner = Runner(self._channels.decisions, self._rank)
         self._off = ""
         self._told_failure = False
         # Ranks that plan compile the planner now, so that the first rebalance does not wait for it.
@@ -192,25 +187,17 @@ class Rebalancer:
         if self.observer is not None:
             self.observer.stepped()
         report = None
-        if self._background is not None:
-            try:
-                self._pace.step_ended(self._steps)
-            except Exception as error:
-                self._error = self._error or error
+        if self._runner.busy:
+            self._runner.step_ended(self._steps)
             report = self._collect()
         if self._off or self._steps % self.options.interval:
             return report
         self._waiting.append(self.window.take())
-        if self._background is not None:
+        if self._runner.busy:
             return report
         if self.options.mode == "sync":
-            return self._run(AtOnce())
-        self._pace = BetweenSteps(self._steps)
-        rebalance = self._next(self._pace)
-        self._background = threading.Thread(
-            target=self._work, args=(rebalance, self._pace), name="eplb-rebalance", daemon=True
-        )
-        self._background.start()
+            return self._run()
+        self._runner.start(self._next, self._steps)
         return report
 
     def rebalance(self) -> RebalanceReport:
@@ -221,10 +208,10 @@ class Rebalancer:
         self._finish()
         if self._off:
             self._check_decided()
-            return self._off_report()
+            return RebalanceReport.of_nothing(self._steps, self._off)
         if self.window.steps:
             self._waiting.append(self.window.take())
-        return self._run(AtOnce())
+        return self._run()
 
     def weights_replaced(self) -> None:
         """The engine has loaded other weights into the slots. All ranks call it, at the same step.
@@ -250,14 +237,9 @@ class Rebalancer:
             self._channels.close()
 
     def _finish(self) -> None:
-        if self._background is None:
-            return
-        thread = self._background
-        try:
-            self._pace.finish(lambda: not thread.is_alive())
-        except Exception as error:
-            self._error = self._error or error
-        self._collect()
+        if self._runner.busy:
+            self._runner.finish()
+            self._collect()
 
     def _next(self, pace: Pace) -> Rebalance:
         self._number += 1
@@ -273,52 +255,21 @@ class Rebalancer:
             pace=pace,
         )
 
-    def _run(self, pace: AtOnce) -> RebalanceReport:
+    def _run(self) -> RebalanceReport:
         """A rebalance in this thread."""
-        self._work(self._next(pace), pace)
+        self._runner.run(self._next)
         self._parts.order.rejoin()
         report = self._collect()
         assert report is not None
         return report
 
-    def _work(self, rebalance: Rebalance, pace: Pace) -> None:
-        if isinstance(pace, BetweenSteps):
-            give_way()
-        try:
-            rebalance.run(self._ended)
-        except Exception as error:  # of every kind, since the serving thread may be waiting for it
-            if isinstance(pace, BetweenSteps):
-                if isinstance(error, UndecidedError):
-                    pace.fail(error)
-                else:
-                    pace.release(None)
-            self._reason = self._agreed_reason(error)
-            self._error = error
-
-    def _agreed_reason(self, error: Exception) -> str:
-        """Why balancing ends: all ranks that can still be reached give the same reason, the first one's."""
-        reason = f"rank {self.rank}: {type(error).__name__}: {error}"
-        if isinstance(error, UndecidedError):
-            return reason
-        try:
-            return self._channels.decisions.decide("off", reason)
-        except UndecidedError:
-            return reason
-
-    def _ended(self, outcome: Outcome) -> None:
-        self._outcome = outcome
-
     def _collect(self) -> RebalanceReport | None:
         """The report of a rebalance that has ended."""
-        error, outcome = self._error, self._outcome
+        outcome, error = self._runner.take(), self._runner.error
         if error is not None:
-            self._background = None
             return self._turn_off(error)
         if outcome is None:
             return None
-        if self._background is not None:
-            self._background.join()
-        self._background = self._outcome = None
         report = outcome.report
         self.reports.append(report)
         if report.failed and not self._told_failure:
@@ -330,47 +281,28 @@ class Rebalancer:
 
     def _turn_off(self, error: Exception) -> RebalanceReport:
         """No more rebalances."""
-        self._error = error
-        reason = self._reason or f"rank {self.rank}: {type(error).__name__}: {error}"
+        self._off = self._runner.reason
         if isinstance(error, UndecidedError):
-            _logger.critical("rank %d does not know which weights the others use: %s", self.rank, reason)
+            _logger.critical("rank %d does not know which weights the others use: %s", self.rank, self._off)
         else:
             _logger.error(
                 "expert balancing is turned off on rank %d; the placement in force stays. %s",
                 self.rank,
-                reason,
+                self._off,
                 exc_info=None if isinstance(error, RankLostError) else error,
             )
         # Whoever waits for this rank gets an error at once, instead of at the limit.
         self._channels.close()
-        self._off = reason
         if self.observer is not None:
-            self.observer.turned_off(reason)
+            self.observer.turned_off(self._off)
         self._check_decided()
-        report = self._off_report()
+        report = RebalanceReport.of_nothing(self._steps, self._off)
         self.reports.append(report)
         return report
 
-    def _off_report(self) -> RebalanceReport:
-        return RebalanceReport(
-            step=self._steps,
-            skipped=True,
-            reason=self._off,
-            failed=True,
-            balancedness_before=1.0,
-            balancedness_after=1.0,
-            layers=0,
-            moves=0,
-            bytes_moved=0,
-            gather_seconds=0.0,
-            plan_seconds=0.0,
-            transfer_seconds=0.0,
-            commit_seconds=0.0,
-        )
-
     def _check_decided(self) -> None:
-        if isinstance(self._error, UndecidedError):
-            raise self._error
+        if isinstance(self._runner.error, UndecidedError):
+            raise self._runner.error
 
     def _switch(self, layer: int, row: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> None:
         """Put one layer of a new placement in force, its weights being in place."""

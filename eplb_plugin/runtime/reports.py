@@ -50,6 +50,25 @@ class RebalanceReport:
     transfer_seconds: float
     commit_seconds: float
 
+    @classmethod
+    def of_nothing(cls, step: int, reason: str) -> RebalanceReport:
+        """That of a rebalance that could not be made, for `reason`; it has no figures."""
+        return cls(
+            step=step,
+            skipped=True,
+            reason=reason,
+            failed=True,
+            balancedness_before=1.0,
+            balancedness_after=1.0,
+            layers=0,
+            moves=0,
+            bytes_moved=0,
+            gather_seconds=0.0,
+            plan_seconds=0.0,
+            transfer_seconds=0.0,
+            commit_seconds=0.0,
+        )
+
 
 class RebalanceObserver(Protocol):
     """What a `Rebalancer` tells on its rank as it goes. Nothing of it may raise or wait for another rank."""
