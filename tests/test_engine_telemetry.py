@@ -83,6 +83,7 @@ def test_a_server_collects_the_series_of_its_workers(tmp_path):
     assert result.returncode == 0, result.stderr
     values = samples(result.stdout)
     assert values == {
+        "eplb_active{moe}": 1,
         "eplb_observed_balancedness_ratio{moe}": 0.5,
         "eplb_predicted_balancedness_ratio{moe}": 0.9,
         "eplb_lower_bound_gap_ratio{moe}": 0.75,
