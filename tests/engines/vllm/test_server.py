@@ -78,6 +78,8 @@ async def complete_all(port):
         base_url=f"http://127.0.0.1:{port}/v1",
         api_key="none",
         max_retries=0,
+        # Also for connecting, which the client gives 5 s: on two cores the server may be busy for longer.
+        timeout=240,
         # The server ends connections that were idle for a while; a request sent just then would fail.
         default_headers={"Connection": "close"},
     ) as client:
