@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-kernels = pytest.importorskip("eplb_plugin.planning.kernels")
+from eplb_plugin.planning.kernels.counts import _replicate
+from eplb_plugin.planning.kernels.hand_out import _hand_out
+from eplb_plugin.planning.kernels.regrow import _regrow
 
 
 @st.composite
@@ -57,11 +58,11 @@ def scanned_packing(total, count, node, num_slots, num_ranks, ranks_per_node):
 @settings(max_examples=100, deadline=None)
 def test_heaps_choose_what_scans_choose(problem, bonus):
     total, node, in_force, *sizes = problem
-    count = kernels._replicate(total, node, in_force, bonus, *sizes)
+    count = _replicate(total, node, in_force, bonus, *sizes)
     assert count.tolist() == scanned_counts(total, node, in_force, bonus, *sizes).tolist()
     packed = np.empty(sizes[0], np.int64)
     room = np.full(sizes[1], sizes[0] // sizes[1])
-    kernels._hand_out(total, count, node, sizes[2], room, 0, 0, packed)
+    _hand_out(total, count, node, sizes[2], room, 0, 0, packed)
     assert packed.tolist() == scanned_packing(total, count, node, *sizes).tolist()
 
 
@@ -70,13 +71,13 @@ def test_heaps_choose_what_scans_choose(problem, bonus):
 def test_regrowth_reaches_the_counts_and_moves_nothing_else(problem, seed):
     total, node, _, num_slots, *sizes = problem
     ones = np.ones(len(total), np.int64)
-    count = kernels._replicate(total, node, ones, 1.0, num_slots, *sizes)
+    count = _replicate(total, node, ones, 1.0, num_slots, *sizes)
     before = np.empty(num_slots, np.int64)
-    kernels._hand_out(total, count, node, sizes[1], np.full(sizes[0], num_slots // sizes[0]), 0, 0, before)
+    _hand_out(total, count, node, sizes[1], np.full(sizes[0], num_slots // sizes[0]), 0, 0, before)
     other = np.random.default_rng(seed).lognormal(1, 1, len(total))
-    target = kernels._replicate(other, node, count, 1.2, num_slots, *sizes)
+    target = _replicate(other, node, count, 1.2, num_slots, *sizes)
     after = before.copy()
-    kernels._regrow(other, count, target, after, *sizes)
+    _regrow(other, count, target, after, *sizes)
     assert np.bincount(after, minlength=len(total)).tolist() == target.tolist()
     assert (before != after).sum() == np.maximum(target - count, 0).sum()
     per_node = num_slots // (sizes[0] // sizes[1])

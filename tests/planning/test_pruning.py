@@ -10,7 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-kernels = pytest.importorskip("eplb_plugin.planning.kernels")
+from eplb_plugin.planning.kernels.smooth_changes import _best_change
+from eplb_plugin.planning.kernels.smooth_peak import _smooth_peak
+from eplb_plugin.planning.kernels.smooth_scratch import _new_scratch
+from eplb_plugin.planning.kernels.smooth_state import _cell, _start_search
+from eplb_plugin.planning.kernels.smooth_swaps import _best_swap
 
 LEAST_GAIN = 2e-4
 
@@ -81,18 +85,14 @@ def worth(gain: float, cost: int, price: float) -> float:
 
 def searched(layer: Layer, price: float, moves_left: int):
     """What the kernels choose for the heaviest rank, and the powers' weights that they judge by."""
-    state = kernels._start_search(
-        layer.scaled, layer.now, layer.current, layer.num_ranks, layer.ranks_per_node
-    )
-    kernels._smooth_peak(state)
+    state = _start_search(layer.scaled, layer.now, layer.current, layer.num_ranks, layer.ranks_per_node)
+    _smooth_peak(state)
     heavy = int(state.heat.argmax())
-    scratch = kernels._new_scratch(*layer.scaled.shape, layer.capacity, layer.ranks_per_node)
+    scratch = _new_scratch(*layer.scaled.shape, layer.capacity, layer.ranks_per_node)
     sizes = (layer.capacity, layer.ranks_per_node)
-    swap = kernels._best_swap(state, scratch, heavy, *sizes, price, moves_left)
-    change = kernels._best_change(state, scratch, heavy, *sizes, price, moves_left, 0.0)
-    slot_of = {
-        kernels._cell(slot, layer.capacity, layer.ranks_per_node): slot for slot in range(len(layer.now))
-    }
+    swap = _best_swap(state, scratch, heavy, *sizes, price, moves_left)
+    change = _best_change(state, scratch, heavy, *sizes, price, moves_left, 0.0)
+    slot_of = {_cell(slot, layer.capacity, layer.ranks_per_node): slot for slot in range(len(layer.now))}
     weight = state.slope.astype(np.float64) * state.unit.astype(np.float64) ** 16
     return heavy, swap, change, slot_of, weight
 

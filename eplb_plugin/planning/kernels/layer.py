@@ -1,0 +1,94 @@
+"""The plan of one layer: starts and candidates, and which of them is carried on."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .compiling import _compile
+from .counts import _replicate
+from .hand_out import _hand_out, _packing_bound
+from .peak_search import _lower_peak
+from .regrow import _regrow
+from .smooth_search import _lower_smooth_peak
+
+_RACE_ROUNDS = 5  # rounds after which the better of two starts is carried on
+_HYSTERESIS = 1.2  # how much heavier an expert counts that would lose a replica
+_UNBOUNDED = 1 << 40
+
+
+@_compile
+def _plan_layer(
+    scaled, expert_node, current, begin, num_ranks, ranks_per_node, room, price, max_moves, rounds,
+    candidates, patience, tolerance, seed, best,
+):  # fmt: skip
+    """Plan one layer into `best`: grown from `begin`, or from scratch where that is empty.
+
+    Growth has two starts, the placement as it is, and one with counts chosen anew, somewhat in favour of
+    those in force, since single exchanges rarely find their way to other counts. A few rounds tell which has
+    the lower peak plus price of its moves from `current`; that one is carried through. From scratch,
+    candidates are improved one after the other, and the one with the lowest peak is taken.
+    """
+    num_snapshots, num_logical = scaled.shape
+    num_slots = best.shape[0]
+    capacity = num_slots // num_ranks
+    grows = begin.shape[0] > 0
+    total = np.zeros(num_logical, np.float64)
+    for snapshot in range(num_snapshots):
+        for expert in range(num_logical):
+            total[expert] += np.float64(scaled[snapshot, expert])
+    in_force = np.zeros(num_logical, np.int64)
+    node = expert_node.copy()
+    if grows:
+        for slot in range(num_slots):
+            if begin[slot] >= 0:
+                in_force[begin[slot]] += 1
+                node[begin[slot]] = slot // capacity // ranks_per_node
+    bonus = _HYSTERESIS if grows else 1.0
+    count = _replicate(total, node, in_force, bonus, room.sum(), num_ranks, ranks_per_node)
+    bound = 1.0
+    if not grows:
+        bound = max(bound, _packing_bound(scaled, count, room.min()))
+    trial = np.empty(num_slots, np.int64)
+    race = min(rounds, _RACE_ROUNDS)
+    best_value = np.inf
+    failures = 0
+    done = False
+    for start in range(3 if grows else candidates):
+        effort = rounds
+        if not grows:
+            _hand_out(total, count, node, ranks_per_node, room, start, seed, trial)
+        elif start == 0:
+            trial[:] = begin
+            effort = race
+        elif start == 1:
+            changes = 0
+            for expert in range(num_logical):
+                changes += max(0, count[expert] - in_force[expert])
+            if changes == 0 or changes > max_moves:
+                continue
+            trial[:] = begin
+            _regrow(total, in_force, count, trial, num_ranks, ranks_per_node)
+            effort = race
+        else:
+            if done:
+                break
+            trial[:] = best
+            best_value = np.inf
+            effort = rounds - race
+        moves, finished = 0, True
+        if num_snapshots == 1 and not grows:
+            value = _lower_peak(scaled, trial, num_ranks, ranks_per_node, rounds, tolerance)
+        else:
+            value, moves, finished = _lower_smooth_peak(
+                scaled, trial, current if grows else trial, num_ranks, ranks_per_node,
+                price if grows else 0.0, max_moves if grows else _UNBOUNDED, effort, tolerance,
+            )  # fmt: skip
+        value += price * moves
+        if start == 1 and moves > max_moves and grows:
+            continue
+        failures = 0 if value < best_value - 1e-5 else failures + 1
+        if start == 0 or value < best_value:
+            best_value, done = value, finished
+            best[:] = trial
+        if not grows and (best_value <= bound + tolerance or failures >= patience):
+            break
