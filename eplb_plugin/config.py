@@ -64,9 +64,10 @@ class PlannerOptions(Options):
     tolerance: float = Field(5e-4, ge=0, lt=1)
     """A row is finished when its peak is within this share of the lower bound."""
 
-    move_price: float = Field(0.0025, ge=0, allow_inf_nan=False)
-    """What exchanges have to lower the peak by for every move that they take, as a share of the mean load of
-    a slot. With 0 moves are free and a placement from scratch is tried too."""
+    move_price: float = Field(0.001, ge=0, allow_inf_nan=False)
+    """What an exchange has to lower the peak by for the first move of a layer, as a share of the mean load of
+    a slot. Further moves cost more: twice as much after a sixteenth of the layer's slots, five times after an
+    eighth. With 0 moves are free and a placement from scratch is tried too."""
 
     max_moves: int | None = Field(None, ge=0, le=2**31)
     """Most moves per layer and rebalance; None leaves it to the price. A layer whose placement in force
@@ -75,7 +76,7 @@ class PlannerOptions(Options):
     min_gain: float = Field(0.002, ge=0, lt=1)
     """Skip rule: a layer whose predicted balancedness rises by less than this stays as it is."""
 
-    snapshot_decay: float = Field(0.95, gt=0, le=1)
+    snapshot_decay: float = Field(0.975, gt=0, le=1)
     """Weight of a snapshot relative to the next one in time; 1 weighs all alike."""
 
     memory_mib: int = Field(256, ge=1)
@@ -95,7 +96,7 @@ class RebalancerOptions(Options):
     interval: int = Field(1000, ge=1)
     """Steps between two rebalances."""
 
-    snapshots: int = Field(16, ge=1, le=1024)
+    snapshots: int = Field(32, ge=1, le=1024)
     """Snapshots that an interval is folded into (fewer where the interval has fewer steps)."""
 
     history: int = Field(4, ge=1, le=64)

@@ -108,7 +108,7 @@ def simulate(
     policy: str | PolicySetup,
     interval: int,
     *,
-    snapshots: int = 16,
+    snapshots: int = 32,
     history: int = 4,
     planner: PlannerOptions | None = None,
     progress: Callable[[int, int], None] | None = None,

@@ -40,7 +40,7 @@ class LoadWindow:
         num_logical: int,
         *,
         interval: int,
-        snapshots: int = 16,
+        snapshots: int = 32,
         history: int = 4,
         device: torch.device | str = "cpu",
     ) -> None:

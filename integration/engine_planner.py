@@ -33,7 +33,7 @@ class EngineOptions(Options):
     planner: PlannerOptions = Field(default_factory=PlannerOptions)
     """How placements are planned."""
 
-    snapshots: int = Field(16, ge=1, le=1024)
+    snapshots: int = Field(32, ge=1, le=1024)
     """Snapshots that the steps between two rebalances are folded into, at most."""
 
     history: int = Field(4, ge=1, le=64)

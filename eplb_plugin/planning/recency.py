@@ -8,11 +8,11 @@ from .compiled import condense_loads
 
 __all__ = ["condense"]
 
-_BINS = 16
+_BINS = 32
 
 
 def condense(load: torch.Tensor, decay: float) -> torch.Tensor:
-    """Weigh each snapshot by `decay` to the power of its age; sum neighbours where there are more than 16.
+    """Weigh each snapshot by `decay` to the power of its age; sum neighbours where there are more than 32.
 
     What is left weighs about the same each: the older, the more snapshots are summed. That costs next to
     nothing in balance, and planning time is proportional to the number of snapshots.
@@ -22,7 +22,7 @@ def condense(load: torch.Tensor, decay: float) -> torch.Tensor:
         decay: weight of a snapshot relative to the next one.
 
     Returns:
-        float64 [at most 16 snapshots, layers, logical] in time order.
+        float64 [at most 32 snapshots, layers, logical] in time order.
     """
     num_snapshots = load.shape[0]
     # In Python floats: the bins have to be the same on every device.

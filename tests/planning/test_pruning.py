@@ -17,6 +17,7 @@ from eplb_plugin.planning.kernels.smooth_state import _cell, _start_search
 from eplb_plugin.planning.kernels.smooth_swaps import _best_swap
 
 LEAST_GAIN = 2e-4
+SPREAD = 0.1
 
 
 @dataclass
@@ -46,9 +47,15 @@ class Layer:
             for expert in set(ids[rank * self.capacity : (rank + 1) * self.capacity])
         )
 
+    def portion(self, count: np.ndarray | int) -> np.ndarray | float:
+        """What part of an expert's load each of `count` replicas counts as, steps varying."""
+        return 1 / count + (SPREAD / count**2 if len(self.scaled) > 1 else 0.0)
+
     def loads(self, ids: np.ndarray) -> np.ndarray:
         """float64 [snapshots, ranks]."""
-        share = self.scaled.astype(np.float64) / np.bincount(ids, minlength=self.scaled.shape[1])
+        share = self.scaled.astype(np.float64) * self.portion(
+            np.bincount(ids, minlength=self.scaled.shape[1])
+        )
         return share[:, ids].reshape(len(self.scaled), self.num_ranks, self.capacity).sum(2)
 
 
@@ -142,8 +149,9 @@ def test_the_best_change_is_the_best_of_all(layer, price, moves_left):
     best, values = 0.0, {}
     for x in layer.now[heavy * layer.capacity : (heavy + 1) * layer.capacity]:
         load_x = layer.scaled[:, x].astype(np.float64)
-        part = load_x * (1 / (count[x] + 1) - 1 / count[x])
-        relief = -sum(growth(r, part * held[x, r]) for r in range(layer.num_ranks) if held[x, r])
+        arrives = layer.portion(count[x] + 1)
+        fewer = arrives - layer.portion(count[x])
+        relief = -sum(growth(r, load_x * fewer * held[x, r]) for r in range(layer.num_ranks) if held[x, r])
         # An expert whose own ranks gain less than the best change does is passed over.
         if worth(relief, -1, price) <= best:
             continue
@@ -154,10 +162,11 @@ def test_the_best_change_is_the_best_of_all(layer, price, moves_left):
             if count[y] < 2 or held[x, rank]:
                 continue
             load_y = layer.scaled[:, y].astype(np.float64)
-            fewer, more = 1 / (count[x] + 1) - 1 / count[x], 1 / (count[y] - 1) - 1 / count[y]
+            leaves = layer.portion(count[y])
+            more = layer.portion(count[y] - 1) - leaves
             total = growth(
                 rank,
-                load_x / (count[x] + 1) - load_y * (1 / count[y] - (held[y, rank] - 1) * more),
+                load_x * arrives - load_y * (leaves - (held[y, rank] - 1) * more),
             )
             for r in range(layer.num_ranks):
                 if held[x, r]:

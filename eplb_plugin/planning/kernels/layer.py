@@ -8,11 +8,12 @@ from .compiling import _compile
 from .counts import _replicate
 from .hand_out import _hand_out, _packing_bound
 from .peak_search import _lower_peak
+from .prices import _price_of_all
 from .regrow import _regrow
 from .smooth_search import _lower_smooth_peak
 
-_RACE_ROUNDS = 5  # rounds after which the better of two starts is carried on
-_HYSTERESIS = 1.2  # how much heavier an expert counts that would lose a replica
+_RACE_ROUNDS = 15  # rounds after which the better of two starts is carried on
+_HYSTERESIS = 1.5  # how much heavier an expert counts that would lose a replica
 _UNBOUNDED = 1 << 40
 
 
@@ -48,6 +49,8 @@ def _plan_layer(
     bound = 1.0
     if not grows:
         bound = max(bound, _packing_bound(scaled, count, room.min()))
+    # Moves that completing a placement took are no choice, and make no other move dearer.
+    forced = _moves_to(begin, current, capacity) if grows else 0
     trial = np.empty(num_slots, np.int64)
     race = min(rounds, _RACE_ROUNDS)
     best_value = np.inf
@@ -81,9 +84,9 @@ def _plan_layer(
         else:
             value, moves, finished = _lower_smooth_peak(
                 scaled, trial, current if grows else trial, num_ranks, ranks_per_node,
-                price if grows else 0.0, max_moves if grows else _UNBOUNDED, effort, tolerance,
+                price if grows else 0.0, forced, max_moves if grows else _UNBOUNDED, effort, tolerance,
             )  # fmt: skip
-        value += price * moves
+        value += _price_of_all(price, moves - forced, num_slots)
         if start == 1 and moves > max_moves and grows:
             continue
         failures = 0 if value < best_value - 1e-5 else failures + 1
@@ -92,3 +95,19 @@ def _plan_layer(
             best[:] = trial
         if not grows and (best_value <= bound + tolerance or failures >= patience):
             break
+
+
+@_compile
+def _moves_to(wanted, held, capacity):
+    """Moves from one placement to another: experts on ranks that do not hold them, int64 [slots] each."""
+    moves = 0
+    for slot in range(wanted.shape[0]):
+        if wanted[slot] < 0:
+            continue
+        first = slot // capacity * capacity
+        arrives = 1
+        for other in range(first, first + capacity):
+            if held[other] == wanted[slot] or (other < slot and wanted[other] == wanted[slot]):
+                arrives = 0
+        moves += arrives
+    return moves

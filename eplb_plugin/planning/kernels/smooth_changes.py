@@ -55,7 +55,7 @@ def _bound_changes(relief, price, most, part, arriving, leaving, warm, inverse, 
 def _list_surplus(state, scratch, begin):
     """List the cells whose expert has several replicas, with what a change of each is bounded by, in
     `scratch.surplus` and `scratch.packed`; returns how many there are."""
-    expert, count, twins = state.expert, state.replicas, state.twins
+    expert, count, twins, portion = state.expert, state.replicas, state.twins, state.portion
     surplus, extra, total, packed = scratch.surplus, scratch.extra, scratch.total, scratch.packed
     relief, inverse, warm = scratch.relief, scratch.inverse, scratch.warm
     number = 0
@@ -64,7 +64,8 @@ def _list_surplus(state, scratch, begin):
         if y < 0 or count[y] < 2:
             continue
         # What the loss of a replica elsewhere costs on this rank, at least.
-        hotter = _power(np.float32(1.0) + relief[at] * inverse[at] / np.float32(count[y] - 1))
+        growth = np.float32(portion[count[y] - 1] / portion[count[y]] - 1.0)
+        hotter = _power(np.float32(1.0) + relief[at] * inverse[at] * growth)
         extra[at] = warm[at] * (min(hotter, np.float32(1e6)) - _ROUNDING)
         total[y] += np.float64(extra[at])
         surplus[number] = at
@@ -102,6 +103,7 @@ def _best_change(state, scratch, heavy, capacity, ranks_per_node, price, moves_l
     )
     held_first, held_next, twins = state.first, state.next_, state.twins
     load, power, unit, expert_load = state.load, state.power, state.unit, state.expert_load
+    portion = state.portion
     growth, terms, surplus = scratch.growth, scratch.terms, scratch.surplus
     arriving, by_rank, cost = scratch.packed[0], scratch.rank_bound, scratch.packed[5]
     bound = scratch.packed[6, :num_surplus]
@@ -115,7 +117,7 @@ def _best_change(state, scratch, heavy, capacity, ranks_per_node, price, moves_l
         x = expert[begin + place * ranks_per_node + heavy - first]
         if x < 0:
             continue
-        fewer = np.float32(1.0 / count[x] - 1.0 / (count[x] + 1))
+        fewer = np.float32(portion[count[x]] - portion[count[x] + 1])
         growth[:] = np.float32(0.0)
         _add_holders(
             load, power, unit, expert_load, held_first, held_next, rank_of, twins, x, -fewer, -1, growth
@@ -133,7 +135,7 @@ def _best_change(state, scratch, heavy, capacity, ranks_per_node, price, moves_l
             arriving[number] = scratch.arriving[place, rank_of[cell] - first]
             cost[number] = by_rank[rank_of[cell] - first] - frees[cell]
         _bound_changes(
-            np.float32(relief), price, most, np.float32(count[x] / (count[x] + 1)), arriving,
+            np.float32(relief), price, most, np.float32(portion[count[x] + 1] / portion[count[x]]), arriving,
             scratch.packed[1], scratch.packed[2], scratch.packed[3], scratch.packed[4], cost, bound,
         )  # fmt: skip
         for number in range(num_surplus):
@@ -141,9 +143,9 @@ def _best_change(state, scratch, heavy, capacity, ranks_per_node, price, moves_l
                 continue
             cell = begin + surplus[number]
             y, rank = expert[cell], rank_of[cell]
-            more = np.float32(1.0 / (count[y] - 1) - 1.0 / count[y])
-            arrives = np.float32(1.0 / (count[x] + 1))
-            leaves = np.float32(1.0 / count[y]) - np.float32(twins[cell] - 1) * more
+            more = np.float32(portion[count[y] - 1] - portion[count[y]])
+            arrives = np.float32(portion[count[x] + 1])
+            leaves = np.float32(portion[count[y]]) - np.float32(twins[cell] - 1) * more
             for snapshot in range(terms.shape[0]):
                 after = load[rank, snapshot] + expert_load[x, snapshot] * arrives
                 after -= expert_load[y, snapshot] * leaves

@@ -7,6 +7,7 @@ import numpy as np
 from .cells import _count_moves
 from .compiling import _compile
 from .limits import _TRIED_RANKS
+from .prices import _price_of_next
 from .smooth_changes import _best_change
 from .smooth_exchanges import _make_change, _make_swap
 from .smooth_peak import _smooth_peak
@@ -17,13 +18,13 @@ from .smooth_swaps import _best_swap
 
 @_compile
 def _lower_smooth_peak(
-    scaled, slot_expert, current, num_ranks, ranks_per_node, price, max_moves, rounds, tolerance
+    scaled, slot_expert, current, num_ranks, ranks_per_node, price, forced, max_moves, rounds, tolerance
 ):
     """Lower the smooth peak by swaps and changes of replicas, in place.
 
     A round relieves the rank that weighs most in the smooth peak. An exchange has to earn the price of its
     moves away from `current`, of which there are at most `max_moves`; of those that do, the one with the
-    most gain per move is made.
+    most gain per move is made. The price is that of the first move; `forced` moves cost nothing.
 
     Returns:
         The smooth peak, summed over snapshots; the moves; whether more rounds would change nothing.
@@ -45,6 +46,7 @@ def _lower_smooth_peak(
         if peak <= 1.0 + tolerance:
             done = True
             break
+        fee = _price_of_next(price, moves - forced, slot_expert.shape[0])
         improved = False
         for _ in range(_TRIED_RANKS):
             heavy = -1
@@ -54,10 +56,10 @@ def _lower_smooth_peak(
             if heavy < 0:
                 break
             worth, mine, other, cost = _best_swap(
-                state, scratch, heavy, capacity, ranks_per_node, price, max_moves - moves
+                state, scratch, heavy, capacity, ranks_per_node, fee, max_moves - moves
             )
             expert, cell, change_cost = _best_change(
-                state, scratch, heavy, capacity, ranks_per_node, price, max_moves - moves, worth
+                state, scratch, heavy, capacity, ranks_per_node, fee, max_moves - moves, worth
             )
             if cell >= 0:
                 _make_change(state, expert, cell, capacity, ranks_per_node)

@@ -56,8 +56,8 @@ def _best_swap(state, scratch, heavy, capacity, ranks_per_node, price, moves_lef
     held_first, held_next, origin_first, origin_next = (
         state.first, state.next_, state.origin_first, state.origin_next,
     )  # fmt: skip
-    load, power, unit, expert_load, count = (
-        state.load, state.power, state.unit, state.expert_load, state.replicas,
+    load, power, unit, expert_load, portion, count = (
+        state.load, state.power, state.unit, state.expert_load, state.portion, state.replicas,
     )  # fmt: skip
     tiled, weights, terms, cost, usual_cost, arriving = (
         scratch.tiled, scratch.weights, scratch.terms, scratch.cost, scratch.usual_cost, scratch.arriving,
@@ -117,7 +117,7 @@ def _best_swap(state, scratch, heavy, capacity, ranks_per_node, price, moves_lef
                     continue
                 x, y = expert[mine], expert[begin + at]
                 gain = _swap_gain(
-                    load, power, unit, slope, expert_load, count, heavy, first + rank, x, y, terms
+                    load, power, unit, slope, expert_load, portion, count, heavy, first + rank, x, y, terms
                 )
                 moves = _arrives(origin_first, origin_next, rank_of, x, first + rank)
                 moves += _arrives(origin_first, origin_next, rank_of, y, heavy)
@@ -130,12 +130,11 @@ def _best_swap(state, scratch, heavy, capacity, ranks_per_node, price, moves_lef
 
 
 @_compile
-def _swap_gain(load, power, unit, slope, expert_load, count, heavy, rank, x, y, terms):
+def _swap_gain(load, power, unit, slope, expert_load, portion, count, heavy, rank, x, y, terms):
     """By how much the norms fall, at least, when `heavy` gives `x` to `rank` and gets `y`."""
-    fewer = np.float32(1.0) / np.float32(count[x])
-    more = np.float32(1.0) / np.float32(count[y])
+    given, taken = np.float32(portion[count[x]]), np.float32(portion[count[y]])
     for snapshot in range(terms.shape[0]):
-        shift = expert_load[x, snapshot] * fewer - expert_load[y, snapshot] * more
+        shift = expert_load[x, snapshot] * given - expert_load[y, snapshot] * taken
         after = _power((load[heavy, snapshot] - shift) * unit[snapshot])
         after += _power((load[rank, snapshot] + shift) * unit[snapshot])
         now = power[heavy, snapshot] + power[rank, snapshot]
