@@ -1,5 +1,5 @@
 """Planning time and peak load of the policies, side by side in one run: plans of one summed load, and the
-full plan as the online loop makes it, from 64 snapshots and the placement in force.
+full plan as the online loop makes it, from 128 snapshots and the placement in force.
 
     python benchmarks/bench_plan.py [--repeat 9]
 
@@ -84,12 +84,12 @@ def measure(planners: dict[str, Planner], repeat: int) -> list[dict[str, object]
 
 
 def window(layers: int, experts: int, intervals: int) -> torch.Tensor:
-    """[16 * intervals, layers, experts]: four topics in a mix that changes from snapshot to snapshot."""
+    """[32 * intervals, layers, experts]: four topics in a mix that changes from snapshot to snapshot."""
     generator = torch.Generator().manual_seed(0)
     base = torch.empty(1, layers, experts).log_normal_(6, 0.8, generator=generator)
     topics = torch.empty(4, layers, experts).log_normal_(0, 0.5, generator=generator)
-    mix = torch.rand(16 * intervals, 4, generator=generator).softmax(1)
-    noise = torch.empty(16 * intervals, layers, experts).log_normal_(0, 0.1, generator=generator)
+    mix = torch.rand(32 * intervals, 4, generator=generator).softmax(1)
+    noise = torch.empty(32 * intervals, layers, experts).log_normal_(0, 0.1, generator=generator)
     return (base * torch.einsum("st,tle->sle", mix, topics) * noise).round()
 
 
@@ -102,18 +102,18 @@ def measure_full(repeat: int) -> list[dict[str, object]]:
         steps = window(layers, experts, 8)
         start = eplb.Placement.default(layers, experts, slots)
         settled = start
-        for end in range(16, 128, 16):
-            settled = eplb.plan(steps[max(0, end - 64) : end], topology, settled).placement
+        for end in range(32, 256, 32):
+            settled = eplb.plan(steps[max(0, end - 128) : end], topology, settled).placement
         jobs: dict[str, Callable[[], object]] = {
             "first": lambda steps=steps, start=start, topology=topology: eplb.plan(
-                steps[:16], topology, start
+                steps[:32], topology, start
             ),
             "later": lambda steps=steps, settled=settled, topology=topology: eplb.plan(
-                steps[64:], topology, settled
+                steps[128:], topology, settled
             ),
         }
         if peers.available():
-            total = steps[112:].sum(0)
+            total = steps[224:].sum(0)
             jobs["vLLM default"] = lambda total=total, topology=topology: theirs(total, topology)
         times: dict[str, list[float]] = {name: [] for name in jobs}
         for _ in range(repeat):
@@ -135,7 +135,7 @@ def measure_full(repeat: int) -> list[dict[str, object]]:
 
 
 def show_full(console: Console, rows: list[dict[str, object]]) -> None:
-    table = Table(title="Full plans: 64 snapshots (16 at the first rebalance) and the placement in force")
+    table = Table(title="Full plans: 128 snapshots (32 at the first rebalance) and the placement in force")
     for column in ("size", "plan", "ms", "x vLLM"):
         table.add_column(column, no_wrap=True, justify="left" if column in ("size", "plan") else "right")
     for row in rows:

@@ -1,8 +1,8 @@
 """What the moves of a layer cost: each costs more than the one before it.
 
-A layer whose traffic is steady finds few exchanges that are worth anything, and may make all of them; one whose
-traffic keeps changing always finds more, whose gain the next change undoes. A price that rises lets the first
-spend and the second save, without knowing which is which.
+A layer whose traffic is steady finds few exchanges that are worth anything, and may make all of them; one
+whose traffic keeps changing always finds more, whose gain the next change undoes. A price that rises lets the
+first spend and the second save, without knowing which is which.
 """
 
 from __future__ import annotations

@@ -12,7 +12,6 @@ import numpy as np
 
 from .compiling import _compile
 
-
 _SPREAD = 0.1  # measured: more helps where few experts are very hot, and costs elsewhere
 
 
@@ -79,10 +78,10 @@ def _cell(slot, capacity, ranks_per_node):
 def _portions(num_slots, num_snapshots):
     """What part of an expert's load each of `n` replicas counts as: float64 [slots + 2].
 
-    More than 1 / n, since what arrives in a step varies: the variance of a rank load is the sum over its experts of
-    load / n**2, times how much tokens come in clusters, and to the heaviest rank each of them adds about as much
-    as it varies. So of two placements with the same loads the one with more replicas of the hot experts is
-    better. A single load is taken as it is.
+    More than 1 / n, since what arrives in a step varies: the variance of a rank load is the sum over its
+    experts of load / n**2, times how much tokens come in clusters, and the peak of a step is higher by about
+    as much. So of two placements with the same loads the one with more replicas of the hot experts is better.
+    A single load is taken as it is.
     """
     portion = np.zeros(num_slots + 2, np.float64)
     for count in range(1, num_slots + 2):
