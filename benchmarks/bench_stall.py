@@ -1,10 +1,12 @@
 """How long rebalancing stalls the steps of a model that goes on serving: never, sync and async side by side.
 
-    python benchmarks/bench_stall.py [--ranks 2] [--rebalances 8]
+    python benchmarks/bench_stall.py [--experts small|large] [--ranks 2]
 
-Three copies of one small expert-parallel model serve the same traffic on real processes over gloo, taking
-turns: one is never rebalanced, one within the step that ends an interval, one in the background. Prints a
-table and one line of JSON. Give it a core for each rank; on fewer the background takes time from the steps.
+Three copies of one small expert-parallel model serve the same traffic on real processes over gloo. They take
+turns step by step while nothing moves, and one after the other for a rebalance: within the step that ends an
+interval, in the background, or between the steps that are measured. So all three serve with the same
+placements. Prints a table and one line of JSON. Give it a core for each rank; on fewer the background takes
+time from the steps.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,116 +26,190 @@ from rich.table import Table
 import eplb_plugin as eplb
 from eplb_plugin.cli.ranks import run_ranks
 from eplb_plugin.integration.torch_moe import MoEConfig, MoEModel
+from eplb_plugin.runtime.rebalancer import RebalanceReport
 
-LAYERS, EXPERTS, SLOTS_PER_RANK = 12, 32, 18
-CONFIG = MoEConfig(
-    vocab=512, num_topics=8, hidden=128, expert_hidden=512, num_layers=LAYERS, num_logical=EXPERTS, top_k=4
-)
-INTERVAL, TOKENS = 40, 32
-AS_MANY = LAYERS + 6  # steps that a rebalance in the background takes here, about
 MODES = ("never", "sync", "async")
+TOPICS, LAYERS, EXPERTS, SLOTS_PER_RANK = 8, 12, 32, 18
+TOGETHER = 24  # steps in turn
 
 
-def batch(turn: int, step: int, rank: int) -> torch.Tensor:
-    """Token ids, mostly of a topic that changes with every turn: int64 [tokens]."""
-    generator = torch.Generator().manual_seed(turn * 1_000_003 + step * 1009 + rank)
-    topic = torch.full((TOKENS,), turn % CONFIG.num_topics)
-    some = torch.rand(TOKENS, generator=generator) < 0.3
-    topic[some] = torch.randint(CONFIG.num_topics, (int(some.sum()),), generator=generator)
-    each = CONFIG.vocab // CONFIG.num_topics
-    return torch.randint(each, (TOKENS,), generator=generator) * CONFIG.num_topics + topic
+@dataclass(frozen=True)
+class Setting:
+    """A model whose steps take about as long as those of the other ones.
+
+    Attributes:
+        hidden, inner: sizes of an expert.
+        tokens: of a step and rank.
+        room: steps that a rebalance in the background may take.
+        rebalances: how many to measure.
+    """
+
+    hidden: int
+    inner: int
+    tokens: int
+    room: int
+    rebalances: int
+
+    @property
+    def interval(self) -> int:
+        return TOGETHER + self.room
 
 
-def serve(rank: int, send: Callable[[Any], None], ranks: int, turns: int) -> None:
-    """Sends, from the first rank: for each mode its quiet steps, and the worst and all of each rebalance."""
-    topology = eplb.Topology(num_ranks=ranks, num_slots=ranks * SLOTS_PER_RANK)
-    models = {}
-    for mode in MODES:
-        options = eplb.RebalancerOptions(
-            mode="sync" if mode == "never" else mode,  # type: ignore[arg-type]
-            interval=10**9 if mode == "never" else INTERVAL,
-            history=1,
-            staging_mib=64,
+SETTINGS = {
+    "small": Setting(hidden=128, inner=512, tokens=32, room=46, rebalances=8),
+    "large": Setting(hidden=256, inner=1024, tokens=3, room=86, rebalances=4),
+}
+
+
+@dataclass
+class Served:
+    """What a mode was seen to do, in seconds and bytes.
+
+    Attributes:
+        quiet: steps while nothing moved.
+        during: all steps of the rebalances.
+        worst: the longest step of each rebalance.
+        stalls: how much longer that was than the median quiet step of the same turn.
+        moved: bytes, over all ranks.
+    """
+
+    quiet: list[float] = field(default_factory=list)
+    during: list[float] = field(default_factory=list)
+    worst: list[float] = field(default_factory=list)
+    stalls: list[float] = field(default_factory=list)
+    moved: int = 0
+
+
+class Model:
+    """One of the copies on one rank.
+
+    Args:
+        mode: one of MODES.
+        setting: of the model.
+        rank: this one.
+        ranks: of the group.
+    """
+
+    def __init__(self, mode: str, setting: Setting, rank: int, ranks: int) -> None:
+        self._tokens = setting.tokens
+        self._rank = rank
+        self._config = MoEConfig(
+            vocab=512,
+            num_topics=TOPICS,
+            hidden=setting.hidden,
+            expert_hidden=setting.inner,
+            num_layers=LAYERS,
+            num_logical=EXPERTS,
+            top_k=4,
         )
-        models[mode] = MoEModel(CONFIG, topology, options=options)
-    quiet: dict[str, list[float]] = {mode: [] for mode in MODES}
-    worst: dict[str, list[float]] = {mode: [] for mode in MODES}
-    during: dict[str, list[float]] = {mode: [] for mode in MODES}
-    moved: dict[str, int] = dict.fromkeys(MODES, 0)
-    steps = dict.fromkeys(MODES, 0)
+        options = eplb.RebalancerOptions(
+            mode="async" if mode == "async" else "sync",
+            interval=setting.interval,
+            snapshots=16,
+            history=1,
+            staging_mib=256,
+        )
+        topology = eplb.Topology(num_ranks=ranks, num_slots=ranks * SLOTS_PER_RANK)
+        self._model = MoEModel(self._config, topology, options=options)
+        self.balancer = self._model.rebalancer
+        self.steps = 0
+
+    def step(self) -> tuple[float, RebalanceReport | None]:
+        """Seconds of one step, and what came of a rebalance that ended in it."""
+        tokens = self._batch()
+        start = time.perf_counter()
+        self._model.forward(tokens)
+        report = self._model.step()
+        seconds = time.perf_counter() - start
+        self.steps += 1
+        return seconds, report
+
+    def _batch(self) -> torch.Tensor:
+        """Token ids, mostly of a topic that changes with every interval: int64 [tokens]."""
+        generator = torch.Generator().manual_seed(self.steps * 1009 + self._rank)
+        topic = torch.full((self._tokens,), self.steps // self.balancer.options.interval % TOPICS)
+        some = torch.rand(self._tokens, generator=generator) < 0.3
+        topic[some] = torch.randint(TOPICS, (int(some.sum()),), generator=generator)
+        each = self._config.vocab // TOPICS
+        return torch.randint(each, (self._tokens,), generator=generator) * TOPICS + topic
+
+
+def serve(rank: int, send: Callable[[Any], None], setting: Setting, ranks: int, turns: int) -> None:
+    """Sends, from the first rank, what each mode was seen to do."""
+    models = {mode: Model(mode, setting, rank, ranks) for mode in MODES}
+    served = {mode: Served() for mode in MODES}
     for turn in range(turns):
-        for mode, model in models.items():
-            times: list[float] = []
-            ended = False
-            while not ended:
-                start = time.perf_counter()
-                model.forward(batch(turn, steps[mode], rank))
-                report = model.step()
-                seconds = time.perf_counter() - start
-                steps[mode] += 1
-                begins = steps[mode] % INTERVAL == 0
-                if begins or times:
-                    times.append(seconds)
-                else:
-                    quiet[mode].append(seconds)
-                ended = report is not None or (mode == "never" and len(times) == AS_MANY)
+        quiet: dict[str, list[float]] = {mode: [] for mode in MODES}
+        for step in range(TOGETHER - 1):
+            for at in range(len(MODES)):
+                mode = MODES[(step + at) % len(MODES)]
+                quiet[mode].append(models[mode].step()[0])
+        as_many = 0
+        for mode in ("sync", "async", "never"):
+            model, now = models[mode], served[mode]
+            seconds, report = model.step()
+            times = [seconds]
+            if mode == "never":
+                # It was rebalanced in that step, which is not measured.
+                times = [model.step()[0] for _ in range(as_many)]
+            while report is None:
+                seconds, report = model.step()
+                times.append(seconds)
+            as_many = len(times)
+            while model.steps % setting.interval != setting.interval - TOGETHER:
+                model.step()
             # The first turn leaves the placement that engines start from; it is not typical.
-            if turn and (report is None or report.moves):
-                worst[mode].append(max(times))
-                during[mode] += times
-                moved[mode] += report.bytes_moved if report is not None else 0
+            if turn and report.moves:
+                now.quiet += quiet[mode]
+                now.during += times
+                now.worst.append(max(times))
+                now.stalls.append(max(times) - statistics.median(quiet[mode]))
+                now.moved += report.bytes_moved
     for model in models.values():
-        model.rebalancer.close()
+        model.balancer.close()
     if rank == 0:
-        send((quiet, worst, during, moved))
+        send(served)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--experts", choices=SETTINGS, default="small")
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--rebalances", type=int, default=8)
     options = parser.parse_args()
     eplb.warmup()
-    messages = run_ranks(serve, options.ranks, (options.ranks, options.rebalances + 1), time_limit=900)
-    ((_, (quiet, worst, during, moved)),) = list(messages)
-    base = statistics.median(quiet["never"])
+    setting = SETTINGS[options.experts]
+    arguments = (setting, options.ranks, setting.rebalances + 1)
+    ((_, served),) = list(run_ranks(serve, options.ranks, arguments, time_limit=900))
+    base = statistics.median(served["never"].quiet)
     # Steps vary: of as many steps without any rebalance, one is the longest as well.
-    usual = statistics.median(worst["never"])
-    stall = statistics.median(worst["sync"]) - base
+    usual = statistics.median(served["never"].stalls)
+    stall = statistics.median(served["sync"].stalls)
     rows = []
-    for mode in MODES:
+    for mode, now in served.items():
+        own = statistics.median(now.stalls) - (0 if mode == "sync" else usual)
         rows.append(
             {
                 "mode": mode,
-                "quiet_ms": 1e3 * statistics.median(quiet[mode]),
-                "quiet_percent": 100 * (statistics.median(quiet[mode]) / base - 1),
-                "during_ms": 1e3 * statistics.median(during[mode]),
-                "worst_ms": 1e3 * statistics.median(worst[mode]),
-                "stall_ms": 1e3 * (statistics.median(worst[mode]) - (base if mode == "sync" else usual)),
-                "of_sync": (statistics.median(worst[mode]) - (base if mode == "sync" else usual)) / stall,
-                "steps": len(during[mode]) / len(worst[mode]),
-                "mb": moved[mode] / 1e6 / len(worst[mode]),
+                "quiet_ms": 1e3 * statistics.median(now.quiet),
+                "quiet_percent": 100 * (statistics.median(now.quiet) / base - 1),
+                "during_ms": 1e3 * statistics.median(now.during),
+                "worst_ms": 1e3 * statistics.median(now.worst),
+                "stall_ms": 1e3 * own,
+                "of_sync": own / stall,
+                "steps": len(now.during) / len(now.worst),
+                "mb": now.moved / 1e6 / len(now.worst),
+                "rebalances": len(now.worst),
             }
         )
     table = Table(
-        title=f"{options.ranks} ranks, {LAYERS} layers, {EXPERTS} experts, {options.rebalances} rebalances",
-        caption="Medians on the first rank. quiet: steps while nothing moves. worst: the longest step of a\n"
-        f"rebalance; of {AS_MANY} steps where there is none. stall: how much longer that is than a quiet\n"
-        "step (sync), and than the longest of as many steps without a rebalance (async).",
+        title=f"{options.ranks} ranks, {LAYERS} layers, {EXPERTS} {options.experts} experts",
+        caption="Medians on the first rank. quiet: steps while nothing moves. worst: the longest step of\n"
+        "a rebalance; of as many steps as async takes where there is none. stall: how much longer\n"
+        "than a quiet step; for async, beyond what it is without a rebalance.",
         caption_justify="left",
     )
-    columns = (
-        "mode",
-        "quiet, ms",
-        "slower",
-        "during, ms",
-        "worst, ms",
-        "stall, ms",
-        "of sync",
-        "steps",
-        "MB",
-    )
-    for column in columns:
+    names = ("mode", "quiet, ms", "slower", "during, ms", "worst, ms", "stall, ms", "of sync", "steps", "MB")
+    for column in names:
         table.add_column(column, justify="left" if column == "mode" else "right", no_wrap=True)
     for row in rows:
         table.add_row(
@@ -147,7 +224,7 @@ def main() -> None:
             f"{row['mb']:.1f}",
         )
     Console(width=110).print(table)
-    print(json.dumps({"benchmark": "stall", "rows": rows}))
+    print(json.dumps({"benchmark": "stall", "experts": options.experts, "rows": rows}))
 
 
 if __name__ == "__main__":

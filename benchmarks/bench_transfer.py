@@ -1,10 +1,12 @@
 """How fast weights move, beside the same bytes between the same ranks by `batch_isend_irecv` alone.
 
-    python benchmarks/bench_transfer.py [--ranks 2] [--repeats 7]
+    python benchmarks/bench_transfer.py [--ranks 2] [--repeats 15]
 
-Ours includes all that a rebalance does between its plan and its end: staging, fingerprints, votes, the
-decision in the store, and writing to the slots. Both alternate in one run over gloo. Prints a table and one
-line of JSON.
+Raw leaves the bytes in a buffer, and so does the staging of ours: laying out the buffer, a vote, the messages
+and the fingerprints of what arrived. The whole way is all that a rebalance does between its plan and its end:
+planning hops, staging, the vote and the decision in the store, and writing from the buffer to the slots. Raw
+and ours alternate in one run over gloo, and so does writing to the slots by itself, which no raw transfer
+includes. Prints a table and one line of JSON.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ CASES = [
     (4, 256, 64),
     (16, 256, 64),
     (8, 2048, 64),
-    (4, 8192, 64),
+    (8, 8192, 80),
     (4, 8192, 256),
 ]
 
@@ -46,16 +48,16 @@ def rotate(placement: eplb.Placement, ranks: int) -> eplb.Placement:
     return eplb.Placement(rows.flatten(1), placement.num_logical)
 
 
-def raw(weights: ExpertWeights, layers: int, rank: int, ranks: int) -> Callable[[], None]:
+def raw(
+    weights: ExpertWeights, received: list[list[torch.Tensor]], rank: int, ranks: int
+) -> Callable[[], None]:
     """Send what `rotate` moves from where it is, and receive into memory that was used before."""
-    half = SLOTS_PER_RANK // 2
-    received = [[torch.empty_like(row[:half]) for row in rows] for rows in weights.rows]
 
     def run() -> None:
         operations = []
-        for layer in range(layers):
-            for row, target in zip(weights.rows[layer], received[layer], strict=True):
-                for slot in range(half):
+        for rows, targets in zip(weights.rows, received, strict=True):
+            for row, target in zip(rows, targets, strict=True):
+                for slot in range(len(target)):
                     operations.append(dist.P2POp(dist.isend, row[slot], (rank + 1) % ranks))
                     operations.append(dist.P2POp(dist.irecv, target[slot], (rank - 1) % ranks))
         for work in dist.batch_isend_irecv(operations):
@@ -64,8 +66,20 @@ def raw(weights: ExpertWeights, layers: int, rank: int, ranks: int) -> Callable[
     return run
 
 
+def copies(weights: ExpertWeights, received: list[list[torch.Tensor]]) -> Callable[[], None]:
+    """Write what raw received to slots, as the end of a rebalance does."""
+
+    def run() -> None:
+        for rows, sources in zip(weights.rows, received, strict=True):
+            for row, source in zip(rows, sources, strict=True):
+                for slot in range(len(source)):
+                    row[slot].copy_(source[slot])
+
+    return run
+
+
 def measure(rank: int, send: Callable[[Any], None], ranks: int, repeats: int) -> None:
-    """Sends, from the first rank, (case, raw seconds, our seconds, staging bytes, bytes per rank)."""
+    """Sends, from the first rank, (case, seconds by what they were for, staging bytes, bytes per rank)."""
     for case in CASES:
         layers, kib, staging_mib = case
         tensors = [
@@ -75,72 +89,82 @@ def measure(rank: int, send: Callable[[Any], None], ranks: int, repeats: int) ->
         options = eplb.RebalancerOptions(mode="sync", staging_mib=staging_mib)
         balancer = eplb.Rebalancer(topology, layers, topology.num_slots, weights=tensors, options=options)
         parts = balancer._parts
-        baseline = raw(parts.weights, layers, rank, ranks)
-        times: dict[str, list[float]] = {"raw": [], "ours": []}
+        received = [
+            [torch.empty_like(row[: SLOTS_PER_RANK // 2]) for row in rows] for rows in parts.weights.rows
+        ]
+        baseline = raw(parts.weights, received, rank, ranks)
+        copy = copies(parts.weights, received)
+        times: dict[str, list[float]] = {"raw": [], "staging": [], "whole": [], "copy": []}
         for repeat in range(repeats + 1):
-            for name in ("raw", "ours"):
+            for name in ("raw", "whole", "copy"):
                 old = balancer.placement
+                now = old.physical_to_logical.clone()
+                move = Move(parts, repeat, now, old.num_logical, AtOnce(), lambda phase: None)
+                goal = rotate(old, ranks).physical_to_logical
                 dist.barrier()
                 start = time.perf_counter()
                 if name == "raw":
                     baseline()
+                elif name == "copy":
+                    copy()
                 else:
-                    now = old.physical_to_logical.clone()
-                    move = Move(parts, repeat, now, old.num_logical, AtOnce(), lambda phase: None)
-                    move.run(rotate(old, ranks).physical_to_logical)
-                dist.barrier()
+                    move.run(goal)
+                seconds = torch.tensor([time.perf_counter() - start, move.transfer_seconds])
+                # Of the rank that took longest; this itself is not measured.
+                dist.all_reduce(seconds, dist.ReduceOp.MAX)
                 if repeat:
-                    times[name].append(time.perf_counter() - start)
-        used = parts.staging.reserve(0, torch.device("cpu")).numel()
+                    times[name].append(float(seconds[0]))
+                    if name == "whole":
+                        times["staging"].append(float(seconds[1]))
+        used = parts.staging.num_bytes
         assert used <= staging_mib << 20
         num_bytes = layers * SLOTS_PER_RANK // 2 * parts.weights.expert_bytes(0)
         balancer.close()
         if rank == 0:
-            send((case, times["raw"], times["ours"], used, num_bytes))
+            send((case, times, used, num_bytes))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args()
-    table = Table(title=f"{options.ranks} ranks over gloo, half of all slots change rank (medians)")
-    for column in (
-        "layers",
-        "KiB",
-        "staging MiB",
-        "used MiB",
-        "MB per rank",
-        "raw GB/s",
-        "ours GB/s",
-        "ours / raw",
-    ):
+    table = Table(
+        title=f"{options.ranks} ranks over gloo, half of all slots change rank (medians)",
+        caption="GB/s of each rank. copy: from the buffer to the slots by itself, by all ranks.",
+        caption_justify="left",
+    )
+    for column in ("layers", "KiB", "MiB", "used", "MB", "raw", "staging", "/ raw", "whole", "/ raw", "copy"):
         table.add_column(column, justify="right", no_wrap=True)
     rows = []
-    for _, (case, raw_times, our_times, used, num_bytes) in run_ranks(
+    for _, (case, times, used, num_bytes) in run_ranks(
         measure, options.ranks, (options.ranks, options.repeats), time_limit=900
     ):
-        ratio = statistics.median(a / b for a, b in zip(raw_times, our_times, strict=True))
+        speeds = {name: num_bytes / statistics.median(seconds) / 1e9 for name, seconds in times.items()}
+        ratios = {
+            name: statistics.median(a / b for a, b in zip(times["raw"], times[name], strict=True))
+            for name in ("staging", "whole")
+        }
         row = {
             "layers": case[0],
             "tensor_kib": case[1],
             "staging_mib": case[2],
             "used_mib": used / 2**20,
             "mb": num_bytes / 1e6,
-            "raw_gb_s": num_bytes / statistics.median(raw_times) / 1e9,
-            "ours_gb_s": num_bytes / statistics.median(our_times) / 1e9,
-            "ratio": ratio,
+            **{f"{name}_gb_s": speed for name, speed in speeds.items()},
+            **{f"{name}_ratio": ratio for name, ratio in ratios.items()},
         }
         rows.append(row)
         table.add_row(
-            str(case[0]),
-            str(case[1]),
-            str(case[2]),
+            *(str(number) for number in case),
             f"{row['used_mib']:.1f}",
             f"{row['mb']:.0f}",
-            f"{row['raw_gb_s']:.2f}",
-            f"{row['ours_gb_s']:.2f}",
-            f"{100 * ratio:.0f} %",
+            f"{speeds['raw']:.2f}",
+            f"{speeds['staging']:.2f}",
+            f"{100 * ratios['staging']:.0f} %",
+            f"{speeds['whole']:.2f}",
+            f"{100 * ratios['whole']:.0f} %",
+            f"{speeds['copy']:.1f}",
         )
     Console(width=110).print(table)
     print(json.dumps({"benchmark": "transfer", "rows": rows}))

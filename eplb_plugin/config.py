@@ -115,6 +115,10 @@ class RebalancerOptions(Options):
     commit_layers: int = Field(1, ge=1)
     """Layers that switch over in one step when `mode` is `async`."""
 
+    background_share: float = Field(0.05, gt=0, le=1)
+    """Share of a core's time that the background of `mode: async` takes on average, so that no step pays for
+    more than a small piece of a rebalance; a rebalance takes longer accordingly. 1 is no bound."""
+
     time_limit: float = Field(30.0, gt=0, le=3600)
     """Seconds that a rank waits for the others in each phase. After that balancing is turned off, and the
     placement in force stays."""

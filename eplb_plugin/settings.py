@@ -95,7 +95,7 @@ class SimulateOptions(Options):
 
 
 class DemoOptions(Options):
-    """What `eplb-plugin demo` serves. Its `interval` replaces that of the `rebalancer` section."""
+    """What `eplb-plugin demo` serves. Its `interval` is its own, and its background does not rest."""
 
     ranks: int = Field(4, ge=1, le=64)
     """Processes, one for each rank."""

@@ -90,7 +90,10 @@ def run_demo(settings: Settings, console: Console) -> DemoOutcome:
         raise TopologyError(f"top_k={options.top_k} is above experts={options.experts}")
     mix = _mix(options)
     model_config(options, mix.shape[1])
-    rebalancer = settings.rebalancer.model_copy(update={"interval": options.interval})
+    # Steps of this model take milliseconds, so that rests would outlast the intervals.
+    rebalancer = settings.rebalancer.model_copy(
+        update={"interval": options.interval, "background_share": 1.0}
+    )
     with console.status("loading the planner (the first time it is compiled, which takes a while)"):
         warmup()
     bar = Progress(

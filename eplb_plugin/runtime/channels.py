@@ -12,6 +12,7 @@ import torch.distributed as dist
 from ..errors import TransferError
 from .collectives import AnyGroup, RankGroup, answered
 from .decisions import Decisions, Store
+from .messages import Transport
 from .priority import give_way
 
 __all__ = ["Channels", "Store"]
@@ -43,7 +44,8 @@ class Channels:
         *,
         in_background: bool = False,
     ) -> None:
-        self.control = self.data = group
+        self.control = group
+        self.data = Transport(group)
         self.decisions = Decisions(None, time_limit)
         if group.size == 1:
             self.control = RankGroup(device="cpu", alone=True)
@@ -74,13 +76,18 @@ class Channels:
 
         joined = answered("joining", lambda: gloo("control"))
         self.control = RankGroup(joined, "cpu")
-        make = nccl if group.device.type == "cuda" else gloo
-        # The group's own threads get the priority of the thread that makes it.
+        # A group's own threads get the priority of the thread that makes it.
         with ThreadPoolExecutor(1, initializer=give_way if in_background else None) as maker:
-            joined = answered("joining", maker.submit(make, "data").result)
-        self.data = RankGroup(joined, group.device)
+            if group.device.type == "cuda":
+                upward, downward = answered("joining", maker.submit(nccl, "data").result), None
+            else:
+                upward, downward = (
+                    answered("joining", maker.submit(gloo, part).result) for part in ("up", "down")
+                )
+        self.data = Transport(RankGroup(upward, group.device), downward)
         self.decisions = Decisions(prefixed("decisions"), time_limit)
 
     def close(self) -> None:
         """Give the groups back; ranks that still expect an answer get an error."""
-        self.control.group = self.data.group = None
+        self.control.group = None
+        self.data.close()

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
@@ -17,7 +16,7 @@ import torch.distributed as dist
 from ..errors import AgreementError, EplbError, RankLostError, TopologyError
 from ..topology import Topology
 
-__all__ = ["AnyGroup", "Message", "RankGroup", "answered", "fingerprint"]
+__all__ = ["AnyGroup", "RankGroup", "answered", "fingerprint"]
 
 _T = TypeVar("_T")
 # A process group, or a backend alone, which torch does not list; its stubs know no common base of the two.
@@ -34,14 +33,6 @@ def fingerprint(*parts: torch.Tensor | str) -> int:
             digest.update(f"{part.dtype} {tuple(part.shape)}\0".encode())
             digest.update(part.detach().cpu().contiguous().numpy().tobytes())
     return int.from_bytes(digest.digest(), "little") >> 1
-
-
-@dataclass(frozen=True, eq=False)
-class Message:
-    """One contiguous tensor to or from another rank."""
-
-    rank: int
-    tensor: torch.Tensor
 
 
 class RankGroup:
@@ -117,29 +108,6 @@ class RankGroup:
         padded[: data.numel()] = data
         rows = self.all_gather(padded.to(self.device)).cpu()
         return [pickle.loads(row[:size].numpy().tobytes()) for row, size in zip(rows, sizes, strict=True)]
-
-    def move(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
-        """Send to some ranks and receive from others, until all of it is done.
-
-        Messages between two ranks match by their order. Every rank that is sent to has to receive, and the
-        other way round; ranks that have nothing to do with each other need not call.
-        """
-        group = self._connected()
-        if group is None or not (sends or receives):
-            return
-
-        def run() -> None:
-            together = self.device.type != "cpu"
-            if together:
-                group._start_coalescing()
-            works = [group.recv([message.tensor], message.rank, 0) for message in receives]
-            works += [group.send([message.tensor], message.rank, 0) for message in sends]
-            if together:
-                works = [group._end_coalescing()]
-            for work in works:
-                work.wait()
-
-        answered("moving expert weights", run)
 
     def agree(self, what: str, value: int) -> None:
         """Check that all ranks hold the same `value` (a fingerprint).

@@ -74,32 +74,40 @@ class DispatchTables:
         Raises:
             PlacementError: the placement has other layers, experts or slots than the tables.
         """
-        for layer, rows in self.prepare(placement, layers).items():
-            self.write(layer, rows)
+        if placement.num_layers != self._shape[0]:
+            raise PlacementError(f"{placement} does not fit tables of {self._shape[0]} layers")
+        if layers is None:
+            layers = range(self._shape[0])
+        elif layers:
+            placement = Placement(placement.physical_to_logical[list(layers)], placement.num_logical)
+        if layers:
+            for layer, rows in self.prepare(placement, layers).items():
+                self.write(layer, rows)
 
     def prepare(
-        self, placement: Placement, layers: Sequence[int] | None = None
+        self, placement: Placement, layers: Sequence[int]
     ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-        """What `write` needs for each of `layers` (None: all) of `placement`, made ahead of time.
+        """What `write` needs for each of `layers`, made ahead of time.
+
+        Args:
+            placement: of these layers alone.
+            layers: which ones they are.
 
         Raises:
-            As `update`.
+            PlacementError: the placement has other experts or slots than the tables, or other layers.
         """
-        if (placement.num_layers, placement.num_logical) != self._shape:
+        if placement.num_logical != self._shape[1] or placement.num_layers != len(layers):
             raise PlacementError(
-                f"{placement} does not fit tables of {self._shape[0]} layers of {self._shape[1]} experts"
+                f"{placement} does not fit {len(layers)} layers of tables of {self._shape[1]} experts"
             )
         placement.validate(self._topology)
-        chosen = list(range(self._shape[0])) if layers is None else list(layers)
-        if not chosen:
-            return {}
         placement = placement.to("cpu")
-        slots, count = placement.logical_to_physical[chosen], placement.replica_count[chosen]
+        slots, count = placement.logical_to_physical, placement.replica_count
         if self._local_first:
             slots, count = self._prefer_local(slots, count)
         whole = torch.full((*slots.shape[:2], self.max_replicas), -1)
         whole[:, :, : slots.shape[2]] = slots
-        return dict(zip(chosen, zip(whole.to(self.device), count.to(self.device), strict=True), strict=True))
+        return dict(zip(layers, zip(whole.to(self.device), count.to(self.device), strict=True), strict=True))
 
     def write(self, layer: int, rows: tuple[torch.Tensor, torch.Tensor]) -> None:
         """Make what was prepared for a layer visible to `physical`: two copies on the device."""

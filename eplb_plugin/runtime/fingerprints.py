@@ -18,7 +18,7 @@ the fewer bits of the products it reaches. Nothing here resists someone who want
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -30,9 +30,10 @@ import torch
 from ..placement import Placement
 from ..topology import Topology
 from .collectives import RankGroup
+from .staging import Arrival
 from .weights import ExpertWeights
 
-__all__ = ["Coverage", "ExpertFingerprints", "fingerprint_rows"]
+__all__ = ["Coverage", "ExpertFingerprints", "fingerprint_experts", "fingerprint_rows"]
 
 Coverage = Literal["sampled", "all"]
 """Of each tensor: 1024 words spread over it (all of a small one), or every byte."""
@@ -83,6 +84,28 @@ def fingerprint_rows(rows: Sequence[torch.Tensor], coverage: Coverage) -> torch.
             total += (sums * of_block[done : done + sums.shape[1]]).sum(1)
             done += sums.shape[1]
     return total
+
+
+def fingerprint_experts(experts: Sequence[Sequence[torch.Tensor]], coverage: Coverage) -> torch.Tensor:
+    """One fingerprint for each expert, as `fingerprint_rows` gives, wherever the rows are.
+
+    Args:
+        experts: of each, at least one row: uint8 [bytes] of each of its tensors, all on one device.
+        coverage: which bytes count.
+
+    Returns:
+        int64 [experts], on the CPU.
+    """
+    if coverage == "all":
+        each = [fingerprint_rows([row.unsqueeze(0) for row in rows], coverage) for rows in experts]
+        return torch.cat(each).cpu() if each else torch.zeros(0, dtype=torch.int64)
+    # What was sampled is small: many experts in one go cost little more than one.
+    found = torch.zeros(len(experts), dtype=torch.int64)
+    samples = [torch.cat([_sample(row.unsqueeze(0))[0] for row in rows]) for rows in experts]
+    for width in {sample.numel() for sample in samples}:
+        alike = [index for index, sample in enumerate(samples) if sample.numel() == width]
+        found[alike] = fingerprint_rows([torch.stack([samples[index] for index in alike])], "all").cpu()
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,18 +169,25 @@ class ExpertFingerprints:
             )
         return cls(lowest[0], alike & lowest[1].bool(), coverage)
 
-    def matches(self, layer: int, expert: int, rows: Sequence[torch.Tensor]) -> bool:
-        """Whether these are the expert's weights; True where that is not known.
+    def wrong_arrivals(
+        self, arrivals: Sequence[Arrival], rest: Callable[[], None] = lambda: None
+    ) -> list[Arrival]:
+        """Those that are not what they should be, as far as that is known.
 
         Args:
-            layer: its layer.
-            expert: logical.
-            rows: for each tensor of the layer, uint8 [bytes], anywhere on one device.
+            arrivals: of any layers, on one device.
+            rest: called between pieces of work.
         """
-        if not self.known[layer, expert]:
-            return True
-        found = fingerprint_rows([row.unsqueeze(0) for row in rows], self.coverage)
-        return int(found) == int(self.table[layer, expert])
+        wrong = []
+        known = [arrival for arrival in arrivals if self.known[arrival.layer, arrival.expert]]
+        for first in range(0, len(known), _AT_ONCE):
+            some = known[first : first + _AT_ONCE]
+            found = fingerprint_experts([arrival.rows for arrival in some], self.coverage)
+            layers, experts = [arrival.layer for arrival in some], [arrival.expert for arrival in some]
+            differs = found != self.table[layers, experts]
+            wrong += [arrival for arrival, bad in zip(some, differs.tolist(), strict=True) if bad]
+            rest()
+        return wrong
 
     def wrong_slots(
         self,
@@ -166,6 +196,7 @@ class ExpertFingerprints:
         topology: Topology,
         rank: int,
         layers: Sequence[int] | None = None,
+        rest: Callable[[], None] = lambda: None,
     ) -> list[tuple[int, int]]:
         """(layer, slot) of the slots of this rank that do not hold the expert that `placement` says.
 
@@ -175,6 +206,7 @@ class ExpertFingerprints:
             topology: gives the slots of a rank.
             rank: this rank.
             layers: those to look at; None is all.
+            rest: called between pieces of work.
         """
         slots = topology.slots_of_rank(rank)
         wrong = []
@@ -185,6 +217,7 @@ class ExpertFingerprints:
                 found = fingerprint_rows(weights.rows[layer], self.coverage).cpu()
                 differs = known & (found != self.table[layer, experts])
                 wrong += [(layer, slots.start + slot) for slot in differs.nonzero().flatten().tolist()]
+            rest()
         return wrong
 
 

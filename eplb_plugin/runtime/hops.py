@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from ..errors import TransferError
-from ..migration import MigrationPlan, plan_migration
+from ..migration import Arrivals, Copies, MigrationPlan, Reloads, Sends, plan_migration
 from ..placement import Placement
 from ..topology import Topology
 from .weights import ExpertWeights
@@ -21,27 +21,23 @@ class Hop:
 
     Attributes:
         layers: rising.
-        before, after: int64 [layers of the hop, slots], what they hold before and after it; -1 for a slot
-            without usable weights.
-        num_logical: experts of a layer.
+        after: int64 [layers of the hop, slots], what they hold after it.
+        migration: what has to be copied and sent; its layers are indices into `layers`.
+        staged: int64 [ranks], bytes of staging memory that it takes up.
     """
 
     layers: list[int]
-    before: torch.Tensor
     after: torch.Tensor
-    num_logical: int
-    _known: dict[Topology, MigrationPlan] = field(default_factory=dict, repr=False)
-
-    def migration(self, topology: Topology) -> MigrationPlan:
-        """What has to be copied and sent; its layers are indices into `layers`."""
-        if topology not in self._known:
-            before, after = Placement(self.before, self.num_logical), Placement(self.after, self.num_logical)
-            self._known[topology] = plan_migration(before, after, topology)
-        return self._known[topology]
+    migration: MigrationPlan
+    staged: torch.Tensor
 
 
 def plan_hops(
-    before: torch.Tensor, after: torch.Tensor, weights: ExpertWeights, topology: Topology, bound: int
+    before: torch.Tensor,
+    after: torch.Tensor,
+    weights: ExpertWeights,
+    topology: Topology,
+    bound: int,
 ) -> tuple[list[Hop], dict[int, str]]:
     """Cut the way from `before` to `after` into hops: neighbouring layers together, as many as fit.
 
@@ -62,34 +58,33 @@ def plan_hops(
     changed = (before != after).any(1).nonzero().flatten().tolist()
     if not changed:
         return [], {}
-    whole = Hop(changed, before[changed], after[changed], num_logical)
-    need = staged_bytes(whole.migration(topology), changed, weights, topology)
-    if int(need.sum(0).max()) <= bound:
-        return [whole], {}
+    whole = plan_migration(
+        Placement(before[changed], num_logical), Placement(after[changed], num_logical), topology
+    )
+    need = staged_bytes(whole, changed, weights, topology)
     hops: list[Hop] = []
     impossible: dict[int, str] = {}
-    group: list[int] = []
-    filled = torch.zeros(topology.num_ranks, dtype=torch.int64)
+    first = 0  # of the rows that are not in a hop yet
 
-    def close() -> None:
-        if group:
-            hops.append(Hop(list(group), before[group], after[group], num_logical))
-            group.clear()
-            filled.zero_()
+    def close(end: int) -> None:
+        nonlocal first
+        if first < end:
+            rows = slice(first, end)
+            plan = whole if end - first == len(changed) else _only(whole, first, end)
+            hops.append(Hop(changed[rows], after[changed[rows]], plan, need[rows].sum(0)))
+        first = end
 
     for row, layer in enumerate(changed):
         if int(need[row].max()) > bound:
-            close()
+            close(row)
             try:
                 hops += _parts(layer, before[layer], after[layer], num_logical, weights, topology, bound)
             except TransferError as error:
                 impossible[layer] = str(error)
-            continue
-        if int((filled + need[row]).max()) > bound:
-            close()
-        group.append(layer)
-        filled += need[row]
-    close()
+            first = row + 1
+        elif int(need[first : row + 1].sum(0).max()) > bound:
+            close(row)
+    close(len(changed))
     return hops, impossible
 
 
@@ -130,9 +125,10 @@ def _parts(
         end = list(start)
         for slot in slots:
             end[slot] = goal[slot]
-        made = Hop([layer], torch.tensor([start]), torch.tensor([end]), num_logical)
-        need = staged_bytes(made.migration(topology), [layer], weights, topology)
-        return made, int(need.max())
+        old, new = (Placement(torch.tensor([row]), num_logical) for row in (start, end))
+        plan = plan_migration(old, new, topology)
+        need = staged_bytes(plan, [layer], weights, topology)
+        return Hop([layer], new.physical_to_logical, plan, need.sum(0)), int(need.max())
 
     goal = after.tolist()
     now = before.tolist()
@@ -180,3 +176,39 @@ def _pieces(before: list[int], after: list[int]) -> list[list[int]]:
             slot = min(slot for slot in pending if after[slot] == leaving)
         pieces.append(piece)
     return pieces
+
+
+def _only(plan: MigrationPlan, first: int, last: int) -> MigrationPlan:
+    """The part of a plan that changes its layers from `first` to before `last`, which become 0 and so on."""
+
+    def within(layers: torch.Tensor) -> slice:
+        ends = torch.searchsorted(layers, torch.tensor([first, last])).tolist()
+        return slice(*ends)
+
+    sends, copies, reloads = (within(part.layer) for part in (plan.sends, plan.copies, plan.reloads))
+    arriving = slice(
+        *torch.searchsorted(plan.arrivals.send, torch.tensor([sends.start, sends.stop])).tolist()
+    )
+    return MigrationPlan(
+        layers=torch.arange(last - first),
+        copies=Copies(
+            layer=plan.copies.layer[copies] - first,
+            rank=plan.copies.rank[copies],
+            source_slot=plan.copies.source_slot[copies],
+            slot=plan.copies.slot[copies],
+            staged=plan.copies.staged[copies],
+        ),
+        sends=Sends(
+            layer=plan.sends.layer[sends] - first,
+            expert=plan.sends.expert[sends],
+            source_rank=plan.sends.source_rank[sends],
+            source_slot=plan.sends.source_slot[sends],
+            rank=plan.sends.rank[sends],
+        ),
+        arrivals=Arrivals(send=plan.arrivals.send[arriving] - sends.start, slot=plan.arrivals.slot[arriving]),
+        reloads=Reloads(
+            layer=plan.reloads.layer[reloads] - first,
+            expert=plan.reloads.expert[reloads],
+            slot=plan.reloads.slot[reloads],
+        ),
+    )

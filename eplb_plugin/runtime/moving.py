@@ -1,20 +1,16 @@
-"""From one placement to another, hop by hop: staged on all ranks, checked, and committed on all or none."""
+"""From one placement to another, hop by hop, as far as weights arrive sound."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 
-from ..errors import RankLostError, TransferError, UndecidedError
-from ..placement import Placement
+from .crossing import Crossing
 from .hops import Hop, plan_hops
 from .pace import Pace
 from .parts import Parts
 from .repair import Damage
-from .transfer import Transfer
 
 __all__ = ["Move"]
 
@@ -27,7 +23,7 @@ class Move:
         number: of the rebalance.
         now: int64 [layers, slots], what is in force; -1 where nothing is yet.
         num_logical: experts of a layer.
-        pace: when to switch over.
+        pace: how to work and when to switch over.
         enter: told of each phase.
 
     Attributes:
@@ -53,7 +49,7 @@ class Move:
         self._num_logical = num_logical
         self._pace = pace
         self._enter = enter
-        self._commits = 0
+        self._crossings = 0
         self.now = now
         self.damage = Damage(parts, number, num_logical)
         self.notes: list[str] = []
@@ -88,10 +84,11 @@ class Move:
             parts = self._parts
             bound = parts.options.staging_mib << 20
             hops, impossible = plan_hops(held, goal, parts.weights, parts.topology, bound)
+            self._pace.rest()
             for layer, reason in impossible.items():
                 keep(layer, reason)
             for hop in hops:
-                bad = self._hop(hop)
+                bad = self._cross(hop)
                 if bad is not None:
                     slots, given_up = self.damage.trace_back(bad, self.now)
                     for layer in given_up:
@@ -102,87 +99,22 @@ class Move:
             else:
                 return
 
-    def _hop(self, hop: Hop) -> list[tuple[int, int]] | None:
+    def _cross(self, hop: Hop) -> list[tuple[int, int]] | None:
         """All ranks: None when it is done; else nothing has changed, since experts arrived damaged on some
         rank: where those on this rank came from."""
-        self._enter("stage")
-        start = time.perf_counter()
-        parts, channels = self._parts, self._parts.channels
-        transfer = Transfer(hop, parts.weights, parts.topology, channels.control.rank)
-        device = parts.weights.device or channels.data.device
-        after = self.now.clone()
-        after[hop.layers] = hop.after
-        parts.order.catch_up()
-
-        def prepare() -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-            transfer.prepare(parts.staging.reserve(transfer.num_bytes, device))
-            return parts.tables.prepare(Placement(after, self._num_logical), hop.layers)
-
-        phase = f"hop {self._commits + 1} in rebalance {self._number}"
-        tables = channels.control.attempt(f"staging expert weights, {phase}", prepare, TransferError)
-        transfer.exchange(channels.data)
-        parts.order.settle()
-        bad: list[tuple[int, int]] = []
-        error: Exception | None = None
-        try:
-            bad = self.damage.arrived_damaged(transfer.arrivals)
-        except Exception as caught:  # every kind, since the other ranks wait
-            error = caught
-        self.transfer_seconds += time.perf_counter() - start
-
-        def switch(layers: Sequence[int]) -> None:
-            try:
-                for layer in layers:
-                    transfer.commit(layer)
-                    self.now[layer] = after[layer]
-                    parts.switch(layer, after[layer], tables[layer])
-            except Exception as failure:
-                raise UndecidedError(
-                    f"layers {layers} did not switch over on this rank: {failure}"
-                ) from failure
-            parts.order.mark()
-
-        size = parts.options.commit_layers
-        groups = [hop.layers[at : at + size] for at in range(0, len(hop.layers), size)]
-        if not self._commit(phase, bad, error, [partial(switch, layers) for layers in groups]):
-            return bad
-        self.moves += len(transfer.sends)
-        self.num_bytes += sum(parts.weights.expert_bytes(layer) for layer in transfer.sends)
+        self._crossings += 1
+        name = f"hop {self._crossings} in rebalance {self._number}"
+        crossing = Crossing(hop, name, self._parts, self.damage, self._pace, self._enter)
+        crossing.stage(self._num_logical)
+        done = crossing.commit(self._switch)
+        self.transfer_seconds += crossing.transfer_seconds
+        self.commit_seconds += crossing.commit_seconds
+        if not done:
+            return crossing.bad
+        self.moves += crossing.moves
+        self.num_bytes += crossing.num_bytes
         return None
 
-    def _commit(
-        self,
-        phase: str,
-        bad: Sequence[tuple[int, int]],
-        error: Exception | None,
-        commits: Sequence[Callable[[], None]],
-    ) -> bool:
-        """All ranks: switch over in the same step, if all are ready; whether that was done."""
-        self._enter("commit")
-        channels = self._parts.channels
-        fence = self._pace.propose()
-        lost: RankLostError | None = None
-        try:
-            # A rank with damaged arrivals is not ready: it proposes no step.
-            steps = channels.control.vote(
-                f"switching over, {phase}", error, -1 if bad else fence, TransferError
-            )
-            proposal = str(max(steps)) if min(steps) >= 0 else "keep"
-        except TransferError:
-            self._pace.release(None)
-            raise
-        except RankLostError as caught:
-            # Others may have every vote, so this rank has to ask what became of it.
-            proposal, lost = "keep", caught
-        if proposal == "keep" and lost is None:
-            self._pace.release(None)
-            return False
-        self._commits += 1
-        decision = channels.decisions.decide(f"{self._number}/{self._commits}", proposal)
-        self._enter("decided")
-        if decision == "keep":
-            raise lost or RankLostError("a rank could not be reached when all were ready to switch over")
-        self.commit_seconds += self._pace.release(int(decision), commits)
-        if lost is not None:
-            raise lost
-        return True
+    def _switch(self, layer: int, row: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> None:
+        self.now[layer] = row
+        self._parts.switch(layer, row, tables)

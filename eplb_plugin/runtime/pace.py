@@ -1,4 +1,5 @@
-"""When a rank switches over: at once, or between the steps of a model that goes on serving."""
+"""When a rank works and switches over: at once, or beside and between the steps of a model that goes on
+serving."""
 
 from __future__ import annotations
 
@@ -8,11 +9,29 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from .rests import Rests
+
 __all__ = ["AtOnce", "BetweenSteps", "Pace"]
 
 
+_PIECE = 2 << 20  # bytes: about a millisecond of two cores over loopback
+
+
 class Pace(Protocol):
-    """How a rebalance has its commits done."""
+    """How a rebalance does its work and has its commits done."""
+
+    @property
+    def piece(self) -> int | None:
+        """Bytes to send at once, to rest after; None: all of them, since nothing else goes on meanwhile."""
+
+    def met(self) -> None:
+        """All ranks have just met; from here on some may wait for others."""
+
+    def moved(self, num_bytes: int, seconds: float) -> None:
+        """So many bytes were sent and received at once, in so many seconds."""
+
+    def rest(self) -> None:
+        """Between two pieces of work. Returns when the next one may begin."""
 
     def propose(self) -> int:
         """The first step that this rank can still switch over in; it will not go past it until `release`."""
@@ -27,6 +46,17 @@ class Pace(Protocol):
 
 class AtOnce:
     """For a rebalance within one step: all ranks are in the same one, and stay there until it has ended."""
+
+    piece = None
+
+    def met(self) -> None:
+        pass
+
+    def moved(self, num_bytes: int, seconds: float) -> None:
+        pass
+
+    def rest(self) -> None:
+        pass
 
     def propose(self) -> int:
         return 0
@@ -47,10 +77,14 @@ class BetweenSteps:
 
     Args:
         step: steps that this rank has ended.
+        share: of a core's time that the background takes, on average.
+        longest_rest: seconds that it rests between two meetings of the ranks, at most.
         lead: steps between the latest one and what is proposed: time for the ranks to agree.
     """
 
-    def __init__(self, step: int, lead: int = 2) -> None:
+    piece = _PIECE
+
+    def __init__(self, step: int, share: float = 1.0, longest_rest: float = 1.0, lead: int = 2) -> None:
         self._step = step
         self._lead = lead
         self._fence: int | None = None
@@ -59,6 +93,18 @@ class BetweenSteps:
         self._error: Exception | None = None
         self._hurry = False
         self._changed = threading.Condition()
+        self._rests = Rests(
+            share, longest_rest, lambda: self._hurry or self._error is not None, self._changed
+        )
+
+    def met(self) -> None:
+        self._rests.met()
+
+    def moved(self, num_bytes: int, seconds: float) -> None:
+        self._rests.moved(num_bytes, seconds)
+
+    def rest(self) -> None:
+        self._rests.rest()
 
     def propose(self) -> int:
         with self._changed:
@@ -99,6 +145,7 @@ class BetweenSteps:
         while not ended():
             with self._changed:
                 self._hurry = True
+                self._changed.notify_all()
                 self._changed.wait_for(lambda: self._due or self._error is not None, timeout=0.01)
                 self._check()
                 self._do_due()

@@ -14,8 +14,8 @@ from ..window import LoadWindow
 from .channels import Channels
 from .dispatch import DispatchTables
 from .fingerprints import ExpertFingerprints
+from .staging import Staging
 from .streams import DeviceOrder
-from .transfer import Staging
 from .weights import ExpertWeights
 
 __all__ = ["Parts"]

@@ -28,6 +28,9 @@ __all__ = ["PHASES", "Outcome", "Rebalance"]
 PHASES = ("gather", "plan", "agree", "audit", "stage", "commit", "decided", "end")
 
 
+_LAYERS_AT_ONCE = 4  # layers that the background plans before it rests
+
+
 @dataclass(frozen=True, eq=False)
 class Outcome:
     """What came of a rebalance.
@@ -76,7 +79,7 @@ class Rebalance:
         self._interval_load = now.new_zeros(0, placement.num_layers, placement.num_logical)
         self._notes: list[str] = []
         self._gather_seconds = self._plan_seconds = 0.0
-        self._way = Move(parts, number, now, placement.num_logical, pace, self._enter)
+        self._way = Move(parts, number, now, placement.num_logical, pace, self._begin)
 
     def run(self, ended: Callable[[Outcome], None]) -> None:
         """Go through all phases. `ended` gets the outcome, where and when the pace has commits done.
@@ -86,6 +89,7 @@ class Rebalance:
                 all ranks that answer. UndecidedError: what they have cannot be known here.
         """
         failed = False
+        self._pace.rest()
         with self._parts.order.background():
             try:
                 self._gather()
@@ -95,15 +99,17 @@ class Rebalance:
             except EplbError as error:
                 failed = True
                 self._notes.append(str(error))
-            self._enter("end")
+            self._begin("end")
+            self._pace.rest()
             outcome = self._outcome(failed)
+            self._pace.rest()
             fence = self._pace.propose()
             last = max(self._parts.channels.control.vote(self._phase("ending"), value=fence))
         self._pace.release(last, [partial(ended, outcome)])
 
     def _gather(self) -> None:
         """All ranks: sum what they recorded."""
-        self._enter("gather")
+        self._begin("gather")
         start = time.perf_counter()
         parts, control = self._parts, self._parts.channels.control
         parts.order.catch_up()
@@ -122,6 +128,7 @@ class Rebalance:
         if loads:
             self._interval_load = torch.cat(loads)
         self._gather_seconds = time.perf_counter() - start
+        self._pace.rest()
 
     def _checked(self, load: torch.Tensor) -> torch.Tensor:
         load = load.cpu()
@@ -136,7 +143,7 @@ class Rebalance:
 
     def _plan(self) -> torch.Tensor:
         """All ranks: the rows to go to, int64 [layers, slots]; those in force where nothing was recorded."""
-        self._enter("plan")
+        self._begin("plan")
         start = time.perf_counter()
         parts, control = self._parts, self._parts.channels.control
         load = parts.window.load()
@@ -151,28 +158,33 @@ class Rebalance:
         rows = torch.zeros(share, parts.topology.num_slots, dtype=torch.int64)
 
         def work() -> None:
-            if first < last:
-                current = Placement(self._way.now[first:last], self._old.num_logical)
-                planned = plan(load[:, first:last], parts.topology, current, parts.planner)
-                rows[: last - first] = planned.placement.physical_to_logical
+            # Layers are planned each on its own, so that any number of them may be planned at once.
+            at_once = max(share, 1) if self._pace.piece is None else _LAYERS_AT_ONCE
+            for start in range(first, last, at_once):
+                end = min(start + at_once, last)
+                current = Placement(self._way.now[start:end], self._old.num_logical)
+                planned = plan(load[:, start:end], parts.topology, current, parts.planner)
+                rows[start - first : end - first] = planned.placement.physical_to_logical
+                self._pace.rest()
 
         control.attempt(self._phase("planning"), work)
-        self._enter("agree")
+        self._begin("agree")
         rows = control.broadcast(rows) if leader else control.all_gather(rows).flatten(0, 1)[:layers]
         control.agree("the plan", fingerprint(rows))
         Placement(rows, self._old.num_logical)  # raises on all ranks alike
         if torch.equal(rows, self._way.now):
             self._notes.append(f"no layer gains min_gain={parts.planner.min_gain}")
         self._plan_seconds = time.perf_counter() - start
+        self._pace.rest()
         return rows
 
     def _move(self, goal: torch.Tensor) -> None:
         """All ranks: move weights and switch over. What turns out damaged is replaced."""
         damaged = []
         if self._parts.fingerprints is not None:
-            self._enter("audit")
+            self._begin("audit")
             self._parts.order.catch_up()
-            damaged = self._way.damage.audit(self._way.now)
+            damaged = self._way.damage.audit(self._way.now, self._pace.rest)
         self._way.run(goal, damaged)
 
     def _outcome(self, failed: bool) -> Outcome:
@@ -205,6 +217,11 @@ class Rebalance:
 
     def _phase(self, name: str) -> str:
         return f"{name} in rebalance {self._number}"
+
+    def _begin(self, phase: str) -> None:
+        """A phase begins, on all ranks at about the same time."""
+        self._pace.met()
+        self._enter(phase)
 
     def _enter(self, phase: str) -> None:
         """A phase begins. Tests have ranks fail here."""

@@ -29,6 +29,7 @@ __all__ = ["RebalanceReport", "Rebalancer"]
 
 _logger = logging.getLogger(__name__)
 _REPORTS = 64
+_RESTS = 0.25  # of the time limit, which others are up against while a rank rests
 
 
 class Rebalancer:
@@ -129,7 +130,12 @@ class Rebalancer:
         self._number = 0
         # Intervals that ended while a rebalance was under way wait for the next one.
         self._waiting: deque[torch.Tensor] = deque(maxlen=self.options.history)
-        self._runner = Runner(self._channels.decisions, self._rank)
+        self._runner = Runner(
+            self._channels.decisions,
+            self._rank,
+            self.options.background_share,
+            _RESTS * self.options.time_limit,
+        )
         self._off = ""
         self._told_failure = False
         # Ranks that plan compile the planner now, so that the first rebalance does not wait for it.

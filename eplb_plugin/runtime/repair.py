@@ -9,12 +9,15 @@ import torch
 from ..errors import TransferError
 from ..placement import Placement
 from .parts import Parts
-from .transfer import Arrival
+from .staging import Arrival
 
 __all__ = ["Damage"]
 
 Place = tuple[int, int]
 """(layer, slot), slots numbered over all ranks."""
+
+Rest = Callable[[], None]
+"""Called between pieces of work."""
 
 _ATTEMPTS = 2  # times that experts of a layer may arrive damaged from sources that are sound
 _TURNS = 8  # rebalances in which every slot is looked at once
@@ -39,21 +42,16 @@ class Damage:
         self._attempts: dict[int, int] = {}
         self.mismatches = 0
 
-    def audit(self, now: torch.Tensor) -> list[Place]:
+    def audit(self, now: torch.Tensor, rest: Rest) -> list[Place]:
         """All ranks: slots that do not hold what `now` says, of an eighth of the layers in turn."""
         layers = range(self._number % _TURNS, len(now), _TURNS)
-        return self._everywhere("comparing fingerprints", lambda: self._wrong_here(now, layers))
+        return self._everywhere("comparing fingerprints", lambda: self._wrong_here(now, layers, rest))
 
-    def arrived_damaged(self, arrivals: Sequence[Arrival]) -> list[Place]:
+    def arrived_damaged(self, arrivals: Sequence[Arrival], rest: Rest) -> list[Place]:
         """This rank: where arrivals came from whose fingerprint is wrong."""
         prints = self._parts.fingerprints
-        if prints is None:
-            return []
-        return [
-            (arrival.layer, arrival.source_slot)
-            for arrival in arrivals
-            if not prints.matches(arrival.layer, arrival.expert, arrival.rows)
-        ]
+        wrong = [] if prints is None else prints.wrong_arrivals(arrivals, rest)
+        return [(arrival.layer, arrival.source_slot) for arrival in wrong]
 
     def trace_back(self, mine: Sequence[Place], now: torch.Tensor) -> tuple[list[Place], list[int]]:
         """All ranks, when experts arrived damaged on any.
@@ -98,14 +96,14 @@ class Damage:
                 lost[layer] = missing
         return lost
 
-    def _wrong_here(self, now: torch.Tensor, layers: Sequence[int]) -> list[Place]:
+    def _wrong_here(self, now: torch.Tensor, layers: Sequence[int], rest: Rest = lambda: None) -> list[Place]:
         prints = self._parts.fingerprints
         if prints is None:
             return []
         parts = self._parts
         placement = Placement(now, self._num_logical)
         return prints.wrong_slots(
-            parts.weights, placement, parts.topology, parts.channels.control.rank, layers
+            parts.weights, placement, parts.topology, parts.channels.control.rank, layers, rest
         )
 
     def _everywhere(self, phase: str, find: Callable[[], list[Place]]) -> list[Place]:

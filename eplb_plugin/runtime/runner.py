@@ -21,15 +21,19 @@ class Runner:
     Args:
         decisions: where ranks leave why they give up.
         rank: this rank.
+        share: of a core's time that the background takes, on average.
+        longest_rest: seconds that it rests between two meetings of the ranks, at most.
 
     Attributes:
         error: what ended the last rebalance before its end; there can be no other one then.
         reason: that in words, the same on all ranks that can still be reached: those of the first one.
     """
 
-    def __init__(self, decisions: Decisions, rank: int) -> None:
+    def __init__(self, decisions: Decisions, rank: int, share: float, longest_rest: float) -> None:
         self._decisions = decisions
         self._rank = rank
+        self._share = share
+        self._longest_rest = longest_rest
         self._thread: threading.Thread | None = None
         self._pace = BetweenSteps(0)
         self._outcome: Outcome | None = None
@@ -47,7 +51,7 @@ class Runner:
 
     def start(self, rebalance: Callable[[Pace], Rebalance], step: int) -> None:
         """Start one in the background, this rank having ended `step` steps."""
-        self._pace = BetweenSteps(step)
+        self._pace = BetweenSteps(step, self._share, self._longest_rest)
         self._thread = threading.Thread(
             target=self._work_beside, args=(rebalance(self._pace),), name="eplb-rebalance", daemon=True
         )

@@ -22,8 +22,8 @@ from .fingerprints import ExpertFingerprints
 from .moving import Move
 from .pace import AtOnce
 from .parts import Parts
+from .staging import Staging
 from .streams import DeviceOrder
-from .transfer import Staging
 from .weights import ExpertWeights
 
 __all__ = ["Restore", "start_up"]

@@ -2,61 +2,36 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 
 from ..topology import Topology
-from .collectives import Message, RankGroup
 from .hops import Hop
+from .messages import InFlight, Message, Transport
+from .rounds import cut, plan_rounds
+from .staging import Arrival
 from .weights import ExpertWeights, is_packed, padded
 
-__all__ = ["Arrival", "Staging", "Transfer"]
+__all__ = ["Transfer"]
 
 
-class Staging:
-    """The memory that incoming weights wait in: all that a transfer allocates, kept for the next one, since
-    fresh memory costs about as much time as what is received into it.
+@dataclass
+class _Round:
+    """What this rank sends and receives at once."""
 
-    Args:
-        bound: bytes that are never exceeded.
-    """
+    sends: list[Message] = field(default_factory=list)
+    receives: list[Message] = field(default_factory=list)
 
-    def __init__(self, bound: int) -> None:
-        self.bound = bound
-        self._buffer = torch.empty(0, dtype=torch.uint8)
-
-    def reserve(self, num_bytes: int, device: torch.device) -> torch.Tensor:
-        """uint8 [num_bytes or more], whatever it held before.
-
-        Raises:
-            MemoryError: more than the bound.
-        """
-        if num_bytes > self.bound:
-            raise MemoryError(f"{num_bytes} bytes of staging memory exceed the bound of {self.bound}")
-        if self._buffer.numel() < num_bytes or self._buffer.device != device:
-            self._buffer = torch.empty(0, dtype=torch.uint8)  # two at once might not fit
-            with torch.inference_mode(False):
-                self._buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-        return self._buffer
-
-
-@dataclass(frozen=True, eq=False)
-class Arrival:
-    """One expert that a rank is about to use in a slot that held another.
-
-    Attributes:
-        layer: its layer.
-        expert: the logical expert.
-        source_slot: the slot (numbered over all ranks) that it comes from.
-        rows: uint8 [bytes] of each tensor, in order; where they wait.
-    """
-
-    layer: int
-    expert: int
-    source_slot: int
-    rows: list[torch.Tensor]
+    @property
+    def num_bytes(self) -> int:
+        """Of the busier direction."""
+        return max(
+            sum(message.tensor.numel() for message in messages) for messages in (self.sends, self.receives)
+        )
 
 
 class Transfer:
@@ -69,24 +44,30 @@ class Transfer:
         weights: what this rank holds.
         topology: gives the slots of a rank.
         rank: this rank.
+        piece: bytes that are sent at once; None is everything.
 
     Attributes:
         num_bytes: staging memory that this rank needs.
         sends: for each expert that is sent from rank to rank, over all ranks: its layer.
-        arrivals: what is about to be used, once `exchange` has ended.
+        arrivals: what is about to be used, once `finish` has ended.
     """
 
-    def __init__(self, hop: Hop, weights: ExpertWeights, topology: Topology, rank: int) -> None:
-        plan = hop.migration(topology)
+    def __init__(
+        self, hop: Hop, weights: ExpertWeights, topology: Topology, rank: int, piece: int | None = None
+    ) -> None:
+        plan = hop.migration
         self._layers = hop.layers
         self._rows = [weights.rows[layer] for layer in hop.layers]
         self._first = topology.slots_of_rank(rank).start
         self._after = hop.after
+        self._piece = piece
         sends, copies = plan.sends, plan.copies
         self.sends = [hop.layers[layer] for layer in sends.layer.tolist()]
+        expert_bytes = [weights.expert_bytes(layer) for layer in hop.layers]
+        rounds = torch.tensor(plan_rounds(sends, expert_bytes, topology.num_ranks, piece), dtype=torch.int64)
 
         sending = sends.source_rank == rank
-        self._outgoing = _lists(sending, sends.rank, sends.layer, sends.source_slot)
+        self._outgoing = _lists(sending, sends.rank, sends.layer, sends.source_slot, rounds)
         receiving = sends.rank == rank
         self._incoming = _lists(
             receiving,
@@ -94,6 +75,7 @@ class Transfer:
             sends.layer,
             sends.expert,
             sends.source_slot,
+            rounds,
             torch.arange(plan.num_sends),
         )
         # One entry per slot that a send fills.
@@ -111,11 +93,19 @@ class Transfer:
         )
         self.arrivals: list[Arrival] = []
         self._writes: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
-        self._sends: list[Message] = []
-        self._receives: list[Message] = []
+        # By round and part of it.
+        self._rounds: dict[tuple[int, int], _Round] = defaultdict(_Round)
+        self._waiting: list[_Round] = []
+        self._in_flight = InFlight()
+        self._started = 0.0
 
-    def prepare(self, buffer: torch.Tensor) -> None:
-        """Lay out the buffer and fill what this rank can fill alone. No other rank is waited for."""
+    def prepare(self, buffer: torch.Tensor, rest: Callable[[], None] = lambda: None) -> None:
+        """Lay out the buffer and fill what this rank can fill alone. No other rank is waited for.
+
+        Args:
+            buffer: uint8 [num_bytes].
+            rest: called between pieces of work.
+        """
         used = 0
 
         def take(num_bytes: int) -> torch.Tensor:
@@ -123,61 +113,106 @@ class Transfer:
             used += num_bytes
             return buffer[used - num_bytes : used]
 
-        packs: dict[int, list[torch.Tensor]] = defaultdict(list)
-        for receiver, layer, source_slot in self._outgoing:
-            for row in self._rows[layer]:
-                source = row[source_slot - self._first]
-                if is_packed(row):
-                    packs[receiver].append(source)
-                else:
-                    self._sends.append(Message(receiver, source))
-        for receiver, parts in packs.items():
-            message = take(sum(padded(part) for part in parts))
-            for part, space in zip(
-                parts, torch.split(message, [padded(part) for part in parts]), strict=True
-            ):
-                space[: part.numel()].copy_(part)
-            self._sends.append(Message(receiver, message))
-
-        packed_rows: dict[int, list[tuple[Arrival, int, torch.Tensor]]] = defaultdict(list)
-        for sender, layer, expert, source_slot, _ in self._incoming:
-            rows = self._rows[layer]
-            arrival = Arrival(self._layers[layer], expert, source_slot, [row[0] for row in rows])
-            self.arrivals.append(arrival)
-            for index, row in enumerate(rows):
-                if is_packed(row):
-                    packed_rows[sender].append((arrival, index, row))
-                else:
-                    arrival.rows[index] = take(padded(row))[: row.shape[1]]
-                    self._receives.append(Message(sender, arrival.rows[index]))
-        for sender, entries in packed_rows.items():
-            message = take(sum(padded(row) for _, _, row in entries))
-            self._receives.append(Message(sender, message))
-            sizes = [padded(row) for _, _, row in entries]
-            for (arrival, index, row), space in zip(entries, torch.split(message, sizes), strict=True):
-                arrival.rows[index] = space[: row.shape[1]]
-        for arrival, (_, layer, _, _, send) in zip(self.arrivals, self._incoming, strict=True):
-            for slot in self._targets[send]:
-                self._write(layer, slot, arrival.rows)
-
+        self._prepare_sends(take, rest)
+        self._prepare_receives(take)
+        rest()
         # Slots that nothing writes to are read when they are committed, without a detour.
         for layer, source_slot, slot, staged in self._copies:
             rows = [row[source_slot - self._first] for row in self._rows[layer]]
             if staged:
                 rows = [take(padded(row))[: row.numel()].copy_(row) for row in rows]
+                rest()
             expert = int(self._after[layer, slot])
             self.arrivals.append(Arrival(self._layers[layer], expert, source_slot, rows))
             self._write(layer, slot, rows)
+        self._waiting = [self._rounds[key] for key in sorted(self._rounds)]
 
-    def exchange(self, group: RankGroup) -> None:
-        """Send, receive and wait. RankLostError where a peer does not answer; the buffer is lost then, since
-        what is late may still be written to it."""
-        group.move(self._sends, self._receives)
+    def start(self, transport: Transport) -> None:
+        """Have the first messages on their way, without waiting for any."""
+        self._send(transport)
+
+    def finish(
+        self,
+        transport: Transport,
+        settle: Callable[[], None] = lambda: None,
+        after: Callable[[int, float], None] = lambda *_: None,
+    ) -> None:
+        """Wait until all has been sent and received, round by round.
+
+        Args:
+            transport: as for `start`.
+            settle: waits for the device.
+            after: called after each round, with the bytes of its busier direction and the seconds it took.
+
+        Raises:
+            RankLostError: a peer does not answer; the buffer is lost then, since what is late may still be
+                written to it.
+        """
+        while self._waiting:
+            self._in_flight.wait()
+            settle()
+            after(self._waiting.pop(0).num_bytes, time.perf_counter() - self._started)
+            self._send(transport)
 
     def commit(self, layer: int) -> None:
         """Write what was staged for a layer to its slots."""
         for target, staged in self._writes[self._layers.index(layer)]:
             target.copy_(staged)
+
+    def _send(self, transport: Transport) -> None:
+        """Start the next round."""
+        self._started = time.perf_counter()
+        if self._waiting:
+            self._in_flight = transport.start(self._waiting[0].sends, self._waiting[0].receives)
+
+    def _prepare_sends(self, take: Callable[[int], torch.Tensor], rest: Callable[[], None]) -> None:
+        packs: dict[tuple[int, int], list[torch.Tensor]] = defaultdict(list)
+        for receiver, layer, source_slot, number in self._outgoing:
+            own = []
+            for row in self._rows[layer]:
+                source = row[source_slot - self._first]
+                if is_packed(row):
+                    packs[number, receiver].append(source)
+                else:
+                    own.append(source)
+            self._cut(number, receiver, own, sending=True)
+        for (number, receiver), parts in packs.items():
+            sizes = [padded(part) for part in parts]
+            message = take(sum(sizes))
+            for part, space in zip(parts, torch.split(message, sizes), strict=True):
+                space[: part.numel()].copy_(part)
+            self._rounds[number, 0].sends.append(Message(receiver, message))
+            rest()
+
+    def _prepare_receives(self, take: Callable[[int], torch.Tensor]) -> None:
+        packs: dict[tuple[int, int], list[tuple[Arrival, int, torch.Tensor]]] = defaultdict(list)
+        for sender, layer, expert, source_slot, number, _ in self._incoming:
+            rows = self._rows[layer]
+            arrival = Arrival(self._layers[layer], expert, source_slot, [row[0] for row in rows])
+            self.arrivals.append(arrival)
+            own = []
+            for index, row in enumerate(rows):
+                if is_packed(row):
+                    packs[number, sender].append((arrival, index, row))
+                else:
+                    arrival.rows[index] = take(padded(row))[: row.shape[1]]
+                    own.append(arrival.rows[index])
+            self._cut(number, sender, own, sending=False)
+        for (number, sender), entries in packs.items():
+            sizes = [padded(row) for _, _, row in entries]
+            message = take(sum(sizes))
+            self._rounds[number, 0].receives.append(Message(sender, message))
+            for (arrival, index, row), space in zip(entries, torch.split(message, sizes), strict=True):
+                arrival.rows[index] = space[: row.shape[1]]
+        for arrival, (_, layer, *_, send) in zip(self.arrivals, self._incoming, strict=True):
+            for slot in self._targets[send]:
+                self._write(layer, slot, arrival.rows)
+
+    def _cut(self, number: int, rank: int, rows: list[torch.Tensor], *, sending: bool) -> None:
+        """Messages of one expert in a round: both ends cut it alike."""
+        for part, tensor, first, last in cut([row.numel() for row in rows], self._piece):
+            of_part = self._rounds[number, part]
+            (of_part.sends if sending else of_part.receives).append(Message(rank, rows[tensor][first:last]))
 
     def _write(self, layer: int, slot: int, staged: list[torch.Tensor]) -> None:
         self._writes[layer] += [

@@ -19,6 +19,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
+from eplb_plugin.runtime.messages import Transport
 from eplb_plugin.runtime.transfer import Transfer
 from tests.faults.cluster import Seat, hear_errors
 from tests.faults.serving import Service, at_phases, once
@@ -42,18 +43,18 @@ def main(folder: Path, phase: str, mode: str) -> None:
         while seat.marked("fault") is None:
             time.sleep(0.01)
 
-    exchange = Transfer.exchange
+    start = Transfer.start
 
-    def late(self: Transfer, group: object) -> None:
+    def late(self: Transfer, group: Transport) -> None:
         """The other host's messages are under way when those of this one cannot leave any more."""
         wait_for_the_cut()
-        exchange(self, group)  # type: ignore[arg-type]
+        start(self, group)
 
     second = seat.rank >= RANKS_PER_HOST
     halfway = second and phase == "transfer"
     entering = second and phase != "transfer"
     with (
-        mock.patch.object(Transfer, "exchange", late) if halfway else nullcontext(),
+        mock.patch.object(Transfer, "start", late) if halfway else nullcontext(),
         at_phases(once(phase, wait_for_the_cut)) if entering else nullcontext(),
     ):
         # The client of a store that is cut off waits as long as TCP does, in a thread that is given up on.

@@ -81,7 +81,8 @@ class Service:
     ) -> None:
         self.seat = seat
         self.config = config
-        chosen = {"interval": INTERVAL, "history": 1, "time_limit": 20.0} | options
+        # Rests would make these tests long; `test_async.py` has them.
+        chosen = {"interval": INTERVAL, "history": 1, "time_limit": 20.0, "background_share": 1.0} | options
         self.topology = eplb.Topology(num_ranks=seat.size, num_slots=seat.size * slots_per_rank)
         self.model = MoEModel(
             config, self.topology, options=eplb.RebalancerOptions(**chosen), planner=PLANNER

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -90,12 +91,12 @@ class Damage:
 
 def on_the_way(damage: Damage) -> dict[str, float]:
     """Bytes that arrive damaged are fetched again, and are never used."""
-    exchange = Transfer.exchange
+    finish = Transfer.finish
     first = damage.service.topology.slots_of_rank(damage.victim).start
     flipped = []
 
-    def flip(self: Transfer, group: object) -> None:
-        exchange(self, group)  # type: ignore[arg-type]
+    def flip(self: Transfer, *arguments: Any) -> None:
+        finish(self, *arguments)
         for arrival in self.arrivals:
             # What a rank copies from itself is not in the buffer.
             received = not first <= arrival.source_slot < first + SLOTS_PER_RANK
@@ -104,7 +105,7 @@ def on_the_way(damage: Damage) -> dict[str, float]:
                 arrival.rows[0][0] ^= 1
 
     each_time, layer = False, 1
-    with mock.patch.object(Transfer, "exchange", flip if damage.here else exchange):
+    with mock.patch.object(Transfer, "finish", flip if damage.here else finish):
         report = damage.until(lambda report: report.mismatches > 0, sound=True)
     assert report.mismatches == 1
     assert report.moves > 0
@@ -112,7 +113,7 @@ def on_the_way(damage: Damage) -> dict[str, float]:
     seconds = {"bit flipped on the way": damage.over()}
 
     each_time = True
-    with mock.patch.object(Transfer, "exchange", flip if damage.here else exchange):
+    with mock.patch.object(Transfer, "finish", flip if damage.here else finish):
         report = damage.until(lambda report: report.mismatches > 0, sound=True)
     assert report.mismatches == 2
     assert report.reason == f"experts of layer {layer} were damaged on their way more than once"
@@ -126,14 +127,14 @@ def where_it_is_sent_from(damage: Damage, replicated: bool) -> float:
     first = damage.service.topology.slots_of_rank(damage.victim).start
     flipped: list[torch.Tensor] = []
 
-    def flip(self: Transfer, buffer: torch.Tensor) -> None:
-        for _, layer, source in self._outgoing:
+    def flip(self: Transfer, *arguments: Any) -> None:
+        for _, layer, source, _ in self._outgoing:
             expert = balancer.placement.physical_to_logical[self._layers[layer], source]
             count = int(balancer.placement.replica_count[self._layers[layer], expert])
             if not flipped and (count > 1) == replicated:
                 flipped.append(self._rows[layer][0][source - first])
                 flipped[0][0] ^= 1
-        prepare(self, buffer)
+        prepare(self, *arguments)
 
     with mock.patch.object(Transfer, "prepare", flip if damage.here else prepare):
         report = damage.until(lambda report: report.mismatches > 0)

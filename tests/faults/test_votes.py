@@ -13,7 +13,8 @@ import torch
 from eplb_plugin.runtime import rebalance as phases
 from eplb_plugin.runtime.collectives import RankGroup
 from eplb_plugin.runtime.fingerprints import ExpertFingerprints
-from eplb_plugin.runtime.transfer import Staging, Transfer
+from eplb_plugin.runtime.staging import Staging
+from eplb_plugin.runtime.transfer import Transfer
 from eplb_plugin.window import LoadWindow
 from tests.faults.cluster import Seat, run_cluster
 from tests.faults.serving import SIZE, Service

@@ -105,7 +105,7 @@ def test_what_does_not_fit_is_refused() -> None:
     assert tables.physical(0, torch.empty(0, 2, dtype=torch.int64)).shape == (0, 2)
     with pytest.raises(eplb.LoadError, match="layer 3 of 3"):
         tables.physical(3, torch.tensor([0]))
-    with pytest.raises(eplb.PlacementError, match="3 layers of 7"):
+    with pytest.raises(eplb.PlacementError, match="3 layers of tables of 7"):
         tables.update(random_placement(3, 6, 12, 0))
     for expert in (-2, 7):
         with pytest.raises((IndexError, RuntimeError)):

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 import eplb_plugin as eplb
+from eplb_plugin.runtime.messages import Transport
 from eplb_plugin.runtime.rebalancer import Rebalancer
 from eplb_plugin.runtime.transfer import Transfer
 from tests.processes import run_ranks
@@ -25,11 +26,11 @@ def shrink_and_grow(rank: int) -> dict[str, object]:
     whole.close()
     moved: list[int] = []
 
-    def counted(self: Transfer, group: object) -> None:
+    def counted(self: Transfer, group: Transport) -> None:
         moved.append(len(self._incoming))
-        exchange(self, group)
+        start(self, group)
 
-    exchange, Transfer.exchange = Transfer.exchange, counted  # type: ignore[method-assign]
+    start, Transfer.start = Transfer.start, counted  # type: ignore[method-assign]
     restored: list[tuple[int, int]] = []
 
     def restore(layer: int, expert: int, slot: int) -> None:

@@ -14,7 +14,13 @@ from hypothesis import strategies as st
 import eplb_plugin as eplb
 from eplb_plugin.runtime import fingerprints
 from eplb_plugin.runtime.collectives import RankGroup
-from eplb_plugin.runtime.fingerprints import Coverage, ExpertFingerprints, fingerprint_rows
+from eplb_plugin.runtime.fingerprints import (
+    Coverage,
+    ExpertFingerprints,
+    fingerprint_experts,
+    fingerprint_rows,
+)
+from eplb_plugin.runtime.staging import Arrival
 from eplb_plugin.runtime.weights import ExpertWeights, byte_rows
 from tests.processes import run_ranks
 from tests.runtime.cases import fill, random_placement
@@ -111,6 +117,15 @@ def test_layout_and_number_of_rows_do_not_matter(coverage: Coverage) -> None:
     with mock.patch.object(fingerprints, "_AT_ONCE", 1):
         assert torch.equal(found, fingerprint_rows(rows, coverage))
     assert fingerprint_rows([row[:0] for row in rows], coverage).tolist() == []
+
+
+@pytest.mark.parametrize("coverage", COVERAGES)
+def test_experts_in_one_go_are_what_each_is_alone(coverage: Coverage) -> None:
+    shapes = [[4, 33, 5001], [BLOCK + 12], [9000, 0], [3]]
+    rows = [random_rows(1, shapes[i % 4], i) for i in range(70)]
+    found = fingerprint_experts([[row[0] for row in expert] for expert in rows], coverage)
+    assert found.tolist() == [single(expert, coverage) for expert in rows]
+    assert fingerprint_experts([], coverage).tolist() == []
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -264,10 +279,11 @@ def share(rank: int, coverage: Coverage) -> Seen:
 
     expert = int(placement.physical_to_logical[3, mine.start])
     rows = [row[0] for row in registered.rows[3]]
-    assert prints.matches(3, expert, rows)
-    assert not prints.matches(3, (expert + 1) % logical, rows)
-    assert prints.matches(1, twice(placement), rows)  # not known
-    assert prints.matches(2, expert, [])
+    other = (expert + 1) % logical
+    right, wrong_one = Arrival(3, expert, 0, rows), Arrival(3, other, 0, rows)
+    unknown = [Arrival(1, twice(placement), 0, rows), Arrival(2, expert, 0, [])]
+    assert prints.wrong_arrivals([right, wrong_one, *unknown, right, wrong_one]) == [wrong_one] * 2
+    assert prints.wrong_arrivals(unknown) == []
 
     wrong = prints.wrong_slots(registered, placement, topology, rank)
     if rank == 1:

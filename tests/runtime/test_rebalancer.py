@@ -13,7 +13,8 @@ import eplb_plugin as eplb
 from eplb_plugin.planning.planner import plan
 from eplb_plugin.runtime import rebalance as phases
 from eplb_plugin.runtime import rebalancer as loop
-from eplb_plugin.runtime.collectives import Message, RankGroup
+from eplb_plugin.runtime.collectives import RankGroup
+from eplb_plugin.runtime.messages import Message, Transport
 from eplb_plugin.runtime.rebalancer import Rebalancer, RebalanceReport
 from tests.processes import RanksFailedError, run_ranks
 from tests.runtime.cases import fill, wrong_rows
@@ -199,6 +200,8 @@ def test_trouble_reaches_all_ranks_alike() -> None:
 def close_and_vote(rank: int) -> None:
     """A closed group is not a lone rank, whose votes would all succeed."""
     group = RankGroup()
+    transport = Transport(group)
+    transport.close()
     group.group = None
     messages = [Message(1 - rank, torch.zeros(1))]
     for say in (group.sum, group.broadcast, group.all_gather):
@@ -207,7 +210,7 @@ def close_and_vote(rank: int) -> None:
     with pytest.raises(eplb.RankLostError, match="closed"):
         group.vote("closing")
     with pytest.raises(eplb.RankLostError, match="closed"):
-        group.move(messages, messages)
+        transport.start(messages, messages)
 
 
 def test_nothing_is_agreed_on_over_closed_connections() -> None:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import eplb_plugin as eplb
+from eplb_plugin.migration import Sends
 from eplb_plugin.runtime.collectives import RankGroup
 from eplb_plugin.runtime.hops import plan_hops
-from eplb_plugin.runtime.transfer import Staging, Transfer
+from eplb_plugin.runtime.messages import Transport
+from eplb_plugin.runtime.rounds import cut, plan_rounds
+from eplb_plugin.runtime.staging import Staging
+from eplb_plugin.runtime.transfer import Transfer
 from eplb_plugin.runtime.weights import ExpertWeights, byte_rows
 from tests.processes import run_ranks
 from tests.runtime.cases import fill, random_placement, wrong_rows
@@ -40,6 +48,7 @@ def carry(
     topology: eplb.Topology,
     group: RankGroup,
     staging: Staging,
+    piece: int | None = None,
 ) -> list[eplb.Placement]:
     """Move weights without any of the agreement around it; the placements after each hop."""
     hops, impossible = plan_hops(
@@ -47,11 +56,14 @@ def carry(
     )
     assert not impossible
     placements = []
+    transport = Transport(group)
     now = old.physical_to_logical.clone()
     for hop in hops:
-        transfer = Transfer(hop, weights, topology, group.rank)
+        transfer = Transfer(hop, weights, topology, group.rank, piece)
+        assert transfer.num_bytes == int(hop.staged[group.rank])
         transfer.prepare(staging.reserve(transfer.num_bytes, torch.device("cpu")))
-        transfer.exchange(group)
+        transfer.start(transport)
+        transfer.finish(transport)
         for layer in hop.layers:
             transfer.commit(layer)
         now[hop.layers] = hop.after
@@ -59,7 +71,9 @@ def carry(
     return placements
 
 
-def move_around(rank: int, size: int, slots_per_rank: int, staging_bytes: int) -> tuple[int, int]:
+def move_around(
+    rank: int, size: int, slots_per_rank: int, staging_bytes: int, piece: int | None = None
+) -> tuple[int, int]:
     """Random migrations, each checked to the byte; returns (most chunks, most staging bytes)."""
     layers, slots = 4, size * slots_per_rank
     logical = slots - 3
@@ -74,12 +88,12 @@ def move_around(rank: int, size: int, slots_per_rank: int, staging_bytes: int) -
     staging = Staging(staging_bytes)
     for seed in range(1, 6):
         new = random_placement(layers, logical, slots, seed)
-        hops = carry(placement, new, registered, topology, group, staging)
+        hops = carry(placement, new, registered, topology, group, staging, piece)
         assert hops[-1] == new
         assert wrong_rows(weights, new, mine) == []
         most_hops = max(most_hops, len(hops))
         placement = new
-    return most_hops, staging.reserve(0, torch.device("cpu")).numel()
+    return most_hops, staging.num_bytes
 
 
 @pytest.mark.parametrize(("size", "slots_per_rank"), [(2, 4), (4, 3)])
@@ -95,6 +109,52 @@ def test_staging_keeps_to_its_bound(bound: int) -> None:
     assert len({hops for hops, _ in results}) == 1
     assert results[0][0] > (1 if bound == 1_000_000 else 4)
     assert max(num_bytes for _, num_bytes in results) <= bound
+
+
+@pytest.mark.parametrize("piece", [1 << 30, 100_000, 1000])
+def test_rounds_of_any_size_carry_the_same(piece: int) -> None:
+    # An expert has 140 kB: all of a hop at once, expert by expert, and in pieces of tensors.
+    results = run_ranks(move_around, 4, 4, 3, 1 << 30, piece)
+    assert {hops for hops, _ in results} == {1}
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3), st.integers(0, 3)), max_size=40),
+    st.integers(1, 50),
+)
+def test_no_rank_sends_or_receives_more_than_a_piece_in_a_round(
+    triples: list[tuple[int, int, int]], piece: int
+) -> None:
+    expert_bytes = [3, 10, 25]
+    layer, source, rank = torch.tensor(sorted(triples), dtype=torch.int64).view(-1, 3).unbind(1)
+    sends = Sends(layer=layer, expert=layer, source_rank=source, source_slot=source, rank=rank)
+    rounds = plan_rounds(sends, expert_bytes, 4, piece)
+    assert rounds == sorted(rounds)
+    assert set(rounds) == set(range(max(rounds, default=-1) + 1))
+    for number in set(rounds):
+        for ends in (source, rank):
+            for end in range(4):
+                there = [
+                    expert_bytes[int(layer[at])]
+                    for at, other in enumerate(rounds)
+                    if other == number and int(ends[at]) == end
+                ]
+                assert sum(there) <= piece or len(there) == 1
+    assert plan_rounds(sends, expert_bytes, 4, None) == [0] * len(triples)
+
+
+@given(st.lists(st.integers(1, 50), max_size=5), st.none() | st.integers(1, 60))
+def test_cut_pieces_are_all_of_an_expert_once(sizes: list[int], piece: int | None) -> None:
+    parts: dict[int, int] = defaultdict(int)
+    covered: list[tuple[int, int]] = []
+    for part, tensor, first, last in cut(sizes, piece):
+        parts[part] += last - first
+        covered += [(tensor, byte) for byte in range(first, last)]
+        assert piece is None or last - first <= piece
+    assert covered == [(tensor, byte) for tensor, size in enumerate(sizes) for byte in range(size)]
+    assert piece is None or all(num_bytes < 2 * piece for num_bytes in parts.values())
+    assert piece is not None or set(parts) <= {0}
 
 
 def quantised(rank: int) -> list[int]:

@@ -1,0 +1,163 @@
+"""One hop, made by all ranks together: staged on all of them, checked, and committed on all or none."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+
+from ..errors import EplbError, RankLostError, TransferError, UndecidedError
+from ..placement import Placement
+from .hops import Hop
+from .pace import Pace
+from .parts import Parts
+from .repair import Damage
+from .transfer import Transfer
+
+__all__ = ["Crossing"]
+
+
+class Crossing:
+    """All ranks call `stage`, then `commit`.
+
+    Args:
+        hop: the same on every rank.
+        name: the same on every rank, another one for each.
+        parts: of the rank.
+        damage: what was found so far.
+        pace: how to work and when to switch over.
+        enter: told of each phase.
+
+    Attributes:
+        bad: once staged: where experts came from that arrived damaged on this rank.
+        moves: experts that are sent.
+        num_bytes: bytes of these.
+        transfer_seconds, commit_seconds: time to stage, and to switch over.
+    """
+
+    def __init__(
+        self,
+        hop: Hop,
+        name: str,
+        parts: Parts,
+        damage: Damage,
+        pace: Pace,
+        enter: Callable[[str], None],
+    ) -> None:
+        self._hop = hop
+        self._name = name
+        self._parts = parts
+        self._damage = damage
+        self._pace = pace
+        self._enter = enter
+        self._transfer = Transfer(hop, parts.weights, parts.topology, parts.channels.control.rank, pace.piece)
+        self._tables: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._error: Exception | None = None
+        self.bad: list[tuple[int, int]] = []
+        self.moves = len(self._transfer.sends)
+        self.num_bytes = sum(parts.weights.expert_bytes(layer) for layer in self._transfer.sends)
+        self.transfer_seconds = self.commit_seconds = 0.0
+
+    def stage(self, num_logical: int) -> None:
+        """Get the weights into the staging buffers, and compare them with their fingerprints.
+
+        Args:
+            num_logical: experts of a layer.
+
+        Raises:
+            TransferError: on all ranks, when one of them could not prepare for it. RankLostError: another
+                rank does not answer.
+        """
+        self._enter("stage")
+        start = time.perf_counter()
+        parts, pace, transfer = self._parts, self._pace, self._transfer
+        transport = parts.channels.data
+        parts.order.catch_up()
+
+        def prepare() -> None:
+            device = parts.weights.device or transport.device
+            transfer.prepare(parts.staging.reserve(transfer.num_bytes, device), pace.rest)
+
+        def after(num_bytes: int, seconds: float) -> None:
+            pace.moved(num_bytes, seconds)
+            pace.rest()
+
+        phase = f"staging expert weights, {self._name}"
+        parts.channels.control.attempt(phase, prepare, TransferError)
+        transfer.start(transport)
+        # What fails from here on is put to the vote with what arrives, since messages are under way.
+        try:
+            self._tables = parts.tables.prepare(Placement(self._hop.after, num_logical), self._hop.layers)
+        except Exception as caught:  # every kind, since the other ranks wait
+            self._error = caught
+        transfer.finish(transport, parts.order.settle, after)
+        parts.order.settle()
+        try:
+            self.bad = self._damage.arrived_damaged(transfer.arrivals, pace.rest)
+        except Exception as caught:
+            self._error = self._error or caught
+        self.transfer_seconds += time.perf_counter() - start
+
+    def commit(self, switch: Callable[[int, torch.Tensor, tuple[torch.Tensor, torch.Tensor]], None]) -> bool:
+        """Switch over in the same step on all ranks, if all are ready; whether that was done. Nothing has
+        changed otherwise.
+
+        Args:
+            switch: puts a layer in force, its weights being in place: its row and its tables.
+
+        Raises:
+            TransferError: on all ranks, when one of them failed: nothing has changed. RankLostError: another
+                rank does not answer. UndecidedError: see there.
+        """
+
+        def write(layers: Sequence[int]) -> None:
+            try:
+                for layer in layers:
+                    self._transfer.commit(layer)
+                    switch(layer, self._hop.after[self._hop.layers.index(layer)], self._tables[layer])
+            except Exception as failure:
+                raise UndecidedError(
+                    f"layers {layers} did not switch over on this rank: {failure}"
+                ) from failure
+            self._parts.order.mark()
+
+        size, layers = self._parts.options.commit_layers, self._hop.layers
+        groups = [layers[at : at + size] for at in range(0, len(layers), size)]
+        return self._agree_on([partial(write, group) for group in groups])
+
+    def _agree_on(self, commits: Sequence[Callable[[], None]]) -> bool:
+        """All ranks: have `commits` done from the same step on, if all are ready; whether that was done."""
+        channels, pace = self._parts.channels, self._pace
+        phase = f"switching over, {self._name}"
+        if pace.piece is not None:
+            # Ranks that rest are ready at different times, and nobody's steps should wait for that.
+            damaged = channels.control.vote(phase, self._error, len(self.bad), TransferError)
+            if any(damaged):
+                return False
+        self._enter("commit")
+        fence = pace.propose()
+        lost: RankLostError | None = None
+        try:
+            # A rank with damaged arrivals is not ready: it proposes no step.
+            value = -1 if self.bad else fence
+            steps = channels.control.vote(phase, self._error, value, TransferError)
+            proposal = str(max(steps)) if min(steps) >= 0 else "keep"
+        except RankLostError as caught:
+            # Others may have every vote, so this rank has to ask what became of it.
+            proposal, lost = "keep", caught
+        except EplbError:
+            pace.release(None)
+            raise
+        if proposal == "keep" and lost is None:
+            pace.release(None)
+            return False
+        decision = channels.decisions.decide(self._name, proposal)
+        self._enter("decided")
+        if decision == "keep":
+            raise lost or RankLostError("a rank could not be reached when all were ready to switch over")
+        self.commit_seconds += pace.release(int(decision), commits)
+        if lost is not None:
+            raise lost
+        return True

@@ -1,0 +1,91 @@
+"""Expert weights on their way: contiguous tensors from rank to rank, many at once and in both directions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import RankLostError
+from .collectives import AnyGroup, RankGroup, answered
+
+__all__ = ["InFlight", "Message", "Transport"]
+
+
+@dataclass(frozen=True, eq=False)
+class Message:
+    """One contiguous tensor to or from another rank."""
+
+    rank: int
+    tensor: torch.Tensor
+
+
+class InFlight:
+    """Messages that were started and have not all arrived."""
+
+    def __init__(self, works: Sequence[Any] = ()) -> None:
+        self._works = list(works)
+
+    def wait(self) -> None:
+        """Until all have been sent or received. RankLostError: a peer does not answer."""
+
+        def run() -> None:
+            for work in self._works:
+                work.wait()
+
+        answered("moving expert weights", run)
+
+
+class Transport:
+    """What messages travel over.
+
+    Over gloo each direction between two ranks has a group of its own, so that sending and receiving are the
+    work of different threads: by a tenth faster than both on one connection, even where cores are scarce.
+
+    Args:
+        upward: the rank's group, which carries messages to higher ranks.
+        downward: what carries those to lower ranks; None is the same group.
+    """
+
+    def __init__(self, upward: RankGroup, downward: AnyGroup | None = None) -> None:
+        self.device = upward.device
+        self._rank, self._size = upward.rank, upward.size
+        self._upward: AnyGroup | None = upward.group
+        self._downward: AnyGroup | None = downward if downward is not None else upward.group
+
+    def start(self, sends: Sequence[Message], receives: Sequence[Message]) -> InFlight:
+        """Send to some ranks and receive from others. The tensors stay as they are until `wait` has returned.
+
+        Messages between two ranks match by their order. Every rank that is sent to has to receive, and the
+        other way round; ranks that have nothing to do with each other need not call.
+
+        Raises:
+            RankLostError: the connections are closed, or a peer's end of them is.
+        """
+        if self._size == 1 or not (sends or receives):
+            return InFlight()
+        up, down = self._upward, self._downward
+        if up is None or down is None:
+            raise RankLostError("the connections to the other ranks are closed")
+        together = self.device.type != "cpu"
+
+        def run() -> list[Any]:
+            if together:
+                up._start_coalescing()
+            works = [
+                (down if message.rank > self._rank else up).recv([message.tensor], message.rank, 0)
+                for message in receives
+            ]
+            works += [
+                (up if message.rank > self._rank else down).send([message.tensor], message.rank, 0)
+                for message in sends
+            ]
+            return [up._end_coalescing()] if together else works
+
+        return InFlight(answered("moving expert weights", run))
+
+    def close(self) -> None:
+        """Give the groups back; ranks that still expect a message get an error."""
+        self._upward = self._downward = None
