@@ -10,6 +10,7 @@ import numpy as np
 
 from .compiling import SOURCES, compile_entrance
 from .layer import _plan_layer
+from .single_load import _plan_single
 
 __all__ = ["plan_layers"]
 
@@ -61,6 +62,12 @@ def _entrance(sources):
                         scaled[snapshot, expert] = np.float32(
                             weight[snapshot, layer, expert] * larger * scale
                         )
+            if num_snapshots == 1 and start.shape[1] == 0:
+                _plan_single(
+                    scaled[0], expert_node[layer], num_ranks, ranks_per_node, room, rounds, candidates,
+                    patience, tolerance, seed, result[layer],
+                )  # fmt: skip
+                continue
             _plan_layer(
                 scaled, expert_node[layer], current[layer], start[layer], num_ranks, ranks_per_node, room,
                 price, max_moves, rounds, candidates, patience, tolerance, seed, result[layer],

@@ -7,7 +7,6 @@ import numpy as np
 from .compiling import _compile
 from .counts import _replicate
 from .hand_out import _hand_out, _packing_bound
-from .peak_search import _lower_peak
 from .regrow import _regrow
 from .smooth_search import _lower_smooth_peak
 
@@ -75,14 +74,10 @@ def _plan_layer(
             trial[:] = best
             best_value = np.inf
             effort = rounds - race
-        moves, finished = 0, True
-        if num_snapshots == 1 and not grows:
-            value = _lower_peak(scaled, trial, num_ranks, ranks_per_node, rounds, tolerance)
-        else:
-            value, moves, finished = _lower_smooth_peak(
-                scaled, trial, current if grows else trial, num_ranks, ranks_per_node,
-                price if grows else 0.0, max_moves if grows else _UNBOUNDED, effort, tolerance,
-            )  # fmt: skip
+        value, moves, finished = _lower_smooth_peak(
+            scaled, trial, current if grows else trial, num_ranks, ranks_per_node,
+            price if grows else 0.0, max_moves if grows else _UNBOUNDED, effort, tolerance,
+        )  # fmt: skip
         value += price * moves
         if start == 1 and moves > max_moves and grows:
             continue
