@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from .compiling import SOURCES, compile_entrance
+from .copying import _copy
 from .layer import _plan_layer
 from .single_load import _plan_single
 
@@ -49,7 +50,7 @@ def _entrance(sources):
                     total += weight[snapshot, layer, expert]
             if total <= 0.0:
                 if start.shape[1]:
-                    result[layer] = start[layer]
+                    _copy(start[layer], result[layer])
                     continue
                 # Nothing to balance, but replicas still belong on distinct ranks: plan for even loads.
                 scaled[:] = np.float32(num_ranks / (num_snapshots * num_logical))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .compiling import _compile
+from .compiling import _compile_in_place
 from .counts import _replicate
 from .hand_out import _hand_out, _packing_bound
 from .regrow import _regrow
@@ -15,7 +15,7 @@ _HYSTERESIS = 1.2  # how much heavier an expert counts that would lose a replica
 _UNBOUNDED = 1 << 40
 
 
-@_compile
+@_compile_in_place
 def _plan_layer(
     scaled, expert_node, current, begin, num_ranks, ranks_per_node, room, price, max_moves, rounds,
     candidates, patience, tolerance, seed, best,

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .compiling import _compile
+from .copying import _copy
 
 
 class _Node(NamedTuple):
@@ -63,7 +64,7 @@ def _enter_node(node, capacity):
             count[expert[slot]] += 1
     for rank in range(order.shape[0]):
         _weigh_rank(node.weight, count, expert, node.share, node.load, capacity, rank)
-    order[:] = np.argsort(node.load, kind="mergesort")
+    _copy(np.argsort(node.load, kind="mergesort"), order)
     for at in range(order.shape[0]):
         place[order[at]] = at
 

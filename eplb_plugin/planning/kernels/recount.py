@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from .compiling import _compile
+from .copying import _copy
 from .hand_out import _hand_out
 from .limits import _LEAST_EXACT_GAIN
 from .peak_search import _lower_node
@@ -53,8 +54,7 @@ def _recount(node, capacity, one_node, target, peak, best):
                     gainer += 1
         if gainer >= num_gainers:
             break
-        for expert in range(count.shape[0]):
-            trial[expert] = count[expert]
+        _copy(count, trial)
         trial[gainers[gainer]] += 1
         trial[donors[donor]] -= 1
         donor += 1
@@ -64,12 +64,10 @@ def _recount(node, capacity, one_node, target, peak, best):
         value = _lower_node(node, capacity, _ROUNDS, target)
         if value < peak - _LEAST_EXACT_GAIN:
             peak = value
-            for slot in range(best.shape[0]):
-                best[slot] = node.expert[slot]
+            _copy(node.expert, best)
             if peak <= target:
                 break
-            for expert in range(count.shape[0]):
-                count[expert] = node.replicas[expert]
+            _copy(node.replicas, count)
             num_gainers = _heaviest_of_peak(node, capacity, gainers)
             gainer, donor, num_donors = 0, 0, 0
     return peak

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .compiling import _compile
+from .compiling import _compile, _compile_in_place
+from .copying import _copy
 from .counts import _replicate
 from .hand_out import _hand_out
 from .peak_search import _lower_node
@@ -12,7 +13,7 @@ from .peak_state import _enter_node, _new_node
 from .recount import _recount
 
 
-@_compile
+@_compile_in_place
 def _plan_single(
     load, expert_node, num_ranks, ranks_per_node, room, rounds, candidates, patience, tolerance, seed, best
 ):
@@ -71,14 +72,14 @@ def _plan_node(load, capacity, room, rounds, target, candidates, patience, toler
         failures = 0 if value < peak - tolerance else failures + 1
         if candidate == 0 or value < peak:
             peak = value
-            best[:] = node.expert
+            _copy(node.expert, best)
         if candidate == 0 and peak > target:
             enough = max(target, _counts_bound(weight, count, room) + tolerance)
         if peak <= enough or failures >= patience:
             break
     # With two slots a rank, other counts gain next to nothing for the time that they take.
     if peak > target and capacity > 2:
-        node.expert[:] = best
+        _copy(best, node.expert)
         _enter_node(node, capacity)
         peak = _recount(node, capacity, one_node, target, peak, best)
     return peak
