@@ -17,8 +17,8 @@ import torch
 from ..topology import Topology
 
 __all__ = [
-    "compile_kernels",
     "condense_loads",
+    "count_shared",
     "grow",
     "keep_slots",
     "pack_rows",
@@ -28,7 +28,9 @@ __all__ = [
 
 _MAX_THREADS = 8
 _CHUNKS_PER_THREAD = 4  # layers differ in effort; small chunks even that out
-_WORTH_THREADS = 4096  # loads below which starting a thread costs more than it saves
+# Loads below which starting a thread costs more than it saves: in searches, and in passes that only add up.
+_WORTH_THREADS = 4096
+_WORTH_THREADS_TO_SUM = 1 << 18
 _INT64 = np.dtype(np.int64)
 
 
@@ -115,7 +117,9 @@ def step_peaks(weight: torch.Tensor, physical_to_logical: torch.Tensor, topology
     load, ids = _array(weight), _array(physical_to_logical)
     first_slot = np.array(topology.first_slots, _INT64)
     _over_layers(
-        lambda first, last: table_kernels.peak_loads(load, ids, first_slot, first, last, peaks), weight
+        lambda first, last: table_kernels.peak_loads(load, ids, first_slot, first, last, peaks),
+        weight,
+        _WORTH_THREADS_TO_SUM,
     )
     return torch.from_numpy(peaks)
 
@@ -127,7 +131,9 @@ def condense_loads(load: torch.Tensor, weights: list[float], bins: list[int]) ->
     condensed = np.zeros((max(bins) + 1, *load.shape[1:]))
     array, weight, place = _array(load), np.array(weights), np.array(bins, _INT64)
     _over_layers(
-        lambda first, last: table_kernels.condense_loads(array, weight, place, first, last, condensed), load
+        lambda first, last: table_kernels.condense_loads(array, weight, place, first, last, condensed),
+        load,
+        _WORTH_THREADS_TO_SUM,
     )
     return torch.from_numpy(condensed)
 
@@ -155,16 +161,14 @@ def keep_slots(
     return torch.from_numpy(kept), torch.from_numpy(moves), after, before
 
 
-def compile_kernels() -> None:
-    """Compile everything that a plan on the CPU calls, or load it from the cache on disk."""
-    topology = Topology(num_ranks=2, num_slots=6)
-    load = torch.arange(1.0, 5.0, dtype=torch.float64).expand(2, 1, -1).contiguous()
-    node = torch.zeros(1, 4, dtype=torch.int64)
-    ids = plan_from_scratch(load, topology, node, rounds=4, candidates=2, patience=1, tolerance=0.0, seed=0)
-    grow(load, topology, ids, ids, price=0.0, max_moves=4, rounds=4, tolerance=0.0)
-    step_peaks(load, ids, topology)
-    condense_loads(load, [1.0, 1.0], [0, 1])
-    keep_slots(ids, ids, topology, 4)
+def count_shared(physical_to_logical: torch.Tensor, topology: Topology, num_logical: int) -> torch.Tensor:
+    """Slots that repeat an expert of their rank, int64 [layers], of a placement on the CPU."""
+    from . import table_kernels
+
+    shared = np.empty(len(physical_to_logical), _INT64)
+    first_slot = np.array(topology.first_slots, _INT64)
+    table_kernels.count_shared(_array(physical_to_logical), first_slot, num_logical, shared)
+    return torch.from_numpy(shared)
 
 
 def _run(
@@ -201,14 +205,17 @@ def _run(
     return topology.from_ranks(torch.from_numpy(result).view(num_layers, topology.num_ranks, -1))
 
 
-def _over_layers(work: Any, weight: torch.Tensor) -> None:
-    """Call `work(first, last)` for chunks of the layers. Layers are independent, so order does not matter."""
+def _over_layers(work: Any, weight: torch.Tensor, worth_threads: int = _WORTH_THREADS) -> None:
+    """Call `work(first, last)` for chunks of the layers, on one thread for fewer than `worth_threads` loads.
+
+    Layers are independent, so order does not matter.
+    """
     num_layers = weight.shape[1]
     threads = min(_MAX_THREADS, _usable_cores(), num_layers)
     if threading.current_thread() is not threading.main_thread():
         # Planning in the background: the engine's own thread keeps a core.
         threads = max(1, threads - 1)
-    if threads == 1 or weight.numel() < _WORTH_THREADS:
+    if threads == 1 or weight.numel() < worth_threads:
         work(0, num_layers)
         return
     size = -(-num_layers // (threads * _CHUNKS_PER_THREAD))

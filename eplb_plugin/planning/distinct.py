@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from ..topology import Topology
+from .compiled import count_shared
 from .replication import replica_slots
 
-__all__ = ["replace_repeats", "shared_replicas", "spread_over_ranks"]
+__all__ = ["num_shared", "replace_repeats", "shared_replicas", "spread_over_ranks"]
 
 _PEAK_ALLOWANCE = 0.01  # an exchange may raise the peak by this share
 _SENTINEL = torch.inf
@@ -19,6 +20,13 @@ def shared_replicas(physical_to_logical: torch.Tensor, topology: Topology) -> to
     repeated = torch.zeros_like(by_expert, dtype=torch.bool)
     repeated[:, :, 1:] = by_expert[:, :, 1:] == by_expert[:, :, :-1]
     return topology.from_ranks(torch.empty_like(repeated).scatter_(2, order, repeated))
+
+
+def num_shared(physical_to_logical: torch.Tensor, topology: Topology, num_logical: int) -> torch.Tensor:
+    """How many slots `shared_replicas` names: int64 [layers], on the device of the placement."""
+    if physical_to_logical.device.type == "cpu":
+        return count_shared(physical_to_logical, topology, num_logical)
+    return shared_replicas(physical_to_logical, topology).sum(1)
 
 
 def spread_over_ranks(

@@ -17,7 +17,7 @@ from ..placement import Placement, checked_ids
 from ..topology import Topology
 from .backend import use_kernels
 from .bounds import peak_lower_bound
-from .distinct import replace_repeats, shared_replicas, spread_over_ranks
+from .distinct import num_shared, replace_repeats, spread_over_ranks
 from .elastic import complete, missing_experts
 from .exact import to_exact
 from .greedy import lpt_packing
@@ -197,7 +197,7 @@ def _ensemble(
         ids = search_placement(weighted.cpu(), topology, options, held, begin).to(load.device)
     else:
         ids = place_from_scratch(to_exact(weighted), topology, partial(_pack, options=options))
-    if bool(shared_replicas(ids, topology).any()):
+    if bool(num_shared(ids, topology, load.shape[2]).any()):
         count = Placement(ids, load.shape[2]).replica_count
         ids = spread_over_ranks(ids, to_exact(weighted) / count, topology)
         if not topology.is_even:

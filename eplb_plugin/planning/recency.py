@@ -25,6 +25,8 @@ def condense(load: torch.Tensor, decay: float) -> torch.Tensor:
         float64 [at most 32 snapshots, layers, logical] in time order.
     """
     num_snapshots = load.shape[0]
+    if num_snapshots == 1:
+        return load
     # In Python floats: the bins have to be the same on every device.
     weights = [decay**age for age in range(num_snapshots)]
     bins = list(range(num_snapshots))

@@ -10,7 +10,7 @@ from ..metrics import rank_loads
 from ..placement import Placement
 from ..topology import Topology
 from .compiled import keep_slots, step_peaks
-from .distinct import shared_replicas
+from .distinct import num_shared
 from .hierarchy import groups_within_nodes
 
 __all__ = ["Settled", "settle"]
@@ -59,7 +59,7 @@ def settle(
     totals = load.sum(2)
     if current is None:
         peaks = _step_peaks(load, ids, topology)
-        shared = int(shared_replicas(ids, topology).sum())
+        shared = int(num_shared(ids, topology, load.shape[2]).sum())
         return Settled(ids, _balancedness(totals, peaks, topology), 0, shared)
     num_logical = load.shape[2]
     on_host, moves, shared_after, shared_before = keep_slots(ids.cpu(), current.cpu(), topology, num_logical)

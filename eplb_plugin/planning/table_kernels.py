@@ -8,7 +8,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-__all__ = ["condense_loads", "keep_slots", "peak_loads"]
+__all__ = ["condense_loads", "count_shared", "keep_slots", "peak_loads"]
 
 _compile = numba.njit(nogil=True, cache=True, fastmath=False, boundscheck=False)
 
@@ -58,6 +58,21 @@ def condense_loads(load, weights, bins, first, last, condensed):
             weight, place = weights[snapshot], bins[snapshot]
             for expert in range(num_logical):
                 condensed[place, layer, expert] += weight * load[snapshot, layer, expert]
+
+
+@_compile
+def count_shared(slot_expert, first_slot, num_logical, shared):
+    """Write to int64 `shared` [layers] how many slots repeat an expert of their rank; `slot_expert` and
+    `first_slot` are those of `peak_loads`."""
+    seen = np.full(num_logical, -1, np.int64)
+    shared[:] = 0
+    for layer in range(slot_expert.shape[0]):
+        for rank in range(first_slot.shape[0] - 1):
+            name = layer * first_slot.shape[0] + rank
+            for slot in range(first_slot[rank], first_slot[rank + 1]):
+                if seen[slot_expert[layer, slot]] == name:
+                    shared[layer] += 1
+                seen[slot_expert[layer, slot]] = name
 
 
 @_compile

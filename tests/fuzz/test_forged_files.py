@@ -173,8 +173,8 @@ LAUGHS = "[&a [x, x, x, x, x, x, x, x, x]" + "".join(
 )
 BOMBS = {
     # The compiled parser recurses on the stack of the process, and ended it.
-    "deep": ("[" * 100_000, "nested deeper than 32"),
-    "deep maps": ("{a: " * 20_000, "nested deeper than 32"),
+    "deep": ("[" * 100_000, "nested deeper than 32|exceeded maximum nesting depth"),
+    "deep maps": ("{a: " * 20_000, "nested deeper than 32|exceeded maximum nesting depth"),
     "laughs": (f"planner: {{seed: {LAUGHS}]}}\nnum_slots: 2", "holds more than the .* values allowed"),
     "recursive": ("planner: &a {seed: *a}", "holds more than the .* values allowed"),
     "long integer": ("planner: {seed: " + "9" * 5000 + "}", "not YAML: .*4300 digits"),

@@ -9,7 +9,9 @@ from __future__ import annotations
 import numpy as np
 
 from .compiling import SOURCES, compile_entrance
+from .copying import _copy
 from .layer import _plan_layer
+from .single_load import _plan_single
 
 __all__ = ["plan_layers"]
 
@@ -48,7 +50,7 @@ def _entrance(sources):
                     total += weight[snapshot, layer, expert]
             if total <= 0.0:
                 if start.shape[1]:
-                    result[layer] = start[layer]
+                    _copy(start[layer], result[layer])
                     continue
                 # Nothing to balance, but replicas still belong on distinct ranks: plan for even loads.
                 scaled[:] = np.float32(num_ranks / (num_snapshots * num_logical))
@@ -61,6 +63,12 @@ def _entrance(sources):
                         scaled[snapshot, expert] = np.float32(
                             weight[snapshot, layer, expert] * larger * scale
                         )
+            if num_snapshots == 1 and start.shape[1] == 0:
+                _plan_single(
+                    scaled[0], expert_node[layer], num_ranks, ranks_per_node, room, rounds, candidates,
+                    patience, tolerance, seed, result[layer],
+                )  # fmt: skip
+                continue
             _plan_layer(
                 scaled, expert_node[layer], current[layer], start[layer], num_ranks, ranks_per_node, room,
                 price, max_moves, rounds, candidates, patience, tolerance, seed, result[layer],

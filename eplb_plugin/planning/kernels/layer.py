@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from .compiling import _compile
+from .compiling import _compile_in_place
 from .counts import _replicate
 from .hand_out import _hand_out, _packing_bound
-from .peak_search import _lower_peak
 from .prices import _price_of_all
 from .regrow import _regrow
 from .smooth_search import _lower_smooth_peak
@@ -17,7 +16,7 @@ _HYSTERESIS = 1.5  # how much heavier an expert counts that would lose a replica
 _UNBOUNDED = 1 << 40
 
 
-@_compile
+@_compile_in_place
 def _plan_layer(
     scaled, expert_node, current, begin, num_ranks, ranks_per_node, room, price, max_moves, rounds,
     candidates, patience, tolerance, seed, best,
@@ -78,14 +77,10 @@ def _plan_layer(
             trial[:] = best
             best_value = np.inf
             effort = rounds - race
-        moves, finished = 0, True
-        if num_snapshots == 1 and not grows:
-            value = _lower_peak(scaled, trial, num_ranks, ranks_per_node, rounds, tolerance)
-        else:
-            value, moves, finished = _lower_smooth_peak(
-                scaled, trial, current if grows else trial, num_ranks, ranks_per_node,
-                price if grows else 0.0, forced, max_moves if grows else _UNBOUNDED, effort, tolerance,
-            )  # fmt: skip
+        value, moves, finished = _lower_smooth_peak(
+            scaled, trial, current if grows else trial, num_ranks, ranks_per_node,
+            price if grows else 0.0, forced, max_moves if grows else _UNBOUNDED, effort, tolerance,
+        )  # fmt: skip
         value += _price_of_all(price, moves - forced, num_slots)
         if start == 1 and moves > max_moves and grows:
             continue

@@ -1,71 +1,76 @@
-"""The best swap of the heaviest rank with another rank, for the peak of a single load."""
+"""The best swap of a heavy rank with another rank of its node, for the peak of a single load."""
 
 from __future__ import annotations
 
-import numpy as np
-
 from .compiling import _compile
 from .limits import _LEAST_EXACT_GAIN
+from .peak_state import _holds
+
+_SLACK = 1e-4  # how much better another partner may be, as a share of the mean rank load
 
 
 @_compile
-def _keep_lowest_peaks(given, mine, share, rest, lowest):
-    """Lower `lowest` to the higher of two ranks after swaps of one slot of the heavy rank with each slot."""
-    for at in range(lowest.shape[0]):
-        here, there = mine - given + share[at], rest[at] + given
-        after = here if here > there else there
-        lowest[at] = after if after < lowest[at] else lowest[at]
+def _best_peak_swap(node, capacity, heavy):
+    """The swap that leaves `heavy` and its partner the lowest, within `_SLACK`: (slot, other slot), or -1
+    where none helps.
 
-
-@_compile
-def _best_peak_swap(share, slot_load, slot_expert, held, heavy, ranks_per_node, capacity, rest, lowest):
-    """The swap that leaves `heavy` and its partner the lowest: (slot, other slot), or -1 where none helps.
-
-    `rest` and `lowest` are scratch, float32 [slots of a node].
+    A swap that shifts `d` leaves the higher of the two at half their sum plus the distance of `d` from half
+    their difference. So no partner can do better than half the sum, which rises from the lightest rank on:
+    the search ends at the first partner that cannot beat the best.
     """
-    first = heavy // ranks_per_node * ranks_per_node
-    low = first * capacity
-    mine = slot_load[heavy * capacity]
-    best = mine - np.float32(_LEAST_EXACT_GAIN)
-    for at in range(rest.shape[0]):
-        closed = slot_expert[low + at] < 0 or (low + at) // capacity == heavy
-        rest[at] = np.float32(np.inf) if closed else slot_load[low + at] - share[low + at]
-    lowest[:] = best
-    partners = share[low : low + rest.shape[0]]
-    for place in range(heavy * capacity, (heavy + 1) * capacity):
-        if slot_expert[place] >= 0:
-            _keep_lowest_peaks(share[place], mine, partners, rest, lowest)
+    expert, share, load, count, room = node.expert, node.share, node.load, node.replicas, node.room
+    best = load[heavy] - _LEAST_EXACT_GAIN
     best_mine, best_other = -1, -1
-    for at in range(rest.shape[0]):
-        if lowest[at] >= best or held[slot_expert[low + at], heavy] > 0:
+    for rank in node.order:
+        middle = (load[heavy] + load[rank]) / 2.0
+        if middle >= best or (best_mine >= 0 and middle + _SLACK >= best):
+            break
+        # What leaves has to make room for the lightest that may arrive, and has to fit the partner.
+        least = load[heavy] - best + share[rank * capacity + room[rank] - 1]
+        most = best - load[rank] + share[rank * capacity]
+        fits = False
+        for mine in range(heavy * capacity, heavy * capacity + room[heavy]):
+            fits |= least < share[mine] < most
+        if not fits:
             continue
-        rank = (low + at) // capacity
-        for place in range(heavy * capacity, (heavy + 1) * capacity):
-            x = slot_expert[place]
-            if x < 0 or held[x, rank] > 0:
-                continue
-            after = max(mine - share[place] + share[low + at], rest[at] + share[place])
-            if after < best:
-                best = after
-                best_mine, best_other = place, low + at
+        gap, mine, other = _closest_pair(
+            expert, share, count, capacity, heavy, room[heavy], rank, room[rank],
+            (load[heavy] - load[rank]) / 2.0, best - middle,
+        )  # fmt: skip
+        if mine >= 0:
+            best, best_mine, best_other = middle + gap, mine, other
     return best_mine, best_other
 
 
 @_compile
-def _swap(share, load, slot_load, slot_expert, held, mine, other, capacity):
-    x, y = slot_expert[mine], slot_expert[other]
-    a, b = mine // capacity, other // capacity
-    held[x, a] -= 1
-    held[y, b] -= 1
-    held[x, b] += 1
-    held[y, a] += 1
-    slot_expert[mine], slot_expert[other] = y, x
-    for snapshot in range(load.shape[0]):
-        shift = share[snapshot, mine] - share[snapshot, other]
-        share[snapshot, mine], share[snapshot, other] = share[snapshot, other], share[snapshot, mine]
-        load[snapshot, a] -= shift
-        load[snapshot, b] += shift
-        for slot in range(a * capacity, (a + 1) * capacity):
-            slot_load[snapshot, slot] = load[snapshot, a]
-        for slot in range(b * capacity, (b + 1) * capacity):
-            slot_load[snapshot, slot] = load[snapshot, b]
+def _closest_pair(expert, share, count, capacity, heavy, num_mine, rank, num_others, half, limit):
+    """The slots of two ranks whose shares differ by `half` most nearly, closer than `limit`: (distance, slot
+    of `heavy`, slot of `rank`), or -1 where there are none.
+
+    Both lists fall, so one pass over both finds it.
+    """
+    best_mine, best_other = -1, -1
+    first, end = rank * capacity, rank * capacity + num_others
+    split = first  # the first of those that are light enough to shift `half` or more
+    for mine in range(heavy * capacity, heavy * capacity + num_mine):
+        wanted = share[mine] - half
+        while split < end and share[split] > wanted:
+            split += 1
+        known, lacks = False, True  # whether `rank` lacks the expert is only looked up where it matters
+        for step in (-1, 1):
+            other = split - 1 if step < 0 else split
+            while first <= other < end:
+                gap = abs(share[other] - wanted)
+                if gap >= limit:
+                    break
+                if not known:
+                    known = True
+                    lacks = count[expert[mine]] == 1 or not _holds(expert, capacity, rank, expert[mine])
+                if not lacks:
+                    break
+                if count[expert[other]] == 1 or not _holds(expert, capacity, heavy, expert[other]):
+                    limit = gap
+                    best_mine, best_other = mine, other
+                    break
+                other += step
+    return limit, best_mine, best_other

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .cells import _count_moves
-from .compiling import _compile
+from .compiling import _compile_in_place
 from .limits import _TRIED_RANKS
 from .prices import _price_of_next
 from .smooth_changes import _best_change
@@ -16,7 +16,7 @@ from .smooth_state import _cell, _start_search
 from .smooth_swaps import _best_swap
 
 
-@_compile
+@_compile_in_place
 def _lower_smooth_peak(
     scaled, slot_expert, current, num_ranks, ranks_per_node, price, forced, max_moves, rounds, tolerance
 ):

@@ -1,0 +1,159 @@
+"""The search for the true peak of a single load, against scans that try everything."""
+
+from __future__ import annotations
+
+import itertools
+
+import numba
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eplb_plugin.planning.kernels import peak_changes, peak_search, peak_state, peak_swaps, single_load
+
+LEAST_GAIN = 1e-5
+SLACK = 1e-4
+
+
+@st.composite
+def nodes(draw):
+    """A node with loads, many of them alike, and some packing."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**20)))
+    ranks, experts = draw(st.integers(1, 6)), draw(st.integers(1, 12))
+    capacity = -(-experts // ranks) + draw(st.integers(0, 2))
+    room = rng.integers(max(1, capacity - 1), capacity + 1, ranks)
+    room[:] = capacity if room.sum() < experts else room
+    held = np.concatenate([np.arange(experts), rng.integers(0, experts, room.sum() - experts)])
+    rng.shuffle(held)
+    weight = np.round(rng.lognormal(1, draw(st.sampled_from([0.5, 2.0])), experts), draw(st.integers(0, 3)))
+    node = peak_state._new_node(weight * ranks / max(weight.sum(), 1.0), room, capacity)
+    node.expert[:] = -1
+    for rank, items in enumerate(np.split(held, np.cumsum(room)[:-1])):
+        node.expert[rank * capacity : rank * capacity + len(items)] = items
+    peak_state._enter_node(node, capacity)
+    return node, capacity
+
+
+def loads(expert: np.ndarray, weight: np.ndarray, capacity: int) -> np.ndarray:
+    count = np.bincount(expert[expert >= 0], minlength=len(weight))
+    share = np.where(expert >= 0, weight[expert] / count[expert], 0.0)
+    return share.reshape(-1, capacity).sum(1)
+
+
+def ranks_of(expert: np.ndarray, capacity: int) -> list[list[int]]:
+    return [[e for e in rank if e >= 0] for rank in expert.reshape(-1, capacity).tolist()]
+
+
+def check(node, capacity: int) -> None:
+    """Everything follows from what the slots hold."""
+    assert (
+        node.replicas.tolist()
+        == np.bincount(node.expert[node.expert >= 0], minlength=len(node.weight)).tolist()
+    )
+    expected = loads(node.expert, node.weight, capacity)
+    assert node.load == pytest.approx(expected)
+    assert node.order.tolist() == sorted(range(len(expected)), key=lambda rank: (node.load[rank], rank))
+    assert (node.order[node.place] == np.arange(len(expected))).all()
+    assert (np.diff(node.share.reshape(-1, capacity)) <= 0).all()
+    assert [len(rank) for rank in ranks_of(node.expert, capacity)] == node.room.tolist()
+
+
+@given(nodes())
+@settings(max_examples=150, deadline=None)
+def test_the_best_swap_is_within_the_slack_of_the_best_of_all(case):
+    node, capacity = case
+    check(node, capacity)
+    heavy = int(node.order[-1])
+    best = node.load[heavy] - LEAST_GAIN
+    held = ranks_of(node.expert, capacity)
+    for mine, other in itertools.product(
+        range(heavy * capacity, (heavy + 1) * capacity), range(len(node.expert))
+    ):
+        x, y, rank = node.expert[mine], node.expert[other], other // capacity
+        if rank != heavy and x >= 0 and y >= 0 and x not in held[rank] and y not in held[heavy]:
+            after = node.expert.copy()
+            after[mine], after[other] = y, x
+            after = loads(after, node.weight, capacity)
+            best = min(best, max(after[heavy], after[rank]))
+    mine, other = peak_swaps._best_peak_swap(node, capacity, heavy)
+    if mine < 0:
+        assert best == pytest.approx(node.load[heavy] - LEAST_GAIN, abs=1e-9)
+        return
+    partner = other // capacity
+    assert node.expert[mine] not in held[partner]
+    assert node.expert[other] not in held[heavy]
+    node.expert[mine], node.expert[other] = node.expert[other], node.expert[mine]
+    for rank in (heavy, partner):
+        peak_state._refresh_ranks(node, capacity, rank)
+    check(node, capacity)
+    assert max(node.load[heavy], node.load[partner]) <= best + SLACK + 1e-9
+
+
+@given(nodes())
+@settings(max_examples=150, deadline=None)
+def test_a_change_lowers_the_peak_as_far_as_it_says(case):
+    node, capacity = case
+    heavy, before = int(node.order[-1]), node.load.max()
+    expert, slot = peak_changes._best_peak_change(node, capacity, heavy)
+    if slot < 0:
+        return
+    held = ranks_of(node.expert, capacity)
+    assert expert in held[heavy]
+    assert expert not in held[slot // capacity]
+    foreseen = peak_changes._peak_after_change(node, capacity, expert, slot, np.empty(len(node.load)))
+    peak_changes._make_peak_change(node, capacity, expert, slot)
+    check(node, capacity)
+    assert node.load.max() == pytest.approx(foreseen)
+    assert node.load.max() < before - LEAST_GAIN / 2
+
+
+@given(nodes())
+@settings(max_examples=100, deadline=None)
+def test_the_search_never_raises_the_peak_and_loses_no_expert(case):
+    node, capacity = case
+    before = node.load.max()
+    peak = peak_search._lower_node(node, capacity, 50, 1.0)
+    check(node, capacity)
+    assert peak == node.load.max() <= before + 1e-9
+    assert (node.replicas > 0).all()
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=4), st.integers(1, 3), st.integers(0, 3))
+@settings(max_examples=60, deadline=None)
+def test_no_packing_of_the_replicas_is_below_the_bound_of_the_counts(weight, ranks, spare):
+    """All packings of few replicas, also those in which an expert shares a rank with itself."""
+    count = np.ones(len(weight), np.int64)
+    for at in range(spare):
+        count[at % len(weight)] += 1
+    capacity = -(-int(count.sum()) // ranks)
+    replicas = [e for e, number in enumerate(count) for _ in range(number)]
+    # Whatever does not fill the ranks holds an expert without load.
+    share = [weight[e] / count[e] for e in replicas] + [0.0] * (ranks * capacity - len(replicas))
+    weight, count = [*weight, 0], [*count, ranks * capacity - len(replicas)]
+    if count[-1] == 0:
+        weight, count = weight[:-1], count[:-1]
+    if len(share) > 7:
+        return
+    peaks = (
+        max(sum(order[at : at + capacity]) for at in range(0, len(order), capacity))
+        for order in itertools.permutations(share)
+    )
+    bound = single_load._counts_bound(
+        np.array(weight, np.float64), np.array(count, np.int64), np.full(ranks, capacity)
+    )
+    assert bound <= min(peaks) + 1e-9
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # of noise, which wraps around
+def test_compiled_and_interpreted_search_agree():
+    """The oracles above run the search as plain Python."""
+    rng = np.random.default_rng(0)
+    weight = rng.lognormal(0, 1, 20)
+    weight *= 4 / weight.sum()
+    load, room = weight.astype(np.float32), np.full(4, 6)
+    plans = np.empty((2, 24), np.int64)
+    compiled = numba.njit(single_load._plan_node, error_model="numpy")
+    for plan, search in zip(plans, (single_load._plan_node, compiled), strict=True):
+        search(load, 6, room, 200, 1.0005, 4, 1, 5e-4, 0, plan)
+    assert plans[0].tolist() == plans[1].tolist()
