@@ -92,7 +92,7 @@ def _plan_layer(
             break
 
 
-@_compile
+@_compile_in_place
 def _moves_to(wanted, held, capacity):
     """Moves from one placement to another: experts on ranks that do not hold them, int64 [slots] each."""
     moves = 0
