@@ -78,7 +78,7 @@ def _plan_node(load, capacity, room, rounds, target, candidates, patience, toler
         if peak <= enough or failures >= patience:
             break
     # With two slots a rank, other counts gain next to nothing for the time that they take.
-    if peak > target and capacity > 2:
+    if peak > target + tolerance and capacity > 2:
         _copy(best, node.expert)
         _enter_node(node, capacity)
         peak = _recount(node, capacity, one_node, target, peak, best)
