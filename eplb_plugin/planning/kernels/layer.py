@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .compiling import _compile_in_place
+from .copying import _copy
 from .counts import _replicate
 from .hand_out import _hand_out, _packing_bound
 from .prices import _price_of_all
@@ -60,7 +61,7 @@ def _plan_layer(
         if not grows:
             _hand_out(total, count, node, ranks_per_node, room, start, seed, trial)
         elif start == 0:
-            trial[:] = begin
+            _copy(begin, trial)
             effort = race
         elif start == 1:
             changes = 0
@@ -68,13 +69,13 @@ def _plan_layer(
                 changes += max(0, count[expert] - in_force[expert])
             if changes == 0 or changes > max_moves:
                 continue
-            trial[:] = begin
+            _copy(begin, trial)
             _regrow(total, in_force, count, trial, num_ranks, ranks_per_node)
             effort = race
         else:
             if done:
                 break
-            trial[:] = best
+            _copy(best, trial)
             best_value = np.inf
             effort = rounds - race
         value, moves, finished = _lower_smooth_peak(
@@ -87,7 +88,7 @@ def _plan_layer(
         failures = 0 if value < best_value - 1e-5 else failures + 1
         if start == 0 or value < best_value:
             best_value, done = value, finished
-            best[:] = trial
+            _copy(trial, best)
         if not grows and (best_value <= bound + tolerance or failures >= patience):
             break
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from .cells import _leads, _mark
 from .compiling import _compile
+from .copying import _copy
 from .limits import _LEAST_GAIN_32, _NEVER, _ROUNDING
 from .smooth_peak import _power, _sum, _worth
 
@@ -127,7 +128,7 @@ def _best_change(state, scratch, heavy, capacity, ranks_per_node, price, moves_l
         relief = _sum(terms)
         if _worth(relief, -1, price) <= best:
             continue
-        by_rank[:] = ones  # moves that it takes to bring the expert to a rank
+        _copy(ones, by_rank)  # moves that it takes to bring the expert to a rank
         _mark(state.origin_first[x], state.origin_next, rank_of, first, ranks_per_node, ones, none, by_rank)
         _mark(held_first[x], held_next, rank_of, first, ranks_per_node, ones, _NEVER, by_rank)
         for number in range(num_surplus):
