@@ -71,7 +71,7 @@ def test_maps_are_what_sglang_expects():
     assert torch.equal(maps.replica_count, placement.replica_count)
     assert torch.equal(maps.physical_to_logical[0], start()[0])  # the dense layer
     assert not torch.equal(maps.physical_to_logical, start())
-    expected = eplb.plan(fold_busy_steps(interval(1), 16), TOPOLOGY, start()).placement
+    expected = eplb.plan(fold_busy_steps(interval(1), 32), TOPOLOGY, start()).placement
     assert torch.equal(maps.physical_to_logical, expected.physical_to_logical)
 
 

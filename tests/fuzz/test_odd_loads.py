@@ -107,7 +107,7 @@ def test_two_thousand_slots_on_a_thousand_ranks(policy):
     made.placement.validate(topology)
     assert made.balancedness > 0.5
     grown = eplb.plan(load, topology, eplb.Placement.default(LAYERS, 1500, 2048), options)
-    assert grown.balancedness > 0.5
+    assert grown.balancedness > 0.45
 
 
 def test_one_expert_in_two_thousand_slots():

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from .compiling import _compile
+from .compiling import _compile_apart
 
 
-@_compile
+@_compile_apart
 def _count_moves(expert, first, next_, rank_of, origin_first, origin_next):
     """Experts on ranks that do not hold them in the placement in force."""
     moves = 0
@@ -15,7 +15,7 @@ def _count_moves(expert, first, next_, rank_of, origin_first, origin_next):
     return moves
 
 
-@_compile
+@_compile_apart
 def _arrives(origin_first, origin_next, rank_of, expert, rank):
     """Moves that it takes to bring an expert to a rank: 0 where the placement in force has it there."""
     cell = origin_first[expert]
@@ -26,7 +26,7 @@ def _arrives(origin_first, origin_next, rank_of, expert, rank):
     return 1
 
 
-@_compile
+@_compile_apart
 def _leads(first, next_, rank_of, expert, cell):
     """Whether a cell is the first of those on its rank in the list of an expert."""
     other = first[expert]
@@ -35,7 +35,7 @@ def _leads(first, next_, rank_of, expert, cell):
     return other == cell
 
 
-@_compile
+@_compile_apart
 def _mark(cell, next_, rank_of, first, ranks_per_node, usual, change, cost):
     """Set `cost` to `usual` plus `change` on each rank of the node that is in a list of cells."""
     while cell >= 0:
@@ -46,7 +46,7 @@ def _mark(cell, next_, rank_of, first, ranks_per_node, usual, change, cost):
         cell = next_[cell]
 
 
-@_compile
+@_compile_apart
 def _put(expert, first, next_, cell, arrives):
     """Put an expert into a cell, in the place of what is there. What follows from it is not refreshed."""
     old = expert[cell]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from .cells import _leads, _mark
-from .compiling import _compile
+from .compiling import _compile_apart
 from .copying import _copy
 from .limits import _LEAST_GAIN_32, _NEVER, _ROUNDING
 from .smooth_peak import _power, _sum, _worth
 
 
-@_compile
+@_compile_apart
 def _add_growth(load, power, unit, expert_load, expert, factor, rank, growth):
     """Add to `growth` [snapshots] by how much a rank's power grows with `factor` times an expert."""
     for snapshot in range(growth.shape[0]):
@@ -19,7 +19,7 @@ def _add_growth(load, power, unit, expert_load, expert, factor, rank, growth):
         growth[snapshot] += _power(after * unit[snapshot]) - power[rank, snapshot]
 
 
-@_compile
+@_compile_apart
 def _add_holders(
     load, power, unit, expert_load, first, next_, rank_of, twins, expert, factor, left_out, growth
 ):
@@ -35,7 +35,7 @@ def _add_holders(
         cell = next_[cell]
 
 
-@_compile
+@_compile_apart
 def _bound_changes(relief, price, most, part, arriving, leaving, warm, inverse, burden, cost, bound):
     """Bound the worth of one more replica of an expert, in each surplus cell, from above; see
     `_bound_swaps`."""
@@ -52,7 +52,7 @@ def _bound_changes(relief, price, most, part, arriving, leaving, warm, inverse, 
         bound[at] = worth if cost[at] <= limit else np.float32(-1.0)
 
 
-@_compile
+@_compile_apart
 def _list_surplus(state, scratch, begin):
     """List the cells whose expert has several replicas, with what a change of each is bounded by, in
     `scratch.surplus` and `scratch.packed`; returns how many there are."""
@@ -82,7 +82,7 @@ def _list_surplus(state, scratch, begin):
     return number
 
 
-@_compile
+@_compile_apart
 def _best_change(state, scratch, heavy, capacity, ranks_per_node, price, moves_left, worth_of_swap):
     """The best way to give an expert of `heavy` one more replica, in a cell of an expert that has several.
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from .cells import _put
-from .compiling import _compile
+from .compiling import _compile_apart
 from .smooth_state import _refresh_rank
 
 
-@_compile
+@_compile_apart
 def _make_swap(state, mine, other, capacity, ranks_per_node):
     expert, rank_of = state.expert, state.rank_of
     x, y = expert[mine], expert[other]
@@ -17,7 +17,7 @@ def _make_swap(state, mine, other, capacity, ranks_per_node):
         _refresh_rank(state, rank_of[cell], capacity, ranks_per_node)
 
 
-@_compile
+@_compile_apart
 def _make_change(state, expert, cell, capacity, ranks_per_node):
     count, first, next_, rank_of = state.replicas, state.first, state.next_, state.rank_of
     old = state.expert[cell]

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from .compiling import _compile
+from .compiling import _compile_apart
 from .limits import _LEAST_GAIN
 
 
-@_compile
+@_compile_apart
 def _power(x):
     """x to the power of 16, by multiplications alone: the same on every machine."""
     x = x * x
@@ -21,7 +21,7 @@ def _power(x):
     return x * x
 
 
-@_compile
+@_compile_apart
 def _smooth_peak(state):
     """The 16-norm of the rank loads of each snapshot. Writes `slope` and `heat`.
 
@@ -52,7 +52,7 @@ def _smooth_peak(state):
     return norms, peaks
 
 
-@_compile
+@_compile_apart
 def _project(rows, weights, begin, out):
     """The weighted sum of rows, from column `begin` on."""
     out[:] = np.float32(0.0)
@@ -63,7 +63,7 @@ def _project(rows, weights, begin, out):
             out[at] += rows[row, start + np.uint64(at)] * weight
 
 
-@_compile
+@_compile_apart
 def _worth(gain, cost, price):
     """How good an exchange is, more being better: 0 where it does not earn the price of its moves."""
     if gain - price * cost <= _LEAST_GAIN:
@@ -72,7 +72,7 @@ def _worth(gain, cost, price):
     return gain / (max(cost, 0) + 0.5) if price > 0.0 else gain
 
 
-@_compile
+@_compile_apart
 def _sum(terms):
     total = np.float32(0.0)
     for at in range(terms.shape[0]):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .compiling import _compile
+from .compiling import _compile_apart
 from .limits import _COLD, _NEVER
 from .smooth_peak import _project
 
@@ -37,7 +37,7 @@ class _Scratch(NamedTuple):
     packed: np.ndarray  # float32 [7, cells]
 
 
-@_compile
+@_compile_apart
 def _new_scratch(num_snapshots, num_logical, capacity, ranks_per_node):
     width = capacity * ranks_per_node
     return _Scratch(
@@ -65,7 +65,7 @@ def _new_scratch(num_snapshots, num_logical, capacity, ranks_per_node):
     )
 
 
-@_compile
+@_compile_apart
 def _look_around(state, scratch, heavy, capacity, ranks_per_node):
     """Fill what the search around a heavy rank needs to know of the cells of its node."""
     expert, origin, frees, heat, slope, steep = (

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .compiling import _compile
+from .compiling import _compile_apart
 
 _SPREAD = 0.1  # measured: more helps where few experts are very hot, and costs elsewhere
 
@@ -66,7 +66,7 @@ class _Search(NamedTuple):
     highest: np.ndarray
 
 
-@_compile
+@_compile_apart
 def _cell(slot, capacity, ranks_per_node):
     rank = slot // capacity
     node = rank // ranks_per_node
@@ -74,7 +74,7 @@ def _cell(slot, capacity, ranks_per_node):
     return (node * capacity + place) * ranks_per_node + rank - node * ranks_per_node
 
 
-@_compile
+@_compile_apart
 def _portions(num_slots, num_snapshots):
     """What part of an expert's load each of `n` replicas counts as: float64 [slots + 2].
 
@@ -91,7 +91,7 @@ def _portions(num_slots, num_snapshots):
     return portion
 
 
-@_compile
+@_compile_apart
 def _start_search(scaled, slot_expert, current, num_ranks, ranks_per_node):
     """The state of a layer that holds `slot_expert`, with `current` in force."""
     num_snapshots, num_logical = scaled.shape
@@ -163,7 +163,7 @@ def _start_search(scaled, slot_expert, current, num_ranks, ranks_per_node):
     return state
 
 
-@_compile
+@_compile_apart
 def _refresh_rank(state, rank, capacity, ranks_per_node):
     """Compute anew all that depends on what `rank` holds."""
     expert, origin, count, expert_load = state.expert, state.origin, state.replicas, state.expert_load

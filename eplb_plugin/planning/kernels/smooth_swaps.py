@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from .cells import _arrives, _mark
-from .compiling import _compile
+from .compiling import _compile_apart
 from .limits import _LEAST_GAIN_32, _NEVER, _ROUNDING
 from .smooth_peak import _power, _project, _sum, _worth
 from .smooth_scratch import _look_around
 
 
-@_compile
+@_compile_apart
 def _bound_swaps(
     mine, own_cost, heat, price, most, leaving, staying, relief, arriving, warm, inverse, cost, bound,
     highest,
@@ -44,7 +44,7 @@ def _bound_swaps(
         highest[at] = worth if worth > highest[at] else highest[at]
 
 
-@_compile
+@_compile_apart
 def _best_swap(state, scratch, heavy, capacity, ranks_per_node, price, moves_left):
     """The best swap of a cell of `heavy` with another of its node: (worth, cell, other cell, moves); the
     cells are -1 when none is worth it.
@@ -129,7 +129,7 @@ def _best_swap(state, scratch, heavy, capacity, ranks_per_node, price, moves_lef
     return best, best_mine, best_other, best_cost
 
 
-@_compile
+@_compile_apart
 def _swap_gain(load, power, unit, slope, expert_load, portion, count, heavy, rank, x, y, terms):
     """By how much the norms fall, at least, when `heavy` gives `x` to `rank` and gets `y`."""
     given, taken = np.float32(portion[count[x]]), np.float32(portion[count[y]])
