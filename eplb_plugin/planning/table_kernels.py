@@ -25,14 +25,18 @@ def peak_loads(weight, slot_expert, first_slot, first, last, peaks):
     num_snapshots, _, num_logical = weight.shape
     num_slots = slot_expert.shape[1]
     count = np.empty(num_logical, np.float64)
+    part = np.empty(num_logical, np.float64)
     share = np.empty(num_logical, np.float64)
     for layer in range(first, last):
         count[:] = 0.0
         for slot in range(num_slots):
             count[slot_expert[layer, slot]] += 1.0
+        # A division takes several times as long as a product, and there are snapshots times as many products.
+        for expert in range(num_logical):
+            part[expert] = 1.0 / count[expert] if count[expert] > 0.0 else 0.0
         for snapshot in range(num_snapshots):
             for expert in range(num_logical):
-                share[expert] = weight[snapshot, layer, expert] / count[expert]
+                share[expert] = weight[snapshot, layer, expert] * part[expert]
             highest = 0.0
             for rank in range(first_slot.shape[0] - 1):
                 total = 0.0
