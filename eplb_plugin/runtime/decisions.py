@@ -14,6 +14,8 @@ __all__ = ["Decisions", "Store"]
 
 _T = TypeVar("_T")
 
+_PIECES = 20  # of a time limit
+
 
 class Decisions:
     """Decisions that the first rank to speak takes for all, in a key-value store.
@@ -64,7 +66,9 @@ class Decisions:
 
         thread = threading.Thread(target=run, name="eplb-decision", daemon=True)
         thread.start()
-        thread.join(self._limit)
+        # In pieces: time in which the process stood still, stopped, is no time to answer.
+        for _ in range(_PIECES):
+            thread.join(self._limit / _PIECES)
         if results:
             return results[0]
         cause = errors[0] if errors else f"no answer within {self._limit:g} s"

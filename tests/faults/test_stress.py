@@ -13,6 +13,8 @@ from tests.faults.serving import SMALL, Service
 # An expert takes 0.4 MiB, so that a layer does not fit into a MiB of staging memory.
 LARGE = SMALL.model_copy(update={"hidden": 128, "expert_hidden": 256})
 STEPS = 40
+REBALANCES = 3  # in the background, however many steps these take
+MOST = 400  # steps
 
 
 def rebalance_in_every_step(
@@ -37,7 +39,9 @@ def rebalance_in_every_step(
             staging_mib=1,
         )
         rebalances = moves = 0
-        for step in range(STEPS):
+        for step in range(MOST):
+            if step >= STEPS and rebalances >= REBALANCES:
+                break
             report = service.step(topic=step // 3)
             if report is None:
                 continue
@@ -63,7 +67,7 @@ def test_outputs_in_every_step(
     assert all(rank == ranks[0] for rank in ranks)
     rebalances, moves, decided = ranks[0]
     # In the background every hop waits for a step of all ranks.
-    assert rebalances == STEPS if mode == "sync" else rebalances >= 2
+    assert rebalances == STEPS if mode == "sync" else rebalances >= REBALANCES
     assert moves > rebalances / 2
     # A rebalance that moves little fits at once, but by far not all do. The last one ends without a report.
     assert decided > 1.5 * rebalances if large else decided <= rebalances + 1
