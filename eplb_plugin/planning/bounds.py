@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import torch
 
 from ..topology import Topology
 from .replication import replica_slots, replicate
 
 __all__ = ["peak_lower_bound"]
+
+_MOST_HALVED = 12  # groups, of which there are 462 halves
 
 
 def peak_lower_bound(load: torch.Tensor, topology: Topology) -> torch.Tensor:
@@ -41,10 +45,19 @@ def _heaviest_node(group_load: torch.Tensor, num_nodes: int) -> torch.Tensor:
     """What the heaviest node holds at least: [snapshots, layers], of loads [snapshots, layers, groups].
 
     Of the k * nodes + 1 heaviest groups some node gets k + 1, and what else it gets weighs at least as much
-    as the lightest groups. With two groups a node, pairing the heaviest with the lightest is optimal.
+    as the lightest groups. With two groups a node, pairing the heaviest with the lightest is optimal; for two
+    nodes all halves are tried, unless they are too many.
     """
+    num_groups = group_load.shape[2]
+    if num_nodes == 2 and num_groups <= _MOST_HALVED:
+        halves = list(combinations(range(1, num_groups), num_groups // 2 - 1))
+        first = group_load.new_zeros(num_groups, len(halves))
+        first[0] = 1.0
+        for at, half in enumerate(halves):
+            first[list(half), at] = 1.0
+        node = group_load @ first
+        return torch.maximum(node, group_load.sum(2, keepdim=True) - node).amin(2)
     group = group_load.sort(2, descending=True).values
-    num_groups = group.shape[2]
     per_node = num_groups // num_nodes
     bound = group.sum(2) / num_nodes
     for k in range(per_node):

@@ -57,7 +57,7 @@ def test_the_heaviest_node_is_bounded_however_groups_are_packed(groups, nodes):
     orders = torch.tensor(sorted(set(itertools.permutations(range(groups))))[:: 1 if groups < 8 else 3])
     optimum = load[:, 0, orders].unflatten(2, (nodes, -1)).sum(3).amax(2).amin(1)
     assert bool((bound <= optimum * (1 + 1e-12)).all())
-    if groups <= 2 * nodes and groups < 8:
+    if (groups <= 2 * nodes or nodes == 2) and groups < 8:
         torch.testing.assert_close(bound, optimum)
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from eplb_plugin.planning.kernels.counts import _replicate
 from eplb_plugin.planning.kernels.hand_out import _hand_out
 from eplb_plugin.planning.kernels.regrow import _regrow
+from eplb_plugin.planning.kernels.set_apart import _counts_apart
 
 
 @st.composite
@@ -82,3 +83,25 @@ def test_regrowth_reaches_the_counts_and_moves_nothing_else(problem, seed):
     assert (before != after).sum() == np.maximum(target - count, 0).sum()
     per_node = num_slots // (sizes[0] // sizes[1])
     assert (node[after] == np.arange(num_slots) // per_node).all()
+
+
+@given(st.integers(0, 2**20), st.integers(2, 6), st.integers(0, 20), st.integers(2, 6))
+@settings(max_examples=150, deadline=None)
+def test_hot_experts_set_apart_have_one_replica_for_each_rank_together(seed, ranks, spare, hot):
+    rng = np.random.default_rng(seed)
+    total = np.round(rng.lognormal(1, 1.5, hot + int(rng.integers(1, 8))))
+    hot = min(hot, ranks)
+    order = np.argsort(-total, kind="mergesort")
+    slots = min(len(total) + spare, ranks + (len(total) - hot) * ranks)
+    count = _counts_apart(total, order, hot, slots, ranks)
+    assert count.sum() == slots
+    assert count.max() <= max(ranks, -(-slots // (len(total) - hot)))
+    first, rest = order[:hot], order[hot:]
+    assert count[first].sum() == min(ranks, slots - len(rest))
+    # Each part is replicated as if it were alone.
+    for part in (np.sort(first), np.sort(rest)):
+        one = np.zeros(len(part), np.int64)
+        assert (
+            count[part].tolist()
+            == scanned_counts(total[part], one, one, 1.0, count[part].sum(), ranks, ranks).tolist()
+        )

@@ -32,16 +32,22 @@ def _replicate(total, expert_node, in_force, bonus, num_slots, num_ranks, ranks_
             continue
         spare = node_slots - size
         bound = max(ranks_per_node, -(-node_slots // size))
-        for at in range(size // 2 - 1, -1, -1):
-            _sink(heap, size, at, key)
-        for _ in range(spare if bound > 1 else 0):
-            expert = heap[0]
-            count[expert] += 1
-            key[expert] = -total[expert] / count[expert]
-            if count[expert] < in_force[expert]:
-                key[expert] *= bonus
-            if count[expert] == bound:
-                size -= 1
-                heap[0] = heap[size]
-            _sink(heap, size, 0, key)
+        _give_slots(total, in_force, bonus, heap, size, spare, bound, key, count)
     return count
+
+
+@_compile
+def _give_slots(total, in_force, bonus, heap, size, spare, bound, key, count):
+    """Give `spare` slots to the first `size` experts of `heap`, which have one each; the rest is as above."""
+    for at in range(size // 2 - 1, -1, -1):
+        _sink(heap, size, at, key)
+    for _ in range(spare if bound > 1 else 0):
+        expert = heap[0]
+        count[expert] += 1
+        key[expert] = -total[expert] / count[expert]
+        if count[expert] < in_force[expert]:
+            key[expert] *= bonus
+        if count[expert] == bound:
+            size -= 1
+            heap[0] = heap[size]
+        _sink(heap, size, 0, key)

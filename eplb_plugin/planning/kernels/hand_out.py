@@ -74,31 +74,3 @@ def _hand_out(total, count, expert_node, ranks_per_node, room, candidate, seed, 
                 open_ranks[size[node]] = aside[at]
                 size[node] += 1
                 _rise(open_ranks, size[node] - 1, load)
-
-
-@_compile
-def _packing_bound(scaled, count, capacity):
-    """No packing with these replica counts has a lower sum of peaks: the heaviest replica of a snapshot
-    shares its rank with at least the lightest ones."""
-    num_snapshots, num_logical = scaled.shape
-    num_slots = count.sum()
-    share = np.empty(num_slots, np.float32)
-    heap = np.empty(num_slots, np.int64)
-    bound = 0.0
-    for snapshot in range(num_snapshots):
-        at = 0
-        heaviest = np.float32(0.0)
-        for expert in range(num_logical):
-            part = scaled[snapshot, expert] / np.float32(count[expert])
-            heaviest = max(heaviest, part)
-            for _ in range(count[expert]):
-                share[at], heap[at] = part, at
-                at += 1
-        bound += np.float64(heaviest)
-        for at in range(num_slots // 2 - 1, -1, -1):
-            _sink(heap, num_slots, at, share)
-        for place in range(1, capacity):
-            bound += np.float64(share[heap[0]])
-            heap[0] = heap[num_slots - place]
-            _sink(heap, num_slots - place, 0, share)
-    return bound

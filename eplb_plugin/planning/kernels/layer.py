@@ -7,7 +7,8 @@ import numpy as np
 from .compiling import _compile_in_place
 from .copying import _copy
 from .counts import _replicate
-from .hand_out import _hand_out, _packing_bound
+from .hand_out import _hand_out
+from .packing_bounds import _packing_bound
 from .prices import _price_of_all
 from .regrow import _regrow
 from .smooth_search import _lower_smooth_peak

@@ -8,9 +8,11 @@ from .compiling import _compile, _compile_in_place
 from .copying import _copy
 from .counts import _replicate
 from .hand_out import _hand_out
+from .packing_bounds import _counts_bound
 from .peak_search import _lower_node
 from .peak_state import _enter_node, _new_node
 from .recount import _recount
+from .set_apart import _set_apart
 
 
 @_compile_in_place
@@ -79,46 +81,9 @@ def _plan_node(load, capacity, room, rounds, target, candidates, patience, toler
             break
     # With two slots a rank, other counts gain next to nothing for the time that they take.
     if peak > target + tolerance and capacity > 2:
+        peak = _set_apart(node, capacity, one_node, rounds, target, tolerance, peak, best)
+    if peak > target + tolerance and capacity > 2:
         _copy(best, node.expert)
         _enter_node(node, capacity)
         peak = _recount(node, capacity, one_node, target, peak, best)
     return peak
-
-
-@_compile
-def _counts_bound(weight, count, room):
-    """No packing of these replicas has a lower peak.
-
-    Of the k heaviest replicas two share a rank, or each is on a rank of its own. Then the other slots of
-    these ranks hold at least the lightest replicas, and one of them holds one no lighter than the heaviest of
-    those. So the peak is at least the mean of these ranks, and at least what that one adds up to.
-    """
-    least_room = room.min()
-    key = np.empty(weight.shape[0], np.float64)
-    for expert in range(weight.shape[0]):
-        key[expert] = -weight[expert] / count[expert]
-    order = np.argsort(key, kind="mergesort")
-    light, left = order.shape[0] - 1, count[order[-1]]
-    heavy, used = 0, 0
-    below = 0.0  # the lightest replicas that fill a rank but for two slots
-    total, bound, before = 0.0, 0.0, np.inf
-    for k in range(1, room.shape[0] + 1):
-        share, part = -key[order[heavy]], 0.0
-        total += share
-        used += 1
-        if used == count[order[heavy]]:
-            heavy, used = heavy + 1, 0
-        for place in range(least_room - 1):
-            part = -key[order[light]]
-            total += part
-            below += part if k == 1 and place < least_room - 2 else 0.0
-            left -= 1
-            if left == 0:
-                light -= 1
-                left = count[order[light]]
-        apart = max(total / k, share + below + part)
-        bound = max(bound, min(apart, before + share + below))
-        before = share
-        if heavy > light:
-            break
-    return bound
