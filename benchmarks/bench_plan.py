@@ -29,6 +29,7 @@ SIZES = [
     (94, 128, 160, 1, 2, 16),
     (60, 384, 448, 1, 8, 64),
 ]
+PAUSE = 0.02  # seconds before each plan: threads that torch has woken for the one before spin for a while
 Planner = Callable[[torch.Tensor, eplb.Topology], torch.Tensor]
 
 
@@ -63,6 +64,7 @@ def measure(planners: dict[str, Planner], repeat: int) -> list[dict[str, object]
             peaks = {}
             for _ in range(repeat):
                 for policy, planner in planners.items():
+                    time.sleep(PAUSE)
                     start = time.perf_counter()
                     ids = planner(load, topology)
                     times[policy].append(time.perf_counter() - start)
@@ -118,6 +120,7 @@ def measure_full(repeat: int) -> list[dict[str, object]]:
         times: dict[str, list[float]] = {name: [] for name in jobs}
         for _ in range(repeat):
             for name, job in jobs.items():
+                time.sleep(PAUSE)
                 began = time.perf_counter()
                 job()
                 times[name].append(time.perf_counter() - began)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from .errors import LoadError
 
-__all__ = ["as_snapshots"]
+__all__ = ["as_snapshots", "sum_over_last"]
+
+_OF_NUMPY = (torch.float64, torch.float32, torch.float16, torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
 def as_snapshots(load: torch.Tensor, name: str = "load") -> torch.Tensor:
@@ -32,11 +35,12 @@ def as_snapshots(load: torch.Tensor, name: str = "load") -> torch.Tensor:
         )
     if load.dtype == torch.bool or load.is_complex():
         raise LoadError(f"{name} has dtype {load.dtype}, not an integer or a float")
-    out = load.detach().to(torch.float64, copy=True)
+    out = _in_float64(load.detach())
     if out.dim() == 2:
         out = out.unsqueeze(0)
-    # One pass over what is nearly always fine; NaN makes both of them NaN.
-    least, most = (float(x) for x in torch.aminmax(out))
+    # One pass each over what is nearly always fine; NaN makes both of them NaN.
+    values = out.numpy() if out.device.type == "cpu" else out
+    least, most = float(values.min()), float(values.max())
     if not (least >= 0 and most < float("inf")):
         bad = ~(torch.isfinite(out) & (out >= 0))
         snapshot, layer, expert = (int(x) for x in bad.nonzero()[0])
@@ -50,3 +54,21 @@ def as_snapshots(load: torch.Tensor, name: str = "load") -> torch.Tensor:
             f"{name} has the value {most:g}: sums of {out.numel()} such values are beyond float64"
         )
     return out
+
+
+def sum_over_last(load: torch.Tensor) -> torch.Tensor:
+    """The sum over the last dimension of a float64 tensor.
+
+    On the CPU by numpy, as elsewhere in this file: torch would wake its threads for it, which go on spinning
+    for milliseconds, on cores that planning and the engine need.
+    """
+    if load.device.type == "cpu":
+        return torch.from_numpy(load.numpy().sum(-1))
+    return load.sum(-1)
+
+
+def _in_float64(load: torch.Tensor) -> torch.Tensor:
+    """A copy; types that numpy lacks, bfloat16 for one, are left to torch."""
+    if load.device.type == "cpu" and load.dtype in _OF_NUMPY:
+        return torch.from_numpy(load.numpy().astype(np.float64))
+    return load.to(torch.float64, copy=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..config import PlannerOptions
+from ..load import sum_over_last
 from ..topology import Topology
 from .compiled import grow, pack_rows, plan_from_scratch, step_peaks
 from .hierarchy import groups_within_nodes
@@ -13,7 +14,7 @@ from .relabel import overlap_ranks
 __all__ = ["search_placement"]
 
 _ROUNDS = 10  # compiled rounds for each of `PlannerOptions.refine_rounds`
-_GROUP_PATIENCE = 8  # the same for packing groups to nodes: few items, and all else depends on it
+_GROUP_PATIENCE = 8  # the same for packing groups of a single load: few items, and all else depends on it
 _PATIENCE = 1  # candidates from scratch that may fail to improve on the best
 
 
@@ -58,7 +59,7 @@ def search_placement(
         anew = torch.ones_like(broken)
     if bool(anew.any()):
         layers = anew.nonzero()[:, 0]
-        some = load[:, layers].contiguous()
+        some = load if bool(anew.all()) else torch.from_numpy(load.numpy()[:, layers.numpy()])
         fresh = overlap_ranks(_from_scratch(some, topology, options), current[layers], topology)
         peaks = [step_peaks(some, x, topology).sum(0) for x in (fresh, ids[layers])]
         better = (peaks[0] < peaks[1]) | broken[layers]
@@ -113,13 +114,13 @@ def _expert_nodes(load: torch.Tensor, topology: Topology, options: PlannerOption
     if topology.num_nodes == 1:
         return torch.zeros((num_layers, num_logical), dtype=torch.int64)
     group_size = num_logical // topology.num_groups
-    group_load = load.view(num_snapshots, num_layers, topology.num_groups, group_size).sum(3)
+    group_load = sum_over_last(load.view(num_snapshots, num_layers, topology.num_groups, group_size))
     node, _ = pack_rows(
         group_load,
         topology.num_nodes,
         rounds=_ROUNDS * options.refine_rounds,
         candidates=options.num_candidates,
-        patience=_GROUP_PATIENCE,
+        patience=_GROUP_PATIENCE if num_snapshots == 1 else _PATIENCE,
         tolerance=options.tolerance,
         seed=options.seed,
     )

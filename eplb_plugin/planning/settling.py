@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..load import sum_over_last
 from ..metrics import rank_loads
 from ..placement import Placement
 from ..topology import Topology
@@ -56,7 +57,7 @@ def settle(
         min_gain: the least rise, as a share.
         start: int64 [layers, slots], `current` completed, for the layers that stay; None is `current`.
     """
-    totals = load.sum(2)
+    totals = sum_over_last(load)
     if current is None:
         peaks = _step_peaks(load, ids, topology)
         shared = int(num_shared(ids, topology, load.shape[2]).sum())
