@@ -58,11 +58,11 @@ class PlannerOptions(Options):
     """Candidate packings per row; 1 is LPT alone."""
 
     refine_rounds: int = Field(20, ge=0, le=1000)
-    """Most rounds of swaps that refine each candidate. The compiled search, which refines few candidates,
-    makes ten times as many, but one exchange a round."""
+    """Effort of refinement. The compiled search makes at most ten times as many exchanges; the tensor version
+    makes a fifth as many rounds of swaps between all packs, and up to that many of single swaps."""
 
     tolerance: float = Field(5e-4, ge=0, lt=1)
-    """A row is finished when its peak is within this share of the lower bound."""
+    """The compiled search is finished with a row when its peak is within this share of the lower bound."""
 
     move_price: float = Field(0.001, ge=0, allow_inf_nan=False)
     """What an exchange has to lower the peak by for the first move of a layer, as a share of the mean load of

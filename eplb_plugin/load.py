@@ -7,7 +7,7 @@ import torch
 
 from .errors import LoadError
 
-__all__ = ["as_snapshots", "sum_over_last"]
+__all__ = ["as_snapshots", "check_values", "sum_over_last", "to_snapshots", "zero_if_bad"]
 
 _OF_NUMPY = (torch.float64, torch.float32, torch.float16, torch.int64, torch.int32, torch.int16, torch.uint8)
 
@@ -25,6 +25,14 @@ def as_snapshots(load: torch.Tensor, name: str = "load") -> torch.Tensor:
     Raises:
         LoadError: wrong shape or dtype, NaN, infinite or negative values, or some too large to be added up.
     """
+    out = to_snapshots(load, name)
+    check_values(out, name=name)
+    return out
+
+
+def to_snapshots(load: torch.Tensor, name: str = "load") -> torch.Tensor:
+    """`as_snapshots` without a look at the values, which would wait for the device: LoadError for a wrong
+    shape or dtype alone. What is computed from it counts only after `check_values`."""
     if not isinstance(load, torch.Tensor):
         raise LoadError(f"{name} is a {type(load).__name__}, not a tensor")
     if load.layout != torch.strided or load.is_nested or load.is_quantized or load.is_meta:
@@ -36,24 +44,44 @@ def as_snapshots(load: torch.Tensor, name: str = "load") -> torch.Tensor:
     if load.dtype == torch.bool or load.is_complex():
         raise LoadError(f"{name} has dtype {load.dtype}, not an integer or a float")
     out = _in_float64(load.detach())
-    if out.dim() == 2:
-        out = out.unsqueeze(0)
-    # One pass each over what is nearly always fine; NaN makes both of them NaN.
-    values = out.numpy() if out.device.type == "cpu" else out
-    least, most = float(values.min()), float(values.max())
+    return out.unsqueeze(0) if out.dim() == 2 else out
+
+
+def zero_if_bad(snapshots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A load to compute with before its values are checked: zeros wherever `check_values` will raise.
+
+    Returns:
+        The load or zeros, and its least and largest value, float64 of no dimension, on its device.
+    """
+    least, most = torch.aminmax(snapshots)
+    fine = (least >= 0) & (most * snapshots.numel() < float("inf"))
+    return torch.where(fine, snapshots, 0.0), least, most
+
+
+def check_values(
+    snapshots: torch.Tensor, least: float | None = None, most: float | None = None, name: str = "load"
+) -> None:
+    """Raise LoadError if there are values that are no load.
+
+    Args:
+        snapshots: float64 [snapshots, layers, logical] from `to_snapshots`.
+        least, most: its least and its largest value, where they are known; NaN among them makes both NaN.
+        name: what to call it in errors.
+    """
+    if least is None or most is None:
+        least, most = _extremes(snapshots)
     if not (least >= 0 and most < float("inf")):
-        bad = ~(torch.isfinite(out) & (out >= 0))
+        bad = ~(torch.isfinite(snapshots) & (snapshots >= 0))
         snapshot, layer, expert = (int(x) for x in bad.nonzero()[0])
         raise LoadError(
             f"{name} of snapshot {snapshot}, layer {layer}, expert {expert} is "
-            f"{float(out[snapshot, layer, expert])}; {int(bad.sum())} of {out.numel()} values are "
-            "NaN, infinite or negative"
+            f"{float(snapshots[snapshot, layer, expert])}; {int(bad.sum())} of {snapshots.numel()} values "
+            "are NaN, infinite or negative"
         )
-    if most * out.numel() == float("inf"):
+    if most * snapshots.numel() == float("inf"):
         raise LoadError(
-            f"{name} has the value {most:g}: sums of {out.numel()} such values are beyond float64"
+            f"{name} has the value {most:g}: sums of {snapshots.numel()} such values are beyond float64"
         )
-    return out
 
 
 def sum_over_last(load: torch.Tensor) -> torch.Tensor:
@@ -65,6 +93,11 @@ def sum_over_last(load: torch.Tensor) -> torch.Tensor:
     if load.device.type == "cpu":
         return torch.from_numpy(load.numpy().sum(-1))
     return load.sum(-1)
+
+
+def _extremes(snapshots: torch.Tensor) -> tuple[float, float]:
+    values = snapshots.numpy() if snapshots.device.type == "cpu" else snapshots
+    return float(values.min()), float(values.max())
 
 
 def _in_float64(load: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ _MULTIPLIERS = (
     -49064778989728563,
     -4265267296055464877,
 )  # odd 64-bit constants of MurmurHash3 and SplitMix64
+_STEP = -7046029254386353131  # SplitMix64's: the golden ratio, times 2^64
 
 
 def to_exact(weight: torch.Tensor) -> torch.Tensor:
@@ -41,7 +42,7 @@ def row_hash(exact: torch.Tensor) -> torch.Tensor:
     """A 64-bit hash of each row's content: int64 [X] of float64 [snapshots, X, n] from `to_exact`."""
     snapshots, _, num_items = exact.shape
     position = torch.arange(snapshots * num_items, device=exact.device).view(snapshots, 1, num_items)
-    return _mix(exact.to(torch.int64) + _mix(position)).sum(dim=(0, 2))
+    return _mix(exact.to(torch.int64) + position * _STEP).sum(dim=(0, 2))
 
 
 def uniform_noise(
@@ -49,11 +50,11 @@ def uniform_noise(
 ) -> torch.Tensor:
     """Numbers in [0, 1) that depend on the row, the seed, the candidate and the item alone.
 
-    A counter-based generator (the mixing function of SplitMix64 over a counter), so that any slice of it
-    can be computed anywhere.
+    A counter-based generator (SplitMix64: steps of a fixed odd number, mixed), so that any slice of it can
+    be computed anywhere.
 
     Args:
-        row_seed: int64 [X].
+        row_seed: int64 [X], from `row_hash`.
         seed: the user's seed.
         candidates: int64 [K], numbers of the candidates.
         num_items: n.
@@ -62,9 +63,8 @@ def uniform_noise(
         float64 [X, K, n].
     """
     item = torch.arange(num_items, device=row_seed.device)
-    counter = candidates[:, None] * num_items + item
-    stream = _mix(row_seed + _mix(torch.full_like(row_seed, seed)))
-    bits = _mix(stream[:, None, None] + _mix(counter))
+    counter = (candidates[:, None] * num_items + item) * _STEP
+    bits = _mix((row_seed + _wrapped(seed * _MULTIPLIERS[1]))[:, None, None] + counter)
     return ((bits >> 11) & ((1 << 53) - 1)).to(torch.float64) * 2.0**-53
 
 
@@ -73,3 +73,8 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
     for multiplier in _MULTIPLIERS:
         x = (x ^ ((x >> 31) & ((1 << 33) - 1))) * multiplier
     return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+def _wrapped(number: int) -> int:
+    """The signed 64-bit number that `number` wraps around to."""
+    return (number + (1 << 63)) % (1 << 64) - (1 << 63)

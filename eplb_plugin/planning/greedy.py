@@ -39,22 +39,26 @@ def lpt_packing(
     rows, num_items = weight.shape
     if capacities is None:
         capacities = (items_per_pack(num_items, num_packs),) * num_packs
-    if max(capacities) == min(capacities) == 1:
+    fewest = min(capacities)
+    if max(capacities) == fewest == 1:
         pack = torch.arange(num_items, device=weight.device).expand(rows, -1).contiguous()
         return pack, torch.zeros_like(pack)
-    order = weight.sort(dim=1, descending=True, stable=True).indices
-    sorted_weight = weight.gather(1, order)
-    pack_index = torch.empty_like(order)
-    rank_in_pack = torch.empty_like(order)
+    # One number where they are equal, since to put several on a GPU takes a copy that waits.
+    even = max(capacities) == fewest
+    capacity = fewest if even else torch.tensor(capacities, device=weight.device)
+    falling, order = weight.sort(dim=1, descending=True, stable=True)
     load = torch.zeros((rows, num_packs), dtype=weight.dtype, device=weight.device)
-    capacity = torch.tensor(capacities, device=weight.device)
     used = torch.zeros((rows, num_packs), dtype=torch.int64, device=weight.device)
-    row = torch.arange(rows, device=weight.device)
-    for position in range(num_items):
-        open_load = load.masked_fill(used == capacity, torch.inf)
-        pack = open_load.argmin(dim=1)
-        pack_index[row, order[:, position]] = pack
-        rank_in_pack[row, order[:, position]] = used[row, pack]
-        load[row, pack] += sorted_weight[:, position]
-        used[row, pack] += 1
+    one = used.new_ones(rows, 1)
+    packs, ranks = [], []
+    for step, item in enumerate(falling[..., None].unbind(1)):
+        pack = load.argmin(dim=1, keepdim=True)
+        packs.append(pack)
+        ranks.append(used.gather(1, pack))
+        load.scatter_add_(1, pack, item)
+        used.scatter_add_(1, pack, one)
+        if step + 1 >= fewest:  # before, no pack can be full
+            load.masked_fill_(used == capacity, torch.inf)
+    result = torch.stack([torch.cat(packs, dim=1), torch.cat(ranks, dim=1)])
+    pack_index, rank_in_pack = torch.empty_like(result).scatter_(2, order.expand(2, -1, -1), result)
     return pack_index, rank_in_pack

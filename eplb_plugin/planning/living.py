@@ -20,26 +20,30 @@ class Living:
     Attributes:
         topology: of the ranks that are alive and have slots, in their order; of one node where nodes are left
             with different numbers of ranks.
-        slots: int64 [living slots], the number that each slot has among all; None where nothing is missing.
+        spans: the slots of each of them among all; None where nothing is missing.
         rank_slots: slots that each rank of the whole topology has to give, 0 for a dead one.
         num_slots: slots over all ranks, dead ones included.
     """
 
     topology: Topology
-    slots: torch.Tensor | None
+    spans: tuple[slice, ...] | None
     rank_slots: tuple[int, ...]
     num_slots: int
 
     def compact(self, ids: torch.Tensor) -> torch.Tensor:
         """[layers, slots] over all ranks to [layers, living slots]."""
-        return ids if self.slots is None else ids[:, self.slots.to(ids.device)]
+        return ids if self.spans is None else torch.cat([ids[:, span] for span in self.spans], dim=1)
 
     def expand(self, ids: torch.Tensor) -> torch.Tensor:
         """[layers, living slots] to [layers, slots] over all ranks, -1 on those that are dead."""
-        if self.slots is None:
+        if self.spans is None:
             return ids
         every = ids.new_full((ids.shape[0], self.num_slots), -1)
-        every[:, self.slots.to(ids.device)] = ids
+        first = 0
+        for span in self.spans:
+            last = first + span.stop - span.start
+            every[:, span] = ids[:, first:last]
+            first = last
         return every
 
 
@@ -76,5 +80,5 @@ def living_part(
         num_groups=topology.num_groups,
         rank_slots=tuple(rank_slots[rank] for rank in kept),
     )
-    slots = torch.cat([torch.arange(topology.num_slots)[topology.slots_of_rank(rank)] for rank in kept])
-    return Living(left, slots, rank_slots, topology.num_slots)
+    spans = tuple(topology.slots_of_rank(rank) for rank in kept)
+    return Living(left, spans, rank_slots, topology.num_slots)

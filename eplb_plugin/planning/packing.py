@@ -1,7 +1,8 @@
-"""The ensemble packer on tensors: many candidate packings of every row at once, refined, the best kept.
+"""The ensemble packer on tensors: many candidate packings of every row at once, the best refined.
 
-Candidates, chunked greedy packing and 2-opt refinement follow the vectorized ensemble that ADRS/OpenEvolve
-evolved for EPLB; here swaps reach every pack, the noise is the row's own, and all arithmetic is exact.
+Noisy candidates, chunked greedy packing and 2-opt refinement follow the vectorized ensemble that
+ADRS/OpenEvolve evolved for EPLB; here all arithmetic is exact, the noise is the row's own, swaps part
+replicas of one expert, and the amount of work is fixed, so that nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -9,18 +10,24 @@ from __future__ import annotations
 import torch
 
 from ..config import PlannerOptions
-from ..load import as_snapshots
+from ..load import as_snapshots, check_values, to_snapshots, zero_if_bad
 from .backend import use_kernels
-from .candidates import FIXED_ORDERS, OrderEnsemble
+from .candidates import candidate_packings
 from .compiled import pack_rows
 from .exact import to_exact
 from .greedy import items_per_pack, lpt_packing
-from .refinement import objective_value, refine
+from .looking import look
+from .packings import Packings
+from .parting import part_replicas
+from .refinement import even_out, relieve
 
-__all__ = ["balanced_packing", "pack_exact", "pack_lower_bound"]
+__all__ = ["balanced_packing", "best_packing"]
 
 _COMPILED_ROUNDS = 10  # compiled rounds for each of the tensor version, which refine many candidates at once
-_COPIES = 12  # temporaries of the refinement's swap matrix that can be alive at once
+_FINALISTS = 16  # candidates that are refined
+_PARTING_ROUNDS = 2
+_PAIRED_SHARE = 5  # of this many of `refine_rounds`, one round of pairs
+_COPIES = 3  # temporaries of the refinement's swap matrix that can be alive at once
 
 
 def balanced_packing(
@@ -46,10 +53,11 @@ def balanced_packing(
         LoadError: NaN, infinite or negative weights, or a wrong shape.
         TopologyError: n is not divisible by num_packs.
     """
-    snapshots = as_snapshots(weight, "weight")
-    items_per_pack(snapshots.shape[2], num_packs)
     options = options or PlannerOptions()
+    snapshots = to_snapshots(weight, "weight")
     if use_kernels(snapshots, options):
+        snapshots = as_snapshots(weight, "weight")
+        items_per_pack(snapshots.shape[2], num_packs)
         return pack_rows(
             snapshots,
             num_packs,
@@ -59,142 +67,88 @@ def balanced_packing(
             tolerance=options.tolerance,
             seed=options.seed,
         )
-    return pack_exact(to_exact(snapshots), num_packs, options)
+    usable, least, most = zero_if_bad(snapshots)
+    capacity = items_per_pack(snapshots.shape[2], num_packs)
+    exact = to_exact(usable)
+    plain = lpt_packing(exact.sum(0), num_packs)
+    items, _ = best_packing(exact[:, :, None], None, num_packs, options)
+    item = torch.arange(items.shape[1], device=items.device).expand_as(items)
+    place = torch.empty_like(items).scatter_(1, items, item)
+    ours = (place // capacity, place % capacity)
+    theirs = torch.empty_like(items).scatter_(1, plain[0] * capacity + plain[1], item)
+    better = _value(exact, items, num_packs, options) <= _value(exact, theirs, num_packs, options)
+    least_seen, most_seen = look(torch.stack([least, most]))
+    check_values(snapshots, least_seen, most_seen, "weight")
+    chosen = torch.where(better[:, None], torch.stack(ours), torch.stack(plain))
+    return chosen[0], chosen[1]
 
 
-def pack_lower_bound(exact: torch.Tensor, num_packs: int) -> torch.Tensor:
-    """No packing has a smaller sum over snapshots of the peak: float64 [X] of [snapshots, X, n].
-
-    In each snapshot the peak is at least the mean pack load, and at least the heaviest item together with
-    the lightest items that can share its pack.
-    """
-    capacity = exact.shape[2] // num_packs
-    rising = exact.sort(dim=2).values
-    heaviest = rising[:, :, -1] + rising[:, :, : capacity - 1].sum(2)
-    return torch.maximum(exact.sum(2) / num_packs, heaviest).sum(0)
-
-
-def pack_exact(
-    exact: torch.Tensor, num_packs: int, options: PlannerOptions
+def best_packing(
+    exact: torch.Tensor, experts: torch.Tensor | None, num_packs: int, options: PlannerOptions
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`balanced_packing` of weights that are exact already: float64 [snapshots, X, n] from `to_exact`."""
-    _, num_rows, num_items = exact.shape
-    capacity = items_per_pack(num_items, num_packs)
-    best = lpt_packing(exact.sum(0), num_packs)
-    if num_packs == 1 or capacity == 1:
-        return best
+    """The best packing of each row found among those of its variants, of which one is wanted.
 
-    best_items = _items_of(best, num_packs, capacity)
-    best_value = _value(exact, best_items, options)
-    bound = pack_lower_bound(exact, num_packs)
-    ensemble = OrderEnsemble(exact, options.seed)
-    rows = torch.arange(num_rows, device=exact.device)
-    first = 0
-    for last in _stages(options.num_candidates):
-        rows = rows[~_finished(best_value[rows], bound[rows], options)]
-        if rows.numel() == 0:
-            break
-        for part in _slices(rows, exact.shape[0], num_items, capacity, options, first, last):
-            chosen, low, high = part
-            items, value = _best_candidate(exact, ensemble, chosen, low, high, num_packs, options)
-            better = value < best_value[chosen]
-            best_value[chosen] = torch.where(better, value, best_value[chosen])
-            best_items[chosen] = torch.where(better[:, None, None], items, best_items[chosen])
-        first = last
-    return _indices_of(best_items)
-
-
-def _stages(num_candidates: int) -> list[int]:
-    """Ends of the stages: the fixed orders first, since most rows are finished with them."""
-    return sorted({min(FIXED_ORDERS, num_candidates), min(16, num_candidates), num_candidates})
-
-
-def _slices(
-    rows: torch.Tensor,
-    num_snapshots: int,
-    num_items: int,
-    capacity: int,
-    options: PlannerOptions,
-    first: int,
-    last: int,
-) -> list[tuple[torch.Tensor, int, int]]:
-    """Cut rows x candidates into (rows, first, last) so that each part keeps to the memory bound."""
-    per_candidate = 8 * num_items * (_COPIES * capacity + 4 * num_snapshots + 8)
-    fits = max(1, options.memory_mib * 2**20 // per_candidate)
-    width = min(last - first, fits)
-    height = max(1, fits // width)
-    return [
-        (rows[at : at + height], low, min(low + width, last))
-        for at in range(0, rows.numel(), height)
-        for low in range(first, last, width)
-    ]
-
-
-def _best_candidate(
-    exact: torch.Tensor,
-    ensemble: OrderEnsemble,
-    rows: torch.Tensor,
-    first: int,
-    last: int,
-    num_packs: int,
-    options: PlannerOptions,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pack and refine candidates of `rows`: items [rows, packs, capacity] and value [rows] of the best."""
-    order = ensemble.orders(rows, first, last)
-    num_candidates = order.shape[1]
-    weight = exact[:, rows].movedim(0, 1)
-    weight = weight.repeat_interleave(num_candidates, dim=0)
-    items = _chunked_greedy(weight.sum(1), order.flatten(0, 1), num_packs)
-    items = refine(weight, items, options)
-    value = objective_value(weight, items, options.objective).view(-1, num_candidates)
-    best = value.argmin(dim=1)
-    row = torch.arange(rows.numel(), device=rows.device)
-    return items.view(-1, num_candidates, *items.shape[1:])[row, best], value[row, best]
-
-
-def _chunked_greedy(total: torch.Tensor, order: torch.Tensor, num_packs: int) -> torch.Tensor:
-    """Hand out items in chunks of `num_packs`, the first of a chunk to the lightest pack, one to each pack.
+    Every variant gets its share of the candidates. The best of all of them, by repeats and then by the
+    objective, are refined, whatever variant they are of.
 
     Args:
-        total: float64 [B, n], weight of each item over all snapshots.
-        order: int64 [B, n], item ids in the order in which they are handed out.
+        exact: float64 [snapshots, X, variants, n] from `to_exact`, one scale for all variants of a row.
+        experts: int64 [X, variants, n], ids below n: no pack should hold an expert twice; None where items
+            are all different.
+        num_packs: packs per row; divides n.
+        options: candidates, rounds, objective, memory bound and seed.
 
     Returns:
-        int64 [B, packs, capacity], item ids.
+        items: int64 [X, n], the item in each place, pack by pack; variant: int64 [X], whose items they are.
     """
-    batch, num_items = order.shape
+    num_snapshots, num_rows, num_variants, num_items = exact.shape
+    item = torch.arange(num_items, device=exact.device)
+    if num_packs in (1, num_items):
+        return item.expand(num_rows, -1), torch.zeros_like(item[:1]).expand(num_rows)
+    all_experts = item.expand(num_rows, num_variants, -1) if experts is None else experts
+    per_variant = -(-options.num_candidates // num_variants)
     capacity = num_items // num_packs
-    load = torch.zeros((batch, num_packs), dtype=total.dtype, device=total.device)
-    items = torch.empty((batch, num_packs, capacity), dtype=torch.int64, device=total.device)
-    for chunk in range(capacity):
-        handed_out = order[:, chunk * num_packs : (chunk + 1) * num_packs]
-        lightest_first = load.sort(dim=1, stable=True).indices
-        items[:, :, chunk].scatter_(1, lightest_first, handed_out)
-        load += total.gather(1, items[:, :, chunk])
-    return items
+    # Places of the candidates of a row and of its finalists, with all that is known of each at a time.
+    per_row = max(
+        per_variant * num_variants * (num_snapshots + capacity // 4 + 9),
+        _FINALISTS * (num_snapshots * (_COPIES * capacity + 4) + capacity + 9),
+    )
+    height = max(1, options.memory_mib * 2**20 // (8 * num_items * per_row))
+    parts = []
+    for at in range(0, num_rows, height):
+        rows = slice(at, at + height)
+        packings = candidate_packings(exact[:, rows], all_experts[rows], num_packs, per_variant, options.seed)
+        parts.append(_best_of_each(packings, per_variant * num_variants, experts is not None, options))
+    return torch.cat([items for items, _ in parts]), torch.cat([best for _, best in parts]) // per_variant
 
 
-def _finished(value: torch.Tensor, bound: torch.Tensor, options: PlannerOptions) -> torch.Tensor:
-    if options.objective == "peak":
-        return value <= bound * (1 + options.tolerance)
-    return value <= bound * options.tolerance
+def _best_of_each(
+    packings: Packings, per_row: int, has_replicas: bool, options: PlannerOptions
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each `per_row` packings the best when some are refined: its items [X, n], and its number [X]."""
+    rank = packings.rank(options.objective).view(-1, per_row)
+    first = torch.arange(rank.shape[0], device=rank.device)[:, None]
+    finalists = rank.sort(dim=1, stable=True).indices[:, :_FINALISTS]
+    packings = packings.chosen((first * per_row + finalists).flatten())
+    packings = _refined(packings, has_replicas, options)
+    best = packings.rank(options.objective).view_as(finalists).argmin(dim=1, keepdim=True)
+    rows = (first * finalists.shape[1] + best).flatten()
+    return packings.items.index_select(0, rows), finalists.gather(1, best)[:, 0]
 
 
-def _value(exact: torch.Tensor, items: torch.Tensor, options: PlannerOptions) -> torch.Tensor:
-    return objective_value(exact.movedim(0, 1), items, options.objective)
+def _refined(packings: Packings, has_replicas: bool, options: PlannerOptions) -> Packings:
+    """Fixed numbers of rounds, fewer for small packings.
+
+    Of a single snapshot a round of pairs evens out all packs at once, and little is left to do one by one.
+    """
+    num_snapshots, num_items = packings.weight.shape[1:]
+    paired = min(-(-options.refine_rounds // _PAIRED_SHARE), -(-num_items // 8))
+    single = max(paired, packings.num_packs // 4) if num_snapshots == 1 else num_items
+    if has_replicas:
+        packings = part_replicas(packings, _PARTING_ROUNDS, options.objective)
+    packings = even_out(packings, paired, options.objective)
+    return relieve(packings, min(single, options.refine_rounds), options.objective)
 
 
-def _items_of(packing: tuple[torch.Tensor, torch.Tensor], num_packs: int, capacity: int) -> torch.Tensor:
-    """int64 [X, packs, capacity] item ids of (pack_index, rank_in_pack)."""
-    place = packing[0] * capacity + packing[1]
-    item = torch.arange(place.shape[1], device=place.device).expand_as(place)
-    return torch.empty_like(place).scatter_(1, place, item).view(-1, num_packs, capacity)
-
-
-def _indices_of(items: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(pack_index, rank_in_pack) of item ids [X, packs, capacity]."""
-    capacity = items.shape[2]
-    flat = items.flatten(1)
-    place = torch.arange(flat.shape[1], device=items.device).expand_as(flat)
-    place = torch.empty_like(flat).scatter_(1, flat, place)
-    return place // capacity, place % capacity
+def _value(exact: torch.Tensor, items: torch.Tensor, num_packs: int, options: PlannerOptions) -> torch.Tensor:
+    return Packings(exact.movedim(0, 1), items, items, num_packs).value(options.objective)

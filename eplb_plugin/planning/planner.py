@@ -6,13 +6,13 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 
 from ..config import PlannerOptions
 from ..errors import ConfigError, LoadError, PlacementError, TopologyError
-from ..load import as_snapshots
+from ..load import check_values, to_snapshots
 from ..placement import Placement, checked_ids
 from ..topology import Topology
 from .backend import use_kernels
@@ -20,13 +20,14 @@ from .bounds import peak_lower_bound
 from .distinct import num_shared, replace_repeats, spread_over_ranks
 from .elastic import complete, missing_experts
 from .exact import to_exact
-from .greedy import lpt_packing
-from .hierarchy import effective_topology, place_from_scratch
+from .from_scratch import place_by_ensemble, place_greedily
+from .hierarchy import effective_topology
 from .living import Living, living_part
-from .packing import pack_exact
 from .recency import condense
+from .replication import replica_slots
 from .search import search_placement
 from .settling import settle
+from .single_look import plan_with_one_look
 
 __all__ = ["Plan", "plan", "rebalance_experts"]
 
@@ -105,10 +106,9 @@ def plan(
     if options is not None and not isinstance(options, PlannerOptions):
         raise ConfigError(f"options are a {type(options).__name__}, not PlannerOptions")
     options = options or PlannerOptions()
-    snapshots = as_snapshots(load)
+    snapshots = to_snapshots(load)
     num_logical = snapshots.shape[2]
     living = living_part(topology, active_ranks, num_logical)
-    current_ids = _check_current(current, snapshots, topology, active_ranks is not None)
     usable = effective_topology(living.topology, num_logical)
     hierarchical = usable.num_nodes == topology.num_nodes and living.topology.is_hierarchical(num_logical)
     if not hierarchical:
@@ -116,21 +116,24 @@ def plan(
     if options.objective == "spread" and not usable.is_even:
         raise TopologyError(f"objective='spread' plans ranks with equal slots only, not {usable.rank_slots}")
 
-    start = None
     lost: tuple[tuple[int, int], ...] = ()
-    if current_ids is not None:
-        current_ids = living.compact(current_ids)
-        lost = missing_experts(current_ids, num_logical)
-        if lost or bool((current_ids < 0).any()):
-            weighted = condense(snapshots, options.snapshot_decay)
-            start = complete(current_ids.cpu(), weighted.cpu(), usable).to(snapshots.device)
-    if options.policy == "greedy":
-        ids = _greedy(snapshots, usable)
+    if current is None and _by_tensors(snapshots, usable, options):
+        placement, settled = plan_with_one_look(snapshots, usable, living, options)
     else:
-        ids = _ensemble(snapshots, usable, options, current_ids, start)
-    settled = settle(snapshots, ids, current_ids, usable, options.min_gain, start)
+        check_values(snapshots)
+        current_ids = _check_current(current, snapshots, topology, active_ranks is not None)
+        start = None
+        if current_ids is not None:
+            current_ids = living.compact(current_ids)
+            lost = missing_experts(current_ids, num_logical)
+            if lost or bool((current_ids < 0).any()):
+                weighted = condense(snapshots, options.snapshot_decay)
+                start = complete(current_ids.cpu(), weighted.cpu(), usable).to(snapshots.device)
+        ids = _placed(snapshots, usable, options, current_ids, start)
+        settled = settle(snapshots, ids, current_ids, usable, options.min_gain, start)
+        placement = Placement(living.expand(settled.physical_to_logical), num_logical)
     return Plan(
-        placement=Placement(living.expand(settled.physical_to_logical), num_logical),
+        placement=placement,
         balancedness=settled.balancedness,
         moves=settled.moves,
         seconds=time.perf_counter() - started,
@@ -176,37 +179,37 @@ def rebalance_experts(
     return placement.physical_to_logical, placement.logical_to_physical, placement.replica_count
 
 
-def _greedy(load: torch.Tensor, topology: Topology) -> torch.Tensor:
-    """Greedy replication and LPT with capacity on the summed load: the algorithm of engines today."""
-    return place_from_scratch(
-        load.sum(0, keepdim=True), topology, lambda w, packs: lpt_packing(w.sum(0), packs), False
-    )
+def _by_tensors(
+    load: torch.Tensor, topology: Topology, options: PlannerOptions, has_current: bool = False
+) -> bool:
+    """Whether a plan is made by tensor operations, on the device of the load."""
+    if options.policy == "greedy":
+        return True
+    # The ensemble on tensors packs ranks with equal slots only.
+    return topology.is_even and not use_kernels(load, options, has_current)
 
 
-def _ensemble(
+def _placed(
     load: torch.Tensor,
     topology: Topology,
     options: PlannerOptions,
     current: torch.Tensor | None,
     start: torch.Tensor | None,
 ) -> torch.Tensor:
+    """int64 [layers, slots], a placement by the policy of `options`."""
+    if options.policy == "greedy":
+        return place_greedily(load, topology)
     weighted = condense(load, options.snapshot_decay)
-    # The tensor version packs ranks with equal slots only.
-    if not topology.is_even or use_kernels(load, options, current is not None):
-        held, begin = (None if x is None else x.cpu() for x in (current, start))
-        ids = search_placement(weighted.cpu(), topology, options, held, begin).to(load.device)
-    else:
-        ids = place_from_scratch(to_exact(weighted), topology, partial(_pack, options=options))
-    if bool(num_shared(ids, topology, load.shape[2]).any()):
-        count = Placement(ids, load.shape[2]).replica_count
-        ids = spread_over_ranks(ids, to_exact(weighted) / count, topology)
-        if not topology.is_even:
-            ids = replace_repeats(ids, to_exact(weighted), topology)
+    if _by_tensors(load, topology, options, current is not None):
+        return place_by_ensemble(weighted, topology, options)
+    held, begin = (None if x is None else x.cpu() for x in (current, start))
+    ids = search_placement(weighted.cpu(), topology, options, held, begin).to(load.device)
+    layers = num_shared(ids, topology, load.shape[2]).nonzero()[:, 0]
+    if layers.numel():
+        some, exact = ids[layers], to_exact(weighted[:, layers])
+        some = spread_over_ranks(some, exact / replica_slots(some, load.shape[2]), topology)
+        ids[layers] = some if topology.is_even else replace_repeats(some, exact, topology)
     return ids
-
-
-def _pack(weight: torch.Tensor, num_packs: int, options: PlannerOptions) -> tuple[torch.Tensor, torch.Tensor]:
-    return pack_exact(to_exact(weight), num_packs, options)
 
 
 def _check_current(

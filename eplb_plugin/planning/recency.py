@@ -42,8 +42,8 @@ def condense(load: torch.Tensor, decay: float) -> torch.Tensor:
     weights.reverse()
     if load.device.type == "cpu":
         return condense_loads(load, weights, bins)
-    weighted = load * load.new_tensor(weights)[:, None, None]
+    # Weight by weight, since copying them to a GPU would wait for it.
     condensed = load.new_zeros(len(names), *load.shape[1:])
-    for snapshot, name in enumerate(bins):
-        condensed[name] += weighted[snapshot]
+    for snapshot, (name, weight) in enumerate(zip(bins, weights, strict=True)):
+        condensed[name].add_(load[snapshot] * weight)
     return condensed

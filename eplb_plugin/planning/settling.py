@@ -14,7 +14,7 @@ from .compiled import keep_slots, step_peaks
 from .distinct import num_shared
 from .hierarchy import groups_within_nodes
 
-__all__ = ["Settled", "settle"]
+__all__ = ["Settled", "mean_balancedness", "settle"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def settle(
     if current is None:
         peaks = _step_peaks(load, ids, topology)
         shared = int(num_shared(ids, topology, load.shape[2]).sum())
-        return Settled(ids, _balancedness(totals, peaks, topology), 0, shared)
+        return Settled(ids, float(mean_balancedness(totals, peaks, topology)), 0, shared)
     num_logical = load.shape[2]
     on_host, moves, shared_after, shared_before = keep_slots(ids.cpu(), current.cpu(), topology, num_logical)
     moves_before = torch.zeros_like(moves)
@@ -78,18 +78,19 @@ def settle(
     stays_here = stays.cpu()
     return Settled(
         torch.where(stays[:, None], current, ids),
-        _balancedness(totals, peaks, topology),
+        float(mean_balancedness(totals, peaks, topology)),
         int(torch.where(stays_here, moves_before, moves).sum()),
         int(torch.where(stays_here, shared_before, shared_after).sum()),
     )
 
 
-def _balancedness(totals: torch.Tensor, step_peaks: torch.Tensor, topology: Topology) -> float:
-    """`metrics.balancedness`, from total loads and peak rank loads, both [snapshots, layers]."""
+def mean_balancedness(totals: torch.Tensor, step_peaks: torch.Tensor, topology: Topology) -> torch.Tensor:
+    """`metrics.balancedness`, from total loads and peak rank loads, both [snapshots, layers]: float64 of no
+    dimension, on their device."""
     peaks = step_peaks.sum(1)
-    means = totals.sum(1) / topology.num_ranks
     busy = peaks > 0
-    return float((means[busy] / peaks[busy]).mean()) if bool(busy.any()) else 1.0
+    shares = torch.where(busy, totals.sum(1) / topology.num_ranks / peaks, 0.0)
+    return torch.where(busy.any(), shares.sum() / busy.sum(), 1.0)
 
 
 def _step_peaks(load: torch.Tensor, ids: torch.Tensor, topology: Topology) -> torch.Tensor:

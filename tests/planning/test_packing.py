@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from eplb_plugin import LoadError, PlannerOptions, TopologyError, balanced_packing
 from eplb_plugin.planning.exact import to_exact, uniform_noise
 from eplb_plugin.planning.greedy import lpt_packing
-from eplb_plugin.planning.packing import pack_lower_bound
 
 
 def weights(*shape: int, seed: int = 0, sigma: float = 0.8) -> torch.Tensor:
@@ -185,4 +184,3 @@ def test_exact_weights_are_whole_and_sum_without_rounding(snapshots, rows, items
     assert (total < 2**50).all()
     for row in range(rows):
         assert sum(int(x) for x in exact[:, row].flatten().tolist()) == int(total[row])
-    assert (pack_lower_bound(exact, 1) == total).all()

@@ -143,7 +143,7 @@ def test_layers_are_planned_independently():
     assert torch.equal(whole, torch.cat(parts))
 
 
-def test_replicas_share_a_rank_only_where_they_must(backend):
+def test_replicas_share_a_rank_only_where_they_must():
     topology = eplb.Topology(num_ranks=2, num_slots=8)
     planned = eplb.plan(torch.tensor([[1000, 1, 1]]), topology)
     check_rules(torch.tensor([[1000, 1, 1]]), topology, planned)
@@ -151,11 +151,7 @@ def test_replicas_share_a_rank_only_where_they_must(backend):
     assert planned.shared_replicas >= 2
     roomy = eplb.Topology(num_ranks=4, num_slots=20)
     planned = eplb.plan(random_load(8, 16), roomy)
-    if backend == "kernels":
-        assert not shared_replicas(planned.placement.physical_to_logical, roomy).any()
-    else:
-        # The tensor version repairs a finished packing, and keeps the better balance where that costs.
-        assert planned.shared_replicas <= 8
+    assert not shared_replicas(planned.placement.physical_to_logical, roomy).any()
 
 
 def test_where_groups_do_not_divide_the_result_says_so(caplog, monkeypatch):
