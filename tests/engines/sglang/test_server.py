@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -15,7 +17,8 @@ import requests
 import torch
 
 from eplb_plugin import Placement
-from tests.engines.sglang.engine_process import started
+from tests.engines.forked import run_forked
+from tests.engines.sglang.engine_process import EngineLog, started
 from tests.engines.sglang.tiny_model import EXPERTS, LAYERS, NEW_TOKENS
 from tests.series import fetch
 
@@ -158,8 +161,14 @@ def check_offline_plan(dump):
     assert (placement.num_layers, placement.num_slots) == (LAYERS, SLOTS)
 
 
+def launch(*arguments):
+    sys.argv[1:] = arguments
+    runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
+
+
 def test_a_bad_option_stops_the_launch(tiny, tmp_path):
-    command = arguments(tiny.path, free_port(), "--enable-eplb", "--eplb-algorithm", "ensemble:moves=3")
-    with started(command, tmp_path / "server.log") as server:
-        assert server.wait(200) != 0
-        assert "ConfigError: --eplb-algorithm ensemble:moves=3: unknown option 'moves'" in server.text()
+    _, _, *line = arguments(tiny.path, free_port(), "--enable-eplb", "--eplb-algorithm", "ensemble:moves=3")
+    log = tmp_path / "server.log"
+    status = run_forked(launch, *line, log=log, env=os.environ, limit=START_LIMIT)
+    assert status, f"{status}\n{EngineLog(log).tail()}"
+    assert "ConfigError: --eplb-algorithm ensemble:moves=3: unknown option 'moves'" in log.read_text()
