@@ -3,14 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Python compiles what it imports; pip would compile all of it, which takes longer than the rest.
+INSTALL := -m pip install -qq --no-compile
 
-.PHONY: demo test test-faults fuzz test-sglang bench-sglang test-vllm bench-vllm lint wheel bench-peers clean
+.PHONY: demo test test-faults fuzz engines test-sglang bench-sglang test-vllm bench-vllm lint wheel bench-peers clean
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -qq --upgrade pip
-	$(BIN)/python -m pip install -qq -c constraints.txt -e ".[dev]"
+	$(BIN)/python $(INSTALL) --upgrade pip
+	$(BIN)/python $(INSTALL) -c constraints.txt -e ".[dev]"
 	touch $@
 
 demo: $(STAMP)  ## the main job on four processes
@@ -23,7 +25,7 @@ test-faults: $(STAMP)  ## ranks that are killed, stopped, cut off or wrong, and 
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 tests/faults
 
 $(VENV)/.fuzzing: $(STAMP)
-	$(BIN)/python -m pip install -qq atheris
+	$(BIN)/python $(INSTALL) atheris
 	touch $@
 
 fuzz: $(VENV)/.fuzzing  ## hostile input for every parser, for some minutes
@@ -35,9 +37,9 @@ SGLANG_TESTS := tests/engines/sglang
 
 $(SGLANG)/.installed: pyproject.toml constraints.txt $(wildcard $(SGLANG_TESTS)/requirements*.txt)
 	$(PYTHON) -m venv $(SGLANG)
-	$(SGLANG)/bin/python -m pip install -qq --upgrade pip
-	$(SGLANG)/bin/python -m pip install -qq -c constraints.txt -r $(SGLANG_TESTS)/requirements.txt -e ".[test]"
-	$(SGLANG)/bin/python -m pip install -qq --no-deps -r $(SGLANG_TESTS)/requirements-engine.txt
+	$(SGLANG)/bin/python $(INSTALL) --upgrade pip
+	$(SGLANG)/bin/python $(INSTALL) -c constraints.txt -r $(SGLANG_TESTS)/requirements.txt -e ".[test]"
+	$(SGLANG)/bin/python $(INSTALL) --no-deps -r $(SGLANG_TESTS)/requirements-engine.txt
 	touch $@
 
 test-sglang: $(SGLANG)/.installed  ## the adapter on the real SGLang, in an environment of its own (2 GB)
@@ -51,13 +53,15 @@ VLLM_TESTS := tests/engines/vllm
 
 $(VLLM)/.installed: pyproject.toml constraints.txt $(wildcard $(VLLM_TESTS)/requirements*.txt $(VLLM_TESTS)/cpu_shim/*.toml)
 	$(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/python -m pip install -qq --upgrade pip
-	$(VLLM)/bin/python -m pip install -qq -c constraints.txt -r $(VLLM_TESTS)/requirements.txt -e ".[test]"
-	$(VLLM)/bin/python -m pip install -qq --no-deps -r $(VLLM_TESTS)/requirements-engine.txt -e $(VLLM_TESTS)/cpu_shim
+	$(VLLM)/bin/python $(INSTALL) --upgrade pip
+	$(VLLM)/bin/python $(INSTALL) -c constraints.txt -r $(VLLM_TESTS)/requirements.txt -e ".[test]"
+	$(VLLM)/bin/python $(INSTALL) --no-deps -r $(VLLM_TESTS)/requirements-engine.txt -e $(VLLM_TESTS)/cpu_shim
 	touch $@
 
 test-vllm: $(VLLM)/.installed  ## the adapter in the real vLLM, in an environment of its own (2 GB)
 	$(VLLM)/bin/python -m pytest $(VLLM_TESTS)
+
+engines: $(VLLM)/.installed $(SGLANG)/.installed  ## the environments of the two, without a test
 
 bench-vllm: $(VLLM)/.installed  ## our planner and vLLM's default policy in the real vLLM
 	$(VLLM)/bin/python benchmarks/bench_vllm.py

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 import eplb_plugin
+from tests.engines.compiled import choose_cache
+from tests.engines.forked import preload
 
 SHIMS = Path(__file__).parent / "shims"
 
@@ -23,9 +25,8 @@ if not collect_ignore_glob:
         SGLANG_EXPERT_LOCATION_UPDATER_CANARY="1",
         OMP_NUM_THREADS="1",
         TOKENIZERS_PARALLELISM="false",
-        # Environments with another numba, working on the same checkout, must not write into one cache.
-        NUMBA_CACHE_DIR=str(Path(sys.prefix) / "numba"),
     )
+    choose_cache()
     if str(SHIMS) not in sys.path:
         # Processes that the tests start find all this by themselves.
         sys.path.insert(0, str(SHIMS))
@@ -33,9 +34,10 @@ if not collect_ignore_glob:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compiled():
-    """Compile the planner once, into the cache on disk, before ranks that start together all do."""
+def prepared():
+    """Engines, and ranks of parts of one, find the planner compiled and SGLang imported."""
     eplb_plugin.warmup()
+    preload("tests.engines.sglang.drive", "tests.engines.sglang.eplb_ranks")
 
 
 @pytest.fixture(scope="session")

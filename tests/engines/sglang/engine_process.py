@@ -1,4 +1,4 @@
-"""Starting SGLang in a process group of its own, with a limit on its time and nothing left behind."""
+"""Running SGLang in a process group of its own, with a limit on its time and nothing left behind."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from tests.engines.forked import run_forked
 
 ROOT = Path(__file__).resolve().parents[3]
+LIMIT = 400  # seconds of one engine, start included; many times what it takes
 SMALL_ENGINE = {
     "device": "cpu",
     "dtype": "float32",
@@ -29,11 +33,10 @@ SMALL_ENGINE = {
 REBALANCE = re.compile(r"rebalance (\d+): (?:.*?; (\d+) moves in|the map in force stays: (.*))")
 
 
-class EngineProcess:
-    """A running SGLang and its log. Use `started`."""
+class EngineLog:
+    """What an SGLang has written."""
 
-    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
-        self.process = process
+    def __init__(self, log: Path) -> None:
         self.log = log
 
     def text(self) -> str:
@@ -43,17 +46,27 @@ class EngineProcess:
         """(moves, why the map stayed) of each rebalance that the plugin has logged so far."""
         return [(int(moves or 0), kept or "") for _, moves, kept in REBALANCE.findall(self.text())]
 
-    def wait(self, limit: float) -> int:
-        """The exit status; a process that runs longer than `limit` seconds is an error."""
-        try:
-            return self.process.wait(limit)
-        except subprocess.TimeoutExpired:
-            raise AssertionError(f"still running after {limit} s\n{self.tail()}") from None
-
     def tail(self) -> str:
         """The end of the log, without the many models that this environment lacks something for."""
         lines = [line for line in self.text().splitlines() if "Ignore import error" not in line]
         return "\n".join(lines[-60:])
+
+
+class EngineProcess(EngineLog):
+    """A running SGLang. Use `started`."""
+
+    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
+        super().__init__(log)
+        self.process = process
+
+
+def run(function: Callable[..., None], *args: Any, log: Path, env: Mapping[str, str]) -> EngineLog:
+    """Run the function to its end in a process that has imported SGLang; see `forked`."""
+    status = run_forked(function, *args, log=log, env={**os.environ, **env}, limit=LIMIT)
+    written = EngineLog(log)
+    assert status is not None, f"still running after {LIMIT} s\n{written.tail()}"
+    assert status == 0, written.tail()
+    return written
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import pytest
 
 from eplb_plugin.traces import save_load_trace
 from eplb_plugin.traffic import TrafficProfile, generate
-from tests.engines.sglang.engine_process import SMALL_ENGINE, started
+from tests.engines.sglang.engine_process import SMALL_ENGINE, run
 from tests.engines.sglang.tiny_model import EXPERTS, LAYERS, NEW_TOKENS
 
 INTERVAL = 10
@@ -23,35 +23,28 @@ ROUNDS = [INTERVAL - 3] + [NEW_TOKENS] * 6
 
 @pytest.mark.timeout(600)
 def test_tokens_are_equal_before_between_and_after_live_rebalances(tiny, tmp_path):
-    planned = plan_offline(tmp_path)
+    planned, result = plan_offline(tmp_path), tmp_path / "rounds.json"
     arguments = {
-        "engine": {
-            "model_path": str(tiny.path),
-            **SMALL_ENGINE,
-            "tp_size": 2,
-            "ep_size": 2,
-            "log_level": "info",
-            "enable_eplb": True,
-            "eplb_algorithm": "ensemble:history=2,move_price=0.005",
-            "eplb_rebalance_num_iterations": INTERVAL,
-            "ep_num_redundant_experts": SLOTS - EXPERTS,
-            "init_expert_location": str(planned),
-        },
-        "prompts": tiny.prompts,
-        "rounds": ROUNDS,
-        "result": str(tmp_path / "rounds.json"),
+        "model_path": str(tiny.path),
+        **SMALL_ENGINE,
+        "tp_size": 2,
+        "ep_size": 2,
+        "log_level": "info",
+        "enable_eplb": True,
+        "eplb_algorithm": "ensemble:history=2,move_price=0.005",
+        "eplb_rebalance_num_iterations": INTERVAL,
+        "ep_num_redundant_experts": SLOTS - EXPERTS,
+        "init_expert_location": str(planned),
     }
-    (tmp_path / "arguments.json").write_text(json.dumps(arguments))
-    command = ["-m", "tests.engines.sglang.drive_engine", str(tmp_path / "arguments.json")]
-    with started(command, tmp_path / "engine.log", {"SGLANG_LOG_EXPERT_LOCATION_METADATA": "1"}) as engine:
-        engine.wait(400)
-        assert (tmp_path / "rounds.json").exists(), engine.tail()
-        log, rebalances = engine.text(), engine.rebalances()
+    env = {"SGLANG_LOG_EXPERT_LOCATION_METADATA": "1"}
+    engine = run(serve, arguments, tiny.prompts, ROUNDS, result, log=tmp_path / "engine.log", env=env)
+    assert result.exists(), engine.tail()
+    log, rebalances = engine.text(), engine.rebalances()
     assert "eplb-plugin is active" in log
     assert "do not move with the experts" not in log
     assert "could not be checked" not in log
 
-    rounds = json.loads((tmp_path / "rounds.json").read_text())
+    rounds = json.loads(result.read_text())
     assert rounds == [[tokens[:count] for tokens in tiny.tokens] for count in ROUNDS]
     first = log.index("rebalance 1:")
     assert log.index("round 1 done") < first < log.index("round 2 done")
@@ -62,6 +55,12 @@ def test_tokens_are_equal_before_between_and_after_live_rebalances(tiny, tmp_pat
     layout = re.findall(r"layer=(\d+): ep0=(\[.*?\]) ep1=(\[.*?\])", log)[:LAYERS]
     in_force = [json.loads(a) + json.loads(b) for _, a, b in layout]
     assert in_force == json.loads(planned.read_text())["physical_to_logical_map"]
+
+
+def serve(*arguments):
+    from tests.engines.sglang import drive
+
+    drive.generate_in_rounds(*arguments)
 
 
 def plan_offline(folder):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
 from eplb_plugin.traces import read_trace
-from tests.engines.sglang.engine_process import SMALL_ENGINE, started
+from tests.engines.sglang.engine_process import SMALL_ENGINE, run
 from tests.engines.sglang.tiny_model import EXPERTS, LAYERS
 
 TOP_K = 4
@@ -21,26 +19,25 @@ def record(tiny, folder, mode):
     dumps = folder / mode
     dumps.mkdir()
     arguments = {
-        "engine": {
-            "model_path": str(tiny.path),
-            **SMALL_ENGINE,
-            "tp_size": RANKS,
-            "ep_size": RANKS,
-            "chunked_prefill_size": 256,
-            "ep_num_redundant_experts": 8,
-            "expert_distribution_recorder_mode": mode,
-            "expert_distribution_recorder_buffer_size": 50,
-        },
-        "prompts": tiny.prompts[:3],
-        "new_tokens": NEW_TOKENS,
+        "model_path": str(tiny.path),
+        **SMALL_ENGINE,
+        "tp_size": RANKS,
+        "ep_size": RANKS,
+        "chunked_prefill_size": 256,
+        "ep_num_redundant_experts": 8,
+        "expert_distribution_recorder_mode": mode,
+        "expert_distribution_recorder_buffer_size": 50,
     }
-    (folder / "arguments.json").write_text(json.dumps(arguments))
-    command = ["-m", "tests.engines.sglang.drive_recorder", str(folder / "arguments.json")]
     env = {"SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR": str(dumps)}
-    with started(command, folder / f"{mode}.log", env) as engine:
-        engine.wait(400)
-        assert "dumped" in engine.text(), engine.tail()
+    engine = run(dump, arguments, tiny.prompts[:3], NEW_TOKENS, log=folder / f"{mode}.log", env=env)
+    assert "dumped" in engine.text(), engine.tail()
     return read_trace(dumps).load.long()
+
+
+def dump(*arguments):
+    from tests.engines.sglang import drive
+
+    drive.dump_recorded(*arguments)
 
 
 @pytest.mark.timeout(1300)

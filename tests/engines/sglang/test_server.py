@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -15,12 +17,14 @@ import requests
 import torch
 
 from eplb_plugin import Placement
-from tests.engines.sglang.engine_process import started
+from tests.engines.forked import run_forked
+from tests.engines.sglang.engine_process import EngineLog, started
 from tests.engines.sglang.tiny_model import EXPERTS, LAYERS, NEW_TOKENS
 from tests.series import fetch
 
 SLOTS = 24
 CLIENTS = 4
+BATCH = 2 * CLIENTS
 START_LIMIT = 240
 
 
@@ -63,7 +67,9 @@ class Client:
 
     def ask(self, number):
         """Whether the answer to one prompt is right; anything but an answer is an error."""
-        prompt = number % len(self.tiny.prompts)
+        # Two of the prompts in each batch of `ask_until`: other experts are hot in the next one, so that it
+        # pays to move some.
+        prompt = (number // BATCH * 2 + number % 2) % len(self.tiny.prompts)
         sampling = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
         body = {"input_ids": self.tiny.prompts[prompt], "sampling_params": sampling}
         response = requests.post(f"{self.url}/generate", json=body, timeout=120)
@@ -75,8 +81,8 @@ class Client:
         right = total = 0
         with ThreadPoolExecutor(CLIENTS) as clients:
             while not done(server) and total < most:
-                right += sum(clients.map(self.ask, range(total, total + 2 * CLIENTS)))
-                total += 2 * CLIENTS
+                right += sum(clients.map(self.ask, range(total, total + BATCH)))
+                total += BATCH
         return right, total
 
 
@@ -158,8 +164,14 @@ def check_offline_plan(dump):
     assert (placement.num_layers, placement.num_slots) == (LAYERS, SLOTS)
 
 
+def launch(*arguments):
+    sys.argv[1:] = arguments
+    runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
+
+
 def test_a_bad_option_stops_the_launch(tiny, tmp_path):
-    command = arguments(tiny.path, free_port(), "--enable-eplb", "--eplb-algorithm", "ensemble:moves=3")
-    with started(command, tmp_path / "server.log") as server:
-        assert server.wait(200) != 0
-        assert "ConfigError: --eplb-algorithm ensemble:moves=3: unknown option 'moves'" in server.text()
+    _, _, *line = arguments(tiny.path, free_port(), "--enable-eplb", "--eplb-algorithm", "ensemble:moves=3")
+    log = tmp_path / "server.log"
+    status = run_forked(launch, *line, log=log, env=os.environ, limit=START_LIMIT)
+    assert status, f"{status}\n{EngineLog(log).tail()}"
+    assert "ConfigError: --eplb-algorithm ensemble:moves=3: unknown option 'moves'" in log.read_text()

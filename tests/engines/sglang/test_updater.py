@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
 import eplb_plugin as eplb
-from tests import processes
 from tests.engines.sglang.setups import Outcome, Setup
 from tests.processes import run_ranks
-
-# SGLang is imported in the process that the ranks are forked from, and not in this one.
-processes._context.set_forkserver_preload(["tests.engines.sglang.eplb_ranks"])
 
 
 def serve(rank: int, setup: Setup) -> Outcome:
@@ -35,10 +33,16 @@ CASES = {
 }
 
 
+@functools.cache
+def outcomes_of(case: str) -> list[Outcome]:
+    world, setup = CASES[case]
+    return run_ranks(serve, world, setup, timeout=180)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_weights_follow_the_map_through_rebalances(case):
-    world, setup = CASES[case]
-    outcomes = run_ranks(serve, world, setup, timeout=180)
+    _, setup = CASES[case]
+    outcomes = outcomes_of(case)
     for outcome in outcomes:
         # Each weight row after each step is the one that the map names; SGLang's own check is on, too.
         assert outcome.checked_rows > 0
@@ -69,8 +73,9 @@ def test_the_start_is_planned_from_a_recorded_load():
 
 
 def test_groups_stay_within_their_node():
-    world, setup = CASES["4 ranks on 2 nodes, 4 groups"]
-    outcome = run_ranks(serve, world, setup, timeout=180)[0]
+    case = "4 ranks on 2 nodes, 4 groups"
+    _, setup = CASES[case]
+    outcome = outcomes_of(case)[0]
     half = (setup.logical + setup.redundant) // 2
     for row in outcome.maps[-1][1:]:
         nodes = (row[:half], row[half:])

@@ -2,14 +2,23 @@
 
 import importlib.util
 import json
-import subprocess
+import os
 
 import pytest
 
-from .processes import engine, environment, tail
+import eplb_plugin
+from tests.engines.compiled import choose_cache
+from tests.engines.forked import preload, run_forked
+
+from .processes import environment, tail
 
 # The suite of the package itself runs where no engine is installed; `make test-vllm` runs these.
 collect_ignore_glob = [] if importlib.util.find_spec("vllm") else ["test_*.py"]
+
+if not collect_ignore_glob:
+    choose_cache()
+    # Each rank computes on one core; vLLM can tell that only to processes that it starts, not to forked ones.
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 LIMIT = 420  # seconds of one engine, start included; many times what it takes
 
@@ -53,16 +62,25 @@ RESTLESS = {"enabled": True, "history": 1, "planner": {"move_price": 0.0, "min_g
 
 def drive(folder, scenario, ranks, **env):
     """What `drive.py` makes of a scenario, and the engine's log."""
-    (folder / "scenario.json").write_text(json.dumps(scenario))
     log, result = folder / "engine.log", folder / "result.json"
-    command = ["-m", "tests.engines.vllm.drive", str(folder / "scenario.json"), str(result)]
-    with engine(command, log, environment(ranks, folder, **env)) as process:
-        try:
-            code = process.wait(LIMIT)
-        except subprocess.TimeoutExpired:
-            pytest.fail(f"still running after {LIMIT} s\n{tail(log)}")
-    assert code == 0, tail(log)
+    env = environment(ranks, folder, **env)
+    status = run_forked(_drive, scenario, result, log=log, env=env, limit=LIMIT)
+    assert status is not None, f"still running after {LIMIT} s\n{tail(log)}"
+    assert status == 0, tail(log)
     return json.loads(result.read_text()) | {"log": log.read_text(errors="replace")}
+
+
+def _drive(scenario, result):
+    from . import drive
+
+    drive.main(scenario, result)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def prepared():
+    """Engines find the planner compiled and vLLM imported."""
+    eplb_plugin.warmup()
+    preload("tests.engines.vllm.drive")
 
 
 @pytest.fixture(scope="session")

@@ -1,21 +1,30 @@
-"""Runs one engine through a scenario: `python -m tests.engines.vllm.drive SCENARIO.json RESULT.json`."""
+"""Runs one engine through a scenario. Imported in the process that engines are forked from."""
 
 import json
-import sys
+import multiprocessing
 from pathlib import Path
 
-NEW_TOKENS = 24
-PROMPTS = [[(37 * n + 11 * k * k) % 500 + 2 for k in range(12)] for n in range(8)]
+# What an engine's processes would import one by one. Without the planner's numba: vLLM's workers look through
+# all modules when they start, and fail on llvmlite's.
+import vllm.distributed.eplb.async_worker
+import vllm.model_executor.models.qwen3_moe
+import vllm.v1.engine.coordinator
+import vllm.v1.engine.core
+import vllm.v1.engine.utils
+import vllm.v1.executor.multiproc_executor
+import vllm.v1.worker.cpu_worker
+from vllm import LLM, SamplingParams
 
+from . import worker_checks  # noqa: F401
+from .prompts import NEW_TOKENS, PROMPTS, traffic
 
-def traffic(number):
-    """Other prompts, made of few tokens, so that the load of the experts changes from round to round."""
-    return [[(17 * number + 5 * n + k % 3) % 500 + 2 for k in range(16)] for n in range(8)]
+# vLLM forks its processes on GPUs; on CPUs it starts interpreters, and each imports all of it again, for many
+# seconds. `test_server.py` has those, too.
+for module in (vllm.v1.engine.coordinator, vllm.v1.engine.utils, vllm.v1.executor.multiproc_executor):
+    module.get_mp_context = lambda: multiprocessing.get_context("fork")
 
 
 def main(scenario, result_path):
-    from vllm import LLM, SamplingParams
-
     llm = LLM(**scenario["llm"])
     sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
 
@@ -42,7 +51,5 @@ def main(scenario, result_path):
             after["report"] = llm.collective_rpc("eplb_plugin_report")
         result["steps"][name] = {"rounds": rounds, **after}
     result_path.write_text(json.dumps(result))
-
-
-if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))
+    # Its processes do not end by themselves in the time that vLLM gives them.
+    llm.llm_engine.engine_core.shutdown(timeout=1)

@@ -23,8 +23,6 @@ def environment(ranks: int, folder: Path, **more: str) -> dict[str, str]:
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "|".join(str(cores[rank % len(cores)]) for rank in range(ranks)),
         "WORKER_CHECKS_FOLDER": str(folder),
-        # Environments with another numba, working on the same checkout, must not write into one cache.
-        "NUMBA_CACHE_DIR": str(Path(sys.prefix) / "numba"),
         **more,
     }
 

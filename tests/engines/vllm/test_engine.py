@@ -8,21 +8,19 @@ from .conftest import LIMIT, RESTLESS, drive, eplb_arguments, llm_arguments
 pytestmark = pytest.mark.timeout(2 * LIMIT)
 
 FAULTS = ("raises", "wrong", "differs", "slow")
+EVERY = {"traffic": True, "report": True}
 STEPS = [
-    {"name": "serving", "before": [["watch"]], "rounds": 8, "traffic": True, "report": True},
+    {"name": "serving", "before": [["watch"]], "rounds": 4, **EVERY},
     *(
-        {"name": how, "before": [["break_planner", how]], "rounds": 2, "traffic": True, "report": True}
-        if n == 0
-        else {
+        {
             "name": how,
-            "before": [["mend_planner"], ["break_planner", how]],
-            "rounds": 2,
-            "traffic": True,
-            "report": True,
+            "before": [*([["mend_planner"]] if n else []), ["break_planner", how]],
+            "rounds": 1,
+            **EVERY,
         }
         for n, how in enumerate(FAULTS)
     ),
-    {"name": "mended", "before": [["mend_planner"]], "rounds": 2, "traffic": True, "report": True},
+    {"name": "mended", "before": [["mend_planner"]], "rounds": 1, **EVERY},
     # The engine is wrong from here on.
     {"name": "control", "before": [["commit_without_moving"]], "rounds": 1},
 ]
@@ -133,7 +131,7 @@ def test_it_says_what_it_does(served):
 def test_four_ranks(model, expected, tmp_path):
     arguments = llm_arguments(model, 4, **eplb_arguments(use_async=True))
     arguments["additional_config"] = {"eplb_plugin": RESTLESS}
-    steps = [{"name": "serving", "before": [["watch"]], "rounds": 5, "traffic": True, "report": True}]
+    steps = [{"name": "serving", "before": [["watch"]], "rounds": 3, **EVERY}]
     result = drive(tmp_path, {"llm": arguments, "steps": steps, "watched": str(tmp_path)}, 4)
     step = result["steps"]["serving"]
     assert all(tokens == expected for tokens in step["rounds"])

@@ -12,25 +12,29 @@ import pytest
 from tests.series import fetch
 
 from .conftest import LIMIT, RESTLESS, eplb_arguments, llm_arguments
-from .drive import NEW_TOKENS, PROMPTS
 from .processes import engine, environment, tail
+from .prompts import NEW_TOKENS, PROMPTS
 
 pytestmark = pytest.mark.timeout(2 * LIMIT)
 
 REQUESTS = 256
 CONCURRENCY = 32
+# One as users start it; the other spares the imports of six processes.
 LAYOUTS = {
-    "tensor": ["--tensor-parallel-size", "2"],
-    "data": ["--data-parallel-size", "2", "--all2all-backend", "allgather_reducescatter"],
+    "tensor": ("vllm.entrypoints.openai.api_server", ["--tensor-parallel-size", "2"]),
+    "data": (
+        "tests.engines.vllm.serve",
+        ["--data-parallel-size", "2", "--all2all-backend", "allgather_reducescatter"],
+    ),
 }
 
 
-def command_line(model, port):
+def command_line(module, model, port):
     """The server with the arguments that the offline engine gets, EPLB asynchronous."""
     arguments = llm_arguments(model) | eplb_arguments(use_async=True)
     for name in ("model", "skip_tokenizer_init", "tensor_parallel_size", "enable_prefix_caching"):
         del arguments[name]
-    line = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", "tiny"]
+    line = ["-m", module, "--model", str(model), "--served-model-name", "tiny"]
     line += ["--host", "127.0.0.1", "--port", str(port), "--no-enable-prefix-caching"]
     line += ["--additional-config", json.dumps({"eplb_plugin": RESTLESS | {"metrics": True}})]
     for name, value in arguments.items():
@@ -105,7 +109,8 @@ def test_all_answers_are_right_during_rearrangements(layout, model, expected, tm
     series.mkdir()
     # The first is for the calls of worker methods.
     env = environment(2, tmp_path, VLLM_SERVER_DEV_MODE="1", PROMETHEUS_MULTIPROC_DIR=str(series))
-    with engine([*command_line(model, port), *LAYOUTS[layout]], log, env) as process:
+    module, parallel = LAYOUTS[layout]
+    with engine([*command_line(module, model, port), *parallel], log, env) as process:
         wait_until_healthy(port, process, log)
         call_workers(port, "watch")
         try:
