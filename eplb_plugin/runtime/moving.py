@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 import torch
 
+from ..errors import TransferError
 from .crossing import Crossing
 from .hops import Hop, plan_hops
 from .pace import Pace
@@ -87,8 +89,8 @@ class Move:
             self._pace.rest()
             for layer, reason in impossible.items():
                 keep(layer, reason)
-            for hop in hops:
-                bad = self._cross(hop)
+            for hop, crossing in zip(hops, self._prepare(hops), strict=True):
+                bad = self._cross(crossing)
                 if bad is not None:
                     slots, given_up = self.damage.trace_back(bad, self.now)
                     for layer in given_up:
@@ -99,12 +101,38 @@ class Move:
             else:
                 return
 
-    def _cross(self, hop: Hop) -> list[tuple[int, int]] | None:
+    def _prepare(self, hops: Sequence[Hop]) -> list[Crossing]:
+        """All ranks: one vote for all hops, that no rank lacks the memory to send and receive.
+
+        Otherwise some would send what others never receive. What fails later is put to the vote of its hop.
+        """
+        if not hops:
+            return []
+        parts = self._parts
+        self._enter("stage")
+        start = time.perf_counter()
+
+        def lay_out() -> list[Crossing]:
+            crossings = []
+            for hop in hops:
+                self._crossings += 1
+                name = f"hop {self._crossings} in rebalance {self._number}"
+                crossings.append(Crossing(hop, name, parts, self.damage, self._pace, self._enter))
+            device = parts.weights.device or parts.channels.data.device
+            buffer = parts.staging.reserve(max(crossing.staged_bytes for crossing in crossings), device)
+            for crossing in crossings:
+                crossing.lay_out(buffer[: crossing.staged_bytes])
+                self._pace.rest()
+            return crossings
+
+        phase = f"preparing to move weights in rebalance {self._number}"
+        crossings = parts.channels.control.attempt(phase, lay_out, TransferError)
+        self.transfer_seconds += time.perf_counter() - start
+        return crossings
+
+    def _cross(self, crossing: Crossing) -> list[tuple[int, int]] | None:
         """All ranks: None when it is done; else nothing has changed, since experts arrived damaged on some
         rank: where those on this rank came from."""
-        self._crossings += 1
-        name = f"hop {self._crossings} in rebalance {self._number}"
-        crossing = Crossing(hop, name, self._parts, self.damage, self._pace, self._enter)
         crossing.stage(self._num_logical)
         done = crossing.commit(self._switch)
         self.transfer_seconds += crossing.transfer_seconds

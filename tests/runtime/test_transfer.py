@@ -61,7 +61,8 @@ def carry(
     for hop in hops:
         transfer = Transfer(hop, weights, topology, group.rank, piece)
         assert transfer.num_bytes == int(hop.staged[group.rank])
-        transfer.prepare(staging.reserve(transfer.num_bytes, torch.device("cpu")))
+        transfer.lay_out(staging.reserve(transfer.num_bytes, torch.device("cpu")))
+        transfer.fill()
         transfer.start(transport)
         transfer.finish(transport)
         for layer in hop.layers:
