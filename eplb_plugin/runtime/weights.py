@@ -101,6 +101,9 @@ class ExpertWeights:
                 seen[row.data_ptr()] = name
                 rows.append(row)
             self.rows.append(rows)
+        # Asked for again and again, for every layer of a hop and every expert that moves.
+        self._staged = [sum(padded(row) for row in rows) for rows in self.rows]
+        self._packed = [sum(padded(row) for row in rows if is_packed(row)) for rows in self.rows]
         self.device = device
         """Where the weights are; None when there are none."""
         self.signature = "\n".join(described)
@@ -116,11 +119,11 @@ class ExpertWeights:
 
     def staged_bytes(self, layer: int) -> int:
         """Bytes that one expert of the layer takes up in a staging buffer."""
-        return sum(padded(row) for row in self.rows[layer])
+        return self._staged[layer]
 
     def packed_bytes(self, layer: int) -> int:
         """Those of them that share a message with others, which takes up memory where they are sent from."""
-        return sum(padded(row) for row in self.rows[layer] if is_packed(row))
+        return self._packed[layer]
 
 
 def padded(row: torch.Tensor) -> int:
