@@ -69,14 +69,9 @@ class Transfer:
         sending = sends.source_rank == rank
         self._outgoing = _lists(sending, sends.rank, sends.layer, sends.source_slot, rounds)
         receiving = sends.rank == rank
+        numbers = torch.arange(plan.num_sends)
         self._incoming = _lists(
-            receiving,
-            sends.source_rank,
-            sends.layer,
-            sends.expert,
-            sends.source_slot,
-            rounds,
-            torch.arange(plan.num_sends),
+            receiving, sends.source_rank, sends.layer, sends.expert, sends.source_slot, rounds, numbers
         )
         # One entry per slot that a send fills.
         self._targets: dict[int, list[int]] = defaultdict(list)
@@ -247,4 +242,4 @@ def _spaces(
 
 def _lists(chosen: torch.Tensor, *fields: torch.Tensor) -> list[list[int]]:
     """The chosen entries of several fields, one list per entry."""
-    return torch.stack([field[chosen].to(torch.int64) for field in fields], 1).tolist()
+    return torch.stack([field.to(torch.int64) for field in fields], 1)[chosen].tolist()
