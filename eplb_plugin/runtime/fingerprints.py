@@ -101,7 +101,7 @@ def fingerprint_experts(experts: Sequence[Sequence[torch.Tensor]], coverage: Cov
     # What was sampled is small: many experts in one go cost little more than one.
     found = torch.zeros(len(experts), dtype=torch.int64)
     for alike, samples in sample_experts(experts):
-        found[alike] = fingerprint_rows([samples], "all").cpu()
+        found.index_copy_(0, torch.tensor(alike), fingerprint_rows([samples], "all").cpu())
     return found
 
 

@@ -76,14 +76,14 @@ def mixed(count: int, stream: int) -> np.ndarray[tuple[int], np.dtype[np.uint64]
 def _gather(rows: Sequence[torch.Tensor]) -> torch.Tensor:
     """uint8 [rows, 4 KiB at most]: samples of rows, uint8 [bytes], of one size in one storage."""
     row, device = rows[0], rows[0].device
-    if not all(is_aligned(row) for row in rows):
+    first = [int(row.storage_offset()) for row in rows]
+    if not is_aligned(row) or any(place % WORD for place in first):
         chosen = sampled_bytes(row.numel(), device) if row.numel() > _SAMPLES * WORD else None
         return torch.stack([row if chosen is None else row.index_select(0, chosen) for row in rows])
     memory = row.untyped_storage()
     words = torch.empty(0, dtype=torch.int32, device=device)
     words.set_(memory, 0, (memory.nbytes() // WORD,), (1,))
-    first = torch.tensor([row.storage_offset() // WORD for row in rows], device=device)
-    places = first[:, None] + _words(row.numel(), device)
+    places = torch.tensor(first, device=device)[:, None] // WORD + _words(row.numel(), device)
     return words.index_select(0, places.flatten()).view(torch.uint8).view(len(rows), -1)
 
 
