@@ -20,7 +20,7 @@ __all__ = ["Crossing"]
 
 
 class Crossing:
-    """All ranks call `lay_out`, and once it is known to have worked on all of them `stage`, then `commit`.
+    """All ranks call `lay_out`, then `stage`, then `commit`.
 
     Args:
         hop: the same on every rank.
@@ -69,16 +69,17 @@ class Crossing:
         """Take the staging memory, uint8 [staged_bytes]. Nothing is read or written yet."""
         self._transfer.lay_out(buffer)
 
-    def stage(self, num_logical: int) -> None:
+    def stage(self, num_logical: int, agreed: Callable[[], object]) -> None:
         """Get the weights into the staging memory, and compare them with their fingerprints.
 
         What fails on this rank is put to the vote of `commit`: the others have messages under way.
 
         Args:
             num_logical: experts of a layer.
+            agreed: called before anything is sent; raises where that must not happen.
 
         Raises:
-            RankLostError: another rank does not answer.
+            RankLostError: another rank does not answer. What `agreed` raises.
         """
         self._enter("stage")
         start = time.perf_counter()
@@ -97,6 +98,7 @@ class Crossing:
             self.bad = self._damage.arrived_damaged(transfer.arrivals, pace.rest)
 
         self._attempt(lambda: transfer.fill(pace.rest))
+        agreed()
         transfer.start(transport)
         self._attempt(tables)
         transfer.finish(transport, parts.order.settle, after)
