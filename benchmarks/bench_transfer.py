@@ -3,11 +3,11 @@
     python benchmarks/bench_transfer.py [--ranks 2] [--repeats 15]
 
 Raw leaves the bytes in a buffer, and so does the staging of ours: laying out the buffer, a vote, the messages
-and the fingerprints of what arrived. The whole way is all that a rebalance does between its plan and its end:
-planning hops, staging, the vote and the decision in the store, and writing from the buffer to the slots. Raw
-and ours alternate in one run over gloo, and so does writing to the slots by itself, which no raw transfer
-includes: raw and that, one after the other, bound the whole way. Small moves vary most and are repeated more
-often. Prints a table and one line of JSON.
+and the fingerprints of what arrived. Ranks begin with either when all have met. The whole way is all that a
+rebalance does between its plan and its end: planning hops, staging, the vote and the decision in the store,
+and writing from the buffer to the slots. Raw and ours alternate in one run over gloo, and so does writing to
+the slots by itself, which no raw transfer includes: raw and that, one after the other, bound the whole way.
+Small moves vary most and are repeated more often. Prints a table and one line of JSON.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from eplb_plugin.runtime.pace import AtOnce
 from eplb_plugin.runtime.weights import ExpertWeights
 
 SLOTS_PER_RANK = 8
-MOVED = 1.2e9  # bytes per rank and case that are moved at least, however few a move has
+MOVED = 4e9  # bytes per rank and case that are moved at least, however few a move has
 CASES = [
     # layers, KiB of an expert's largest tensor, staging MiB
     (4, 256, 64),
@@ -80,6 +80,16 @@ def copies(weights: ExpertWeights, received: list[list[torch.Tensor]]) -> Callab
     return run
 
 
+def together(phase: str) -> None:
+    """Ranks begin to stage at once, as they begin with raw: one does not wait for the plan of another."""
+    if phase == "stage":
+        dist.barrier()
+
+
+def apart(phase: str) -> None:
+    """Nobody waits but for what a rebalance waits for."""
+
+
 def measure(rank: int, send: Callable[[Any], None], ranks: int, repeats: int) -> None:
     """Sends, from the first rank, (case, seconds by what they were for, staging bytes, bytes per rank)."""
     for case in CASES:
@@ -99,10 +109,11 @@ def measure(rank: int, send: Callable[[Any], None], ranks: int, repeats: int) ->
         times: dict[str, list[float]] = {"raw": [], "staging": [], "whole": [], "copy": []}
         num_bytes = layers * SLOTS_PER_RANK // 2 * parts.weights.expert_bytes(0)
         for repeat in range(max(repeats, round(MOVED / num_bytes)) + 1):
-            for name in ("raw", "whole", "copy"):
+            for turn, name in enumerate(times):
                 old = balancer.placement
                 now = old.physical_to_logical.clone()
-                move = Move(parts, repeat, now, old.num_logical, AtOnce(), lambda phase: None)
+                enter = together if name == "staging" else apart
+                move = Move(parts, len(times) * repeat + turn, now, old.num_logical, AtOnce(), enter)
                 goal = rotate(old, ranks).physical_to_logical
                 dist.barrier()
                 start = time.perf_counter()
@@ -112,13 +123,12 @@ def measure(rank: int, send: Callable[[Any], None], ranks: int, repeats: int) ->
                     copy()
                 else:
                     move.run(goal)
-                seconds = torch.tensor([time.perf_counter() - start, move.transfer_seconds])
+                passed = move.transfer_seconds if name == "staging" else time.perf_counter() - start
                 # Of the rank that took longest; this itself is not measured.
+                seconds = torch.tensor([passed])
                 dist.all_reduce(seconds, dist.ReduceOp.MAX)
                 if repeat:
                     times[name].append(float(seconds[0]))
-                    if name == "whole":
-                        times["staging"].append(float(seconds[1]))
         used = parts.staging.num_bytes
         assert used <= staging_mib << 20
         balancer.close()
