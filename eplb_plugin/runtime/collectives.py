@@ -91,12 +91,7 @@ class RankGroup:
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """[ranks, ...]: the tensors of all ranks, of one shape."""
-        group = self._connected()
-        if group is None:
-            return tensor.unsqueeze(0)
-        parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        answered("exchange", lambda: group.allgather([parts], [tensor.contiguous()]).wait())
-        return torch.stack(parts)
+        return self._begin_all_gather(tensor)()
 
     def collect(self, value: _T) -> list[_T]:
         """The values of all ranks: anything that can be pickled."""
@@ -135,20 +130,43 @@ class RankGroup:
                 rank where it is one of this package.
             RankLostError: some rank is in another phase, so that nothing more can be agreed on.
         """
+        return self.begin_vote(phase, error, value, raises)()
+
+    def begin_vote(
+        self,
+        phase: str,
+        error: Exception | None = None,
+        value: int = 0,
+        raises: type[EplbError] = EplbError,
+    ) -> Callable[[], list[int]]:
+        """Give this rank's vote, and do something else while those of the others are on their way.
+
+        Returns:
+            Gives and raises what `vote` does. To be called before any other method.
+        """
         message = torch.tensor([fingerprint(phase), int(error is not None), value], device=self.device)
-        votes = self.all_gather(message).tolist()
-        if len({vote[0] for vote in votes}) > 1:
-            raise RankLostError(
-                f"ranks are not all in the phase {phase!r}: steps were called unequally often"
-            )
-        if any(vote[1] for vote in votes):
-            cause = None if error is None else f"{type(error).__name__}: {error}"
-            causes = [f"rank {r}: {text}" for r, text in enumerate(self.collect(cause)) if text is not None]
-            kind = type(error) if isinstance(error, EplbError) else raises
-            raise kind(
-                f"{phase} failed on {len(causes)} of {self.size} ranks: {'; '.join(causes)}"
-            ) from error
-        return [vote[2] for vote in votes]
+        all_votes = self._begin_all_gather(message)
+
+        def count() -> list[int]:
+            votes = all_votes().tolist()
+            if len({vote[0] for vote in votes}) > 1:
+                raise RankLostError(
+                    f"ranks are not all in the phase {phase!r}: steps were called unequally often"
+                )
+            if any(vote[1] for vote in votes):
+                cause = None if error is None else f"{type(error).__name__}: {error}"
+                causes = [
+                    f"rank {rank}: {text}"
+                    for rank, text in enumerate(self.collect(cause))
+                    if text is not None
+                ]
+                kind = type(error) if isinstance(error, EplbError) else raises
+                raise kind(
+                    f"{phase} failed on {len(causes)} of {self.size} ranks: {'; '.join(causes)}"
+                ) from error
+            return [vote[2] for vote in votes]
+
+        return count
 
     def attempt(self, phase: str, action: Callable[[], _T], raises: type[EplbError] = EplbError) -> _T:
         """Run `action` on every rank, and raise on all as `vote` does if it fails on any.
@@ -162,6 +180,20 @@ class RankGroup:
             error = caught
         self.vote(phase, error, raises=raises)
         return cast(_T, result)
+
+    def _begin_all_gather(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """As `all_gather`, which waits when the result is called."""
+        group = self._connected()
+        if group is None:
+            return lambda: tensor.unsqueeze(0)
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        work = answered("exchange", lambda: group.allgather([parts], [tensor.contiguous()]))
+
+        def wait() -> torch.Tensor:
+            answered("exchange", work.wait)
+            return torch.stack(parts)
+
+        return wait
 
     def _connected(self) -> AnyGroup:
         """The group, or None for a lone rank. A group that was closed has no lone rank's say."""

@@ -20,7 +20,7 @@ __all__ = ["Crossing"]
 
 
 class Crossing:
-    """All ranks call `stage`, then `commit`.
+    """All ranks call `lay_out`, then `stage`, then `commit`.
 
     Args:
         hop: the same on every rank.
@@ -60,15 +60,26 @@ class Crossing:
         self.num_bytes = sum(parts.weights.expert_bytes(layer) for layer in self._transfer.sends)
         self.transfer_seconds = self.commit_seconds = 0.0
 
-    def stage(self, num_logical: int) -> None:
-        """Get the weights into the staging buffers, and compare them with their fingerprints.
+    @property
+    def staged_bytes(self) -> int:
+        """Staging memory that it takes up on this rank."""
+        return self._transfer.num_bytes
+
+    def lay_out(self, buffer: torch.Tensor) -> None:
+        """Take the staging memory, uint8 [staged_bytes]. Nothing is read or written yet."""
+        self._transfer.lay_out(buffer)
+
+    def stage(self, num_logical: int, agreed: Callable[[], object]) -> None:
+        """Get the weights into the staging memory, and compare them with their fingerprints.
+
+        What fails on this rank is put to the vote of `commit`: the others have messages under way.
 
         Args:
             num_logical: experts of a layer.
+            agreed: called before anything is sent; raises where that must not happen.
 
         Raises:
-            TransferError: on all ranks, when one of them could not prepare for it. RankLostError: another
-                rank does not answer.
+            RankLostError: another rank does not answer. What `agreed` raises.
         """
         self._enter("stage")
         start = time.perf_counter()
@@ -76,28 +87,23 @@ class Crossing:
         transport = parts.channels.data
         parts.order.catch_up()
 
-        def prepare() -> None:
-            device = parts.weights.device or transport.device
-            transfer.prepare(parts.staging.reserve(transfer.num_bytes, device), pace.rest)
+        def tables() -> None:
+            self._tables = parts.tables.prepare(Placement(self._hop.after, num_logical), self._hop.layers)
 
         def after(num_bytes: int, seconds: float) -> None:
             pace.moved(num_bytes, seconds)
             pace.rest()
 
-        phase = f"staging expert weights, {self._name}"
-        parts.channels.control.attempt(phase, prepare, TransferError)
+        def compare() -> None:
+            self.bad = self._damage.arrived_damaged(transfer.arrivals, pace.rest)
+
+        self._attempt(lambda: transfer.fill(pace.rest))
+        agreed()
         transfer.start(transport)
-        # What fails from here on is put to the vote with what arrives, since messages are under way.
-        try:
-            self._tables = parts.tables.prepare(Placement(self._hop.after, num_logical), self._hop.layers)
-        except Exception as caught:  # every kind, since the other ranks wait
-            self._error = caught
+        self._attempt(tables)
         transfer.finish(transport, parts.order.settle, after)
         parts.order.settle()
-        try:
-            self.bad = self._damage.arrived_damaged(transfer.arrivals, pace.rest)
-        except Exception as caught:
-            self._error = self._error or caught
+        self._attempt(compare)
         self.transfer_seconds += time.perf_counter() - start
 
     def commit(self, switch: Callable[[int, torch.Tensor, tuple[torch.Tensor, torch.Tensor]], None]) -> bool:
@@ -126,6 +132,12 @@ class Crossing:
         size, layers = self._parts.options.commit_layers, self._hop.layers
         groups = [layers[at : at + size] for at in range(0, len(layers), size)]
         return self._agree_on([partial(write, group) for group in groups])
+
+    def _attempt(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as caught:  # every kind, since the other ranks wait
+            self._error = self._error or caught
 
     def _agree_on(self, commits: Sequence[Callable[[], None]]) -> bool:
         """All ranks: have `commits` done from the same step on, if all are ready; whether that was done."""

@@ -21,7 +21,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import compress, pairwise
 from typing import Literal
 
 import numpy as np
@@ -30,6 +30,7 @@ import torch
 from ..placement import Placement
 from ..topology import Topology
 from .collectives import RankGroup
+from .samples import WORD, is_aligned, mixed, sample, sample_experts
 from .staging import Arrival
 from .weights import ExpertWeights
 
@@ -40,10 +41,8 @@ Coverage = Literal["sampled", "all"]
 
 _logger = logging.getLogger(__name__)
 
-_WORD = 4
 _BLOCK = 16 * 1024  # words
 _AT_ONCE = 32  # blocks whose products are in memory together: 4 MiB
-_SAMPLES = 1024  # words
 _TOLD = 5
 
 
@@ -66,8 +65,8 @@ def fingerprint_rows(rows: Sequence[torch.Tensor], coverage: Coverage) -> torch.
         parts = ([row[first : first + _AT_ONCE] for row in rows] for first in range(0, count, _AT_ONCE))
         return torch.cat([fingerprint_rows(part, coverage) for part in parts])
     if coverage == "sampled":
-        rows = [torch.cat([_sample(row) for row in rows], 1)]
-    num_blocks = sum(-(-row.shape[1] // (_BLOCK * _WORD)) for row in rows)
+        rows = [torch.cat([sample(row) for row in rows], 1)]
+    num_blocks = sum(-(-row.shape[1] // (_BLOCK * WORD)) for row in rows)
     of_word = _multipliers(_BLOCK, 1, device)
     of_block = _multipliers(1 << num_blocks.bit_length(), 2, device)
     total = torch.zeros(count, dtype=torch.int64, device=device)
@@ -101,10 +100,8 @@ def fingerprint_experts(experts: Sequence[Sequence[torch.Tensor]], coverage: Cov
         return torch.cat(each).cpu() if each else torch.zeros(0, dtype=torch.int64)
     # What was sampled is small: many experts in one go cost little more than one.
     found = torch.zeros(len(experts), dtype=torch.int64)
-    samples = [torch.cat([_sample(row.unsqueeze(0))[0] for row in rows]) for rows in experts]
-    for width in {sample.numel() for sample in samples}:
-        alike = [index for index, sample in enumerate(samples) if sample.numel() == width]
-        found[alike] = fingerprint_rows([torch.stack([samples[index] for index in alike])], "all").cpu()
+    for alike, samples in sample_experts(experts):
+        found.index_copy_(0, torch.tensor(alike), fingerprint_rows([samples], "all").cpu())
     return found
 
 
@@ -178,14 +175,17 @@ class ExpertFingerprints:
             arrivals: of any layers, on one device.
             rest: called between pieces of work.
         """
-        wrong = []
-        known = [arrival for arrival in arrivals if self.known[arrival.layer, arrival.expert]]
-        for first in range(0, len(known), _AT_ONCE):
-            some = known[first : first + _AT_ONCE]
+        wrong: list[Arrival] = []
+        places = torch.tensor([(arrival.layer, arrival.expert) for arrival in arrivals], dtype=torch.int64)
+        layers, experts = places.view(-1, 2).unbind(1)
+        known = self.known[layers, experts]
+        looked_at = list(compress(arrivals, known.tolist()))
+        expected = self.table[layers, experts][known]
+        for first in range(0, len(looked_at), _AT_ONCE):
+            some = looked_at[first : first + _AT_ONCE]
             found = fingerprint_experts([arrival.rows for arrival in some], self.coverage)
-            layers, experts = [arrival.layer for arrival in some], [arrival.expert for arrival in some]
-            differs = found != self.table[layers, experts]
-            wrong += [arrival for arrival, bad in zip(some, differs.tolist(), strict=True) if bad]
+            differs = found != expected[first : first + _AT_ONCE]
+            wrong += compress(some, differs.tolist())
             rest()
         return wrong
 
@@ -223,7 +223,7 @@ class ExpertFingerprints:
 
 def _pieces(row: torch.Tensor, blocks: int) -> Iterator[torch.Tensor]:
     """Cut [n, bytes] into runs of whole blocks, `blocks` at most, and what is left over."""
-    block = _BLOCK * _WORD
+    block = _BLOCK * WORD
     whole = row.shape[1] // block * block
     for first, last in pairwise([*range(0, whole, blocks * block), whole, row.shape[1]]):
         if first < last:
@@ -233,61 +233,14 @@ def _pieces(row: torch.Tensor, blocks: int) -> Iterator[torch.Tensor]:
 def _words(piece: torch.Tensor) -> torch.Tensor:
     """int32 [n, words]: the bytes themselves where they are aligned, else a copy, filled up with zeros."""
     count, num_bytes = piece.shape
-    if not _is_aligned(piece):
-        padded = piece.new_zeros(count, -(-num_bytes // _WORD) * _WORD)
+    if not is_aligned(piece):
+        padded = piece.new_zeros(count, -(-num_bytes // WORD) * WORD)
         padded[:, :num_bytes] = piece
         piece = padded
     return piece.view(torch.int32)
 
 
-def _sample(row: torch.Tensor) -> torch.Tensor:
-    """uint8 [n, 4 KiB at most]: the bytes of a tensor that "sampled" covers."""
-    count, num_bytes = row.shape
-    if num_bytes <= _SAMPLES * _WORD:
-        return row
-    chosen, values = _sampled_bytes(num_bytes, row.device), row
-    if _is_aligned(row):
-        chosen, values = _sampled_words(num_bytes, row.device), row.view(torch.int32)
-    # Of one row, torch gathers several times faster without its first dimension.
-    if count == 1:
-        return values[0].index_select(0, chosen).view(torch.uint8).unsqueeze(0)
-    return values.index_select(1, chosen).view(torch.uint8)
-
-
-def _is_aligned(row: torch.Tensor) -> bool:
-    """Whether uint8 [n, bytes] can be read as words where it is."""
-    where = (row.shape[1], row.stride(0), row.storage_offset(), row.data_ptr())
-    return not any(value % _WORD for value in where)
-
-
-@lru_cache(maxsize=256)
-def _sampled_bytes(num_bytes: int, device: torch.device) -> torch.Tensor:
-    """int64 [4096], the positions of 1024 words: the first, the last, and one anywhere in each cell between.
-
-    Positions at equal distances could all fall into the same few columns of a matrix.
-    """
-    edges = np.arange(_SAMPLES + 1) * (num_bytes // _WORD) // _SAMPLES
-    start, length = edges[:-1], np.diff(edges)
-    first = (start + (_mixed(_SAMPLES, 3) >> np.uint64(1)).astype(np.int64) % length) * _WORD
-    first[0], first[-1] = 0, num_bytes - _WORD
-    return torch.from_numpy((first[:, None] + np.arange(_WORD)).flatten()).to(device)
-
-
-@lru_cache(maxsize=256)
-def _sampled_words(num_bytes: int, device: torch.device) -> torch.Tensor:
-    """int64 [1024]: the same words of a tensor that consists of whole ones, counted in words."""
-    return _sampled_bytes(num_bytes, device)[::_WORD] // _WORD
-
-
 @lru_cache(maxsize=64)
 def _multipliers(count: int, stream: int, device: torch.device) -> torch.Tensor:
     """int64 [count], odd, the same on every machine."""
-    return torch.from_numpy((_mixed(count, stream) | np.uint64(1)).view(np.int64)).to(device)
-
-
-def _mixed(count: int, stream: int) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
-    """uint64 [count]: SplitMix64 (Steele, Lea and Flood 2014) of consecutive numbers; a range per stream."""
-    x = (np.arange(1, count + 1, dtype=np.uint64) + np.uint64(stream << 40)) * np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    return torch.from_numpy((mixed(count, stream) | np.uint64(1)).view(np.int64)).to(device)

@@ -98,7 +98,7 @@ def staged_bytes(
     """
     ranks = topology.num_ranks
     received, staged, sent = (
-        torch.zeros(len(layers) * ranks, dtype=torch.int64).index_add_(0, key, torch.ones_like(key))
+        torch.bincount(key, minlength=len(layers) * ranks).view(-1, ranks)
         for key in (
             plan.sends.layer * ranks + plan.sends.rank,
             (plan.copies.layer * ranks + plan.copies.rank)[plan.copies.staged],
@@ -107,7 +107,7 @@ def staged_bytes(
     )
     row = torch.tensor([weights.staged_bytes(layer) for layer in layers])
     packed = torch.tensor([weights.packed_bytes(layer) for layer in layers])
-    return (received + staged).view(-1, ranks) * row[:, None] + sent.view(-1, ranks) * packed[:, None]
+    return (received + staged) * row[:, None] + sent * packed[:, None]
 
 
 def _parts(

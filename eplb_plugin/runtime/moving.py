@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 import torch
 
+from ..errors import TransferError
 from .crossing import Crossing
 from .hops import Hop, plan_hops
 from .pace import Pace
@@ -87,8 +89,10 @@ class Move:
             self._pace.rest()
             for layer, reason in impossible.items():
                 keep(layer, reason)
-            for hop in hops:
-                bad = self._cross(hop)
+            crossings, agreed = self._prepare(hops)
+            for hop, crossing in zip(hops, crossings, strict=True):
+                bad = self._cross(crossing, agreed)
+                agreed = _nothing
                 if bad is not None:
                     slots, given_up = self.damage.trace_back(bad, self.now)
                     for layer in given_up:
@@ -99,13 +103,44 @@ class Move:
             else:
                 return
 
-    def _cross(self, hop: Hop) -> list[tuple[int, int]] | None:
+    def _prepare(self, hops: Sequence[Hop]) -> tuple[list[Crossing], Callable[[], object]]:
+        """All ranks: one vote for all hops, that no rank lacks the memory to send and receive.
+
+        Otherwise some would send what others never receive. What fails later is put to the vote of its hop.
+
+        Returns:
+            A crossing for each hop; and what to call before anything is sent, which counts the votes.
+        """
+        if not hops:
+            return [], _nothing
+        parts = self._parts
+        self._enter("stage")
+        start = time.perf_counter()
+        crossings: list[Crossing] = []
+        error = None
+        try:
+            for hop in hops:
+                self._crossings += 1
+                name = f"hop {self._crossings} in rebalance {self._number}"
+                crossings.append(Crossing(hop, name, parts, self.damage, self._pace, self._enter))
+            device = parts.weights.device or parts.channels.data.device
+            buffer = parts.staging.reserve(max(crossing.staged_bytes for crossing in crossings), device)
+            for crossing in crossings:
+                crossing.lay_out(buffer[: crossing.staged_bytes])
+                self._pace.rest()
+        except Exception as caught:  # every kind, since the other ranks wait
+            error = caught
+        phase = f"preparing to move weights in rebalance {self._number}"
+        agreed = parts.channels.control.begin_vote(phase, error, raises=TransferError)
+        if error is not None:
+            agreed()  # which raises
+        self.transfer_seconds += time.perf_counter() - start
+        return crossings, agreed
+
+    def _cross(self, crossing: Crossing, agreed: Callable[[], object]) -> list[tuple[int, int]] | None:
         """All ranks: None when it is done; else nothing has changed, since experts arrived damaged on some
         rank: where those on this rank came from."""
-        self._crossings += 1
-        name = f"hop {self._crossings} in rebalance {self._number}"
-        crossing = Crossing(hop, name, self._parts, self.damage, self._pace, self._enter)
-        crossing.stage(self._num_logical)
+        crossing.stage(self._num_logical, agreed)
         done = crossing.commit(self._switch)
         self.transfer_seconds += crossing.transfer_seconds
         self.commit_seconds += crossing.commit_seconds
@@ -118,3 +153,7 @@ class Move:
     def _switch(self, layer: int, row: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> None:
         self.now[layer] = row
         self._parts.switch(layer, row, tables)
+
+
+def _nothing() -> None:
+    """There is nothing to agree on."""

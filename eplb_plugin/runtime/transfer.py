@@ -69,14 +69,9 @@ class Transfer:
         sending = sends.source_rank == rank
         self._outgoing = _lists(sending, sends.rank, sends.layer, sends.source_slot, rounds)
         receiving = sends.rank == rank
+        numbers = torch.arange(plan.num_sends)
         self._incoming = _lists(
-            receiving,
-            sends.source_rank,
-            sends.layer,
-            sends.expert,
-            sends.source_slot,
-            rounds,
-            torch.arange(plan.num_sends),
+            receiving, sends.source_rank, sends.layer, sends.expert, sends.source_slot, rounds, numbers
         )
         # One entry per slot that a send fills.
         self._targets: dict[int, list[int]] = defaultdict(list)
@@ -93,18 +88,21 @@ class Transfer:
         )
         self.arrivals: list[Arrival] = []
         self._writes: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
+        # What to copy to where, in pieces of work.
+        self._fills: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
+        # Of each tensor of a layer, its slots.
+        self._slots: dict[int, list[tuple[torch.Tensor, ...]]] = {}
         # By round and part of it.
         self._rounds: dict[tuple[int, int], _Round] = defaultdict(_Round)
         self._waiting: list[_Round] = []
         self._in_flight = InFlight()
         self._started = 0.0
 
-    def prepare(self, buffer: torch.Tensor, rest: Callable[[], None] = lambda: None) -> None:
-        """Lay out the buffer and fill what this rank can fill alone. No other rank is waited for.
+    def lay_out(self, buffer: torch.Tensor) -> None:
+        """Say where in the buffer everything goes. Reads and writes no weights, and waits for nobody.
 
         Args:
             buffer: uint8 [num_bytes].
-            rest: called between pieces of work.
         """
         used = 0
 
@@ -113,19 +111,30 @@ class Transfer:
             used += num_bytes
             return buffer[used - num_bytes : used]
 
-        self._prepare_sends(take, rest)
-        self._prepare_receives(take)
-        rest()
+        self._lay_out_sends(take)
+        self._lay_out_receives(take)
         # Slots that nothing writes to are read when they are committed, without a detour.
         for layer, source_slot, slot, staged in self._copies:
-            rows = [row[source_slot - self._first] for row in self._rows[layer]]
+            rows = self._slot(layer, source_slot)
             if staged:
-                rows = [take(padded(row))[: row.numel()].copy_(row) for row in rows]
-                rest()
+                spaces = [take(padded(row))[: row.numel()] for row in rows]
+                self._fills.append(list(zip(spaces, rows, strict=True)))
+                rows = spaces
             expert = int(self._after[layer, slot])
             self.arrivals.append(Arrival(self._layers[layer], expert, source_slot, rows))
             self._write(layer, slot, rows)
         self._waiting = [self._rounds[key] for key in sorted(self._rounds)]
+
+    def fill(self, rest: Callable[[], None] = lambda: None) -> None:
+        """Fill what this rank can fill alone: small rows that share a message, and copies within the rank.
+
+        Args:
+            rest: called between pieces of work.
+        """
+        for fills in self._fills:
+            for space, row in fills:
+                space.copy_(row)
+            rest()
 
     def start(self, transport: Transport) -> None:
         """Have the first messages on their way, without waiting for any."""
@@ -165,45 +174,38 @@ class Transfer:
         if self._waiting:
             self._in_flight = transport.start(self._waiting[0].sends, self._waiting[0].receives)
 
-    def _prepare_sends(self, take: Callable[[int], torch.Tensor], rest: Callable[[], None]) -> None:
+    def _lay_out_sends(self, take: Callable[[int], torch.Tensor]) -> None:
         packs: dict[tuple[int, int], list[torch.Tensor]] = defaultdict(list)
         for receiver, layer, source_slot, number in self._outgoing:
-            own = []
-            for row in self._rows[layer]:
-                source = row[source_slot - self._first]
-                if is_packed(row):
-                    packs[number, receiver].append(source)
-                else:
-                    own.append(source)
-            self._cut(number, receiver, own, sending=True)
-        for (number, receiver), parts in packs.items():
-            sizes = [padded(part) for part in parts]
-            message = take(sum(sizes))
-            for part, space in zip(parts, torch.split(message, sizes), strict=True):
-                space[: part.numel()].copy_(part)
-            self._rounds[number, 0].sends.append(Message(receiver, message))
-            rest()
+            rows = self._slot(layer, source_slot)
+            packs[number, receiver] += [row for row in rows if is_packed(row)]
+            self._cut(number, receiver, [row for row in rows if not is_packed(row)], sending=True)
+        for (number, receiver), rows in packs.items():
+            if rows:
+                message, spaces = _spaces(take, rows)
+                self._rounds[number, 0].sends.append(Message(receiver, message))
+                self._fills.append(list(zip(spaces, rows, strict=True)))
 
-    def _prepare_receives(self, take: Callable[[int], torch.Tensor]) -> None:
+    def _lay_out_receives(self, take: Callable[[int], torch.Tensor]) -> None:
         packs: dict[tuple[int, int], list[tuple[Arrival, int, torch.Tensor]]] = defaultdict(list)
         for sender, layer, expert, source_slot, number, _ in self._incoming:
-            rows = self._rows[layer]
-            arrival = Arrival(self._layers[layer], expert, source_slot, [row[0] for row in rows])
-            self.arrivals.append(arrival)
+            # Any slot will do: what counts is how large its rows are.
+            rows = self._slot(layer, self._first)
+            arrival = Arrival(self._layers[layer], expert, source_slot, rows)
             own = []
             for index, row in enumerate(rows):
                 if is_packed(row):
                     packs[number, sender].append((arrival, index, row))
                 else:
-                    arrival.rows[index] = take(padded(row))[: row.shape[1]]
-                    own.append(arrival.rows[index])
+                    rows[index] = take(padded(row))[: row.numel()]
+                    own.append(rows[index])
             self._cut(number, sender, own, sending=False)
+            self.arrivals.append(arrival)
         for (number, sender), entries in packs.items():
-            sizes = [padded(row) for _, _, row in entries]
-            message = take(sum(sizes))
+            message, spaces = _spaces(take, [row for _, _, row in entries])
             self._rounds[number, 0].receives.append(Message(sender, message))
-            for (arrival, index, row), space in zip(entries, torch.split(message, sizes), strict=True):
-                arrival.rows[index] = space[: row.shape[1]]
+            for (arrival, index, _), space in zip(entries, spaces, strict=True):
+                arrival.rows[index] = space
         for arrival, (_, layer, *_, send) in zip(self.arrivals, self._incoming, strict=True):
             for slot in self._targets[send]:
                 self._write(layer, slot, arrival.rows)
@@ -211,15 +213,33 @@ class Transfer:
     def _cut(self, number: int, rank: int, rows: list[torch.Tensor], *, sending: bool) -> None:
         """Messages of one expert in a round: both ends cut it alike."""
         for part, tensor, first, last in cut([row.numel() for row in rows], self._piece):
-            of_part = self._rounds[number, part]
-            (of_part.sends if sending else of_part.receives).append(Message(rank, rows[tensor][first:last]))
+            of_part, row = self._rounds[number, part], rows[tensor]
+            piece = row if last - first == row.numel() else row[first:last]
+            (of_part.sends if sending else of_part.receives).append(Message(rank, piece))
 
     def _write(self, layer: int, slot: int, staged: list[torch.Tensor]) -> None:
-        self._writes[layer] += [
-            (row[slot - self._first], source) for row, source in zip(self._rows[layer], staged, strict=True)
-        ]
+        self._writes[layer] += zip(self._slot(layer, slot), staged, strict=True)
+
+    def _slot(self, layer: int, slot: int) -> list[torch.Tensor]:
+        """What the rank's slot holds: uint8 [bytes] of each tensor."""
+        if layer not in self._slots:
+            self._slots[layer] = [row.unbind() for row in self._rows[layer]]
+        return [slots[slot - self._first] for slots in self._slots[layer]]
+
+
+def _spaces(
+    take: Callable[[int], torch.Tensor], rows: list[torch.Tensor]
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """One message for `rows`, and the part of it that is for each of them."""
+    sizes = [padded(row) for row in rows]
+    message = take(sum(sizes))
+    spaces = torch.split(message, sizes)
+    return message, [
+        space if space.numel() == row.numel() else space[: row.numel()]
+        for space, row in zip(spaces, rows, strict=True)
+    ]
 
 
 def _lists(chosen: torch.Tensor, *fields: torch.Tensor) -> list[list[int]]:
     """The chosen entries of several fields, one list per entry."""
-    return torch.stack([field[chosen].to(torch.int64) for field in fields], 1).tolist()
+    return torch.stack([field.to(torch.int64) for field in fields], 1)[chosen].tolist()

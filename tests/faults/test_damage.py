@@ -123,7 +123,7 @@ def on_the_way(damage: Damage) -> dict[str, float]:
 
 def where_it_is_sent_from(damage: Damage, replicated: bool) -> float:
     """A source goes wrong after the audit: nobody uses it, and it is filled from a sound replica."""
-    prepare, balancer = Transfer.prepare, damage.service.balancer
+    fill, balancer = Transfer.fill, damage.service.balancer
     first = damage.service.topology.slots_of_rank(damage.victim).start
     flipped: list[torch.Tensor] = []
 
@@ -134,9 +134,9 @@ def where_it_is_sent_from(damage: Damage, replicated: bool) -> float:
             if not flipped and (count > 1) == replicated:
                 flipped.append(self._rows[layer][0][source - first])
                 flipped[0][0] ^= 1
-        prepare(self, *arguments)
+        fill(self, *arguments)
 
-    with mock.patch.object(Transfer, "prepare", flip if damage.here else prepare):
+    with mock.patch.object(Transfer, "fill", flip if damage.here else fill):
         report = damage.until(lambda report: report.mismatches > 0)
     if replicated:
         assert report.mismatches == 1

@@ -51,7 +51,7 @@ FAULTS: dict[str, tuple[str, Patch, str]] = {
     ),
     "weights that cannot be read": (
         "stage",
-        raising(Transfer, "prepare", OSError("no weights today")),
+        raising(Transfer, "fill", OSError("no weights today")),
         "OSError: no weights today",
     ),
     "fingerprints that fail": (

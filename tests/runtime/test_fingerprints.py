@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eplb_plugin as eplb
-from eplb_plugin.runtime import fingerprints
+from eplb_plugin.runtime import fingerprints, samples
 from eplb_plugin.runtime.collectives import RankGroup
 from eplb_plugin.runtime.fingerprints import (
     Coverage,
@@ -37,7 +37,7 @@ def expected(row: list[bytes], coverage: Coverage) -> int:
     if coverage == "sampled":
         chosen = []
         for part in row:
-            positions = fingerprints._sampled_bytes(len(part), CPU).tolist() if len(part) > 4096 else None
+            positions = samples.sampled_bytes(len(part), CPU).tolist() if len(part) > 4096 else None
             chosen.append(part if positions is None else bytes(part[i] for i in positions))
         row = [b"".join(chosen)]
     blocks = [part[first : first + BLOCK] for part in row for first in range(0, len(part), BLOCK)]
@@ -126,6 +126,16 @@ def test_experts_in_one_go_are_what_each_is_alone(coverage: Coverage) -> None:
     found = fingerprint_experts([[row[0] for row in expert] for expert in rows], coverage)
     assert found.tolist() == [single(expert, coverage) for expert in rows]
     assert fingerprint_experts([], coverage).tolist() == []
+    # In one buffer, as they arrive, first at places where no words can be read.
+    buffer, used, staged = torch.empty(2_000_000, dtype=torch.uint8), 0, []
+    for expert in rows:
+        places = []
+        for row in expert:
+            places.append(buffer[used : used + row.numel()].copy_(row[0]))
+            used += row.numel()
+            used = used if used < 500_000 else -(-used // 16) * 16
+        staged.append(places)
+    assert torch.equal(fingerprint_experts(staged, coverage), found)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -210,7 +220,7 @@ def test_what_goes_wrong_in_a_transfer_is_noticed(coverage: Coverage) -> None:
 @settings(max_examples=100, deadline=None)
 @given(st.integers(4097, 30_000_000))
 def test_samples_are_words_of_the_tensor_from_first_to_last(num_bytes: int) -> None:
-    places = fingerprints._sampled_bytes.__wrapped__(num_bytes, CPU).view(-1, 4)
+    places = samples.sampled_bytes.__wrapped__(num_bytes, CPU).view(-1, 4)
     assert (places.diff(dim=1) == 1).all()
     assert (places[0, 0], places[-1, -1]) == (0, num_bytes - 1)
     gaps = places[1:, 0] - places[:-1, -1]
@@ -220,13 +230,13 @@ def test_samples_are_words_of_the_tensor_from_first_to_last(num_bytes: int) -> N
 
 
 def test_samples_do_not_keep_to_a_few_columns_of_a_matrix() -> None:
-    columns = fingerprints._sampled_bytes(2048 * 7168, CPU)[::4] % 7168
+    columns = samples.sampled_bytes(2048 * 7168, CPU)[::4] % 7168
     assert columns.unique().numel() > 500
 
 
 def test_sampling_reads_no_more_than_it_says() -> None:
     (row,) = random_rows(1, [100_000])
-    places = set(fingerprints._sampled_bytes(100_000, CPU).tolist())
+    places = set(samples.sampled_bytes(100_000, CPU).tolist())
     before = single([row], "sampled")
     for place in range(0, 100_000, 97):
         row[0, place] ^= 255

@@ -14,10 +14,10 @@ from tests.runtime.cases import random_placement
 
 
 def make_weights(layers: int, topology: eplb.Topology) -> ExpertWeights:
-    """One tensor that is sent by itself, 128 KiB an expert, and a small one that shares messages."""
+    """One tensor that is sent by itself, 512 KiB an expert, and a small one that shares messages."""
     spr = topology.slots_per_rank
     return ExpertWeights(
-        [[torch.zeros(spr, 32 * 1024), torch.zeros(spr, 64)] for _ in range(layers)], topology
+        [[torch.zeros(spr, 128 * 1024), torch.zeros(spr, 64)] for _ in range(layers)], topology
     )
 
 

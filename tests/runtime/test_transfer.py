@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 import eplb_plugin as eplb
 from eplb_plugin.migration import Sends
+from eplb_plugin.runtime import weights as rows_of_weights
 from eplb_plugin.runtime.collectives import RankGroup
 from eplb_plugin.runtime.hops import plan_hops
 from eplb_plugin.runtime.messages import Transport
@@ -21,7 +23,7 @@ from eplb_plugin.runtime.weights import ExpertWeights, byte_rows
 from tests.processes import run_ranks
 from tests.runtime.cases import fill, random_placement, wrong_rows
 
-# Small and large rows (their own message), odd sizes, scalars, and one tensor with rows apart.
+# Small and large rows (their own message, see OWN), odd sizes, scalars, and one tensor with rows apart.
 TENSORS = [
     ((), torch.float32),
     ((3,), torch.bfloat16),
@@ -33,6 +35,7 @@ TENSORS = [
     ((70_001,), torch.int8),
     ((130, 256), torch.float16),
 ]
+OWN = 64 * 1024  # bytes: few enough that no test moves many
 
 
 def make_weights(slots: int, layers: int) -> list[list[torch.Tensor]]:
@@ -61,7 +64,8 @@ def carry(
     for hop in hops:
         transfer = Transfer(hop, weights, topology, group.rank, piece)
         assert transfer.num_bytes == int(hop.staged[group.rank])
-        transfer.prepare(staging.reserve(transfer.num_bytes, torch.device("cpu")))
+        transfer.lay_out(staging.reserve(transfer.num_bytes, torch.device("cpu")))
+        transfer.fill()
         transfer.start(transport)
         transfer.finish(transport)
         for layer in hop.layers:
@@ -71,6 +75,7 @@ def carry(
     return placements
 
 
+@mock.patch.object(rows_of_weights, "_OWN_MESSAGE", OWN)
 def move_around(
     rank: int, size: int, slots_per_rank: int, staging_bytes: int, piece: int | None = None
 ) -> tuple[int, int]:
