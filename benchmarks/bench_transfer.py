@@ -31,7 +31,7 @@ from eplb_plugin.runtime.pace import AtOnce
 from eplb_plugin.runtime.weights import ExpertWeights
 
 SLOTS_PER_RANK = 8
-MOVED = 4e9  # bytes per rank and case that are moved at least, however few a move has
+MOVED = 2e9  # bytes per rank and case that are moved at least, however few a move has
 CASES = [
     # layers, KiB of an expert's largest tensor, staging MiB
     (4, 256, 64),
