@@ -3,8 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Python compiles what it imports; pip would compile all of it, which takes longer than the rest.
-INSTALL := -m pip install -qq --no-compile
+INSTALL := -m pip install -qq
+# Of an engine little is imported: Python compiles that, once, which it is let do. pip would compile all of it,
+# which takes longer than the rest.
+INSTALL_ENGINE := $(INSTALL) --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-faults fuzz engines test-sglang bench-sglang test-vllm bench-vllm lint wheel bench-peers clean
 .DELETE_ON_ERROR:
@@ -38,8 +41,8 @@ SGLANG_TESTS := tests/engines/sglang
 $(SGLANG)/.installed: pyproject.toml constraints.txt $(wildcard $(SGLANG_TESTS)/requirements*.txt)
 	$(PYTHON) -m venv $(SGLANG)
 	$(SGLANG)/bin/python $(INSTALL) --upgrade pip
-	$(SGLANG)/bin/python $(INSTALL) -c constraints.txt -r $(SGLANG_TESTS)/requirements.txt -e ".[test]"
-	$(SGLANG)/bin/python $(INSTALL) --no-deps -r $(SGLANG_TESTS)/requirements-engine.txt
+	$(SGLANG)/bin/python $(INSTALL_ENGINE) -c constraints.txt -r $(SGLANG_TESTS)/requirements.txt -e ".[test]"
+	$(SGLANG)/bin/python $(INSTALL_ENGINE) --no-deps -r $(SGLANG_TESTS)/requirements-engine.txt
 	touch $@
 
 test-sglang: $(SGLANG)/.installed  ## the adapter on the real SGLang, in an environment of its own (2 GB)
@@ -54,8 +57,8 @@ VLLM_TESTS := tests/engines/vllm
 $(VLLM)/.installed: pyproject.toml constraints.txt $(wildcard $(VLLM_TESTS)/requirements*.txt $(VLLM_TESTS)/cpu_shim/*.toml)
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python $(INSTALL) --upgrade pip
-	$(VLLM)/bin/python $(INSTALL) -c constraints.txt -r $(VLLM_TESTS)/requirements.txt -e ".[test]"
-	$(VLLM)/bin/python $(INSTALL) --no-deps -r $(VLLM_TESTS)/requirements-engine.txt -e $(VLLM_TESTS)/cpu_shim
+	$(VLLM)/bin/python $(INSTALL_ENGINE) -c constraints.txt -r $(VLLM_TESTS)/requirements.txt -e ".[test]"
+	$(VLLM)/bin/python $(INSTALL_ENGINE) --no-deps -r $(VLLM_TESTS)/requirements-engine.txt -e $(VLLM_TESTS)/cpu_shim
 	touch $@
 
 test-vllm: $(VLLM)/.installed  ## the adapter in the real vLLM, in an environment of its own (2 GB)
