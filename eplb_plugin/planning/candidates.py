@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .exact import row_hash, uniform_noise
-from .packings import Packings
+from .packing_batch import Packings
 
 __all__ = ["candidate_packings", "handing_orders"]
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 import torch
 
 from ..config import PlannerOptions
-from ..load import as_snapshots, check_values, to_snapshots, zero_if_bad
+from ..load import check_values, to_snapshots, zero_if_bad
 from .backend import use_kernels
 from .candidates import candidate_packings
 from .compiled import pack_rows
 from .exact import to_exact
 from .greedy import items_per_pack, lpt_packing
 from .looking import look
-from .packings import Packings
+from .packing_batch import Packings
 from .parting import part_replicas
 from .refinement import even_out, relieve
 
@@ -56,7 +56,7 @@ def balanced_packing(
     options = options or PlannerOptions()
     snapshots = to_snapshots(weight, "weight")
     if use_kernels(snapshots, options):
-        snapshots = as_snapshots(weight, "weight")
+        check_values(snapshots, name="weight")
         items_per_pack(snapshots.shape[2], num_packs)
         return pack_rows(
             snapshots,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .packings import Packings
+from .packing_batch import Packings
 from .swaps import gaps, offsets, swap_costs
 
 __all__ = ["part_replicas"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from .packings import Packings
+from .packing_batch import Packings
 from .swaps import cost_now, gaps, offsets, swap_costs, unfit
 
 __all__ = ["even_out", "relieve"]

@@ -217,33 +217,6 @@ def test_what_goes_wrong_in_a_transfer_is_noticed(coverage: Coverage) -> None:
         assert single(parts, coverage) != int(right[0]), name
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.integers(4097, 30_000_000))
-def test_samples_are_words_of_the_tensor_from_first_to_last(num_bytes: int) -> None:
-    places = samples.sampled_bytes.__wrapped__(num_bytes, CPU).view(-1, 4)
-    assert (places.diff(dim=1) == 1).all()
-    assert (places[0, 0], places[-1, -1]) == (0, num_bytes - 1)
-    gaps = places[1:, 0] - places[:-1, -1]
-    assert int(gaps.min()) > 0
-    assert int(gaps.max()) <= num_bytes / 512 + 8
-    assert places.numel() == 4096
-
-
-def test_samples_do_not_keep_to_a_few_columns_of_a_matrix() -> None:
-    columns = samples.sampled_bytes(2048 * 7168, CPU)[::4] % 7168
-    assert columns.unique().numel() > 500
-
-
-def test_sampling_reads_no_more_than_it_says() -> None:
-    (row,) = random_rows(1, [100_000])
-    places = set(samples.sampled_bytes(100_000, CPU).tolist())
-    before = single([row], "sampled")
-    for place in range(0, 100_000, 97):
-        row[0, place] ^= 255
-        assert (single([row], "sampled") != before) == (place in places)
-        row[0, place] ^= 255
-
-
 @pytest.mark.parametrize("coverage", COVERAGES)
 @pytest.mark.filterwarnings("ignore:ComplexHalf")
 def test_tensors_of_every_dtype(coverage: Coverage) -> None:

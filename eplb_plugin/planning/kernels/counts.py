@@ -38,7 +38,15 @@ def _replicate(total, expert_node, in_force, bonus, num_slots, num_ranks, ranks_
 
 @_compile
 def _give_slots(total, in_force, bonus, heap, size, spare, bound, key, count):
-    """Give `spare` slots to the first `size` experts of `heap`, which have one each; the rest is as above."""
+    """Give `spare` slots to experts of one node, the one with the most load per replica first.
+
+    Args:
+        total, in_force, bonus: as in `_replicate`.
+        heap: int64, the experts in its first `size` places, one replica each; left in another order.
+        bound: most replicas of an expert.
+        key: float64 [logical], minus the load per replica; written.
+        count: int64 [logical], replicas; written.
+    """
     for at in range(size // 2 - 1, -1, -1):
         _sink(heap, size, at, key)
     for _ in range(spare if bound > 1 else 0):
