@@ -7,7 +7,8 @@ from .conftest import LIMIT, RESTLESS, drive, eplb_arguments, llm_arguments
 
 pytestmark = pytest.mark.timeout(2 * LIMIT)
 
-FAULTS = ("raises", "wrong", "differs", "slow")
+# The slow one first: a plan still under way when the planner is broken otherwise may yet fail in the next step.
+FAULTS = ("slow", "raises", "wrong", "differs")
 EVERY = {"traffic": True, "report": True}
 STEPS = [
     {"name": "serving", "before": [["watch"]], "rounds": 4, **EVERY},
@@ -72,7 +73,10 @@ def test_all_ranks_report_the_same_plans(served):
     assert len(plans[0]) > 15
     # On ranks that fail apart, what they planned differs; what happened then does not.
     happened = [[(report["number"], report["skipped"], report["moves"]) for report in rank] for rank in plans]
-    assert happened[0] == happened[1]
+    # When asked, a rank may still have been busy with the last plan that the other has reported.
+    both = min(map(len, happened))
+    assert happened[0][:both] == happened[1][:both]
+    assert max(map(len, happened)) - both <= 1
 
 
 @pytest.mark.parametrize("how", FAULTS)
@@ -103,7 +107,7 @@ def test_failures_are_logged_once_with_their_cause(served):
 def test_a_mended_planner_moves_experts_again(served, expected):
     step = served["steps"]["mended"]
     assert all(tokens == expected for tokens in step["rounds"])
-    for old, new in zip(served["steps"]["slow"]["checks"], step["checks"], strict=True):
+    for old, new in zip(served["steps"][FAULTS[-1]]["checks"], step["checks"], strict=True):
         assert new["changes"] > old["changes"]
         assert new["wrong"] == []
 
