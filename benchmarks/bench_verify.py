@@ -23,6 +23,7 @@ from rich.table import Table
 from eplb_plugin import Placement, Topology
 from eplb_plugin.runtime.collectives import RankGroup
 from eplb_plugin.runtime.fingerprints import Coverage, ExpertFingerprints
+from eplb_plugin.runtime.staging import Arrival
 from eplb_plugin.runtime.weights import ExpertWeights
 
 SLOTS = 9  # of one rank
@@ -111,7 +112,7 @@ def measure(shape: Shape, layers: int, repeats: int, device: torch.device) -> Ro
         rows = [row[slot] for row in weights.rows[layer]]
         times["copy"].append(seconds(partial(copy, rows, staged), device))
         for coverage in COVERAGES:
-            check = partial(prints[coverage].matches, layer, slot, rows)
+            check = partial(prints[coverage].wrong_arrivals, [Arrival(layer, slot, slot, rows)])
             times[coverage].append(seconds(check, device))
     sampled, everything, copied = (statistics.median(times[name]) for name in ("sampled", "all", "copy"))
     size = weights.expert_bytes(0)

@@ -18,10 +18,10 @@ the fewer bits of the products it reaches. Nothing here resists someone who want
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import compress, pairwise
+from itertools import compress
 from typing import Literal
 
 import numpy as np
@@ -30,9 +30,10 @@ import torch
 from ..placement import Placement
 from ..topology import Topology
 from .collectives import RankGroup
-from .samples import WORD, is_aligned, mixed, sample, sample_experts
+from .samples import sample, sample_experts
 from .staging import Arrival
 from .weights import ExpertWeights
+from .word_sums import sum_at, sum_rows
 
 __all__ = ["Coverage", "ExpertFingerprints", "fingerprint_experts", "fingerprint_rows"]
 
@@ -41,8 +42,7 @@ Coverage = Literal["sampled", "all"]
 
 _logger = logging.getLogger(__name__)
 
-_BLOCK = 16 * 1024  # words
-_AT_ONCE = 32  # blocks whose products are in memory together: 4 MiB
+_AT_ONCE = 32  # experts
 _TOLD = 5
 
 
@@ -61,28 +61,16 @@ def fingerprint_rows(rows: Sequence[torch.Tensor], coverage: Coverage) -> torch.
         int64 [n], on that device.
     """
     count, device = rows[0].shape[0], rows[0].device
+    if device.type == "cpu":
+        strides = np.array([row.stride(0) for row in rows])
+        addresses = np.array([row.data_ptr() for row in rows]) + np.arange(count)[:, None] * strides
+        found = sum_at(addresses, tuple(row.shape[1] for row in rows), sampled=coverage == "sampled")
+        if found is not None:
+            return torch.from_numpy(found)
     if count > _AT_ONCE:
         parts = ([row[first : first + _AT_ONCE] for row in rows] for first in range(0, count, _AT_ONCE))
         return torch.cat([fingerprint_rows(part, coverage) for part in parts])
-    if coverage == "sampled":
-        rows = [torch.cat([sample(row) for row in rows], 1)]
-    num_blocks = sum(-(-row.shape[1] // (_BLOCK * WORD)) for row in rows)
-    of_word = _multipliers(_BLOCK, 1, device)
-    of_block = _multipliers(1 << num_blocks.bit_length(), 2, device)
-    total = torch.zeros(count, dtype=torch.int64, device=device)
-    products = torch.empty(0, dtype=torch.int64, device=device)
-    done = 0
-    for row in rows:
-        for piece in _pieces(row, _AT_ONCE // max(count, 1)):
-            words = _words(piece)
-            width = min(words.shape[1], _BLOCK)
-            words = words.view(count, words.shape[1] // width, width)
-            # Fresh memory for each product would cost the CPU more than multiplying.
-            products = torch.mul(words, of_word[:width], out=products.resize_(words.shape))
-            sums = products.sum(2)
-            total += (sums * of_block[done : done + sums.shape[1]]).sum(1)
-            done += sums.shape[1]
-    return total
+    return sum_rows([torch.cat([sample(row) for row in rows], 1)] if coverage == "sampled" else rows)
 
 
 def fingerprint_experts(experts: Sequence[Sequence[torch.Tensor]], coverage: Coverage) -> torch.Tensor:
@@ -95,13 +83,29 @@ def fingerprint_experts(experts: Sequence[Sequence[torch.Tensor]], coverage: Cov
     Returns:
         int64 [experts], on the CPU.
     """
-    if coverage == "all":
-        each = [fingerprint_rows([row.unsqueeze(0) for row in rows], coverage) for rows in experts]
-        return torch.cat(each).cpu() if each else torch.zeros(0, dtype=torch.int64)
-    # What was sampled is small: many experts in one go cost little more than one.
     found = torch.zeros(len(experts), dtype=torch.int64)
-    for alike, samples in sample_experts(experts):
-        found.index_copy_(0, torch.tensor(alike), fingerprint_rows([samples], "all").cpu())
+    kinds: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for index, rows in enumerate(experts):
+        kinds[tuple(row.numel() for row in rows)].append(index)
+    others: list[int] = []
+    for sizes, alike in kinds.items():
+        if experts[alike[0]][0].device.type != "cpu":
+            others += alike
+            continue
+        addresses = np.array([[row.data_ptr() for row in experts[index]] for index in alike])
+        sums = sum_at(addresses, sizes, sampled=coverage == "sampled")
+        if sums is None:
+            others += alike
+        else:
+            found.numpy()[alike] = sums
+    if coverage == "all":
+        for index in others:
+            found[index] = fingerprint_rows([row.unsqueeze(0) for row in experts[index]], coverage)[0]
+        return found
+    # What was sampled is small: many experts in one go cost little more than one.
+    for alike, samples in sample_experts([experts[index] for index in others]):
+        places = torch.tensor([others[index] for index in alike])
+        found.index_copy_(0, places, sum_rows([samples]).cpu())
     return found
 
 
@@ -176,16 +180,13 @@ class ExpertFingerprints:
             rest: called between pieces of work.
         """
         wrong: list[Arrival] = []
-        places = torch.tensor([(arrival.layer, arrival.expert) for arrival in arrivals], dtype=torch.int64)
-        layers, experts = places.view(-1, 2).unbind(1)
-        known = self.known[layers, experts]
-        looked_at = list(compress(arrivals, known.tolist()))
-        expected = self.table[layers, experts][known]
+        known, table = self.known.numpy(), self.table.numpy()
+        looked_at = [arrival for arrival in arrivals if known[arrival.layer, arrival.expert]]
         for first in range(0, len(looked_at), _AT_ONCE):
             some = looked_at[first : first + _AT_ONCE]
-            found = fingerprint_experts([arrival.rows for arrival in some], self.coverage)
-            differs = found != expected[first : first + _AT_ONCE]
-            wrong += compress(some, differs.tolist())
+            found = fingerprint_experts([arrival.rows for arrival in some], self.coverage).numpy()
+            expected = table[[arrival.layer for arrival in some], [arrival.expert for arrival in some]]
+            wrong += compress(some, (found != expected).tolist())
             rest()
         return wrong
 
@@ -219,28 +220,3 @@ class ExpertFingerprints:
                 wrong += [(layer, slots.start + slot) for slot in differs.nonzero().flatten().tolist()]
             rest()
         return wrong
-
-
-def _pieces(row: torch.Tensor, blocks: int) -> Iterator[torch.Tensor]:
-    """Cut [n, bytes] into runs of whole blocks, `blocks` at most, and what is left over."""
-    block = _BLOCK * WORD
-    whole = row.shape[1] // block * block
-    for first, last in pairwise([*range(0, whole, blocks * block), whole, row.shape[1]]):
-        if first < last:
-            yield row[:, first:last]
-
-
-def _words(piece: torch.Tensor) -> torch.Tensor:
-    """int32 [n, words]: the bytes themselves where they are aligned, else a copy, filled up with zeros."""
-    count, num_bytes = piece.shape
-    if not is_aligned(piece):
-        padded = piece.new_zeros(count, -(-num_bytes // WORD) * WORD)
-        padded[:, :num_bytes] = piece
-        piece = padded
-    return piece.view(torch.int32)
-
-
-@lru_cache(maxsize=64)
-def _multipliers(count: int, stream: int, device: torch.device) -> torch.Tensor:
-    """int64 [count], odd, the same on every machine."""
-    return torch.from_numpy((mixed(count, stream) | np.uint64(1)).view(np.int64)).to(device)

@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-__all__ = ["WORD", "is_aligned", "mixed", "sample", "sample_experts", "sampled_bytes"]
+__all__ = ["WORD", "is_aligned", "mixed", "sample", "sample_experts", "sampled_bytes", "sampled_words"]
 
 WORD = 4  # bytes
 _SAMPLES = 1024  # words
@@ -21,7 +21,7 @@ def sample(row: torch.Tensor) -> torch.Tensor:
     if num_bytes <= _SAMPLES * WORD:
         return row
     if is_aligned(row):
-        return row.view(torch.int32).index_select(1, _words(num_bytes, row.device)).view(torch.uint8)
+        return row.view(torch.int32).index_select(1, sampled_words(num_bytes, row.device)).view(torch.uint8)
     return row.index_select(1, sampled_bytes(num_bytes, row.device))
 
 
@@ -65,6 +65,14 @@ def sampled_bytes(num_bytes: int, device: torch.device) -> torch.Tensor:
     return torch.from_numpy((first[:, None] + np.arange(WORD)).flatten()).to(device)
 
 
+@lru_cache(maxsize=256)
+def sampled_words(num_bytes: int, device: torch.device) -> torch.Tensor:
+    """int64 [1024 at most]: those words, of a tensor that consists of whole ones."""
+    if num_bytes <= _SAMPLES * WORD:
+        return torch.arange(num_bytes // WORD, device=device)
+    return sampled_bytes(num_bytes, device)[::WORD] // WORD
+
+
 def mixed(count: int, stream: int) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
     """uint64 [count]: SplitMix64 (Steele, Lea and Flood 2014) of consecutive numbers; a range per stream."""
     x = (np.arange(1, count + 1, dtype=np.uint64) + np.uint64(stream << 40)) * np.uint64(0x9E3779B97F4A7C15)
@@ -83,13 +91,5 @@ def _gather(rows: Sequence[torch.Tensor]) -> torch.Tensor:
     memory = row.untyped_storage()
     words = torch.empty(0, dtype=torch.int32, device=device)
     words.set_(memory, 0, (memory.nbytes() // WORD,), (1,))
-    places = torch.tensor(first, device=device)[:, None] // WORD + _words(row.numel(), device)
+    places = torch.tensor(first, device=device)[:, None] // WORD + sampled_words(row.numel(), device)
     return words.index_select(0, places.flatten()).view(torch.uint8).view(len(rows), -1)
-
-
-@lru_cache(maxsize=256)
-def _words(num_bytes: int, device: torch.device) -> torch.Tensor:
-    """int64 [1024 at most]: which words of a tensor that consists of whole ones."""
-    if num_bytes <= _SAMPLES * WORD:
-        return torch.arange(num_bytes // WORD, device=device)
-    return sampled_bytes(num_bytes, device)[::WORD] // WORD

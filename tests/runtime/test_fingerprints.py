@@ -6,13 +6,14 @@ import logging
 from dataclasses import dataclass
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eplb_plugin as eplb
-from eplb_plugin.runtime import fingerprints, samples
+from eplb_plugin.runtime import fingerprints, samples, word_sums
 from eplb_plugin.runtime.collectives import RankGroup
 from eplb_plugin.runtime.fingerprints import (
     Coverage,
@@ -27,8 +28,9 @@ from tests.runtime.cases import fill, random_placement
 from tests.runtime.test_transfer import TENSORS, make_weights
 
 CPU = torch.device("cpu")
-BLOCK = fingerprints._BLOCK * 4  # bytes
+BLOCK = word_sums.BLOCK * 4  # bytes
 SIZES = [1, 3, 4, 5, 4096, 4097, 5003, BLOCK, BLOCK + 1, 3 * BLOCK + 7]
+WHOLE_WORDS = [4, 4096, 4100, 0, BLOCK, BLOCK + 4, *[4096] * 20, 3 * BLOCK + 8]
 COVERAGES: list[Coverage] = ["sampled", "all"]
 
 
@@ -72,9 +74,10 @@ def single(rows: list[torch.Tensor], coverage: Coverage = "all") -> int:
     return int(fingerprint_rows(rows, coverage))
 
 
+@pytest.mark.parametrize("sizes", [SIZES, WHOLE_WORDS])
 @pytest.mark.parametrize("coverage", COVERAGES)
-def test_it_is_what_plain_integers_give(coverage: Coverage) -> None:
-    rows = random_rows(3, SIZES)
+def test_it_is_what_plain_integers_give(coverage: Coverage, sizes: list[int]) -> None:
+    rows = random_rows(3, sizes)
     found = fingerprint_rows(rows, coverage)
     assert found.dtype == torch.int64
     assert found.tolist() == [
@@ -85,16 +88,37 @@ def test_it_is_what_plain_integers_give(coverage: Coverage) -> None:
 @settings(max_examples=40, deadline=None)
 @given(
     st.integers(1, 4),
-    st.lists(st.integers(0, 9000), min_size=1, max_size=4),
+    st.lists(st.integers(0, 2300), min_size=1, max_size=4),
+    st.sampled_from([1, 4]),
     st.sampled_from(COVERAGES),
     st.integers(0, 99),
 )
 def test_it_is_what_plain_integers_give_for_any_sizes(
-    count: int, sizes: list[int], coverage: Coverage, seed: int
+    count: int, sizes: list[int], unit: int, coverage: Coverage, seed: int
 ) -> None:
-    rows = random_rows(count, sizes, seed)
+    rows = random_rows(count, [unit * size for size in sizes], seed)
     wanted = [expected([bytes(row[i].tolist()) for row in rows], coverage) for i in range(count)]
     assert fingerprint_rows(rows, coverage).tolist() == wanted
+
+
+@pytest.mark.parametrize("coverage", COVERAGES)
+def test_compiled_and_on_tensors_it_is_the_same(coverage: Coverage) -> None:
+    rows = [*random_rows(40, WHOLE_WORDS), random_rows(80, [5000])[0][::2]]
+    experts = [[row[i] for row in rows] for i in range(40)]
+    compiled = fingerprint_rows(rows, coverage), fingerprint_experts(experts, coverage)
+    with mock.patch.object(fingerprints, "sum_at", return_value=None):
+        on_tensors = fingerprint_rows(rows, coverage), fingerprint_experts(experts, coverage)
+    assert torch.equal(torch.stack(compiled), torch.stack(on_tensors))
+    assert torch.equal(*compiled)
+
+
+def test_compiled_sums_read_whole_words_alone() -> None:
+    row = random_rows(1, [5008])[0][0]
+    address, sizes = np.array([[row.data_ptr()]]), (5000,)
+    for sampled in (False, True):
+        assert word_sums.sum_at(address, sizes, sampled=sampled) is not None
+        assert word_sums.sum_at(address + 2, sizes, sampled=sampled) is None
+        assert word_sums.sum_at(address, (5001,), sampled=sampled) is None
 
 
 @pytest.mark.parametrize("coverage", COVERAGES)
@@ -160,7 +184,7 @@ def test_no_flipped_byte_passes(data: st.DataObject) -> None:
 
 def test_the_highest_bit_of_any_word_reaches_the_sum() -> None:
     """It reaches fewest bits of it, but some, since all multipliers are odd."""
-    for place in (0, 1, fingerprints._BLOCK, 2 * fingerprints._BLOCK + 77):
+    for place in (0, 1, word_sums.BLOCK, 2 * word_sums.BLOCK + 77):
         row = torch.zeros(1, 3 * BLOCK, dtype=torch.uint8)
         row.view(torch.int32)[0, place] = -(2**31)
         total = single([row])
@@ -169,8 +193,8 @@ def test_the_highest_bit_of_any_word_reaches_the_sum() -> None:
 
 def test_no_exchange_of_two_words_passes() -> None:
     """Their multipliers would have to agree in the lowest 33 bits, which no two of a block do."""
-    of_word = fingerprints._multipliers(fingerprints._BLOCK, 1, CPU)
-    assert (of_word % 2**33).unique().numel() == fingerprints._BLOCK
+    of_word = word_sums._factors(word_sums.BLOCK, 1, CPU)
+    assert (of_word % 2**33).unique().numel() == word_sums.BLOCK
     (row,) = random_rows(1, [BLOCK])
     words = row.view(torch.int32)
     words[0, 5], words[0, 9000] = 0, -(2**31)
