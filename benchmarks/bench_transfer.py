@@ -80,10 +80,20 @@ def copies(weights: ExpertWeights, received: list[list[torch.Tensor]]) -> Callab
     return run
 
 
-def together(phase: str) -> None:
-    """Ranks begin to stage at once, as they begin with raw: one does not wait for the plan of another."""
-    if phase == "stage":
-        dist.barrier()
+def together() -> Callable[[str], None]:
+    """Ranks begin to stage at once, as they begin with raw: one does not wait for the plan of another, or for
+    what another writes after a hop."""
+    begun = 0
+
+    def enter(phase: str) -> None:
+        nonlocal begun
+        if phase == "stage":
+            begun += 1
+            # The first is entered to prepare all hops, and again to send: in between, ranks wait as they do.
+            if begun != 2:
+                dist.barrier()
+
+    return enter
 
 
 def apart(phase: str) -> None:
@@ -112,7 +122,7 @@ def measure(rank: int, send: Callable[[Any], None], ranks: int, repeats: int) ->
             for turn, name in enumerate(times):
                 old = balancer.placement
                 now = old.physical_to_logical.clone()
-                enter = together if name == "staging" else apart
+                enter = together() if name == "staging" else apart
                 move = Move(parts, len(times) * repeat + turn, now, old.num_logical, AtOnce(), enter)
                 goal = rotate(old, ranks).physical_to_logical
                 dist.barrier()

@@ -9,11 +9,12 @@ from functools import partial
 import torch
 
 from ..errors import EplbError, RankLostError, TransferError, UndecidedError
-from ..placement import Placement
 from .hops import Hop
+from .layout import Layout
 from .pace import Pace
 from .parts import Parts
 from .repair import Damage
+from .staging import Arrival
 from .transfer import Transfer
 
 __all__ = ["Crossing"]
@@ -52,30 +53,31 @@ class Crossing:
         self._damage = damage
         self._pace = pace
         self._enter = enter
-        self._transfer = Transfer(hop, parts.weights, parts.topology, parts.channels.control.rank, pace.piece)
+        rank = parts.channels.control.rank
+        self._layout = Layout(hop, parts.weights, parts.topology, rank, pace.piece)
+        self._transfer = Transfer(self._layout)
         self._tables: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._error: Exception | None = None
         self.bad: list[tuple[int, int]] = []
-        self.moves = len(self._transfer.sends)
-        self.num_bytes = sum(parts.weights.expert_bytes(layer) for layer in self._transfer.sends)
+        self.moves = len(self._layout.moves)
+        self.num_bytes = sum(parts.weights.expert_bytes(layer) for layer in self._layout.moves)
         self.transfer_seconds = self.commit_seconds = 0.0
 
     @property
     def staged_bytes(self) -> int:
         """Staging memory that it takes up on this rank."""
-        return self._transfer.num_bytes
+        return self._layout.num_bytes
 
     def lay_out(self, buffer: torch.Tensor) -> None:
         """Take the staging memory, uint8 [staged_bytes]. Nothing is read or written yet."""
-        self._transfer.lay_out(buffer)
+        self._layout.place(buffer)
 
-    def stage(self, num_logical: int, agreed: Callable[[], object]) -> None:
+    def stage(self, agreed: Callable[[], object]) -> None:
         """Get the weights into the staging memory, and compare them with their fingerprints.
 
         What fails on this rank is put to the vote of `commit`: the others have messages under way.
 
         Args:
-            num_logical: experts of a layer.
             agreed: called before anything is sent; raises where that must not happen.
 
         Raises:
@@ -88,22 +90,19 @@ class Crossing:
         parts.order.catch_up()
 
         def tables() -> None:
-            self._tables = parts.tables.prepare(Placement(self._hop.after, num_logical), self._hop.layers)
+            self._tables = parts.tables.prepare(self._hop.after, self._hop.layers)
 
         def after(num_bytes: int, seconds: float) -> None:
             pace.moved(num_bytes, seconds)
             pace.rest()
 
-        def compare() -> None:
-            self.bad = self._damage.arrived_damaged(transfer.arrivals, pace.rest)
+        def check(arrivals: Sequence[Arrival]) -> None:
+            self._attempt(lambda: self.bad.extend(self._damage.arrived_damaged(arrivals, pace.rest)))
 
-        self._attempt(lambda: transfer.fill(pace.rest))
-        agreed()
-        transfer.start(transport)
+        transfer.start(transport, agreed)
         self._attempt(tables)
-        transfer.finish(transport, parts.order.settle, after)
-        parts.order.settle()
-        self._attempt(compare)
+        transfer.finish(transport, check, parts.order.settle, after, pace.rest)
+        self._error = self._error or transfer.failure
         self.transfer_seconds += time.perf_counter() - start
 
     def commit(self, switch: Callable[[int, torch.Tensor, tuple[torch.Tensor, torch.Tensor]], None]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from ..errors import LoadError, PlacementError
@@ -74,40 +75,46 @@ class DispatchTables:
         Raises:
             PlacementError: the placement has other layers, experts or slots than the tables.
         """
-        if placement.num_layers != self._shape[0]:
-            raise PlacementError(f"{placement} does not fit tables of {self._shape[0]} layers")
-        if layers is None:
-            layers = range(self._shape[0])
-        elif layers:
-            placement = Placement(placement.physical_to_logical[list(layers)], placement.num_logical)
+        if (placement.num_layers, placement.num_logical) != self._shape:
+            raise PlacementError(f"{placement} does not fit tables of {self._shape} layers and experts")
+        layers = range(self._shape[0]) if layers is None else layers
         if layers:
-            for layer, rows in self.prepare(placement, layers).items():
-                self.write(layer, rows)
+            rows = placement.physical_to_logical.cpu()[list(layers)]
+            for layer, tables in self.prepare(rows, layers).items():
+                self.write(layer, tables)
 
     def prepare(
-        self, placement: Placement, layers: Sequence[int]
+        self, physical_to_logical: torch.Tensor, layers: Sequence[int]
     ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
         """What `write` needs for each of `layers`, made ahead of time.
 
         Args:
-            placement: of these layers alone.
+            physical_to_logical: int64 [len(layers), slots] on the CPU, -1 for an empty slot.
             layers: which ones they are.
 
         Raises:
-            PlacementError: the placement has other experts or slots than the tables, or other layers.
+            PlacementError: it has other slots than the topology, other layers, experts that do not exist, or
+                no slot for an expert.
         """
-        if placement.num_logical != self._shape[1] or placement.num_layers != len(layers):
+        # Importing numba takes a while.
+        from .replica_kernel import list_replicas
+
+        ids, logical = np.ascontiguousarray(physical_to_logical.numpy()), self._shape[1]
+        wanted = (len(layers), self._topology.num_slots)
+        if ids.shape != wanted or ids.min() < -1 or ids.max() >= logical:
             raise PlacementError(
-                f"{placement} does not fit {len(layers)} layers of tables of {self._shape[1]} experts"
+                f"a placement of shape {ids.shape} with experts {ids.min()}..{ids.max()} does not fit "
+                f"{wanted[0]} layers of tables of {wanted[1]} slots and {logical} experts"
             )
-        placement.validate(self._topology)
-        placement = placement.to("cpu")
-        slots, count = placement.logical_to_physical, placement.replica_count
-        if self._local_first:
-            slots, count = self._prefer_local(slots, count)
-        whole = torch.full((*slots.shape[:2], self.max_replicas), -1)
-        whole[:, :, : slots.shape[2]] = slots
-        return dict(zip(layers, zip(whole.to(self.device), count.to(self.device), strict=True), strict=True))
+        slots = np.full((len(layers), logical, self.max_replicas), -1)
+        count = np.zeros((len(layers), logical), np.int64)
+        here = self._topology.slots_of_rank(self._rank) if self._local_first else slice(0, 0)
+        list_replicas(ids, here.start, here.stop, slots, count)
+        if not count.all():
+            row, expert = np.argwhere(count == 0)[0]
+            raise PlacementError(f"layer {layers[row]} has no slot for expert {expert} of {logical}")
+        tables = (torch.from_numpy(array).to(self.device) for array in (slots, count))
+        return dict(zip(layers, zip(*tables, strict=True), strict=True))
 
     def write(self, layer: int, rows: tuple[torch.Tensor, torch.Tensor]) -> None:
         """Make what was prepared for a layer visible to `physical`: two copies on the device."""
@@ -150,14 +157,3 @@ class DispatchTables:
         replica = ((self._spread[:tokens, None] * count) >> _BITS).view(-1)
         slots = self._slots[layer].view(-1).index_select(0, row * self.max_replicas + replica)
         return slots.view(expert_ids.shape).to(expert_ids.dtype)
-
-    def _prefer_local(self, slots: torch.Tensor, count: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Put an expert's slots on this rank first and count those alone, where it has any."""
-        here = self._topology.slots_of_rank(self._rank)
-        local = (slots >= here.start) & (slots < here.stop)
-        num_local = local.sum(2)
-        order = (~local).to(torch.int8).sort(dim=2, stable=True).indices
-        slots = slots.gather(2, order)
-        beyond = torch.arange(slots.shape[2]) >= num_local.unsqueeze(2)
-        slots = slots.masked_fill(beyond & (num_local > 0).unsqueeze(2), -1)
-        return slots, torch.where(num_local > 0, num_local, count)

@@ -27,13 +27,17 @@ class InFlight:
 
     def __init__(self, works: Sequence[Any] = ()) -> None:
         self._works = list(works)
+        self._done = 0
 
-    def wait(self) -> None:
-        """Until all have been sent or received. RankLostError: a peer does not answer."""
+    def wait(self, count: int | None = None) -> None:
+        """Until the first `count` of them have arrived, receives before sends, and more where they were
+        started by one call; None is all. RankLostError: a peer does not answer."""
 
         def run() -> None:
-            for work in self._works:
+            # A work that is waited for twice waits for a second message.
+            for work in self._works[self._done : count]:
                 work.wait()
+                self._done += 1
 
         answered("moving expert weights", run)
 
@@ -47,10 +51,14 @@ class Transport:
     Args:
         upward: the rank's group, which carries messages to higher ranks.
         downward: what carries those to lower ranks; None is the same group.
+
+    Attributes:
+        at_once: whether all messages of a round have to be started by one call.
     """
 
     def __init__(self, upward: RankGroup, downward: AnyGroup | None = None) -> None:
         self.device = upward.device
+        self.at_once = self.device.type != "cpu"
         self._rank, self._size = upward.rank, upward.size
         self._upward: AnyGroup | None = upward.group
         self._downward: AnyGroup | None = downward if downward is not None else upward.group
@@ -69,10 +77,9 @@ class Transport:
         up, down = self._upward, self._downward
         if up is None or down is None:
             raise RankLostError("the connections to the other ranks are closed")
-        together = self.device.type != "cpu"
 
         def run() -> list[Any]:
-            if together:
+            if self.at_once:
                 up._start_coalescing()
             works = [
                 (down if message.rank > self._rank else up).recv([message.tensor], message.rank, 0)
@@ -82,7 +89,7 @@ class Transport:
                 (up if message.rank > self._rank else down).send([message.tensor], message.rank, 0)
                 for message in sends
             ]
-            return [up._end_coalescing()] if together else works
+            return [up._end_coalescing()] if self.at_once else works
 
         return InFlight(answered("moving expert weights", run))
 

@@ -140,7 +140,7 @@ class Move:
     def _cross(self, crossing: Crossing, agreed: Callable[[], object]) -> list[tuple[int, int]] | None:
         """All ranks: None when it is done; else nothing has changed, since experts arrived damaged on some
         rank: where those on this rank came from."""
-        crossing.stage(self._num_logical, agreed)
+        crossing.stage(agreed)
         done = crossing.commit(self._switch)
         self.transfer_seconds += crossing.transfer_seconds
         self.commit_seconds += crossing.commit_seconds

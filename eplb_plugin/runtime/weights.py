@@ -103,8 +103,8 @@ class ExpertWeights:
                 rows.append(row)
             self.rows.append(rows)
         # Asked for again and again, for every layer of a hop and every expert that moves.
-        self._staged = [sum(padded(row) for row in rows) for rows in self.rows]
-        self._packed = [sum(padded(row) for row in rows if is_packed(row)) for rows in self.rows]
+        self._staged = [sum(padded(row[0]) for row in rows) for rows in self.rows]
+        self._packed = [sum(padded(row[0]) for row in rows if is_packed(row)) for rows in self.rows]
         self.device = device
         """Where the weights are; None when there are none."""
         self.signature = "\n".join(described)
@@ -128,12 +128,12 @@ class ExpertWeights:
 
 
 def padded(row: torch.Tensor) -> int:
-    """Bytes that a row, uint8 [..., bytes], takes up in a staging buffer."""
-    return -(-row.shape[-1] // _ALIGN) * _ALIGN
+    """Bytes that a row, uint8 [bytes], takes up in a staging buffer."""
+    return -(-row.numel() // _ALIGN) * _ALIGN
 
 
 def is_packed(row: torch.Tensor) -> bool:
-    """Whether such a row shares a message with others."""
+    """Whether rows, uint8 [..., bytes], share a message with others."""
     return row.shape[-1] < _OWN_MESSAGE
 
 

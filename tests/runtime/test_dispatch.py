@@ -105,8 +105,18 @@ def test_what_does_not_fit_is_refused() -> None:
     assert tables.physical(0, torch.empty(0, 2, dtype=torch.int64)).shape == (0, 2)
     with pytest.raises(eplb.LoadError, match="layer 3 of 3"):
         tables.physical(3, torch.tensor([0]))
-    with pytest.raises(eplb.PlacementError, match="3 layers of tables of 7"):
+    before = tables.logical_to_physical.clone()
+    with pytest.raises(eplb.PlacementError, match=r"tables of \(3, 7\) layers and experts"):
         tables.update(random_placement(3, 6, 12, 0))
+    for ids, told in (
+        (torch.arange(11)[None] % 7, r"shape \(1, 11\) .* tables of 12 slots"),
+        (torch.arange(12)[None], r"experts 0..11 does not fit"),
+        (torch.arange(12)[None] % 7 - 2, r"experts -2..4 does not fit"),
+        (torch.arange(12)[None] % 7 - 1, "layer 2 has no slot for expert 6 of 7"),
+    ):
+        with pytest.raises(eplb.PlacementError, match=told):
+            tables.prepare(ids, [2])
+    assert torch.equal(tables.logical_to_physical, before)
     for expert in (-2, 7):
         with pytest.raises((IndexError, RuntimeError)):
             tables.physical(2, torch.tensor([expert]))

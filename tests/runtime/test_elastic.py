@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -26,9 +28,9 @@ def shrink_and_grow(rank: int) -> dict[str, object]:
     whole.close()
     moved: list[int] = []
 
-    def counted(self: Transfer, group: Transport) -> None:
-        moved.append(len(self._incoming))
-        start(self, group)
+    def counted(self: Transfer, group: Transport, agreed: Callable[[], object]) -> None:
+        moved.append(len(self._layout._incoming))
+        start(self, group, agreed)
 
     start, Transfer.start = Transfer.start, counted  # type: ignore[method-assign]
     restored: list[tuple[int, int]] = []

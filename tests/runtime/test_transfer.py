@@ -15,6 +15,7 @@ from eplb_plugin.migration import Sends
 from eplb_plugin.runtime import weights as rows_of_weights
 from eplb_plugin.runtime.collectives import RankGroup
 from eplb_plugin.runtime.hops import plan_hops
+from eplb_plugin.runtime.layout import Layout
 from eplb_plugin.runtime.messages import Transport
 from eplb_plugin.runtime.rounds import cut, plan_rounds
 from eplb_plugin.runtime.staging import Staging
@@ -62,10 +63,10 @@ def carry(
     transport = Transport(group)
     now = old.physical_to_logical.clone()
     for hop in hops:
-        transfer = Transfer(hop, weights, topology, group.rank, piece)
-        assert transfer.num_bytes == int(hop.staged[group.rank])
-        transfer.lay_out(staging.reserve(transfer.num_bytes, torch.device("cpu")))
-        transfer.fill()
+        layout = Layout(hop, weights, topology, group.rank, piece)
+        assert layout.num_bytes == int(hop.staged[group.rank])
+        layout.place(staging.reserve(layout.num_bytes, torch.device("cpu")))
+        transfer = Transfer(layout)
         transfer.start(transport)
         transfer.finish(transport)
         for layer in hop.layers:

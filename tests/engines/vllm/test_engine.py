@@ -7,7 +7,7 @@ from .conftest import LIMIT, RESTLESS, drive, eplb_arguments, llm_arguments
 
 pytestmark = pytest.mark.timeout(2 * LIMIT)
 
-# The slow one first: a plan still under way when the planner is broken otherwise may yet fail in the next step.
+# The slow one first: a plan that is still under way when a step ends may fail in the next one.
 FAULTS = ("slow", "raises", "wrong", "differs")
 EVERY = {"traffic": True, "report": True}
 STEPS = [
