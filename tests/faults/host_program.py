@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import timedelta
@@ -45,8 +46,9 @@ def main(folder: Path, phase: str, mode: str) -> None:
 
     start = Transfer.start
 
-    def late(self: Transfer, group: Transport) -> None:
+    def late(self: Transfer, group: Transport, agreed: Callable[[], object]) -> None:
         """The other host's messages are under way when those of this one cannot leave any more."""
+        agreed()
         wait_for_the_cut()
         start(self, group)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from eplb_plugin.runtime import repair
 from eplb_plugin.runtime.rebalancer import RebalanceReport
+from eplb_plugin.runtime.staging import Arrival
 from eplb_plugin.runtime.transfer import Transfer
 from tests.faults.cluster import Seat, run_cluster
 from tests.faults.serving import SIZE, SLOTS_PER_RANK, SMALL, Service
@@ -91,21 +92,21 @@ class Damage:
 
 def on_the_way(damage: Damage) -> dict[str, float]:
     """Bytes that arrive damaged are fetched again, and are never used."""
-    finish = Transfer.finish
+    check = repair.Damage.arrived_damaged
     first = damage.service.topology.slots_of_rank(damage.victim).start
     flipped = []
 
-    def flip(self: Transfer, *arguments: Any) -> None:
-        finish(self, *arguments)
-        for arrival in self.arrivals:
+    def flip(self: repair.Damage, arrivals: Sequence[Arrival], *arguments: Any) -> object:
+        for arrival in arrivals:
             # What a rank copies from itself is not in the buffer.
             received = not first <= arrival.source_slot < first + SLOTS_PER_RANK
             if received and (arrival.layer == layer if each_time else not flipped):
                 flipped.append(arrival)
                 arrival.rows[0][0] ^= 1
+        return check(self, arrivals, *arguments)
 
     each_time, layer = False, 1
-    with mock.patch.object(Transfer, "finish", flip if damage.here else finish):
+    with mock.patch.object(repair.Damage, "arrived_damaged", flip if damage.here else check):
         report = damage.until(lambda report: report.mismatches > 0, sound=True)
     assert report.mismatches == 1
     assert report.moves > 0
@@ -113,7 +114,7 @@ def on_the_way(damage: Damage) -> dict[str, float]:
     seconds = {"bit flipped on the way": damage.over()}
 
     each_time = True
-    with mock.patch.object(Transfer, "finish", flip if damage.here else finish):
+    with mock.patch.object(repair.Damage, "arrived_damaged", flip if damage.here else check):
         report = damage.until(lambda report: report.mismatches > 0, sound=True)
     assert report.mismatches == 2
     assert report.reason == f"experts of layer {layer} were damaged on their way more than once"
@@ -123,20 +124,22 @@ def on_the_way(damage: Damage) -> dict[str, float]:
 
 def where_it_is_sent_from(damage: Damage, replicated: bool) -> float:
     """A source goes wrong after the audit: nobody uses it, and it is filled from a sound replica."""
-    fill, balancer = Transfer.fill, damage.service.balancer
+    start, balancer = Transfer.start, damage.service.balancer
     first = damage.service.topology.slots_of_rank(damage.victim).start
     flipped: list[torch.Tensor] = []
 
     def flip(self: Transfer, *arguments: Any) -> None:
-        for _, layer, source, _ in self._outgoing:
-            expert = balancer.placement.physical_to_logical[self._layers[layer], source]
-            count = int(balancer.placement.replica_count[self._layers[layer], expert])
+        layout = self._layout
+        for _, row, source, _ in layout._outgoing:
+            layer = layout._layers[row]
+            expert = balancer.placement.physical_to_logical[layer, source]
+            count = int(balancer.placement.replica_count[layer, expert])
             if not flipped and (count > 1) == replicated:
-                flipped.append(self._rows[layer][0][source - first])
+                flipped.append(layout._slots[row][source - first][0])
                 flipped[0][0] ^= 1
-        fill(self, *arguments)
+        start(self, *arguments)
 
-    with mock.patch.object(Transfer, "fill", flip if damage.here else fill):
+    with mock.patch.object(Transfer, "start", flip if damage.here else start):
         report = damage.until(lambda report: report.mismatches > 0)
     if replicated:
         assert report.mismatches == 1

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from eplb_plugin.runtime import rebalance as phases
+from eplb_plugin.runtime import transfer
 from eplb_plugin.runtime.collectives import RankGroup
 from eplb_plugin.runtime.fingerprints import ExpertFingerprints
 from eplb_plugin.runtime.staging import Staging
-from eplb_plugin.runtime.transfer import Transfer
 from eplb_plugin.window import LoadWindow
 from tests.faults.cluster import Seat, run_cluster
 from tests.faults.serving import SIZE, Service
@@ -51,7 +51,7 @@ FAULTS: dict[str, tuple[str, Patch, str]] = {
     ),
     "weights that cannot be read": (
         "stage",
-        raising(Transfer, "fill", OSError("no weights today")),
+        raising(transfer, "_copy", OSError("no weights today")),
         "OSError: no weights today",
     ),
     "fingerprints that fail": (
