@@ -11,7 +11,8 @@ from .hand_out import _hand_out
 from .packing_bounds import _packing_bound
 from .prices import _price_of_all
 from .regrow import _regrow
-from .smooth_search import _lower_smooth_peak
+from .smooth_scratch import _new_scratch
+from .smooth_search import _begin, _lower_smooth_peak, _placement_of
 
 _RACE_ROUNDS = 15  # rounds after which the better of two starts is carried on
 _HYSTERESIS = 1.5  # how much heavier an expert counts that would lose a replica
@@ -57,41 +58,76 @@ def _plan_layer(
     best_value = np.inf
     failures = 0
     done = False
-    for start in range(3 if grows else candidates):
-        effort = rounds
-        if not grows:
-            _hand_out(total, count, node, ranks_per_node, room, start, seed, trial)
-        elif start == 0:
-            _copy(begin, trial)
-            effort = race
-        elif start == 1:
-            changes = 0
-            for expert in range(num_logical):
-                changes += max(0, count[expert] - in_force[expert])
-            if changes == 0 or changes > max_moves:
-                continue
-            _copy(begin, trial)
-            _regrow(total, in_force, count, trial, num_ranks, ranks_per_node)
-            effort = race
+    regrown = np.empty(num_slots, np.int64)
+    anew = 0
+    first = 0
+    if grows:
+        for expert in range(num_logical):
+            anew += max(0, count[expert] - in_force[expert])
+        if 0 < anew <= max_moves:
+            _copy(begin, regrown)
+            _regrow(total, in_force, count, regrown, num_ranks, ranks_per_node)
+            # The one that promises more goes first, since the other is given up where it cannot catch up.
+            if _peak_of(total, count, regrown, capacity) < _peak_of(total, in_force, begin, capacity):
+                first = 1
         else:
+            anew = 0
+    if grows:
+        _copy(begin, trial)
+    else:
+        _hand_out(total, count, node, ranks_per_node, room, 0, seed, trial)
+    held = current if grows else trial
+    own = _begin(scaled, trial, held, num_ranks, ranks_per_node)
+    kept = own
+    scratch = _new_scratch(num_snapshots, num_logical, capacity, ranks_per_node)
+    for turn in range(3 if grows else candidates):
+        start = first ^ turn if turn < 2 else turn
+        effort = race if grows else rounds
+        rival = best_value if grows else np.inf
+        search = own
+        if grows and start == 2:
             if done:
                 break
-            _copy(best, trial)
-            best_value = np.inf
+            # Ranks that could not be relieved get another look.
+            search = kept[0], np.zeros(num_ranks, np.bool_), np.array([kept[2][0], 1])
             effort = rounds - race
-        value, moves, finished = _lower_smooth_peak(
-            scaled, trial, current if grows else trial, num_ranks, ranks_per_node,
-            price if grows else 0.0, forced, max_moves if grows else _UNBOUNDED, effort, tolerance,
+            rival = np.inf
+        elif start > 0:
+            if grows and anew == 0:
+                continue
+            if grows:
+                _copy(regrown, trial)
+            else:
+                _hand_out(total, count, node, ranks_per_node, room, turn, seed, trial)
+            search = _begin(scaled, trial, held, num_ranks, ranks_per_node)
+        state, failed, progress = search
+        value, finished = _lower_smooth_peak(
+            state, failed, progress, scratch, ranks_per_node, price if grows else 0.0, forced,
+            max_moves if grows else _UNBOUNDED, effort, tolerance, rival,
         )  # fmt: skip
-        value += _price_of_all(price, moves - forced, num_slots)
-        if start == 1 and moves > max_moves and grows:
+        value += _price_of_all(price, progress[0] - forced, num_slots)
+        if grows and start == 1 and progress[0] > max_moves:
             continue
         failures = 0 if value < best_value - 1e-5 else failures + 1
-        if start == 0 or value < best_value:
+        if value < best_value or (grows and (start == 2 or (start == 0 and value == best_value))):
             best_value, done = value, finished
-            _copy(trial, best)
+            kept = search
         if not grows and (best_value <= bound + tolerance or failures >= patience):
             break
+    _placement_of(kept[0], num_ranks, ranks_per_node, best)
+
+
+@_compile_in_place
+def _peak_of(total, count, slot_expert, capacity):
+    """The peak rank load of the summed loads of all snapshots."""
+    peak = 0.0
+    for first in range(0, slot_expert.shape[0], capacity):
+        load = 0.0
+        for slot in range(first, first + capacity):
+            if slot_expert[slot] >= 0:
+                load += total[slot_expert[slot]] / count[slot_expert[slot]]
+        peak = max(peak, load)
+    return peak
 
 
 @_compile_in_place

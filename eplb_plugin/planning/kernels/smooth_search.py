@@ -5,48 +5,63 @@ from __future__ import annotations
 import numpy as np
 
 from .cells import _count_moves
-from .compiling import _compile_in_place
+from .compiling import _compile_apart, _compile_in_place
 from .limits import _TRIED_RANKS
-from .prices import _price_of_next
+from .prices import _price_of_all, _price_of_next
 from .smooth_changes import _best_change
 from .smooth_exchanges import _make_change, _make_swap
 from .smooth_peak import _smooth_peak
-from .smooth_scratch import _new_scratch
 from .smooth_state import _cell, _start_search
 from .smooth_swaps import _best_swap
 
 
-@_compile_in_place
-def _lower_smooth_peak(
-    scaled, slot_expert, current, num_ranks, ranks_per_node, price, forced, max_moves, rounds, tolerance
-):
-    """Lower the smooth peak by swaps and changes of replicas, in place.
-
-    A round relieves the rank that weighs most in the smooth peak. An exchange has to earn the price of its
-    moves away from `current`, of which there are at most `max_moves`; of those that do, the one with the
-    most gain per move is made. The price is that of the first move; `forced` moves cost nothing.
+@_compile_apart
+def _begin(scaled, slot_expert, current, num_ranks, ranks_per_node):
+    """A search that starts from `slot_expert`.
 
     Returns:
-        The smooth peak, summed over snapshots; the moves; whether more rounds would change nothing.
+        The layer; bool [ranks], those that could not be relieved and have not changed since; and int64 [2],
+        the moves away from `current`, and whether those ranks failed against what is there now.
     """
-    num_snapshots, num_logical = scaled.shape
-    capacity = slot_expert.shape[0] // num_ranks
     state = _start_search(scaled, slot_expert, current, num_ranks, ranks_per_node)
-    scratch = _new_scratch(num_snapshots, num_logical, capacity, ranks_per_node)
-    heat, rank_of = state.heat, state.rank_of
     moves = _count_moves(
-        state.expert, state.first, state.next_, rank_of, state.origin_first, state.origin_next
+        state.expert, state.first, state.next_, state.rank_of, state.origin_first, state.origin_next
     )
-    # Ranks that could not be relieved, and have not changed since: not worth another look each round.
-    failed = np.zeros(num_ranks, np.bool_)
-    fresh = True  # whether they failed against the placement as it is now
+    return state, np.zeros(num_ranks, np.bool_), np.array([moves, 1])
+
+
+@_compile_in_place
+def _lower_smooth_peak(
+    state, failed, progress, scratch, ranks_per_node, price, forced, max_moves, rounds, tolerance, rival
+):  # fmt: skip
+    """Lower the smooth peak of a search by swaps and changes of replicas; it may be carried on later.
+
+    A round relieves the rank that weighs most in the smooth peak. An exchange has to earn the price of its
+    moves, of which there are at most `max_moves`; of those that do, the one with the most gain per move is
+    made. The price is that of the first move; `forced` moves cost nothing. The search is given up where the
+    smooth peak plus the price of all moves would not come below `rival` even if each round that is left
+    gained as much as the best of the last three.
+
+    Returns:
+        The smooth peak, summed over snapshots; whether more rounds would change nothing.
+    """
+    num_ranks, num_slots = failed.shape[0], state.expert.shape[0]
+    capacity = num_slots // num_ranks
+    heat, rank_of = state.heat, state.rank_of
     done = False
-    for _ in range(rounds):
-        _, peak = _smooth_peak(state)
+    one, two, three = np.inf, np.inf, np.inf  # what the last rounds started from
+    for number in range(rounds):
+        norm, peak = _smooth_peak(state)
+        value = norm + _price_of_all(price, progress[0] - forced, num_slots)
+        if number >= 3:
+            gain = max(three - two, two - one, one - value)
+            if value - gain * (rounds - number) > rival:
+                break
+        one, two, three = value, one, two
         if peak <= 1.0 + tolerance:
             done = True
             break
-        fee = _price_of_next(price, moves - forced, slot_expert.shape[0])
+        fee = _price_of_next(price, progress[0] - forced, num_slots)
         improved = False
         for _ in range(_TRIED_RANKS):
             heavy = -1
@@ -56,32 +71,38 @@ def _lower_smooth_peak(
             if heavy < 0:
                 break
             worth, mine, other, cost = _best_swap(
-                state, scratch, heavy, capacity, ranks_per_node, fee, max_moves - moves
+                state, scratch, heavy, capacity, ranks_per_node, fee, max_moves - progress[0]
             )
             expert, cell, change_cost = _best_change(
-                state, scratch, heavy, capacity, ranks_per_node, fee, max_moves - moves, worth
+                state, scratch, heavy, capacity, ranks_per_node, fee, max_moves - progress[0], worth
             )
             if cell >= 0:
                 _make_change(state, expert, cell, capacity, ranks_per_node)
-                moves += change_cost
+                progress[0] += change_cost
                 failed[:] = False
-                fresh = True
+                progress[1] = 1
                 improved = True
                 break
             if mine >= 0:
                 _make_swap(state, mine, other, capacity, ranks_per_node)
-                moves += cost
+                progress[0] += cost
                 failed[rank_of[other]] = False
-                fresh = False
+                progress[1] = 0
                 improved = True
                 break
             failed[heavy] = True
         if not improved:
-            if fresh:
+            if progress[1] == 1:
                 done = True
                 break
             failed[:] = False
-            fresh = True
+            progress[1] = 1
+    return _smooth_peak(state)[0], done
+
+
+@_compile_in_place
+def _placement_of(state, num_ranks, ranks_per_node, slot_expert):
+    """Write what the slots hold."""
+    capacity = slot_expert.shape[0] // num_ranks
     for slot in range(slot_expert.shape[0]):
         slot_expert[slot] = state.expert[_cell(slot, capacity, ranks_per_node)]
-    return _smooth_peak(state)[0], moves, done
