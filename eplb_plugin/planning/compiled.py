@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 _MAX_THREADS = 8
-_CHUNKS_PER_THREAD = 4  # layers differ in effort; small chunks even that out
+_CHUNKS_PER_THREAD = 16  # layers differ in effort; small chunks even that out
 # Loads below which starting a thread costs more than it saves: in searches, and in passes that only add up.
 _WORTH_THREADS = 4096
 _WORTH_THREADS_TO_SUM = 1 << 18

@@ -89,7 +89,9 @@ def _plan_layer(
             if done:
                 break
             # Ranks that could not be relieved get another look.
-            search = kept[0], np.zeros(num_ranks, np.bool_), np.array([kept[2][0], 1])
+            search = kept
+            search[1][:] = False
+            search[3][1] = 1
             effort = rounds - race
             rival = np.inf
         elif start > 0:
@@ -100,9 +102,9 @@ def _plan_layer(
             else:
                 _hand_out(total, count, node, ranks_per_node, room, turn, seed, trial)
             search = _begin(scaled, trial, held, num_ranks, ranks_per_node)
-        state, failed, progress = search
+        state, failed, in_vain, progress = search
         value, finished = _lower_smooth_peak(
-            state, failed, progress, scratch, ranks_per_node, price if grows else 0.0, forced,
+            state, failed, in_vain, progress, scratch, ranks_per_node, price if grows else 0.0, forced,
             max_moves if grows else _UNBOUNDED, effort, tolerance, rival,
         )  # fmt: skip
         value += _price_of_all(price, progress[0] - forced, num_slots)

@@ -20,19 +20,21 @@ def _begin(scaled, slot_expert, current, num_ranks, ranks_per_node):
     """A search that starts from `slot_expert`.
 
     Returns:
-        The layer; bool [ranks], those that could not be relieved and have not changed since; and int64 [2],
-        the moves away from `current`, and whether those ranks failed against what is there now.
+        The layer; bool [ranks], those that could not be relieved and have not changed since; int64 [ranks],
+        after how many exchanges each was looked at last, in vain; and int64 [3], the moves away from
+        `current`, whether the first ranks failed against what is there now, and the exchanges so far.
     """
     state = _start_search(scaled, slot_expert, current, num_ranks, ranks_per_node)
     moves = _count_moves(
         state.expert, state.first, state.next_, state.rank_of, state.origin_first, state.origin_next
     )
-    return state, np.zeros(num_ranks, np.bool_), np.array([moves, 1])
+    return state, np.zeros(num_ranks, np.bool_), np.full(num_ranks, -1), np.array([moves, 1, 0])
 
 
 @_compile_in_place
 def _lower_smooth_peak(
-    state, failed, progress, scratch, ranks_per_node, price, forced, max_moves, rounds, tolerance, rival
+    state, failed, in_vain, progress, scratch, ranks_per_node, price, forced, max_moves, rounds, tolerance,
+    rival,
 ):  # fmt: skip
     """Lower the smooth peak of a search by swaps and changes of replicas; it may be carried on later.
 
@@ -70,6 +72,9 @@ def _lower_smooth_peak(
                     heavy = rank
             if heavy < 0:
                 break
+            if in_vain[heavy] == progress[2]:
+                failed[heavy] = True
+                continue
             worth, mine, other, cost = _best_swap(
                 state, scratch, heavy, capacity, ranks_per_node, fee, max_moves - progress[0]
             )
@@ -79,6 +84,7 @@ def _lower_smooth_peak(
             if cell >= 0:
                 _make_change(state, expert, cell, capacity, ranks_per_node)
                 progress[0] += change_cost
+                progress[2] += 1
                 failed[:] = False
                 progress[1] = 1
                 improved = True
@@ -86,11 +92,13 @@ def _lower_smooth_peak(
             if mine >= 0:
                 _make_swap(state, mine, other, capacity, ranks_per_node)
                 progress[0] += cost
+                progress[2] += 1
                 failed[rank_of[other]] = False
                 progress[1] = 0
                 improved = True
                 break
             failed[heavy] = True
+            in_vain[heavy] = progress[2]
         if not improved:
             if progress[1] == 1:
                 done = True
