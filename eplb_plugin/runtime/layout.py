@@ -230,8 +230,8 @@ def _pack(
     sizes = [padded(row) for row in rows]
     ends = list(accumulate(sizes, initial=0))
     messages = max(1, round(ends[-1] / _SHARED))
-    cuts = [bisect_left(ends, ends[-1] * number // messages) for number in range(messages + 1)]
-    for first, last in pairwise(cuts):
+    cuts = {bisect_left(ends, ends[-1] * number // messages) for number in range(messages + 1)}
+    for first, last in pairwise(sorted(cuts)):
         message = take(ends[last] - ends[first])
         spaces = message.split_with_sizes(sizes[first:last])
         yield (

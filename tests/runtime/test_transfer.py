@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -12,13 +14,14 @@ from hypothesis import strategies as st
 
 import eplb_plugin as eplb
 from eplb_plugin.migration import Sends
+from eplb_plugin.runtime import layout as layouts
 from eplb_plugin.runtime import weights as rows_of_weights
 from eplb_plugin.runtime.collectives import RankGroup
-from eplb_plugin.runtime.hops import plan_hops
+from eplb_plugin.runtime.hops import Hop, plan_hops
 from eplb_plugin.runtime.layout import Layout
 from eplb_plugin.runtime.messages import Transport
 from eplb_plugin.runtime.rounds import cut, plan_rounds
-from eplb_plugin.runtime.staging import Staging
+from eplb_plugin.runtime.staging import Arrival, Staging
 from eplb_plugin.runtime.transfer import Transfer
 from eplb_plugin.runtime.weights import ExpertWeights, byte_rows
 from tests.processes import run_ranks
@@ -67,8 +70,17 @@ def carry(
         assert layout.num_bytes == int(hop.staged[group.rank])
         layout.place(staging.reserve(layout.num_bytes, torch.device("cpu")))
         transfer = Transfer(layout)
+        checked: list[tuple[Arrival, list[torch.Tensor]]] = []
+
+        def check(arrivals: Sequence[Arrival], checked: list[Any] = checked) -> None:
+            checked += [(arrival, [row.clone() for row in arrival.rows]) for arrival in arrivals]
+
         transfer.start(transport)
-        transfer.finish(transport)
+        transfer.finish(transport, check)
+        # Each was checked once, when all of it had arrived.
+        assert len({id(arrival) for arrival, _ in checked}) == len(checked)
+        assert sorted((a.layer, a.expert) for a, _ in checked) == sorted(arriving(hop, topology, group.rank))
+        assert all(torch.equal(*pair) for a, rows in checked for pair in zip(a.rows, rows, strict=True))
         for layer in hop.layers:
             transfer.commit(layer)
         now[hop.layers] = hop.after
@@ -76,6 +88,29 @@ def carry(
     return placements
 
 
+def arriving(hop: Hop, topology: eplb.Topology, rank: int) -> list[tuple[int, int]]:
+    """(layer, expert) of what a rank gets from others, once each, and of what it copies, slot by slot."""
+    sends, copies = hop.migration.sends, hop.migration.copies
+    got = [
+        (hop.layers[layer], expert)
+        for layer, expert, to in zip(
+            sends.layer.tolist(), sends.expert.tolist(), sends.rank.tolist(), strict=True
+        )
+        if to == rank
+    ]
+    return got + [
+        (hop.layers[layer], int(hop.after[layer, slot]))
+        for layer, slot, at in zip(
+            copies.layer.tolist(), copies.slot.tolist(), copies.rank.tolist(), strict=True
+        )
+        if at == rank
+    ]
+
+
+# Many messages and lots, although little is moved.
+@mock.patch.object(layouts, "_SHARED", 1 << 10)
+@mock.patch.object(layouts, "_FEWEST", 1)
+@mock.patch.object(layouts, "_LOTS", 5)
 @mock.patch.object(rows_of_weights, "_OWN_MESSAGE", OWN)
 def move_around(
     rank: int, size: int, slots_per_rank: int, staging_bytes: int, piece: int | None = None
