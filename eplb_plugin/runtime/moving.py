@@ -48,7 +48,6 @@ class Move:
     ) -> None:
         self._parts = parts
         self._number = number
-        self._num_logical = num_logical
         self._pace = pace
         self._enter = enter
         self._crossings = 0
