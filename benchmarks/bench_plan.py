@@ -4,7 +4,7 @@ full plan as the online loop makes it, from 128 snapshots and the placement in f
     python benchmarks/bench_plan.py [--repeat 9]
 
 Prints a table and, as the last line, one JSON object. vLLM's default policy takes part after
-`make bench-peers`.
+`make bench-peers`. Where there is a GPU, plans of one load that is on it are timed too.
 """
 
 from __future__ import annotations
@@ -137,6 +137,58 @@ def measure_full(repeat: int) -> list[dict[str, object]]:
     return rows
 
 
+def measure_on_gpu(repeat: int) -> list[dict[str, object]]:
+    """One summed load on the GPU: planned there by tensors, and, beside it, copied to the host and planned by
+    the kernels. A plan ends when the host has its numbers; its maps stay on the GPU."""
+    rows: list[dict[str, object]] = []
+    for layers, experts, slots, groups, nodes, ranks in SIZES:
+        topology = eplb.Topology(num_nodes=nodes, num_ranks=ranks, num_slots=slots, num_groups=groups)
+        load = lognormal(layers, experts)
+        on_gpu = load.cuda()
+        jobs: dict[str, Callable[[], eplb.Placement]] = {
+            "tensors, on the GPU": lambda load=on_gpu, topology=topology: eplb.plan(load, topology).placement,
+            "kernels, on the host": lambda load=on_gpu, topology=topology: (
+                eplb.plan(load.cpu(), topology).placement
+            ),
+        }
+        times: dict[str, list[float]] = {name: [] for name in jobs}
+        peaks = {}
+        for turn in range(repeat + 2):
+            for name, job in jobs.items():
+                torch.cuda.synchronize()
+                began = time.perf_counter()
+                placement = job()
+                passed = time.perf_counter() - began
+                if turn > 1:  # the first ones load what the GPU runs
+                    times[name].append(passed)
+                ids = placement.physical_to_logical.cpu()
+                peaks[name] = eplb.rank_loads(load, eplb.Placement(ids, experts), topology).amax(2)
+        rows += [
+            {
+                "size": [layers, experts, slots, groups, nodes, ranks],
+                "planner": name,
+                "plan_ms": statistics.median(times[name]) * 1e3,
+                "peak_over_mean": float(peaks[name].mean() / load.sum(1).div(ranks).mean()),
+            }
+            for name in jobs
+        ]
+    return rows
+
+
+def show_on_gpu(console: Console, rows: list[dict[str, object]]) -> None:
+    table = Table(title=f"Planning from one load on {torch.cuda.get_device_name()}")
+    for column in ("size", "planner", "ms", "peak/mean"):
+        table.add_column(column, no_wrap=True, justify="left" if column in ("size", "planner") else "right")
+    for row in rows:
+        table.add_row(
+            " ".join(map(str, row["size"])),
+            str(row["planner"]),
+            f"{row['plan_ms']:.1f}",
+            f"{row['peak_over_mean']:.4f}",
+        )
+    console.print(table)
+
+
 def show_full(console: Console, rows: list[dict[str, object]]) -> None:
     table = Table(title="Full plans: 128 snapshots (32 at the first rebalance) and the placement in force")
     for column in ("size", "plan", "ms", "x vLLM"):
@@ -181,7 +233,10 @@ def main() -> None:
     show_full(console, full)
     if not peers.available():
         console.print("The peers' wheels are not there (make bench-peers): vLLM's policy was left out.")
-    print(json.dumps({"benchmark": "plan", "rows": rows, "full": full}))
+    on_gpu = measure_on_gpu(repeat) if torch.cuda.is_available() else []
+    if on_gpu:
+        show_on_gpu(console, on_gpu)
+    print(json.dumps({"benchmark": "plan", "rows": rows, "full": full, "on_gpu": on_gpu}))
 
 
 if __name__ == "__main__":

@@ -74,6 +74,7 @@ class MoEModel:
         options: of the rebalancer.
         planner: of its planner.
         group: process group; None is the default group (for a `topology` of one rank: none).
+        device: where the weights are. Token ids and logits too.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class MoEModel:
         options: RebalancerOptions | None = None,
         planner: PlannerOptions | None = None,
         group: dist.ProcessGroup | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.config = config
         self.topology = topology or Topology(num_ranks=1, num_slots=config.num_logical)
@@ -93,18 +95,19 @@ class MoEModel:
         generator = _generator(config, 0)
         topics = torch.randn(config.num_topics, h, generator=generator) * config.topic_strength
         noise = torch.randn(config.vocab, h, generator=generator)
-        self.embedding = topics[torch.arange(config.vocab) % config.num_topics] + noise
+        self.embedding = (topics[torch.arange(config.vocab) % config.num_topics] + noise).to(device)
         self.routers = [
-            torch.randn(logical, h, generator=generator) * h**-0.5 for _ in range(config.num_layers)
+            (torch.randn(logical, h, generator=generator) * h**-0.5).to(device)
+            for _ in range(config.num_layers)
         ]
-        self.head = torch.randn(config.vocab, h, generator=generator) * h**-0.5
+        self.head = (torch.randn(config.vocab, h, generator=generator) * h**-0.5).to(device)
 
         # (1) Load the experts where the placement wants them, and register all that belongs to one.
         rank = dist.get_rank(group) if self.topology.num_ranks > 1 else 0
         start = placement or Placement.default(config.num_layers, logical, self.topology.num_slots)
         here = start.physical_to_logical[:, self.topology.slots_of_rank(rank)].tolist()
         self.experts = [
-            _stack([expert_tensors(config, layer, expert) for expert in experts])
+            _stack([expert_tensors(config, layer, expert) for expert in experts], device)
             for layer, experts in enumerate(here)
         ]
         self.rebalancer = Rebalancer(
@@ -140,7 +143,7 @@ class MoEModel:
         for layer, experts in enumerate(self.rebalancer.placement.physical_to_logical[:, slots].tolist()):
             for slot, expert in enumerate(experts):
                 made = expert_tensors(self.config, layer, expert)
-                held = [tensor[slot] for tensor in self.experts[layer]]
+                held = [tensor[slot].cpu() for tensor in self.experts[layer]]
                 wrong += not all(torch.equal(a, b) for a, b in zip(made, held, strict=True))
         return wrong
 
@@ -164,7 +167,8 @@ class MoEModel:
         rows = self._exchange(rows, to_rank, from_rank)
 
         # Rows arrive by source rank, then slot; the experts want them by slot.
-        slot = torch.arange(received.shape[1]).repeat(received.shape[0]).repeat_interleave(received.flatten())
+        each = torch.arange(received.shape[1], device=x.device).repeat(received.shape[0])
+        slot = each.repeat_interleave(received.flatten())
         by_slot = slot.argsort(stable=True)
         out = torch.empty_like(rows)
         out[by_slot] = self._run_experts(layer, rows[by_slot], received.sum(0).tolist())
@@ -201,9 +205,9 @@ def _norm(x: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(x, x.shape[-1:])
 
 
-def _stack(experts: list[list[torch.Tensor]]) -> list[torch.Tensor]:
+def _stack(experts: list[list[torch.Tensor]], device: torch.device | str) -> list[torch.Tensor]:
     """Per tensor of an expert: [slots on this rank, ...]."""
-    return [torch.stack(parts) for parts in zip(*experts, strict=True)]
+    return [torch.stack(parts).to(device) for parts in zip(*experts, strict=True)]
 
 
 def _generator(config: MoEConfig, stream: int) -> torch.Generator:

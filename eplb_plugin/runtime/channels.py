@@ -13,6 +13,7 @@ from ..errors import TransferError
 from .collectives import AnyGroup, RankGroup, answered
 from .decisions import Decisions, Store
 from .messages import Transport
+from .nccl import join_nccl
 from .priority import give_way
 
 __all__ = ["Channels", "Store"]
@@ -70,9 +71,7 @@ class Channels:
             return dist.ProcessGroupGloo(prefixed(part), group.rank, group.size, limit)
 
         def nccl(part: str) -> AnyGroup:
-            options = dist.ProcessGroupNCCL.Options()
-            options._timeout = limit
-            return dist.ProcessGroupNCCL(prefixed(part), group.rank, group.size, options)
+            return join_nccl(prefixed(part), group.rank, group.size, group.device, time_limit)
 
         joined = answered("joining", lambda: gloo("control"))
         self.control = RankGroup(joined, "cpu")

@@ -70,6 +70,8 @@ class Layout:
         topology: gives the slots of a rank.
         rank: this rank.
         piece: bytes that are sent at once; None is everything.
+        most: messages of a direction that are sent at once, as far as one expert has no more; None is any
+            number.
 
     Attributes:
         num_bytes: staging memory that this rank needs.
@@ -81,7 +83,13 @@ class Layout:
     """
 
     def __init__(
-        self, hop: Hop, weights: ExpertWeights, topology: Topology, rank: int, piece: int | None = None
+        self,
+        hop: Hop,
+        weights: ExpertWeights,
+        topology: Topology,
+        rank: int,
+        piece: int | None = None,
+        most: int | None = None,
     ) -> None:
         plan = hop.migration
         self._layers = hop.layers
@@ -90,8 +98,18 @@ class Layout:
         self._piece = piece
         sends, copies = plan.sends, plan.copies
         self.moves = [hop.layers[layer] for layer in sends.layer.tolist()]
-        expert_bytes = [weights.expert_bytes(layer) for layer in hop.layers]
-        rounds = np.array(plan_rounds(sends, expert_bytes, topology.num_ranks, piece), np.int64)
+        # Which tensors have messages of their own, and which share one.
+        tensors = [weights.rows[layer] for layer in hop.layers]
+        self._own = [[index for index, rows in enumerate(layer) if not is_packed(rows)] for layer in tensors]
+        self._small = [[index for index, rows in enumerate(layer) if is_packed(rows)] for layer in tensors]
+        limits = []
+        if piece is not None:
+            limits.append(([weights.expert_bytes(layer) for layer in hop.layers], piece))
+        if most is not None:
+            # Those of several experts to one rank share messages, of which there are no more than this.
+            shared = [-(-weights.packed_bytes(layer) // _SHARED) for layer in hop.layers]
+            limits.append(([len(own) + few for own, few in zip(self._own, shared, strict=True)], most))
+        rounds = np.array(plan_rounds(sends, topology.num_ranks, limits), np.int64)
 
         from_here, to_here = sends.source_rank.numpy() == rank, sends.rank.numpy() == rank
         self._outgoing = _entries(from_here, sends.rank, sends.layer, sends.source_slot, rounds)
@@ -119,11 +137,7 @@ class Layout:
             + sum(weights.packed_bytes(self._layers[outgoing[1]]) for outgoing in self._outgoing)
         )
         # Of each layer: its slots, and of each of these its tensors, uint8 [bytes].
-        tensors = [weights.rows[layer] for layer in hop.layers]
         self._slots = [list(zip(*(rows.unbind() for rows in layer), strict=True)) for layer in tensors]
-        # Which tensors have messages of their own, and which share one.
-        self._own = [[index for index, rows in enumerate(layer) if not is_packed(rows)] for layer in tensors]
-        self._small = [[index for index, rows in enumerate(layer) if is_packed(rows)] for layer in tensors]
         self.rounds: list[Round] = []
         self.local: list[Arrival] = []
         self.fills: list[Fills] = []

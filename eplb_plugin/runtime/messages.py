@@ -13,6 +13,11 @@ from .collectives import AnyGroup, RankGroup, answered
 
 __all__ = ["InFlight", "Message", "Transport"]
 
+# NCCL cuts what is started by one call into as many launches as it takes, each rank where its own budget is
+# used up, and ranks may then wait for each other for ever: seen by others from some hundreds of messages on
+# (pytorch issue 174288, sglang pull request 30829).
+_MOST_AT_ONCE = 64
+
 
 @dataclass(frozen=True, eq=False)
 class Message:
@@ -53,12 +58,13 @@ class Transport:
         downward: what carries those to lower ranks; None is the same group.
 
     Attributes:
-        at_once: whether all messages of a round have to be started by one call.
+        most: messages of a direction that a round may have, since all of a round have to be started by one
+            call; None is any number.
     """
 
     def __init__(self, upward: RankGroup, downward: AnyGroup | None = None) -> None:
         self.device = upward.device
-        self.at_once = self.device.type != "cpu"
+        self.most = None if self.device.type == "cpu" else _MOST_AT_ONCE
         self._rank, self._size = upward.rank, upward.size
         self._upward: AnyGroup | None = upward.group
         self._downward: AnyGroup | None = downward if downward is not None else upward.group
@@ -79,7 +85,7 @@ class Transport:
             raise RankLostError("the connections to the other ranks are closed")
 
         def run() -> list[Any]:
-            if self.at_once:
+            if self.most is not None:
                 up._start_coalescing()
             works = [
                 (down if message.rank > self._rank else up).recv([message.tensor], message.rank, 0)
@@ -89,10 +95,13 @@ class Transport:
                 (up if message.rank > self._rank else down).send([message.tensor], message.rank, 0)
                 for message in sends
             ]
-            return [up._end_coalescing()] if self.at_once else works
+            return works if self.most is None else [up._end_coalescing()]
 
         return InFlight(answered("moving expert weights", run))
 
     def close(self) -> None:
         """Give the groups back; ranks that still expect a message get an error."""
-        self._upward = self._downward = None
+        group, self._upward, self._downward = self._upward, None, None
+        if group is not None and self.most is not None and self._size > 1:
+            # What is under way on the GPU ends, where it would wait for a peer for ever.
+            group.abort()

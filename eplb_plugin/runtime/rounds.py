@@ -9,33 +9,36 @@ from ..migration import Sends
 __all__ = ["cut", "plan_rounds"]
 
 
-def plan_rounds(sends: Sends, expert_bytes: Sequence[int], num_ranks: int, piece: int | None) -> list[int]:
+def plan_rounds(sends: Sends, num_ranks: int, limits: Sequence[tuple[Sequence[int], int]] = ()) -> list[int]:
     """The round that each send belongs to, rising, the same on every rank.
 
-    In a round no rank sends or receives more than `piece` bytes, or else a single expert. A rank that waits
-    in one waits only for ranks that are on their way to it, since all go through them in order.
+    In a round no rank sends or receives more than any limit allows, or else a single expert. A rank that
+    waits in one waits only for ranks that are on their way to it, since all go through them in order.
 
     Args:
         sends: of a hop.
-        expert_bytes: of one expert, for each layer of the hop.
         num_ranks: of the group.
-        piece: bytes; None is all at once.
+        limits: (what one expert takes, for each layer of the hop; what a round has room for).
     """
-    if piece is None:
+    if not limits:
         return [0] * sends.layer.numel()
+    takes = list(zip(*(each for each, _ in limits), strict=True))
+    room = [most for _, most in limits]
+    nothing = [0] * len(limits)
     rounds = []
     now = 0
-    sent, received = [0] * num_ranks, [0] * num_ranks
+    sent, received = [nothing] * num_ranks, [nothing] * num_ranks
     for layer, source, rank in zip(
         sends.layer.tolist(), sends.source_rank.tolist(), sends.rank.tolist(), strict=True
     ):
-        num_bytes = expert_bytes[layer]
-        fullest = max(sent[source], received[rank])
-        if fullest and fullest + num_bytes > piece:
+        fullest = map(max, sent[source], received[rank])
+        if any(
+            used and used + more > most for used, more, most in zip(fullest, takes[layer], room, strict=True)
+        ):
             now += 1
-            sent, received = [0] * num_ranks, [0] * num_ranks
-        sent[source] += num_bytes
-        received[rank] += num_bytes
+            sent, received = [nothing] * num_ranks, [nothing] * num_ranks
+        sent[source] = [used + more for used, more in zip(sent[source], takes[layer], strict=True)]
+        received[rank] = [used + more for used, more in zip(received[rank], takes[layer], strict=True)]
         rounds.append(now)
     return rounds
 

@@ -90,7 +90,7 @@ class Transfer:
 
     def _send(self, transport: Transport, now: Round, agreed: Callable[[], object] = lambda: None) -> None:
         """Start a round: what is filled is on its way while the next is filled."""
-        turns = [now.sends] if transport.at_once or not now.sends else [[send] for send in now.sends]
+        turns = [now.sends] if transport.most is not None or not now.sends else [[send] for send in now.sends]
         self._in_flight = []
         for turn in turns:
             for _, fills in turn:

@@ -56,6 +56,7 @@ def carry(
     group: RankGroup,
     staging: Staging,
     piece: int | None = None,
+    most: int | None = None,
 ) -> list[eplb.Placement]:
     """Move weights without any of the agreement around it; the placements after each hop."""
     hops, impossible = plan_hops(
@@ -66,9 +67,10 @@ def carry(
     transport = Transport(group)
     now = old.physical_to_logical.clone()
     for hop in hops:
-        layout = Layout(hop, weights, topology, group.rank, piece)
+        layout = Layout(hop, weights, topology, group.rank, piece, most)
         assert layout.num_bytes == int(hop.staged[group.rank])
         layout.place(staging.reserve(layout.num_bytes, torch.device("cpu")))
+        assert most is None or all(max(len(r.sends), len(r.receives)) <= most for r in layout.rounds)
         transfer = Transfer(layout)
         checked: list[tuple[Arrival, list[torch.Tensor]]] = []
 
@@ -113,7 +115,12 @@ def arriving(hop: Hop, topology: eplb.Topology, rank: int) -> list[tuple[int, in
 @mock.patch.object(layouts, "_LOTS", 5)
 @mock.patch.object(rows_of_weights, "_OWN_MESSAGE", OWN)
 def move_around(
-    rank: int, size: int, slots_per_rank: int, staging_bytes: int, piece: int | None = None
+    rank: int,
+    size: int,
+    slots_per_rank: int,
+    staging_bytes: int,
+    piece: int | None = None,
+    most: int | None = None,
 ) -> tuple[int, int]:
     """Random migrations, each checked to the byte; returns (most chunks, most staging bytes)."""
     layers, slots = 4, size * slots_per_rank
@@ -129,7 +136,7 @@ def move_around(
     staging = Staging(staging_bytes)
     for seed in range(1, 6):
         new = random_placement(layers, logical, slots, seed)
-        hops = carry(placement, new, registered, topology, group, staging, piece)
+        hops = carry(placement, new, registered, topology, group, staging, piece, most)
         assert hops[-1] == new
         assert wrong_rows(weights, new, mine) == []
         most_hops = max(most_hops, len(hops))
@@ -152,10 +159,12 @@ def test_staging_keeps_to_its_bound(bound: int) -> None:
     assert max(num_bytes for _, num_bytes in results) <= bound
 
 
-@pytest.mark.parametrize("piece", [1 << 30, 100_000, 1000])
-def test_rounds_of_any_size_carry_the_same(piece: int) -> None:
-    # An expert has 140 kB: all of a hop at once, expert by expert, and in pieces of tensors.
-    results = run_ranks(move_around, 4, 4, 3, 1 << 30, piece)
+@pytest.mark.parametrize(
+    ("piece", "most"), [(1 << 30, None), (100_000, None), (1000, None), (None, 3), (None, 7), (300_000, 5)]
+)
+def test_rounds_of_any_size_carry_the_same(piece: int | None, most: int | None) -> None:
+    # An expert has 140 kB and 3 messages: all of a hop at once, expert by expert, and in pieces of tensors.
+    results = run_ranks(move_around, 4, 4, 3, 1 << 30, piece, most)
     assert {hops for hops, _ in results} == {1}
 
 
@@ -163,26 +172,30 @@ def test_rounds_of_any_size_carry_the_same(piece: int) -> None:
 @given(
     st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3), st.integers(0, 3)), max_size=40),
     st.integers(1, 50),
+    st.none() | st.integers(1, 9),
 )
-def test_no_rank_sends_or_receives_more_than_a_piece_in_a_round(
-    triples: list[tuple[int, int, int]], piece: int
+def test_no_rank_sends_or_receives_more_than_a_piece_or_too_many_messages_in_a_round(
+    triples: list[tuple[int, int, int]], piece: int, messages: int | None
 ) -> None:
-    expert_bytes = [3, 10, 25]
+    limits = [([3, 10, 25], piece)]
+    if messages is not None:
+        limits.append(([1, 4, 2], messages))
     layer, source, rank = torch.tensor(sorted(triples), dtype=torch.int64).view(-1, 3).unbind(1)
     sends = Sends(layer=layer, expert=layer, source_rank=source, source_slot=source, rank=rank)
-    rounds = plan_rounds(sends, expert_bytes, 4, piece)
+    rounds = plan_rounds(sends, 4, limits)
     assert rounds == sorted(rounds)
     assert set(rounds) == set(range(max(rounds, default=-1) + 1))
-    for number in set(rounds):
-        for ends in (source, rank):
-            for end in range(4):
-                there = [
-                    expert_bytes[int(layer[at])]
-                    for at, other in enumerate(rounds)
-                    if other == number and int(ends[at]) == end
-                ]
-                assert sum(there) <= piece or len(there) == 1
-    assert plan_rounds(sends, expert_bytes, 4, None) == [0] * len(triples)
+    for each, most in limits:
+        for number in set(rounds):
+            for ends in (source, rank):
+                for end in range(4):
+                    there = [
+                        each[int(layer[at])]
+                        for at, other in enumerate(rounds)
+                        if other == number and int(ends[at]) == end
+                    ]
+                    assert sum(there) <= most or len(there) == 1
+    assert plan_rounds(sends, 4) == [0] * len(triples)
 
 
 @given(st.lists(st.integers(1, 50), max_size=5), st.none() | st.integers(1, 60))

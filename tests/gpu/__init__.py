@@ -1,0 +1,1 @@
+"""What needs a GPU; one is enough. Skipped where there is none."""

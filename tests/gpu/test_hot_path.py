@@ -1,0 +1,77 @@
+"""Counting and dispatch on a GPU: without waiting for it, and in a captured graph."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import eplb_plugin as eplb
+from eplb_plugin.runtime.dispatch import DispatchTables
+from eplb_plugin.window import LoadWindow
+from tests.runtime.cases import random_placement
+
+LAYERS, LOGICAL, TOKENS, TOP_K = 3, 16, 64, 4
+TOPOLOGY = eplb.Topology(num_ranks=4, num_slots=24)
+
+
+def ids(step: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randint(-1, LOGICAL, (LAYERS, TOKENS, TOP_K), generator=generator)
+
+
+def both() -> list[tuple[LoadWindow, DispatchTables]]:
+    """On the CPU, then on the GPU."""
+    start = random_placement(LAYERS, LOGICAL, TOPOLOGY.num_slots, 0)
+    return [
+        (
+            LoadWindow(LAYERS, LOGICAL, interval=4, snapshots=2, history=2, device=device),
+            DispatchTables(start, TOPOLOGY, rank=1, device=device),
+        )
+        for device in ("cpu", "cuda")
+    ]
+
+
+@pytest.mark.parametrize("captured", [False, True], ids=["eager", "graph"])
+def test_counts_and_slots_are_those_of_the_cpu(captured: bool) -> None:
+    cpu, gpu = both()
+    valid = torch.arange(TOKENS) % 5 > 0
+    batch, mask = ids(0).cuda(), valid.cuda()
+    slots = torch.empty_like(batch)
+
+    def serve() -> None:
+        for layer in range(LAYERS):
+            gpu[0].record(layer, batch[layer], mask)
+            slots[layer] = gpu[1].physical(layer, batch[layer])
+
+    serve()  # makes room for batches of this size
+    gpu[0].step(is_dummy=True)
+    cpu[0].step(is_dummy=True)
+    run = serve
+    if captured:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            serve()
+        run = graph.replay
+    for step in range(1, 4):
+        placement = random_placement(LAYERS, LOGICAL, TOPOLOGY.num_slots, step)
+        for _, tables in (cpu, gpu):
+            tables.update(placement)
+        batch.copy_(ids(step))
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            run()
+            gpu[0].step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        for layer in range(LAYERS):
+            cpu[0].record(layer, ids(step)[layer], valid)
+            assert torch.equal(slots[layer].cpu(), cpu[1].physical(layer, ids(step)[layer]))
+        cpu[0].step()
+    assert torch.equal(gpu[0].take().cpu(), cpu[0].take())
+
+
+def test_updates_keep_their_addresses() -> None:
+    _, (_, tables) = both()
+    before = tables.logical_to_physical.data_ptr(), tables.replica_count.data_ptr()
+    tables.update(random_placement(LAYERS, LOGICAL, TOPOLOGY.num_slots, 5))
+    assert (tables.logical_to_physical.data_ptr(), tables.replica_count.data_ptr()) == before
