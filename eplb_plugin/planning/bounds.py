@@ -75,6 +75,6 @@ def _hottest_replica(load: torch.Tensor, num_slots: int) -> torch.Tensor:
     Greedy replication attains that smallest T: giving a slot to the hottest replica's expert is never wrong.
     """
     rows = load.flatten(0, -2)
-    count = replica_slots(replicate(rows, num_slots), load.shape[-1])
+    count = replica_slots(replicate(rows, num_slots)[:, 0], load.shape[-1])
     hottest: torch.Tensor = (rows / count).amax(1).view(load.shape[:-1])
     return hottest

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .exact import row_hash, uniform_noise
-from .packing_batch import Packings
+from .packing_batch import Packings, over_snapshots
 
 __all__ = ["candidate_packings", "handing_orders"]
 
@@ -31,7 +31,7 @@ def candidate_packings(
     snapshots, _, _, num_items = exact.shape
     each = exact.movedim(0, 2)[:, :, None].expand(-1, -1, per_variant, snapshots, num_items).flatten(0, 2)
     experts = experts[:, :, None].expand(-1, -1, per_variant, num_items).flatten(0, 2)
-    return Packings(each, experts, _hand_out(each.sum(1), orders, num_packs), num_packs)
+    return Packings(each, experts, _hand_out(over_snapshots(each), orders, num_packs), num_packs)
 
 
 def handing_orders(exact: torch.Tensor, experts: torch.Tensor, count: int, seed: int) -> torch.Tensor:
@@ -72,9 +72,8 @@ def _hand_out(total: torch.Tensor, order: torch.Tensor, num_packs: int) -> torch
     """
     chunks = order.view(order.shape[0], -1, num_packs)
     weights = total.gather(1, order).view_as(chunks)
-    load = torch.zeros_like(weights[:, 0])
-    placed = []
-    for chunk, weight in zip(chunks.unbind(1), weights.unbind(1), strict=True):
+    load, placed = weights[:, 0].clone(), [chunks[:, 0]]
+    for chunk, weight in zip(chunks.unbind(1)[1:], weights.unbind(1)[1:], strict=True):
         lightest_first = load.sort(dim=1, stable=True).indices
         placed.append(torch.empty_like(chunk).scatter_(1, lightest_first, chunk))
         load.scatter_add_(1, lightest_first, weight)

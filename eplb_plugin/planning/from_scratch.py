@@ -62,7 +62,7 @@ def _pack_plainly(weight: torch.Tensor, num_packs: int) -> torch.Tensor:
 
 
 def _fill_plainly(node_load: torch.Tensor, topology: Topology) -> torch.Tensor:
-    slot_expert = replicate(node_load.sum(0), topology.slots_per_node)
+    slot_expert = replicate(node_load.sum(0), topology.slots_per_node)[:, 0]
     count = replica_slots(slot_expert, node_load.shape[2])
     share = (node_load.sum(0) / count).gather(1, slot_expert)
     width = topology.ranks_per_node
@@ -76,7 +76,8 @@ def _fill_plainly(node_load: torch.Tensor, topology: Topology) -> torch.Tensor:
 
 
 def _pack_groups(weight: torch.Tensor, num_packs: int, options: PlannerOptions) -> torch.Tensor:
-    items, _ = best_packing(to_exact(weight)[:, :, None], None, num_packs, options)
+    # Sums of whole numbers, which no sum over all of them makes too large.
+    items, _ = best_packing(weight[:, :, None], None, num_packs, options)
     return items
 
 
@@ -87,16 +88,9 @@ def _fill_with_the_best(node_load: torch.Tensor, topology: Topology, options: Pl
     fewer of the first and more of the second may do better.
     """
     snapshots, rows, num_experts = node_load.shape
-    total = node_load.sum(0)
     slots, width = topology.slots_per_node, topology.ranks_per_node
-    slot_expert = replicate(total, slots, width)[:, None]
-    variants = min(_VARIANTS, options.num_candidates)
-    if width > 1 and slots > num_experts and variants > 1:
-        most = replica_slots(slot_expert[:, 0], num_experts).amax(1, keepdim=True)
-        limit = most - torch.arange(1, variants, device=most.device)
-        again = total[:, None].expand(-1, variants - 1, -1).flatten(0, 1)
-        others = replicate(again, slots, width, limit.flatten()).view(rows, variants - 1, slots)
-        slot_expert = torch.cat([slot_expert, others], dim=1)
+    variants = min(_VARIANTS, options.num_candidates) if width > 1 and slots > num_experts else 1
+    slot_expert = replicate(node_load.sum(0), slots, width, variants)
     flat = slot_expert.flatten(0, 1)
     count = replica_slots(flat, num_experts).view(rows, -1, num_experts)
     share = (node_load[:, :, None] / count).gather(3, slot_expert.expand(snapshots, -1, -1, -1))

@@ -105,6 +105,8 @@ def best_packing(
     item = torch.arange(num_items, device=exact.device)
     if num_packs in (1, num_items):
         return item.expand(num_rows, -1), torch.zeros_like(item[:1]).expand(num_rows)
+    if experts is None and num_snapshots == 1 and num_items == 2 * num_packs:
+        return _best_pairs(exact[0, :, 0]), torch.zeros_like(item[:1]).expand(num_rows)
     all_experts = item.expand(num_rows, num_variants, -1) if experts is None else experts
     per_variant = -(-options.num_candidates // num_variants)
     capacity = num_items // num_packs
@@ -134,6 +136,21 @@ def _best_of_each(
     best = packings.rank(options.objective).view_as(finalists).argmin(dim=1, keepdim=True)
     rows = (first * finalists.shape[1] + best).flatten()
     return packings.items.index_select(0, rows), finalists.gather(1, best)[:, 0]
+
+
+def _best_pairs(weight: torch.Tensor) -> torch.Tensor:
+    """Two items to a pack: the heaviest with the lightest, the next with the next, and so on. No other pairs
+    have a lower heaviest one or a heavier lightest one.
+
+    Args:
+        weight: float64 [X, n].
+
+    Returns:
+        int64 [X, n], the item in each place.
+    """
+    falling = weight.sort(dim=1, descending=True, stable=True).indices
+    half = weight.shape[1] // 2
+    return torch.stack([falling[:, :half], falling.flip(1)[:, :half]], dim=2).flatten(1)
 
 
 def _refined(packings: Packings, has_replicas: bool, options: PlannerOptions) -> Packings:

@@ -6,9 +6,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-__all__ = ["Packings"]
+__all__ = ["Packings", "over_snapshots"]
 
 _MOST_REPEATS = 7  # that are told apart; with values below 2^50 the order stays exact in float64
+
+
+def over_snapshots(values: torch.Tensor) -> torch.Tensor:
+    """The sum over the snapshots, [B, snapshots, ...]; of a single one it takes no launch."""
+    return values[:, 0] if values.shape[1] == 1 else values.sum(1)
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class Packings:
         value = load.amax(2)
         if objective == "spread":
             value = value - load.amin(2)
-        return value.sum(1)
+        return over_snapshots(value)
 
     def rank(self, objective: str) -> torch.Tensor:
         """Lower is better: fewer repeats before all else, then the value. float64 [B]."""

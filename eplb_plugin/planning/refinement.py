@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from .packing_batch import Packings
+from .packing_batch import Packings, over_snapshots
 from .swaps import cost_now, gaps, offsets, swap_costs, unfit
 
 __all__ = ["even_out", "relieve"]
@@ -37,12 +37,12 @@ def even_out(packings: Packings, rounds: int, objective: str) -> Packings:
     for _ in range(rounds):
         weights = packings.weights()
         load = weights.sum(3)
-        falling = load.sum(1).sort(dim=1, descending=True, stable=True).indices
+        falling = over_snapshots(load).sort(dim=1, descending=True, stable=True).indices
         pack = torch.cat([falling[:, :pairs], falling.flip(1)[:, :pairs]], dim=1)
         index = pack[:, None].expand(-1, num_snapshots, -1)
         offset = offsets(weights, load).gather(2, index[..., None].expand(-1, -1, -1, capacity))
         heavy, light = offset.unsqueeze(4)[:, :, :pairs], offset.unsqueeze(3)[:, :, pairs:]
-        gap = gaps(heavy, light).sum(1)
+        gap = over_snapshots(gaps(heavy, light))
         expert = packings.experts().gather(1, pack[..., None].expand(-1, -1, capacity))
         same = expert[:, :pairs, :, None] == expert[:, pairs:, None]
         gap.masked_fill_(same.any(3, keepdim=True) | same.any(2, keepdim=True), torch.inf)
@@ -50,7 +50,7 @@ def even_out(packings: Packings, rounds: int, objective: str) -> Packings:
 
         best = gap.argmin(dim=2)
         paired = load.gather(2, index)
-        now = gaps(paired[:, :, :pairs], paired[:, :, pairs:]).sum(1)
+        now = over_snapshots(gaps(paired[:, :, :pairs], paired[:, :, pairs:]))
         gain = now - gap.gather(2, best[..., None])[..., 0]
         first = pack * capacity
         mine = first[:, :pairs] + best // capacity

@@ -8,10 +8,7 @@ __all__ = ["replica_slots", "replicate"]
 
 
 def replicate(
-    weight: torch.Tensor,
-    num_slots: int,
-    max_replicas: int | None = None,
-    row_limit: torch.Tensor | None = None,
+    weight: torch.Tensor, num_slots: int, max_replicas: int | None = None, variants: int = 1
 ) -> torch.Tensor:
     """Give every expert one replica and each further slot to the expert with the most load per replica.
 
@@ -24,14 +21,15 @@ def replicate(
         num_slots: slots per row, at least n.
         max_replicas: most replicas of one expert (ranks it can be spread over); where n * max_replicas
             is below num_slots the bound rises as little as it must.
-        row_limit: int64 [X], a lower `max_replicas` for each row; raised alike.
+        variants: the first one is this; in those after it no expert has more than one, two, ... replicas
+            fewer than the most that any has in the first, as far as the slots allow.
 
     Returns:
-        slot_expert: int64 [X, num_slots]: experts 0..n-1 in order, then the extra replicas as given.
+        slot_expert: int64 [X, variants, num_slots]: experts 0..n-1 in order, then the extra replicas.
     """
     rows, num_experts = weight.shape
     device = weight.device
-    first = torch.arange(num_experts, device=device).expand(rows, -1)
+    first = torch.arange(num_experts, device=device).expand(rows, variants, -1)
     extra = num_slots - num_experts
     if extra == 0:
         return first.contiguous()
@@ -51,11 +49,15 @@ def replicate(
     expert, pair = falling.index_select(1, place).sort(dim=1, stable=True)
     held = held.expand(rows, -1).gather(1, pair)
     share = weight.gather(1, expert) / held
-    if row_limit is not None:
+    given = share.sort(dim=1, descending=True, stable=True).indices[:, None, :extra]
+    if variants > 1:
+        limit = held.gather(1, given[:, 0]).amax(1, keepdim=True) + 1
+        limit = (limit - torch.arange(1, variants, device=device)).clamp_(min=fewest)
         # Below zero, so that zero loads still come before it.
-        share = torch.where(held >= row_limit.clamp(min=fewest)[:, None], -1.0, share)
-    given = share.sort(dim=1, descending=True, stable=True).indices[:, :extra]
-    return torch.cat([first, expert.gather(1, given)], dim=1)
+        share = torch.where(held[:, None] >= limit[:, :, None], -1.0, share[:, None])
+        others = share.sort(dim=2, descending=True, stable=True).indices[:, :, :extra]
+        given = torch.cat([given, others], dim=1)
+    return torch.cat([first, expert[:, None].expand(-1, variants, -1).gather(2, given)], dim=2)
 
 
 def replica_slots(slot_expert: torch.Tensor, num_experts: int) -> torch.Tensor:

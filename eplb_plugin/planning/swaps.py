@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from .packing_batch import over_snapshots
+
 __all__ = ["cost_now", "gaps", "offsets", "swap_costs", "unfit"]
 
 
@@ -73,7 +75,7 @@ def swap_costs(gap: torch.Tensor, load: torch.Tensor, pack: torch.Tensor, object
 def cost_now(load: torch.Tensor, objective: str) -> torch.Tensor:
     """The same before the swap of an item of the heaviest pack (`spread`: or the lightest): float64 [B]."""
     most = load.amax(2)
-    return 2 * (most - load.amin(2) if objective == "spread" else most).sum(1)
+    return 2 * over_snapshots(most - load.amin(2) if objective == "spread" else most)
 
 
 def _largest_other(load: torch.Tensor, is_pack: torch.Tensor) -> torch.Tensor:
