@@ -83,7 +83,7 @@ class Channels:
                 upward, downward = (
                     answered("joining", maker.submit(gloo, part).result) for part in ("up", "down")
                 )
-        self.data = Transport(RankGroup(upward, group.device), downward)
+        self.data = Transport(RankGroup(upward, group.device), downward, time_limit=time_limit)
         self.decisions = Decisions(prefixed("decisions"), time_limit)
 
     def close(self) -> None:

@@ -100,15 +100,9 @@ class Crossing:
         def check(arrivals: Sequence[Arrival]) -> None:
             self._attempt(lambda: self.bad.extend(self._damage.arrived_damaged(arrivals, pace.rest)))
 
-        def settle() -> None:
-            limit = parts.options.time_limit
-            if not parts.order.settle(limit):
-                transport.close()
-                raise RankLostError(f"moving expert weights: no answer from another rank within {limit} s")
-
         transfer.start(transport, agreed)
         self._attempt(tables)
-        transfer.finish(transport, check, settle, after, pace.rest)
+        transfer.finish(transport, check, parts.order.settle, after, pace.rest)
         self._error = self._error or transfer.failure
         self.transfer_seconds += time.perf_counter() - start
 

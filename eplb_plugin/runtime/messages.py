@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from ..errors import RankLostError
 from .collectives import AnyGroup, RankGroup, answered
+from .nccl import abort_nccl, within_limit
 
 __all__ = ["InFlight", "Message", "Transport"]
 
@@ -17,6 +19,7 @@ __all__ = ["InFlight", "Message", "Transport"]
 # used up, and ranks may then wait for each other for ever: seen by others from some hundreds of messages on
 # (pytorch issue 174288, sglang pull request 30829).
 _MOST_AT_ONCE = 64
+_WHAT = "moving expert weights"
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +47,7 @@ class InFlight:
                 work.wait()
                 self._done += 1
 
-        answered("moving expert weights", run)
+        answered(_WHAT, run)
 
 
 class Transport:
@@ -56,18 +59,22 @@ class Transport:
     Args:
         upward: the rank's group, which carries messages to higher ranks.
         downward: what carries those to lower ranks; None is the same group.
+        time_limit: seconds that starting messages on a GPU may take.
 
     Attributes:
         most: messages of a direction that a round may have, since all of a round have to be started by one
             call; None is any number.
     """
 
-    def __init__(self, upward: RankGroup, downward: AnyGroup | None = None) -> None:
+    def __init__(
+        self, upward: RankGroup, downward: AnyGroup | None = None, *, time_limit: float = 30.0
+    ) -> None:
         self.device = upward.device
         self.most = None if self.device.type == "cpu" else _MOST_AT_ONCE
         self._rank, self._size = upward.rank, upward.size
         self._upward: AnyGroup | None = upward.group
         self._downward: AnyGroup | None = downward if downward is not None else upward.group
+        self._time_limit = time_limit
 
     def start(self, sends: Sequence[Message], receives: Sequence[Message]) -> InFlight:
         """Send to some ranks and receive from others. The tensors stay as they are until `wait` has returned.
@@ -76,7 +83,8 @@ class Transport:
         other way round; ranks that have nothing to do with each other need not call.
 
         Raises:
-            RankLostError: the connections are closed, or a peer's end of them is.
+            RankLostError: the connections are closed, or a peer's end of them is; or, on a GPU, a peer does
+                not answer.
         """
         if self._size == 1 or not (sends or receives):
             return InFlight()
@@ -97,11 +105,17 @@ class Transport:
             ]
             return works if self.most is None else [up._end_coalescing()]
 
-        return InFlight(answered("moving expert weights", run))
+        if self.most is None:
+            return InFlight(answered(_WHAT, run))
+        try:
+            return InFlight(within_limit(partial(answered, _WHAT, run), self.device, self._time_limit))
+        except TimeoutError as error:
+            self.close()
+            limit = f"within {self._time_limit} s"
+            raise RankLostError(f"{_WHAT}: no answer from another rank {limit}") from error
 
     def close(self) -> None:
         """Give the groups back; ranks that still expect a message get an error."""
         group, self._upward, self._downward = self._upward, None, None
         if group is not None and self.most is not None and self._size > 1:
-            # What is under way on the GPU ends, where it would wait for a peer for ever.
-            group.abort()
+            abort_nccl(group, self._time_limit)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator
 
 import torch
 
 __all__ = ["DeviceOrder"]
-
-_SHORTEST_PAUSE, _LONGEST_PAUSE = 2e-5, 1e-3  # seconds
 
 
 class DeviceOrder:
@@ -55,18 +52,7 @@ class DeviceOrder:
         if self._cuda:
             self._stream.wait_event(self._written)
 
-    def settle(self, time_limit: float) -> bool:
-        """The background thread: wait until the device has done all of its work, or for `time_limit` seconds;
-        whether it has. Messages are such work, and a peer that is gone leaves them undone for ever."""
-        if not self._cuda:
-            return True
-        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        done.record(self._stream)
-        deadline = time.monotonic() + time_limit
-        pause = _SHORTEST_PAUSE
-        while not done.query():  # type: ignore[no-untyped-call]
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE)
-        return True
+    def settle(self) -> None:
+        """The background thread: wait until the device has done all of its work."""
+        if self._cuda:
+            self._stream.synchronize()

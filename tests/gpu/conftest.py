@@ -14,8 +14,8 @@ def _gpu() -> None:
         pytest.skip("needs a GPU")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _compiled() -> None:
-    """Once here, not in each of the processes that tests start."""
+@pytest.fixture(scope="session")
+def compiled() -> None:
+    """The planner, once here, not in each of the processes that tests start."""
     if torch.cuda.is_available():
         eplb.warmup()

@@ -33,8 +33,10 @@ from tests.runtime.test_rebalancer import (
 )
 from tests.runtime.test_torch_moe import CONFIG, PLANNER, batch
 
-MOST = 1500  # steps
+MOST = 4000  # steps
 MOVES = 6  # rebalances that move something
+
+pytestmark = pytest.mark.usefixtures("compiled")
 
 
 def on_gpu(weights: list[list[torch.Tensor]], device: torch.device) -> list[list[torch.Tensor]]:
@@ -62,7 +64,7 @@ def serve(
         LAYERS,
         LOGICAL,
         weights=weights,
-        options=options(mode=mode, interval=8, verify=verify, history=2),
+        options=options(mode=mode, interval=8, verify=verify, history=2, background_share=1.0),
         planner=FAST,
         group=group,
         device=device,
@@ -115,11 +117,11 @@ def serve_a_model(rank: int, mode: str) -> int:
     device = share_the_gpu(rank)
     group = nccl_group()
     topology = eplb.Topology(num_ranks=2, num_slots=16)
-    choices = eplb.RebalancerOptions(mode=mode, interval=4, history=1)
+    choices = eplb.RebalancerOptions(mode=mode, interval=4, history=1, background_share=1.0)
     model = MoEModel(CONFIG, topology, options=choices, planner=PLANNER, group=group, device=device)
     reference = MoEModel(CONFIG, device=device)
     moves = 0
-    for step in range(40):
+    for step in range(400):
         tokens = batch(step, rank).to(device)
         logits, expected = model.forward(tokens), reference.forward(tokens)
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
@@ -128,6 +130,8 @@ def serve_a_model(rank: int, mode: str) -> int:
         if report:
             assert not report.failed, report.reason
             moves += report.moves
+        if moves > MOVES and step >= 16:
+            break
     model.rebalancer.close()
     return moves
 
@@ -138,8 +142,9 @@ def test_outputs_are_those_of_one_process(mode: str) -> None:
     assert results[0] == results[1] > 0
 
 
-def lose_a_rank(rank: int, how: int, told: str) -> tuple[str, bool]:
-    """Rank 1 stops or dies when all have agreed to send; the other turns balancing off and goes on."""
+def lose_a_rank(rank: int, how: int, transfers: int, told: str) -> tuple[str, bool]:
+    """Rank 1 stops or dies when all have agreed to send for the n-th time; the other turns balancing off and
+    goes on."""
     device = share_the_gpu(rank)
     weights = on_gpu(make_weights(PAIR, rank), device)
     limit = 8.0
@@ -155,19 +160,26 @@ def lose_a_rank(rank: int, how: int, told: str) -> tuple[str, bool]:
     dist.all_gather_object(pids, os.getpid())
     start = Transport.start
 
+    left = transfers
+
     def fail(self: Transport, sends: object, receives: object) -> object:
-        if rank == 1 and (sends or receives):
+        nonlocal left
+        left -= 1
+        if rank == 1 and left == 0:
             os.kill(os.getpid(), how)
         return start(self, sends, receives)  # type: ignore[arg-type]
 
-    before = balancer.placement
+    before, took = balancer.placement, 0.0
     with mock.patch.object(Transport, "start", fail):
-        for step in range(2):
+        for step in range(100):
             for layer in range(LAYERS):
                 balancer.record_counts(layer, counts(step, rank, layer).to(device))
             began = time.monotonic()
+            before = balancer.placement
             balancer.step()
             took = time.monotonic() - began
+            if balancer.off:
+                break
     if rank == 0:
         Path(told).write_text(f"{took:.1f} s: {balancer.off}")
         # The GPU still works, with what was there before.
@@ -175,26 +187,27 @@ def lose_a_rank(rank: int, how: int, told: str) -> tuple[str, bool]:
         checked(weights, balancer)
         assert float((torch.ones(1000, device=device) * 2).sum()) == 2000.0
         assert balancer.step() is None
-        assert "answer" in balancer.off or "failed" in balancer.off
+        assert balancer.off
         assert took < 4 * limit
         Path(told).write_text(f"went on after {took:.1f} s: {balancer.off}")
         os.kill(pids[1], signal.SIGCONT)
     return balancer.off, balancer.placement == before
 
 
-def test_a_rank_that_stops_amid_a_transfer(tmp_path: Path) -> None:
+# When the two connect, and when they have been connected for a while.
+@pytest.mark.parametrize("transfers", [1, 3])
+def test_a_rank_that_stops_amid_a_transfer(transfers: int, tmp_path: Path) -> None:
     told = tmp_path / "told"
-    results = run_ranks(lose_a_rank, 2, signal.SIGSTOP, str(told))
+    results = run_ranks(lose_a_rank, 2, signal.SIGSTOP, transfers, str(told))
     assert told.read_text().startswith("went on")
-    print(told.read_text())
     assert all(off and kept for off, kept in results)
 
 
-def test_a_rank_that_dies_amid_a_transfer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("transfers", [1, 3])
+def test_a_rank_that_dies_amid_a_transfer(transfers: int, tmp_path: Path) -> None:
     told = tmp_path / "told"
     with pytest.raises(RanksFailedError) as failed:
-        run_ranks(lose_a_rank, 2, signal.SIGKILL, str(told))
+        run_ranks(lose_a_rank, 2, signal.SIGKILL, transfers, str(told))
     # Rank 0 served on; the last meeting of the test's own group is what it could not keep.
     assert "died without a word" in failed.value.failures[1]
-    print(told.read_text(), failed.value)
     assert told.read_text().startswith("went on")
