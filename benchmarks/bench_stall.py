@@ -56,8 +56,8 @@ class Setting:
 
 
 SETTINGS = {
-    "small": Setting(hidden=128, inner=512, tokens=32, room=46, rebalances=8),
-    "large": Setting(hidden=256, inner=1024, tokens=3, room=86, rebalances=4),
+    "small": Setting(hidden=128, inner=512, tokens=32, room=46, rebalances=14),
+    "large": Setting(hidden=256, inner=1024, tokens=3, room=86, rebalances=8),
 }
 
 
@@ -179,7 +179,7 @@ def main() -> None:
     eplb.warmup()
     setting = SETTINGS[options.experts]
     arguments = (setting, options.ranks, setting.rebalances + 1)
-    ((_, served),) = list(run_ranks(serve, options.ranks, arguments, time_limit=900))
+    ((_, served),) = list(run_ranks(serve, options.ranks, arguments, time_limit=1800))
     base = statistics.median(served["never"].quiet)
     # Steps vary: of as many steps without any rebalance, one is the longest as well.
     usual = statistics.median(served["never"].stalls)

@@ -60,6 +60,7 @@ def test_loads_of_any_dtype(dtype: torch.dtype, policy: str) -> None:
     assert torch.equal(there.physical_to_logical.cpu(), here.physical_to_logical)
 
 
+@pytest.mark.usefixtures("compiled")
 def test_from_a_placement_in_force_it_is_the_compiled_plan() -> None:
     load, topology = lognormal(8, 6, 64), eplb.Topology(num_ranks=8, num_slots=80)
     start = eplb.Placement.default(6, 64, 80)
@@ -114,6 +115,7 @@ def test_cuda_sees_no_wait_but_the_look(
         assert len(looks) == 1
 
 
+@pytest.mark.usefixtures("compiled")
 def test_metrics_are_those_of_the_cpu() -> None:
     load, topology = lognormal(4, 6, 64), eplb.Topology(num_ranks=8, num_slots=80)
     placement = eplb.plan(load, topology).placement
