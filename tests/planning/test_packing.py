@@ -88,6 +88,31 @@ def test_small_cases_reach_the_optimum(num_packs, capacity):
     assert peak(weight, pack_index, num_packs).tolist() == pytest.approx(optimum, rel=1e-9)
 
 
+def all_pairs(items: list[int]) -> list[list[tuple[int, int]]]:
+    """Every way to put items into packs of two."""
+    if not items:
+        return [[]]
+    first, rest = items[0], items[1:]
+    return [
+        [(first, other), *pairs]
+        for other in rest
+        for pairs in all_pairs([item for item in rest if item != other])
+    ]
+
+
+@pytest.mark.parametrize("objective", ["peak", "spread"])
+@pytest.mark.parametrize("num_packs", [2, 3, 4])
+def test_pairs_of_one_load_reach_the_optimum_of_either_objective(num_packs, objective):
+    # Whole numbers and a few ties.
+    weight = weights(20, 2 * num_packs, seed=5).mul(4).round()
+    index, _ = balanced_packing(weight, num_packs, PlannerOptions(objective=objective))
+    loads = pack_loads(weight, index, num_packs)[0]
+    least = loads.amin(1) if objective == "spread" else 0.0
+    for row, value in zip(weight.tolist(), (loads.amax(1) - least).tolist(), strict=True):
+        sums = [[row[a] + row[b] for a, b in pairs] for pairs in all_pairs(list(range(2 * num_packs)))]
+        assert value == min(max(s) - (min(s) if objective == "spread" else 0.0) for s in sums)
+
+
 def test_large_rows_come_close_to_the_mean():
     weight = weights(6, 288, sigma=0.3)
     pack_index, _ = balanced_packing(weight, 32)
