@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 from itertools import combinations
+from math import comb
 
 import torch
 
 from ..topology import Topology
+from .group_packings import packings
+from .rank_bounds import shared_bound
 from .replication import replica_slots, replicate
 
 __all__ = ["peak_lower_bound"]
 
 _MOST_HALVED = 12  # groups, of which there are 462 halves
+_MOST_NODES = 100  # sets of groups that a node may get: up to eight groups
 
 
 def peak_lower_bound(load: torch.Tensor, topology: Topology) -> torch.Tensor:
     """A lower bound on the peak rank load of every layer, mean over the snapshots.
 
     Per snapshot the largest of: the mean rank load; the smallest T with sum over experts of
-    ceil(load / T) <= slots, since some replica carries that much whatever the replica counts are; and, where
-    groups stay within nodes, the mean rank load of the heaviest node however groups are packed, and that
+    ceil(load / T) <= slots, since some replica carries that much whatever the replica counts are; and what
+    ranks that share their experts cannot beat (`shared_bound`).
+
+    Where groups stay within nodes, the latter is that of the best packing of groups to nodes where there are
+    few of them. Otherwise the mean rank load of the heaviest node however groups are packed, and that
     smallest T for each group alone, in the slots that the other groups of its node leave it.
 
     Args:
@@ -30,15 +37,34 @@ def peak_lower_bound(load: torch.Tensor, topology: Topology) -> torch.Tensor:
         float64 [layers], tokens.
     """
     bound = torch.maximum(load.sum(2) / topology.num_ranks, _hottest_replica(load, topology.num_slots))
-    if topology.num_nodes > 1:
-        per_node = topology.num_groups // topology.num_nodes
-        by_group = load.view(*load.shape[:2], topology.num_groups, -1)
-        node = _heaviest_node(by_group.sum(3), topology.num_nodes)
-        # Every expert of the other groups takes a slot.
-        slots = topology.slots_per_node - (per_node - 1) * by_group.shape[3]
-        replica = _hottest_replica(by_group, slots).amax(2)
-        bound = torch.maximum(bound, torch.maximum(node / topology.ranks_per_node, replica))
+    if topology.num_nodes == 1:
+        shared = shared_bound(load.flatten(0, 1), topology.slots_by_rank).view_as(bound)
+        return torch.maximum(bound, shared).mean(0)
+    by_group = load.view(*load.shape[:2], topology.num_groups, -1)
+    per_node = topology.num_groups // topology.num_nodes
+    if comb(topology.num_groups, per_node) <= _MOST_NODES:
+        return torch.maximum(bound, _best_packing_bound(by_group, topology)).mean(0)
+    node = _heaviest_node(by_group.sum(3), topology.num_nodes)
+    # Every expert of the other groups takes a slot.
+    slots = topology.slots_per_node - (per_node - 1) * by_group.shape[3]
+    replica = _hottest_replica(by_group, slots).amax(2)
+    bound = torch.maximum(bound, torch.maximum(node / topology.ranks_per_node, replica))
     return bound.mean(0)
+
+
+def _best_packing_bound(by_group: torch.Tensor, topology: Topology) -> torch.Tensor:
+    """The lowest, over all packings of groups to nodes, of the highest bound of a node: float64 [snapshots,
+    layers], of loads [snapshots, layers, groups, experts]."""
+    num_groups = by_group.shape[2]
+    nodes = list(combinations(range(num_groups), num_groups // topology.num_nodes))
+    rank_slots = topology.slots_by_rank[: topology.ranks_per_node]
+    of_node = {
+        node: shared_bound(by_group[:, :, list(node)].flatten(2).flatten(0, 1), rank_slots) for node in nodes
+    }
+    best = torch.full_like(of_node[nodes[0]], torch.inf)
+    for packing in packings(num_groups, topology.num_nodes):
+        best = torch.minimum(best, torch.stack([of_node[node] for node in packing]).amax(0))
+    return best.view(by_group.shape[:2])
 
 
 def _heaviest_node(group_load: torch.Tensor, num_nodes: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ from ..config import PlannerOptions
 from ..load import sum_over_last
 from ..topology import Topology
 from .compiled import grow, pack_rows, plan_from_scratch, step_peaks
+from .group_packings import MOST_PACKINGS, best_nodes, num_packings
 from .hierarchy import groups_within_nodes
 from .relabel import overlap_ranks
 
@@ -115,6 +116,8 @@ def _expert_nodes(load: torch.Tensor, topology: Topology, options: PlannerOption
         return torch.zeros((num_layers, num_logical), dtype=torch.int64)
     group_size = num_logical // topology.num_groups
     group_load = sum_over_last(load.view(num_snapshots, num_layers, topology.num_groups, group_size))
+    if num_packings(topology.num_groups, topology.num_nodes) <= MOST_PACKINGS:
+        return best_nodes(group_load, topology.num_nodes).repeat_interleave(group_size, dim=1)
     node, _ = pack_rows(
         group_load,
         topology.num_nodes,

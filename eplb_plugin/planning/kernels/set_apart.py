@@ -16,7 +16,7 @@ from .hand_out import _hand_out
 from .packing_bounds import _counts_bound
 from .peak_search import _lower_node
 
-_MOST_HOT = 6  # experts; with more of them none is much hotter than the next
+_MOST_HOT = 16  # experts; with more of them none is much hotter than the next
 
 
 @_compile
