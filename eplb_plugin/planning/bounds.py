@@ -16,6 +16,8 @@ __all__ = ["peak_lower_bound"]
 
 _MOST_HALVED = 12  # groups, of which there are 462 halves
 _MOST_NODES = 100  # sets of groups that a node may get: up to eight groups
+_ROWS_AT_ONCE = 64
+_EQUAL = 1e-12
 
 
 def peak_lower_bound(load: torch.Tensor, topology: Topology) -> torch.Tensor:
@@ -43,7 +45,8 @@ def peak_lower_bound(load: torch.Tensor, topology: Topology) -> torch.Tensor:
     by_group = load.view(*load.shape[:2], topology.num_groups, -1)
     per_node = topology.num_groups // topology.num_nodes
     if comb(topology.num_groups, per_node) <= _MOST_NODES:
-        return torch.maximum(bound, _best_packing_bound(by_group, topology)).mean(0)
+        best = _best_packing_bound(by_group.flatten(0, 1), topology).view_as(bound)
+        return torch.maximum(bound, best).mean(0)
     node = _heaviest_node(by_group.sum(3), topology.num_nodes)
     # Every expert of the other groups takes a slot.
     slots = topology.slots_per_node - (per_node - 1) * by_group.shape[3]
@@ -53,18 +56,36 @@ def peak_lower_bound(load: torch.Tensor, topology: Topology) -> torch.Tensor:
 
 
 def _best_packing_bound(by_group: torch.Tensor, topology: Topology) -> torch.Tensor:
-    """The lowest, over all packings of groups to nodes, of the highest bound of a node: float64 [snapshots,
-    layers], of loads [snapshots, layers, groups, experts]."""
-    num_groups = by_group.shape[2]
+    """The lowest, over all packings of groups to nodes, of the highest bound of a node: float64 [X], of loads
+    [X, groups, experts].
+
+    Where the packing with the lowest mean loads is bounded by these alone, no other can be lower.
+    """
+    num_groups = by_group.shape[1]
     nodes = list(combinations(range(num_groups), num_groups // topology.num_nodes))
+    place = {node: index for index, node in enumerate(nodes)}
+    device = by_group.device
+    groups = torch.tensor(nodes, device=device)
+    every = torch.tensor(
+        [[place[node] for node in packing] for packing in packings(num_groups, topology.num_nodes)],
+        device=device,
+    )
     rank_slots = topology.slots_by_rank[: topology.ranks_per_node]
-    of_node = {
-        node: shared_bound(by_group[:, :, list(node)].flatten(2).flatten(0, 1), rank_slots) for node in nodes
-    }
-    best = torch.full_like(of_node[nodes[0]], torch.inf)
-    for packing in packings(num_groups, topology.num_nodes):
-        best = torch.minimum(best, torch.stack([of_node[node] for node in packing]).amax(0))
-    return best.view(by_group.shape[:2])
+
+    def of_nodes(rows: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """The bounds of nodes of rows: float64 [rows, nodes], `chosen` int64 [rows or 1, nodes]."""
+        loads = by_group[rows[:, None, None], groups[chosen]]
+        return shared_bound(loads.flatten(2).flatten(0, 1), rank_slots).view(len(rows), -1)
+
+    means = by_group.sum(2)[:, groups].sum(2) / topology.ranks_per_node
+    lowest, packing = means[:, every].amax(2).min(1)
+    bound = of_nodes(torch.arange(len(by_group), device=device), every[packing]).amax(1)
+    above = (bound > lowest * (1 + _EQUAL)).nonzero()[:, 0]
+    for first in range(0, len(above), _ROWS_AT_ONCE):
+        rows = above[first : first + _ROWS_AT_ONCE]
+        of_node = of_nodes(rows, torch.arange(len(nodes), device=device)[None])
+        bound[rows] = of_node[:, every].amax(2).amin(1)
+    return bound
 
 
 def _heaviest_node(group_load: torch.Tensor, num_nodes: int) -> torch.Tensor:

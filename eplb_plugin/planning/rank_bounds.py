@@ -34,46 +34,51 @@ def shared_bound(load: torch.Tensor, rank_slots: Sequence[int]) -> torch.Tensor:
         float64 [X], tokens.
     """
     falling = load.sort(dim=1, descending=True).values
-    num_experts = load.shape[1]
-    height = max(1, _AT_ONCE // (min(num_experts, _HOTTEST) * len(rank_slots) + num_experts))
-    parts = [_bound(rows, sorted(rank_slots), _DEPTH) for rows in torch.split(falling, height)]
-    return torch.cat(parts) if parts else load.new_zeros(0)
+    spare = sum(rank_slots) - load.shape[1]
+    width = min(_HOTTEST, spare + 1) * min(len(rank_slots), spare + 1) + load.shape[1]
+    parts = torch.split(falling, max(1, _AT_ONCE // width))
+    return torch.cat([_bound(rows, sorted(rank_slots), _DEPTH) for rows in parts])
 
 
 def _bound(falling: torch.Tensor, rank_slots: Sequence[int], depth: int) -> torch.Tensor:
     """`shared_bound` of loads that fall along each row, and of ranks in rising order of their slots."""
     num_experts, num_ranks = falling.shape[1], len(rank_slots)
     spare = sum(rank_slots) - num_experts
-    bound = falling.sum(1) / num_ranks
-    if num_experts == 0:
-        return bound
-    # How low m ranks, m = 1, 2, ..., let the peak be that an expert is on: [X, experts, m].
     most = min(num_ranks, spare + 1)
-    hot = falling[:, :_HOTTEST]
-    number = torch.arange(1, most + 1, dtype=torch.float64, device=falling.device)
     heaviest = torch.nn.functional.pad(falling.cumsum(1), (1, 0))
     total = heaviest[:, -1]
-    lowest = hot[:, :, None] / number
-    left = sum(rank_slots)
-    for m, used in enumerate(accumulate(rank_slots[:most]), 1):
-        # The others' slots, on the ranks that have most of them.
-        elsewhere = min(left - used, num_experts - 1)
-        on_others = heaviest[:, elsewhere : elsewhere + 1].expand_as(hot).clone()
-        among = hot[:, :elsewhere]
-        on_others[:, : among.shape[1]] = heaviest[:, elsewhere + 1 : elsewhere + 2] - among
-        together = (total[:, None] - on_others) / m
-        lowest[:, :, m - 1] = torch.maximum(lowest[:, :, m - 1], together)
+    bound = total / num_ranks
+    if num_experts == 0:
+        return bound
+    # How low m ranks, m = 1, 2, ..., let the peak be that an expert is on: [X, experts, m]. No more experts
+    # than there are spare slots, and one, can decide.
+    hot = falling[:, : min(_HOTTEST, spare + 1)]
+    number = torch.arange(1, most + 1, device=falling.device)
+    # The other ranks are those with most slots.
+    used = torch.tensor(list(accumulate(rank_slots[:most])), device=falling.device)
+    elsewhere = (sum(rank_slots) - used).clamp_(max=num_experts - 1)
+    among = torch.arange(hot.shape[1], device=falling.device)[:, None] < elsewhere
+    others = torch.where(
+        among,
+        heaviest[:, None].index_select(2, elsewhere + 1) - hot[:, :, None],
+        heaviest[:, None].index_select(2, elsewhere),
+    )
+    lowest = torch.maximum(hot[:, :, None], total[:, None, None] - others) / number
     lowest = lowest.cummin(2).values
-    bound = torch.maximum(bound, lowest[:, :, -1].amax(1))
+    bound = torch.maximum(bound, lowest[:, 0, -1])
     if spare < hot.shape[1] * most:
         # Whoever is above the bound needs another slot.
         bound = torch.maximum(bound, lowest.flatten(1).topk(spare + 1, dim=1).values[:, -1])
     if depth == 0 or most < num_ranks or num_ranks == 1:
         return bound
-    everywhere = falling[:, 0] / num_ranks
-    if num_experts > 1:
-        everywhere = everywhere + _bound(falling[:, 1:], [slots - 1 for slots in rank_slots], depth - 1)
     otherwise = lowest[:, 0, num_ranks - 2]
     if spare >= num_ranks:
         otherwise = torch.minimum(otherwise, 2 * falling[:, 0] / (spare + 1))
-    return torch.maximum(bound, torch.minimum(everywhere, otherwise))
+    rows = (otherwise > bound).nonzero()[:, 0]
+    if rows.numel():
+        everywhere = falling[rows, 0] / num_ranks
+        if num_experts > 1:
+            left = [slots - 1 for slots in rank_slots]
+            everywhere = everywhere + _bound(falling[rows, 1:], left, depth - 1)
+        bound[rows] = torch.maximum(bound[rows], torch.minimum(everywhere, otherwise[rows]))
+    return bound
