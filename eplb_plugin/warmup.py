@@ -24,5 +24,5 @@ def warmup(topology: Topology | None = None) -> None:
     num_logical = min(num_logical, topology.num_slots)
     load = torch.arange(1, num_logical + 1, dtype=torch.float64).expand(2, 1, -1)
     current = Placement.default(1, num_logical, topology.num_slots)
-    plan(load, topology)
+    _ = plan(load, topology).lower_bound
     plan(load, topology, current)

@@ -8,8 +8,8 @@ from math import comb
 import torch
 
 from ..topology import Topology
+from .compiled import shared_bounds
 from .group_packings import packings
-from .rank_bounds import shared_bound
 from .replication import replica_slots, replicate
 
 __all__ = ["peak_lower_bound"]
@@ -25,7 +25,7 @@ def peak_lower_bound(load: torch.Tensor, topology: Topology) -> torch.Tensor:
 
     Per snapshot the largest of: the mean rank load; the smallest T with sum over experts of
     ceil(load / T) <= slots, since some replica carries that much whatever the replica counts are; and what
-    ranks that share their experts cannot beat (`shared_bound`).
+    ranks that share their experts cannot beat (`kernels.rank_bounds`).
 
     Where groups stay within nodes, the latter is that of the best packing of groups to nodes where there are
     few of them. Otherwise the mean rank load of the heaviest node however groups are packed, and that
@@ -40,7 +40,7 @@ def peak_lower_bound(load: torch.Tensor, topology: Topology) -> torch.Tensor:
     """
     bound = torch.maximum(load.sum(2) / topology.num_ranks, _hottest_replica(load, topology.num_slots))
     if topology.num_nodes == 1:
-        shared = shared_bound(load.flatten(0, 1), topology.slots_by_rank).view_as(bound)
+        shared = shared_bounds(load.flatten(0, 1), topology.slots_by_rank).view_as(bound)
         return torch.maximum(bound, shared).mean(0)
     by_group = load.view(*load.shape[:2], topology.num_groups, -1)
     per_node = topology.num_groups // topology.num_nodes
@@ -75,7 +75,7 @@ def _best_packing_bound(by_group: torch.Tensor, topology: Topology) -> torch.Ten
     def of_nodes(rows: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """The bounds of nodes of rows: float64 [rows, nodes], `chosen` int64 [rows or 1, nodes]."""
         loads = by_group[rows[:, None, None], groups[chosen]]
-        return shared_bound(loads.flatten(2).flatten(0, 1), rank_slots).view(len(rows), -1)
+        return shared_bounds(loads.flatten(2).flatten(0, 1), rank_slots).view(len(rows), -1)
 
     means = by_group.sum(2)[:, groups].sum(2) / topology.ranks_per_node
     lowest, packing = means[:, every].amax(2).min(1)

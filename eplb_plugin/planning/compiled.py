@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -23,6 +24,7 @@ __all__ = [
     "keep_slots",
     "pack_rows",
     "plan_from_scratch",
+    "shared_bounds",
     "step_peaks",
 ]
 
@@ -107,6 +109,23 @@ def pack_rows(
     )
     slot = torch.empty_like(items).scatter_(1, items, torch.arange(items.shape[1]).expand_as(items))
     return slot // topology.slots_per_rank, slot % topology.slots_per_rank
+
+
+def shared_bounds(load: torch.Tensor, rank_slots: Sequence[int]) -> torch.Tensor:
+    """A lower bound on the peak of ranks that hold all of a load and nothing else, see `kernels.rank_bounds`.
+
+    Args:
+        load: float64 [X, experts], any device.
+        rank_slots: slots of each rank, no fewer than experts.
+
+    Returns:
+        float64 [X], on that device.
+    """
+    from .kernels import bound_rows
+
+    bound = np.empty(len(load))
+    bound_rows(_array(load.cpu()), np.array(rank_slots, _INT64), bound)
+    return torch.from_numpy(bound).to(load.device)
 
 
 def step_peaks(weight: torch.Tensor, physical_to_logical: torch.Tensor, topology: Topology) -> torch.Tensor:

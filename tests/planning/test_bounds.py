@@ -9,8 +9,8 @@ import torch
 
 import eplb_plugin as eplb
 from eplb_plugin.planning.bounds import _heaviest_node
+from eplb_plugin.planning.compiled import shared_bounds
 from eplb_plugin.planning.group_packings import best_nodes, num_packings, packings
-from eplb_plugin.planning.rank_bounds import shared_bound
 
 
 def best_peak(load: list[float], rank_slots: tuple[int, ...]) -> float:
@@ -57,7 +57,7 @@ def test_ranks_that_share_experts_are_not_below_their_bound(experts, rank_slots,
     generator = torch.Generator().manual_seed(int(10 * sigma) + len(rank_slots))
     load = torch.empty(8, experts, dtype=torch.float64).log_normal_(2, sigma, generator=generator)
     optimum = torch.tensor([best_peak(row, rank_slots) for row in load.tolist()], dtype=torch.float64)
-    bound = shared_bound(load, rank_slots)
+    bound = shared_bounds(load, rank_slots)
     assert bool((bound <= optimum * (1 + 1e-12)).all())
     # Of steep loads it is the optimum most of the time, or nearly so.
     assert sigma < 1 or float((bound / optimum).median()) > 0.95

@@ -85,21 +85,35 @@ def test_regrowth_reaches_the_counts_and_moves_nothing_else(problem, seed):
     assert (node[after] == np.arange(num_slots) // per_node).all()
 
 
-@given(st.integers(0, 2**20), st.integers(2, 6), st.integers(0, 20), st.integers(2, 6))
-@settings(max_examples=150, deadline=None)
-def test_hot_experts_set_apart_have_one_replica_for_each_rank_together(seed, ranks, spare, hot):
+@given(
+    st.integers(0, 2**20),
+    st.integers(2, 6),
+    st.integers(0, 20),
+    st.integers(1, 6),
+    st.integers(0, 2),
+    st.booleans(),
+)
+@settings(max_examples=200, deadline=None)
+def test_hot_experts_set_apart_have_one_replica_for_each_rank_together(
+    seed, ranks, spare, hot, without, to_lightest
+):
     rng = np.random.default_rng(seed)
     total = np.round(rng.lognormal(1, 1.5, hot + int(rng.integers(1, 8))))
-    hot = min(hot, ranks)
+    theirs = max(1, ranks - without)
+    hot = min(hot, theirs)
     order = np.argsort(-total, kind="mergesort")
     slots = min(len(total) + spare, ranks + (len(total) - hot) * ranks)
-    count = _counts_apart(total, order, hot, slots, ranks)
+    count = _counts_apart(total, order, hot, slots, ranks, theirs, to_lightest)
     assert count.sum() == slots
     assert count.max() <= max(ranks, -(-slots // (len(total) - hot)))
     first, rest = order[:hot], order[hot:]
-    assert count[first].sum() == min(ranks, slots - len(rest))
+    assert count[first].sum() == min(theirs, slots - len(rest))
+    if to_lightest:
+        # One more for each, the lightest first, and then one more again.
+        assert np.all(np.diff(count[rest]) >= 0)
+        assert count[rest].max() - count[rest].min() <= 1
     # Each part is replicated as if it were alone.
-    for part in (np.sort(first), np.sort(rest)):
+    for part in (np.sort(first), *([] if to_lightest else [np.sort(rest)])):
         one = np.zeros(len(part), np.int64)
         assert (
             count[part].tolist()

@@ -8,5 +8,6 @@ is planned for its true peak.
 """
 
 from .entrance import plan_layers
+from .rank_bounds import bound_rows
 
-__all__ = ["plan_layers"]
+__all__ = ["bound_rows", "plan_layers"]

@@ -17,6 +17,7 @@ from .packing_bounds import _counts_bound
 from .peak_search import _lower_node
 
 _MOST_HOT = 16  # experts; with more of them none is much hotter than the next
+_FEWER = 3  # ranks are tried to be without any of them: none, one, two
 
 
 @_compile
@@ -33,34 +34,41 @@ def _set_apart(node, capacity, one_node, rounds, target, tolerance, peak, best):
     Returns:
         The peak of `best`.
     """
-    num_ranks = node.room.shape[0]
+    num_ranks, num_slots = node.room.shape[0], node.room.sum()
     order = np.argsort(-node.weight, kind="mergesort")
-    for hot in range(2, min(_MOST_HOT, num_ranks, order.shape[0] - 1) + 1):
-        count = _counts_apart(node.weight, order, hot, node.room.sum(), num_ranks)
-        if _counts_bound(node.weight, count, node.room) >= peak:
-            continue
-        _hand_out(node.weight, count, one_node, num_ranks, node.room, 0, 0, node.expert)
-        value = _lower_node(node, capacity, rounds, target)
-        if value < peak:
-            peak = value
-            _copy(node.expert, best)
-        if peak <= target + tolerance:
-            break
+    for way in range(2 * _FEWER):
+        ranks, to_lightest = num_ranks - way // 2, way % 2 == 1
+        for hot in range(2 if way == 0 else 1, min(_MOST_HOT, ranks, order.shape[0] - 1) + 1):
+            count = _counts_apart(node.weight, order, hot, num_slots, num_ranks, ranks, to_lightest)
+            if _counts_bound(node.weight, count, node.room) >= peak - tolerance:
+                continue
+            _hand_out(node.weight, count, one_node, num_ranks, node.room, 0, 0, node.expert)
+            value = _lower_node(node, capacity, rounds, target)
+            if value < peak:
+                peak = value
+                _copy(node.expert, best)
+            if peak <= target + tolerance:
+                return peak
     return peak
 
 
 @_compile
-def _counts_apart(total, order, hot, num_slots, num_ranks):
-    """Replicas of each expert, int64 [experts]: at most one on each rank of the `hot` first of `order`, the
-    heaviest, together; greedy on load per replica apart from that."""
+def _counts_apart(total, order, hot, num_slots, num_ranks, ranks, to_lightest):
+    """Replicas of each expert, int64 [experts]: of the `hot` first of `order`, the heaviest, at most one on
+    each of so many `ranks` together; greedy on load per replica apart from that. Other spare slots go
+    `to_lightest`, or greedily to all other experts."""
     count = np.ones(total.shape[0], np.int64)
     key = -total
     none = np.zeros(total.shape[0], np.int64)
     cold = total.shape[0] - hot
     spare = num_slots - total.shape[0]
-    spare_hot = min(spare, num_ranks - hot)
+    spare_hot = min(spare, ranks - hot)
     bound = max(num_ranks, -(-(num_slots - hot - spare_hot) // cold))
     heap = order.copy()
     _give_slots(total, none, 1.0, heap[:hot], hot, spare_hot, num_ranks, key, count)
+    if to_lightest:
+        for place in range(spare - spare_hot):
+            count[order[order.shape[0] - 1 - place % cold]] += 1
+        return count
     _give_slots(total, none, 1.0, heap[hot:], cold, spare - spare_hot, bound, key, count)
     return count

@@ -11,6 +11,7 @@ from .hand_out import _hand_out
 from .packing_bounds import _counts_bound
 from .peak_search import _lower_node
 from .peak_state import _enter_node, _new_node
+from .rank_bounds import _rank_bound
 from .recount import _recount
 from .set_apart import _set_apart
 
@@ -76,6 +77,7 @@ def _plan_node(load, capacity, room, rounds, target, candidates, patience, toler
             peak = value
             _copy(node.expert, best)
         if candidate == 0 and peak > target:
+            target = max(target, _rank_bound(weight, room) + tolerance)
             enough = max(target, _counts_bound(weight, count, room) + tolerance)
         if peak <= enough or failures >= patience:
             break
