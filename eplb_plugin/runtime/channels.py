@@ -25,6 +25,7 @@ class Channels:
     Args:
         group: the engine's group; it says who takes part, and is used once, here.
         time_limit: seconds that any communication may take.
+        with_weights: whether any weights move over them.
         in_background: weights move while the model serves, and should not take cores from it.
         store: where the groups meet and decisions are left; None is the store of the default group.
 
@@ -35,6 +36,7 @@ class Channels:
 
     Raises:
         RankLostError: a rank did not join. TransferError: weights are on a device of another kind.
+        AgreementError: ranks differ in whether there are weights.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Channels:
         time_limit: float,
         store: Store | None = None,
         *,
+        with_weights: bool = True,
         in_background: bool = False,
     ) -> None:
         self.control = group
@@ -75,6 +78,11 @@ class Channels:
 
         joined = answered("joining", lambda: gloo("control"))
         self.control = RankGroup(joined, "cpu")
+        self.decisions = Decisions(prefixed("decisions"), time_limit)
+        self.control.agree("whether there are weights to move", int(with_weights))
+        if not with_weights:
+            self.data = Transport(RankGroup(device="cpu", alone=True))
+            return
         # A group's own threads get the priority of the thread that makes it.
         with ThreadPoolExecutor(1, initializer=give_way if in_background else None) as maker:
             if group.device.type == "cuda":
@@ -84,7 +92,6 @@ class Channels:
                     answered("joining", maker.submit(gloo, part).result) for part in ("up", "down")
                 )
         self.data = Transport(RankGroup(upward, group.device), downward, time_limit=time_limit)
-        self.decisions = Decisions(prefixed("decisions"), time_limit)
 
     def close(self) -> None:
         """Give the groups back; ranks that still expect an answer get an error."""

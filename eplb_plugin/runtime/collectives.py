@@ -65,6 +65,9 @@ class RankGroup:
         self.size = self.group.size() if self.group is not None else 1
         self.rank = self.group.rank() if self.group is not None else 0
         self.device = torch.device(device) if device is not None else self._default_device()
+        if self.device.type == "cuda" and self.device.index is None:
+            # The current one is that of a thread.
+            self.device = torch.device("cuda", torch.cuda.current_device())
 
     def check_topology(self, topology: Topology) -> None:
         """Raise TopologyError unless there is one process for each rank of the topology."""

@@ -101,7 +101,11 @@ class Rebalancer:
         group_of_engine = RankGroup(group, device, alone=alone)
         group_of_engine.check_topology(topology)
         self._channels = Channels(
-            group_of_engine, self.options.time_limit, store, in_background=self.options.mode == "async"
+            group_of_engine,
+            self.options.time_limit,
+            store,
+            with_weights=weights is not None,
+            in_background=self.options.mode == "async",
         )
         self._rank = self._channels.control.rank
         try:

@@ -187,6 +187,8 @@ def trouble(rank: int) -> None:
     ids = start.physical_to_logical.flip(1) if rank else start.physical_to_logical
     with pytest.raises(eplb.AgreementError, match="placement at the start"):
         Rebalancer(PAIR, LAYERS, LOGICAL, placement=eplb.Placement(ids, LOGICAL))
+    with pytest.raises(eplb.AgreementError, match="whether there are weights to move"):
+        Rebalancer(PAIR, LAYERS, LOGICAL, weights=weights if rank else None)
     with pytest.raises(eplb.AgreementError, match="structure of the expert weights"):
         Rebalancer(PAIR, LAYERS, LOGICAL, weights=[[torch.zeros(10, 2 + rank)] for _ in range(LAYERS)])
     with pytest.raises(eplb.EplbError, match="registration failed on 1 of 2 ranks: rank 1: TransferError"):
