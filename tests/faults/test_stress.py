@@ -56,8 +56,9 @@ def rebalance_in_every_step(
     return rebalances, moves, len(decided)
 
 
-@pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
-@pytest.mark.parametrize("commit_layers", [1, 8])
+@pytest.mark.parametrize(
+    ("commit_layers", "large"), [(8, False), (1, True)], ids=["small-all-at-once", "large-one-by-one"]
+)
 @pytest.mark.parametrize(("size", "slots_per_rank"), [(2, 9), (4, 5)], ids=["2", "4"])
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_outputs_in_every_step(
