@@ -48,19 +48,22 @@ def best_nodes(group_load: torch.Tensor, num_nodes: int) -> torch.Tensor:
     Returns:
         int64 [layers, groups], the node of each group.
     """
-    node = _all_nodes(group_load.shape[2], num_nodes)  # [packings, groups]
+    members = _all_members(group_load.shape[2], num_nodes)
     loads = group_load.numpy()
-    heaviest = np.zeros((loads.shape[0], loads.shape[1], len(node)))
-    for number in range(num_nodes):
-        np.maximum(heaviest, loads @ (node == number).T.astype(np.float64), out=heaviest)
-    return torch.from_numpy(node[heaviest.sum(0).argmin(1)])
+    heaviest = np.zeros((*loads.shape[:2], len(members)))
+    for of_node in members.transpose(1, 2, 0):
+        # One group after the other: a product of matrices adds up in another order on another machine.
+        total = np.zeros_like(heaviest)
+        for groups in of_node:
+            total += loads[:, :, groups]
+        np.maximum(heaviest, total, out=heaviest)
+    best = members[heaviest.sum(0).argmin(1)]
+    node = np.empty((len(best), loads.shape[2]), np.int64)
+    np.put_along_axis(node, best.reshape(node.shape), np.arange(node.shape[1])[None] // best.shape[2], 1)
+    return torch.from_numpy(node)
 
 
 @lru_cache(maxsize=16)
-def _all_nodes(num_groups: int, num_nodes: int) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
-    """int64 [packings, groups], the node of each group."""
-    found = np.empty((num_packings(num_groups, num_nodes), num_groups), np.int64)
-    for row, packing in zip(found, packings(num_groups, num_nodes), strict=True):
-        for number, groups in enumerate(packing):
-            row[list(groups)] = number
-    return found
+def _all_members(num_groups: int, num_nodes: int) -> np.ndarray[tuple[int, int, int], np.dtype[np.int64]]:
+    """int64 [packings, nodes, groups of a node], which groups each node has."""
+    return np.array(list(packings(num_groups, num_nodes)), np.int64)

@@ -53,9 +53,7 @@ def checked(weights: list[list[torch.Tensor]], balancer: Rebalancer) -> None:
     assert torch.equal(tables, now.logical_to_physical)
 
 
-def serve(
-    rank: int, topology: eplb.Topology, mode: str, verify: str, group: dist.ProcessGroup | None = None
-) -> list[object]:
+def serve(rank: int, topology: eplb.Topology, mode: str, verify: str) -> list[object]:
     """Every step, what this rank holds is compared with the placement in force, and that with the others'."""
     device = share_the_gpu(rank)
     weights = on_gpu(make_weights(topology, rank), device)
@@ -66,7 +64,6 @@ def serve(
         weights=weights,
         options=options(mode=mode, interval=8, verify=verify, history=2, background_share=1.0),
         planner=FAST,
-        group=group,
         device=device,
     )
     reports: list[object] = []

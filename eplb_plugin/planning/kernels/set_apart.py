@@ -22,8 +22,11 @@ _FEWER = 3  # ranks are tried to be without any of them: none, one, two
 
 @_compile
 def _set_apart(node, capacity, one_node, rounds, target, tolerance, peak, best):
-    """Lower the peak of a node by counts that set its 2, 3, ... hottest experts apart, each packed anew,
+    """Lower the peak of a node by counts that set its 1, 2, 3, ... hottest experts apart, each packed anew,
     until it is within `tolerance` of `target`.
+
+    They get one replica for each rank together, or leave a rank or two without any. Other spare slots go to
+    whoever has most load per replica, or to the lightest experts: splitting those takes nobody's place.
 
     Args:
         node: written.
