@@ -79,6 +79,10 @@ class PlannerOptions(Options):
     snapshot_decay: float = Field(0.975, gt=0, le=1)
     """Weight of a snapshot relative to the next one in time; 1 weighs all alike."""
 
+    persistence: float = Field(0.7, ge=0, le=1)
+    """How much of the difference between the load of the moment and the mean of the window is expected to
+    last, on the mean, until the next rebalance: 0 is none, 1 all of it."""
+
     memory_mib: int = Field(256, ge=1)
     """Bound on the scratch memory of packing, in MiB; more work is done in slices."""
 

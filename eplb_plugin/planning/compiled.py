@@ -25,6 +25,7 @@ __all__ = [
     "pack_rows",
     "plan_from_scratch",
     "shared_bounds",
+    "shift_loads",
     "step_peaks",
 ]
 
@@ -155,6 +156,28 @@ def condense_loads(load: torch.Tensor, weights: list[float], bins: list[int]) ->
         _WORTH_THREADS_TO_SUM,
     )
     return torch.from_numpy(condensed)
+
+
+def shift_loads(
+    load: torch.Tensor, condensed: torch.Tensor, means: Sequence[tuple[float, float]]
+) -> torch.Tensor:
+    """`condensed` with all snapshots of a layer moved by a sum of its mean shares, and none below 0.
+
+    Args:
+        load: float64 [snapshots, layers, logical] on the CPU, tokens.
+        condensed: float64 [bins, layers, logical], the same condensed; changed in place.
+        means: of each mean the weight of a snapshot relative to the next one, and the factor of the mean.
+    """
+    from . import table_kernels
+
+    array, moved = _array(load), condensed.numpy()
+    rates, factors = np.array(means).T.copy()
+    _over_layers(
+        lambda first, last: table_kernels.shift_loads(array, rates, factors, first, last, moved),
+        load,
+        _WORTH_THREADS_TO_SUM,
+    )
+    return condensed
 
 
 def keep_slots(

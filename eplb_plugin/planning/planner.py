@@ -20,10 +20,10 @@ from .bounds import peak_lower_bound
 from .distinct import num_shared, replace_repeats, spread_over_ranks
 from .elastic import complete, missing_experts
 from .exact import to_exact
+from .forecast import expected_load
 from .from_scratch import place_by_ensemble, place_greedily
 from .hierarchy import effective_topology
 from .living import Living, living_part
-from .recency import condense
 from .replication import replica_slots
 from .search import search_placement
 from .settling import settle
@@ -123,14 +123,14 @@ def plan(
         check_values(snapshots)
         current_ids = _check_current(current, snapshots, topology, active_ranks is not None)
         start = None
+        expected = expected_load(snapshots, options.snapshot_decay, options.persistence)
         if current_ids is not None:
             current_ids = living.compact(current_ids)
             lost = missing_experts(current_ids, num_logical)
             if lost or bool((current_ids < 0).any()):
-                weighted = condense(snapshots, options.snapshot_decay)
-                start = complete(current_ids.cpu(), weighted.cpu(), usable).to(snapshots.device)
-        ids = _placed(snapshots, usable, options, current_ids, start)
-        settled = settle(snapshots, ids, current_ids, usable, options.min_gain, start)
+                start = complete(current_ids.cpu(), expected.cpu(), usable).to(snapshots.device)
+        ids = _placed(snapshots, expected, usable, options, current_ids, start)
+        settled = settle(snapshots, expected, ids, current_ids, usable, options.min_gain, start)
         placement = Placement(living.expand(settled.physical_to_logical), num_logical)
     return Plan(
         placement=placement,
@@ -191,6 +191,7 @@ def _by_tensors(
 
 def _placed(
     load: torch.Tensor,
+    expected: torch.Tensor,
     topology: Topology,
     options: PlannerOptions,
     current: torch.Tensor | None,
@@ -199,14 +200,13 @@ def _placed(
     """int64 [layers, slots], a placement by the policy of `options`."""
     if options.policy == "greedy":
         return place_greedily(load, topology)
-    weighted = condense(load, options.snapshot_decay)
     if _by_tensors(load, topology, options, current is not None):
-        return place_by_ensemble(weighted, topology, options)
+        return place_by_ensemble(expected, topology, options)
     held, begin = (None if x is None else x.cpu() for x in (current, start))
-    ids = search_placement(weighted.cpu(), topology, options, held, begin).to(load.device)
+    ids = search_placement(expected.cpu(), topology, options, held, begin).to(load.device)
     layers = num_shared(ids, topology, load.shape[2]).nonzero()[:, 0]
     if layers.numel():
-        some, exact = ids[layers], to_exact(weighted[:, layers])
+        some, exact = ids[layers], to_exact(expected[:, layers])
         some = spread_over_ranks(some, exact / replica_slots(some, load.shape[2]), topology)
         ids[layers] = some if topology.is_even else replace_repeats(some, exact, topology)
     return ids

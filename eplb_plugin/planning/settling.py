@@ -36,6 +36,7 @@ class Settled:
 
 def settle(
     load: torch.Tensor,
+    expected: torch.Tensor,
     ids: torch.Tensor,
     current: torch.Tensor | None,
     topology: Topology,
@@ -49,7 +50,8 @@ def settle(
     layer that breaks a rule today, by groups that span nodes or by replicas that share a rank, does not stay.
 
     Args:
-        load: float64 [snapshots, layers, logical].
+        load: float64 [snapshots, layers, logical], what the balancedness is of.
+        expected: float64 [any snapshots, layers, logical], what the gain of a layer is of.
         ids: int64 [layers, slots], the planned placement.
         current: int64 [layers, slots], the placement in force, or None; where `start` is given it may have
             empty slots (-1) and lack experts.
@@ -69,15 +71,16 @@ def settle(
         _, moves_before, shared_before, _ = keep_slots(start.cpu(), current.cpu(), topology, num_logical)
         current = start
     ids = on_host.to(load.device)
-    peaks, peaks_before = (_step_peaks(load, x, topology) for x in (ids, current))
-    mean = totals.sum(0) / topology.num_ranks
-    gain = torch.where(mean > 0, mean / peaks.sum(0) - mean / peaks_before.sum(0), 0.0)
+    after, before = (_step_peaks(expected, x, topology).sum(0) for x in (ids, current))
+    mean = sum_over_last(expected).sum(0) / topology.num_ranks
+    gain = torch.where(mean > 0, mean / after - mean / before, 0.0)
     stays = (gain < min_gain) & groups_within_nodes(current, num_logical, topology)
     stays &= (shared_before <= shared_after).to(load.device)
-    peaks = torch.where(stays, peaks_before, peaks)
     stays_here = stays.cpu()
+    ids = torch.where(stays[:, None], current, ids)
+    peaks = _step_peaks(load, ids, topology)
     return Settled(
-        torch.where(stays[:, None], current, ids),
+        ids,
         float(mean_balancedness(totals, peaks, topology)),
         int(torch.where(stays_here, moves_before, moves).sum()),
         int(torch.where(stays_here, shared_before, shared_after).sum()),

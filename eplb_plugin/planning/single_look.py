@@ -13,10 +13,10 @@ from ..load import check_values, zero_if_bad
 from ..placement import Placement
 from ..topology import Topology
 from .distinct import shared_replicas
+from .forecast import expected_load
 from .from_scratch import place_by_ensemble, place_greedily
 from .living import Living
 from .looking import look
-from .recency import condense
 from .replication import replica_slots
 from .settling import Settled, mean_balancedness
 
@@ -45,7 +45,8 @@ def plan_with_one_look(
     if options.policy == "greedy":
         ids = place_greedily(usable, topology)
     else:
-        ids = place_by_ensemble(condense(usable, options.snapshot_decay), topology, options)
+        expected = expected_load(usable, options.snapshot_decay, options.persistence)
+        ids = place_by_ensemble(expected, topology, options)
     count = replica_slots(ids, num_logical)
     placed = (usable / count).gather(2, ids.expand(load.shape[0], -1, -1))
     peaks = topology.by_rank(placed, 0.0).sum(3).amax(2)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-__all__ = ["condense_loads", "count_shared", "keep_slots", "peak_loads"]
+__all__ = ["condense_loads", "count_shared", "keep_slots", "peak_loads", "shift_loads"]
 
 _compile = numba.njit(nogil=True, cache=True, fastmath=False, boundscheck=False)
 
@@ -62,6 +62,50 @@ def condense_loads(load, weights, bins, first, last, condensed):
             weight, place = weights[snapshot], bins[snapshot]
             for expert in range(num_logical):
                 condensed[place, layer, expert] += weight * load[snapshot, layer, expert]
+
+
+@_compile
+def shift_loads(load, rates, factors, first, last, condensed):
+    """Move the snapshots of layers `first..last-1` by a sum of mean shares.
+
+    Args:
+        load: float64 [snapshots, layers, logical], tokens.
+        rates: float64 [means], of each mean the weight of a snapshot relative to the next one.
+        factors: float64 [means], what each mean counts.
+        condensed: float64 [bins, layers, logical], tokens; what is added is the shares times the bin's tokens.
+    """
+    num_snapshots, _, num_logical = load.shape
+    share_of_token = np.empty(num_snapshots, np.float64)
+    weight = np.empty(num_snapshots, np.float64)
+    shift = np.empty(num_logical, np.float64)
+    for layer in range(first, last):
+        for snapshot in range(num_snapshots):
+            tokens = 0.0
+            for expert in range(num_logical):
+                tokens += load[snapshot, layer, expert]
+            # What is too little to divide by is no better than nothing.
+            share_of_token[snapshot] = 1.0 / tokens if tokens > 1e-300 else 0.0
+        weight[:] = 0.0
+        for mean in range(rates.shape[0]):
+            in_all, one = 0.0, 1.0
+            for snapshot in range(num_snapshots - 1, -1, -1):
+                in_all += one if share_of_token[snapshot] > 0.0 else 0.0
+                one *= rates[mean]
+            one = factors[mean] / in_all if in_all > 0.0 else 0.0
+            for snapshot in range(num_snapshots - 1, -1, -1):
+                weight[snapshot] += one * share_of_token[snapshot]
+                one *= rates[mean]
+        shift[:] = 0.0
+        for snapshot in range(num_snapshots):
+            for expert in range(num_logical):
+                shift[expert] += weight[snapshot] * load[snapshot, layer, expert]
+        for place in range(condensed.shape[0]):
+            tokens = 0.0
+            for expert in range(num_logical):
+                tokens += condensed[place, layer, expert]
+            for expert in range(num_logical):
+                moved = condensed[place, layer, expert] + shift[expert] * tokens
+                condensed[place, layer, expert] = max(0.0, moved)
 
 
 @_compile
