@@ -102,9 +102,16 @@ def test_a_whole_recording_counts_alike_unless_configured(tmp_path, load_file):
     window = fold_steps(trace.load, 64)
     config = tmp_path / "c.yaml"
     config.write_text("planner: {snapshot_decay: 0.5}")
-    for decay, extra in ((1.0, []), (0.5, ["--config", config])):
+    other = tmp_path / "o.yaml"
+    other.write_text("planner: {persistence: 0.8}")
+    for decay, persistence, extra in (
+        (1.0, 0.0, []),
+        (0.5, 0.0, ["--config", config]),
+        (1.0, 0.8, ["--config", other]),
+    ):
         run("plan", load_file, *shape, "-o", tmp_path / "p.json", *extra)
-        expected = plan(window, topology, options=PlannerOptions(snapshot_decay=decay)).placement
+        options = PlannerOptions(snapshot_decay=decay, persistence=persistence)
+        expected = plan(window, topology, options=options).placement
         assert read_placement(tmp_path / "p.json", 32, trace.layer_ids) == expected
 
 

@@ -49,7 +49,8 @@ def plan(
 ) -> None:
     """Plan a placement offline and write it for SGLang, TensorRT-LLM or another program.
 
-    All of the recording counts alike, unless the configuration sets planner.snapshot_decay.
+    All of the recording counts alike, unless the configuration sets planner.snapshot_decay or
+    planner.persistence.
     """
     settings = arguments.settings_for(context)
     errors = Console(stderr=True)
@@ -58,10 +59,10 @@ def plan(
     topology = topology_for(trace, settings.simulate)
     in_force = None if current is None else read_placement(current, trace.num_experts, trace.layer_ids)
     window = fold_steps(trace.load, settings.rebalancer.snapshots * settings.rebalancer.history)
-    options = settings.planner
-    if "planner.snapshot_decay" not in settings.origins:
-        # A plan for what is to come weighs recent snapshots more; one for a whole recording does not.
-        options = options.model_copy(update={"snapshot_decay": 1.0})
+    # A plan for what comes next weighs recent snapshots more; one for a whole recording does not.
+    alike = {"snapshot_decay": 1.0, "persistence": 0.0}
+    unset = {name: value for name, value in alike.items() if f"planner.{name}" not in settings.origins}
+    options = settings.planner.model_copy(update=unset)
     with errors.status("planning"):
         warmup()
         made = plan_placement(window, topology, in_force, options)

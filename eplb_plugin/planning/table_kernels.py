@@ -72,7 +72,7 @@ def shift_loads(load, rates, factors, first, last, condensed):
         load: float64 [snapshots, layers, logical], tokens.
         rates: float64 [means], of each mean the weight of a snapshot relative to the next one.
         factors: float64 [means], what each mean counts.
-        condensed: float64 [bins, layers, logical], tokens; what is added is the shares times the bin's tokens.
+        condensed: float64 [bins, layers, logical], tokens; the shares times the tokens of the bin are added.
     """
     num_snapshots, _, num_logical = load.shape
     share_of_token = np.empty(num_snapshots, np.float64)

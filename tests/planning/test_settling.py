@@ -47,7 +47,7 @@ def test_a_layer_that_breaks_a_rule_does_not_stay():
     # Expert 0 sits twice on rank 0 in layer 0; layer 1 is as good as the plan.
     current = torch.tensor([[0, 0, 1, 2], [0, 1, 0, 2]])
     planned = torch.tensor([[0, 1, 0, 2], [1, 0, 2, 0]])
-    settled = settle(load, planned, current, topology, 0.9)
+    settled = settle(load, load, planned, current, topology, 0.9)
     assert settled.physical_to_logical.tolist() == [[0, 1, 0, 2], [0, 1, 0, 2]]
     assert settled.moves == 2
     assert settled.shared_replicas == 0

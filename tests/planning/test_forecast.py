@@ -1,0 +1,144 @@
+"""The load that is expected next, against sums written out, and what planning for it is worth."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import eplb_plugin as eplb
+from eplb_plugin.planning import forecast
+from eplb_plugin.planning.forecast import _shift_on_device, expected_load
+from eplb_plugin.planning.recency import condense
+from eplb_plugin.simulation import simulate
+from eplb_plugin.traffic import generate
+
+RECENCY = forecast._RECENCY
+
+
+def mean_share(layer, rate):
+    """Mean share of each expert over the snapshots that are not empty; `layer` is a list of lists."""
+    total, weights = [0.0] * len(layer[0]), 0.0
+    for age, snapshot in enumerate(reversed(layer)):
+        tokens = sum(snapshot)
+        if tokens == 0:
+            continue
+        weights += rate**age
+        for expert, load in enumerate(snapshot):
+            total[expert] += rate**age * load / tokens
+    return [x / weights if weights else 0.0 for x in total]
+
+
+def expected_slowly(load, decay, persistence):
+    """[snapshots, layers, logical] as lists, not condensed."""
+    result = [[None] * len(load[0]) for _ in load]
+    for number in range(len(load[0])):
+        layer = [snapshot[number] for snapshot in load]
+        whole, moment, aged = (mean_share(layer, rate) for rate in (1.0, RECENCY, decay))
+        for age, snapshot in enumerate(reversed(layer)):
+            moved = []
+            for expert, tokens in enumerate(snapshot):
+                wanted = whole[expert] + persistence * (moment[expert] - whole[expert])
+                moved.append(max(0.0, tokens + (wanted - aged[expert]) * sum(snapshot)))
+            result[len(load) - 1 - age][number] = [x * decay**age for x in moved]
+    return torch.tensor(result, dtype=torch.float64)
+
+
+def random_window(snapshots, layers, experts, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    load = torch.empty(snapshots, layers, experts, dtype=torch.float64)
+    load = load.log_normal_(3, 1.5, generator=generator).round()
+    # Some experts without tokens, a layer without any in one snapshot, and one without any at all.
+    load[torch.rand(load.shape, generator=generator) < 0.2] = 0
+    load[snapshots // 2, 0] = 0
+    load[:, -1] = 0
+    return load
+
+
+@pytest.mark.parametrize("persistence", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("decay", [1.0, 0.9])
+@pytest.mark.parametrize("snapshots", [2, 3, 20, 32])
+def test_both_versions_compute_what_is_written_out(snapshots, decay, persistence):
+    load = random_window(snapshots, 4, 9)
+    slow = expected_slowly(load.tolist(), decay, persistence)
+    means = ((1.0, 1 - persistence), (RECENCY, persistence), (decay, -1.0))
+    compiled, tensors = expected_load(load, decay, persistence), _shift_on_device(load, decay, means)
+    torch.testing.assert_close(compiled, slow)
+    # The version for GPUs scales each layer by a power of two.
+    unit = tensors.sum((0, 2), keepdim=True) / slow.sum((0, 2), keepdim=True).clamp_min(1e-30)
+    assert torch.equal(unit[:, :-1].log2().round(decimals=6), unit[:, :-1].log2().round())
+    torch.testing.assert_close(tensors[:, :-1] / unit[:, :-1], slow[:, :-1])
+    assert not tensors[:, -1].any()
+
+
+def test_long_windows_are_condensed_first():
+    generator = torch.Generator().manual_seed(0)
+    load = torch.randint(40, 60, (100, 3, 12), generator=generator).double()
+    moved = expected_load(load, 0.975, 0.7)
+    assert moved.shape == condense(load, 0.975).shape
+    tokens = moved.sum(2, keepdim=True)
+    torch.testing.assert_close(tokens, condense(load, 0.975).sum(2, keepdim=True))
+    # Every snapshot is moved by the same shares.
+    shift = moved / tokens - condense(load, 0.975) / tokens
+    torch.testing.assert_close(shift, shift[:1].expand_as(shift))
+    for layer in range(3):
+        rows = load[:, layer].tolist()
+        whole, moment, aged = (mean_share(rows, rate) for rate in (1.0, RECENCY, 0.975))
+        wanted = [w + 0.7 * (m - w) - a for w, m, a in zip(whole, moment, aged, strict=True)]
+        torch.testing.assert_close(shift[0, layer], torch.tensor(wanted, dtype=torch.float64))
+
+
+def test_a_window_that_counts_alike_stays_as_it_is():
+    load = random_window(24, 3, 8)
+    assert torch.equal(expected_load(load, 1.0, 0.0), load)
+    assert torch.equal(expected_load(load[:1], 0.9, 0.7), load[:1])
+
+
+def test_busy_snapshots_say_no_more_about_shares_than_quiet_ones():
+    load = random_window(8, 2, 6) + 1
+    busy = load * torch.tensor([1, 50, 3, 1, 7, 20, 1, 9], dtype=torch.float64)[:, None, None]
+    few, many = (expected_load(x, 0.9, 0.7) for x in (load, busy))
+    torch.testing.assert_close(few / few.sum(2, keepdim=True), many / many.sum(2, keepdim=True))
+
+
+@given(
+    st.lists(
+        st.lists(st.floats(0, 1e290, allow_subnormal=True), min_size=3, max_size=3), min_size=2, max_size=40
+    ),
+    st.floats(0.01, 1),
+    st.floats(0, 1),
+)
+@settings(max_examples=200, deadline=None)
+def test_no_load_makes_anything_but_a_load(rows, decay, persistence):
+    moved = expected_load(torch.tensor(rows, dtype=torch.float64)[:, None], decay, persistence)
+    assert torch.isfinite(moved).all()
+    assert (moved >= 0).all()
+
+
+def test_planning_for_what_is_expected_is_worth_it():
+    # Topics that come and go; both scored on steps that no plan has seen.
+    trace = generate("glm-5.2", layers=4, experts=64, steps=1024, drift=1.5, period=768, seed=3)
+    topology = eplb.Topology(num_ranks=8, num_slots=72)
+    expecting, remembering = (
+        simulate(trace, topology, "ensemble", 128, planner=eplb.PlannerOptions(persistence=share))
+        for share in (0.7, 0.0)
+    )
+    assert expecting.balancedness > remembering.balancedness + 0.005
+
+
+def test_an_expert_that_is_getting_hot_gets_replicas_before_it_is_hot_on_the_mean():
+    load = torch.full((32, 1, 8), 100.0, dtype=torch.float64)
+    load[:, 0, 0] += torch.linspace(0, 400, 32, dtype=torch.float64)
+    topology = eplb.Topology(num_ranks=8, num_slots=16)
+    of_the_mean, of_the_moment = (
+        eplb.plan(load, topology, options=eplb.PlannerOptions(persistence=share, num_candidates=16))
+        for share in (0.0, 1.0)
+    )
+    last = load[-1:]
+    peaks = [
+        float(eplb.rank_loads(last, plan.placement, topology).max()) for plan in (of_the_mean, of_the_moment)
+    ]
+    counts = [int(plan.placement.replica_count[0, 0]) for plan in (of_the_mean, of_the_moment)]
+    assert counts[0] < counts[1]
+    assert peaks[1] < peaks[0]
