@@ -25,7 +25,6 @@ __all__ = [
     "pack_rows",
     "plan_from_scratch",
     "shared_bounds",
-    "shift_loads",
     "step_peaks",
 ]
 
@@ -144,40 +143,36 @@ def step_peaks(weight: torch.Tensor, physical_to_logical: torch.Tensor, topology
     return torch.from_numpy(peaks)
 
 
-def condense_loads(load: torch.Tensor, weights: list[float], bins: list[int]) -> torch.Tensor:
-    """Sum the snapshots of each bin, weighted: float64 [snapshots, layers, logical] to [bins, ...]."""
+def condense_loads(
+    load: torch.Tensor,
+    weights: list[float],
+    bins: list[int],
+    means: Sequence[tuple[float, float]] = (),
+) -> torch.Tensor:
+    """Sum the snapshots of each bin, weighted; then move all of a layer by a sum of mean shares, to 0 at least.
+
+    Args:
+        load: float64 [snapshots, layers, logical] on the CPU, tokens.
+        weights: of each snapshot.
+        bins: where each snapshot belongs, every number from 0 on.
+        means: of each mean the weight of a snapshot relative to the next one, and what the mean counts.
+
+    Returns:
+        float64 [bins, layers, logical], tokens.
+    """
     from . import table_kernels
 
     condensed = np.zeros((max(bins) + 1, *load.shape[1:]))
     array, weight, place = _array(load), np.array(weights), np.array(bins, _INT64)
+    rates, factors = np.array(means, np.float64).reshape(-1, 2).T.copy()
     _over_layers(
-        lambda first, last: table_kernels.condense_loads(array, weight, place, first, last, condensed),
+        lambda first, last: table_kernels.condense_loads(
+            array, weight, place, rates, factors, first, last, condensed
+        ),
         load,
         _WORTH_THREADS_TO_SUM,
     )
     return torch.from_numpy(condensed)
-
-
-def shift_loads(
-    load: torch.Tensor, condensed: torch.Tensor, means: Sequence[tuple[float, float]]
-) -> torch.Tensor:
-    """`condensed` with all snapshots of a layer moved by a sum of its mean shares, and none below 0.
-
-    Args:
-        load: float64 [snapshots, layers, logical] on the CPU, tokens.
-        condensed: float64 [bins, layers, logical], the same condensed; changed in place.
-        means: of each mean the weight of a snapshot relative to the next one, and the factor of the mean.
-    """
-    from . import table_kernels
-
-    array, moved = _array(load), condensed.numpy()
-    rates, factors = np.array(means).T.copy()
-    _over_layers(
-        lambda first, last: table_kernels.shift_loads(array, rates, factors, first, last, moved),
-        load,
-        _WORTH_THREADS_TO_SUM,
-    )
-    return condensed
 
 
 def keep_slots(

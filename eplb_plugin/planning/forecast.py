@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from .compiled import shift_loads
+from .compiled import condense_loads
 from .exact import to_exact
-from .recency import condense
+from .recency import condense, weighted_bins
 
 __all__ = ["expected_load"]
 
@@ -34,14 +34,14 @@ def expected_load(load: torch.Tensor, decay: float, persistence: float) -> torch
         return load
     means = ((1.0, 1 - persistence), (_RECENCY, persistence), (decay, -1.0))
     if load.device.type == "cpu":
-        return shift_loads(load, condense(load, decay), means)
+        return condense_loads(load, *weighted_bins(load.shape[0], decay), means)
     return _shift_on_device(load, decay, means)
 
 
 def _shift_on_device(
     load: torch.Tensor, decay: float, means: tuple[tuple[float, float], ...]
 ) -> torch.Tensor:
-    """`shift_loads` by tensor operations, none of which waits for the device."""
+    """The same by tensor operations, none of which waits for the device."""
     # Whole numbers, since their sums do not depend on the device.
     exact = to_exact(load)
     tokens = exact.sum(2, keepdim=True)

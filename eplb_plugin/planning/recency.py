@@ -6,7 +6,7 @@ import torch
 
 from .compiled import condense_loads
 
-__all__ = ["condense"]
+__all__ = ["condense", "weighted_bins"]
 
 _BINS = 32
 
@@ -24,9 +24,20 @@ def condense(load: torch.Tensor, decay: float) -> torch.Tensor:
     Returns:
         float64 [at most 32 snapshots, layers, logical] in time order.
     """
-    num_snapshots = load.shape[0]
-    if num_snapshots == 1:
+    if load.shape[0] == 1:
         return load
+    weights, bins = weighted_bins(load.shape[0], decay)
+    if load.device.type == "cpu":
+        return condense_loads(load, weights, bins)
+    # Weight by weight, since copying them to a GPU would wait for it.
+    condensed = load.new_zeros(max(bins) + 1, *load.shape[1:])
+    for snapshot, (weight, name) in enumerate(zip(weights, bins, strict=True)):
+        condensed[name].add_(load[snapshot] * weight)
+    return condensed
+
+
+def weighted_bins(num_snapshots: int, decay: float) -> tuple[list[float], list[int]]:
+    """The weight of each snapshot and the number of the one that it is summed to, both in time order."""
     # In Python floats: the bins have to be the same on every device.
     weights = [decay**age for age in range(num_snapshots)]
     bins = list(range(num_snapshots))
@@ -38,12 +49,4 @@ def condense(load: torch.Tensor, decay: float) -> torch.Tensor:
             before += weight
     # Numbered in time order, without gaps.
     names = {name: number for number, name in enumerate(sorted(set(bins), reverse=True))}
-    bins = [names[name] for name in reversed(bins)]
-    weights.reverse()
-    if load.device.type == "cpu":
-        return condense_loads(load, weights, bins)
-    # Weight by weight, since copying them to a GPU would wait for it.
-    condensed = load.new_zeros(len(names), *load.shape[1:])
-    for snapshot, (name, weight) in enumerate(zip(bins, weights, strict=True)):
-        condensed[name].add_(load[snapshot] * weight)
-    return condensed
+    return weights[::-1], [names[name] for name in reversed(bins)]
