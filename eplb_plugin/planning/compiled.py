@@ -149,7 +149,7 @@ def condense_loads(
     bins: list[int],
     means: Sequence[tuple[float, float]] = (),
 ) -> torch.Tensor:
-    """Sum the snapshots of each bin, weighted; then move all of a layer by a sum of mean shares, to 0 at least.
+    """Sum the snapshots of each bin, weighted; then move all of a layer by a sum of mean shares, not below 0.
 
     Args:
         load: float64 [snapshots, layers, logical] on the CPU, tokens.

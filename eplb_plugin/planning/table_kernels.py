@@ -49,7 +49,7 @@ def peak_loads(weight, slot_expert, first_slot, first, last, peaks):
 
 @_compile
 def condense_loads(load, weights, bins, rates, factors, first, last, condensed):
-    """Sum the snapshots of each bin, weighted, for layers `first..last-1`, and move them by a sum of mean shares.
+    """Sum the snapshots of each bin, weighted, for layers `first..last-1`; move them by a sum of mean shares.
 
     Args:
         load: float64 [snapshots, layers, logical], tokens.
@@ -99,7 +99,7 @@ def condense_loads(load, weights, bins, rates, factors, first, last, condensed):
 
 @_compile
 def _sum(row, lanes):
-    """The sum of float64 `row`, in the fixed order of `lanes` sums beside each other, which is faster than one."""
+    """The sum of float64 `row`, in the fixed order of the partial sums in `lanes`, which is fast."""
     lanes[:] = 0.0
     whole = row.shape[0] - row.shape[0] % _LANES
     for begin in range(0, whole, _LANES):
