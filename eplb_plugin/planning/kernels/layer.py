@@ -9,7 +9,6 @@ from .copying import _copy
 from .counts import _replicate
 from .hand_out import _hand_out
 from .packing_bounds import _packing_bound
-from .prices import _price_of_all
 from .regrow import _regrow
 from .smooth_scratch import _new_scratch
 from .smooth_search import _begin, _lower_smooth_peak, _placement_of
@@ -51,8 +50,6 @@ def _plan_layer(
     bound = 1.0
     if not grows:
         bound = max(bound, _packing_bound(scaled, count, room.min()))
-    # Moves that completing a placement took are no choice, and make no other move dearer.
-    forced = _moves_to(begin, current, capacity) if grows else 0
     trial = np.empty(num_slots, np.int64)
     race = min(rounds, _RACE_ROUNDS)
     best_value = np.inf
@@ -104,10 +101,10 @@ def _plan_layer(
             search = _begin(scaled, trial, held, num_ranks, ranks_per_node)
         state, failed, in_vain, progress = search
         value, finished = _lower_smooth_peak(
-            state, failed, in_vain, progress, scratch, ranks_per_node, price if grows else 0.0, forced,
+            state, failed, in_vain, progress, scratch, ranks_per_node, price if grows else 0.0,
             max_moves if grows else _UNBOUNDED, effort, tolerance, rival,
         )  # fmt: skip
-        value += _price_of_all(price, progress[0] - forced, num_slots)
+        value += price * progress[0]
         if grows and start == 1 and progress[0] > max_moves:
             continue
         failures = 0 if value < best_value - 1e-5 else failures + 1
@@ -130,19 +127,3 @@ def _peak_of(total, count, slot_expert, capacity):
                 load += total[slot_expert[slot]] / count[slot_expert[slot]]
         peak = max(peak, load)
     return peak
-
-
-@_compile_in_place
-def _moves_to(wanted, held, capacity):
-    """Moves from one placement to another: experts on ranks that do not hold them, int64 [slots] each."""
-    moves = 0
-    for slot in range(wanted.shape[0]):
-        if wanted[slot] < 0:
-            continue
-        first = slot // capacity * capacity
-        arrives = 1
-        for other in range(first, first + capacity):
-            if held[other] == wanted[slot] or (other < slot and wanted[other] == wanted[slot]):
-                arrives = 0
-        moves += arrives
-    return moves

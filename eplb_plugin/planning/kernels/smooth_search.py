@@ -7,7 +7,6 @@ import numpy as np
 from .cells import _count_moves
 from .compiling import _compile_apart, _compile_in_place
 from .limits import _TRIED_RANKS
-from .prices import _price_of_all, _price_of_next
 from .smooth_changes import _best_change
 from .smooth_exchanges import _make_change, _make_swap
 from .smooth_peak import _smooth_peak
@@ -33,16 +32,14 @@ def _begin(scaled, slot_expert, current, num_ranks, ranks_per_node):
 
 @_compile_in_place
 def _lower_smooth_peak(
-    state, failed, in_vain, progress, scratch, ranks_per_node, price, forced, max_moves, rounds, tolerance,
-    rival,
+    state, failed, in_vain, progress, scratch, ranks_per_node, price, max_moves, rounds, tolerance, rival,
 ):  # fmt: skip
     """Lower the smooth peak of a search by swaps and changes of replicas; it may be carried on later.
 
     A round relieves the rank that weighs most in the smooth peak. An exchange has to earn the price of its
     moves, of which there are at most `max_moves`; of those that do, the one with the most gain per move is
-    made. The price is that of the first move; `forced` moves cost nothing. The search is given up where the
-    smooth peak plus the price of all moves would not come below `rival` even if each round that is left
-    gained as much as the best of the last three.
+    made. The search is given up where the smooth peak plus the price of all moves would not come below `rival`
+    even if each round that is left gained as much as the best of the last three.
 
     Returns:
         The smooth peak, summed over snapshots; whether more rounds would change nothing.
@@ -54,7 +51,7 @@ def _lower_smooth_peak(
     one, two, three = np.inf, np.inf, np.inf  # what the last rounds started from
     for number in range(rounds):
         norm, peak = _smooth_peak(state)
-        value = norm + _price_of_all(price, progress[0] - forced, num_slots)
+        value = norm + price * progress[0]
         if number >= 3:
             gain = max(three - two, two - one, one - value)
             if value - gain * (rounds - number) > rival:
@@ -63,7 +60,6 @@ def _lower_smooth_peak(
         if peak <= 1.0 + tolerance:
             done = True
             break
-        fee = _price_of_next(price, progress[0] - forced, num_slots)
         improved = False
         for _ in range(_TRIED_RANKS):
             heavy = -1
@@ -76,10 +72,10 @@ def _lower_smooth_peak(
                 failed[heavy] = True
                 continue
             worth, mine, other, cost = _best_swap(
-                state, scratch, heavy, capacity, ranks_per_node, fee, max_moves - progress[0]
+                state, scratch, heavy, capacity, ranks_per_node, price, max_moves - progress[0]
             )
             expert, cell, change_cost = _best_change(
-                state, scratch, heavy, capacity, ranks_per_node, fee, max_moves - progress[0], worth
+                state, scratch, heavy, capacity, ranks_per_node, price, max_moves - progress[0], worth
             )
             if cell >= 0:
                 _make_change(state, expert, cell, capacity, ranks_per_node)
