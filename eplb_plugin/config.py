@@ -65,9 +65,8 @@ class PlannerOptions(Options):
     """The compiled search is finished with a row when its peak is within this share of the lower bound."""
 
     move_price: float = Field(0.007, ge=0, allow_inf_nan=False)
-    """What an exchange has to lower the peak by for the first move of a layer, as a share of the mean load of
-    a slot. Further moves cost more: twice as much after a sixteenth of the layer's slots, five times after an
-    eighth. With 0 moves are free and a placement from scratch is tried too."""
+    """What an exchange has to lower the peak by for each of its moves, as a share of the mean load of a slot.
+    With 0 moves are free and a placement from scratch is tried too."""
 
     max_moves: int | None = Field(None, ge=0, le=2**31)
     """Most moves per layer and rebalance; None leaves it to the price. A layer whose placement in force
