@@ -85,9 +85,7 @@ def layers(draw) -> Layer:
 
 
 def worth(gain: float, cost: int, price: float) -> float:
-    if gain - price * cost <= LEAST_GAIN:
-        return 0.0
-    return gain / (max(cost, 0) + 0.5) if price > 0 else gain
+    return gain - price * cost if gain - price * cost > LEAST_GAIN else 0.0
 
 
 def searched(layer: Layer, price: float, moves_left: int):

@@ -39,16 +39,13 @@ def _add_holders(
 def _bound_changes(relief, price, most, part, arriving, leaving, warm, inverse, burden, cost, bound):
     """Bound the worth of one more replica of an expert, in each surplus cell, from above; see
     `_bound_swaps`."""
-    charged = np.float32(1.0) if price > 0.0 else np.float32(0.0)
-    least = np.float32(0.5) if price > 0.0 else np.float32(1.0)
     fee = np.float32(price)
     limit = np.float32(most)
     for at in range(bound.shape[0]):
         there = np.float32(1.0) + (arriving[at] * part - leaving[at]) * inverse[at]
         gain = relief + warm[at] * (_ROUNDING - _power(there)) - burden[at]
-        paid = cost[at] if cost[at] > np.float32(0.0) else np.float32(0.0)
-        worth = gain / (paid * charged + least)
-        worth = worth if gain - fee * cost[at] > _LEAST_GAIN_32 else np.float32(-1.0)
+        worth = gain - fee * cost[at]
+        worth = worth if worth > _LEAST_GAIN_32 else np.float32(-1.0)
         bound[at] = worth if cost[at] <= limit else np.float32(-1.0)
 
 

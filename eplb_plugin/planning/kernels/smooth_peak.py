@@ -65,11 +65,9 @@ def _project(rows, weights, begin, out):
 
 @_compile_apart
 def _worth(gain, cost, price):
-    """How good an exchange is, more being better: 0 where it does not earn the price of its moves."""
-    if gain - price * cost <= _LEAST_GAIN:
-        return 0.0
-    # Per move, so that balance comes from the cheapest exchanges; free ones are not infinitely good.
-    return gain / (max(cost, 0) + 0.5) if price > 0.0 else gain
+    """What an exchange gains beyond the price of its moves: 0 where that is not worth a round."""
+    worth = gain - price * cost
+    return worth if worth > _LEAST_GAIN else 0.0
 
 
 @_compile_apart

@@ -37,7 +37,7 @@ def _lower_smooth_peak(
     """Lower the smooth peak of a search by swaps and changes of replicas; it may be carried on later.
 
     A round relieves the rank that weighs most in the smooth peak. An exchange has to earn the price of its
-    moves, of which there are at most `max_moves`; of those that do, the one with the most gain per move is
+    moves, of which there are at most `max_moves`; of those that do, the one that gains most beyond it is
     made. The search is given up where the smooth peak plus the price of all moves would not come below
     `rival` even if each round that is left gained as much as the best of the last three.
 

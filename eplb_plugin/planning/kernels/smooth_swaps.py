@@ -23,8 +23,6 @@ def _bound_swaps(
     instead of one for each snapshot. -1 where a swap cannot be worth it.
     """
     scale = np.float32(1.0) / heat
-    charged = np.float32(1.0) if price > 0.0 else np.float32(0.0)
-    least = np.float32(0.5) if price > 0.0 else np.float32(1.0)
     fee = np.float32(price)
     limit = np.float32(most)
     for at in range(bound.shape[0]):
@@ -36,9 +34,8 @@ def _bound_swaps(
         after = least_there if least_there > least_again else least_again
         gain = heat * (_ROUNDING - _power(here)) + _ROUNDING * warm[at] - after
         moves = own_cost + cost[at]
-        paid = moves if moves > np.float32(0.0) else np.float32(0.0)
-        worth = gain / (paid * charged + least)
-        worth = worth if gain - fee * moves > _LEAST_GAIN_32 else np.float32(-1.0)
+        worth = gain - fee * moves
+        worth = worth if worth > _LEAST_GAIN_32 else np.float32(-1.0)
         worth = worth if moves <= limit else np.float32(-1.0)
         bound[at] = worth
         highest[at] = worth if worth > highest[at] else highest[at]
