@@ -27,7 +27,7 @@ from eplb_plugin.traces import LoadTrace, TokenTrace, read_trace
 from eplb_plugin.traffic import generate
 
 TRACES = Path(__file__).resolve().parent.parent.parent / "shared" / "traces"
-PRICES = (0.0, 0.001, 0.003, 0.007, 0.02, 0.05)
+PRICES = (0.0, 0.001, 0.003, 0.009, 0.02, 0.05)
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ class PlannerOptions(Options):
     tolerance: float = Field(5e-4, ge=0, lt=1)
     """The compiled search is finished with a row when its peak is within this share of the lower bound."""
 
-    move_price: float = Field(0.007, ge=0, allow_inf_nan=False)
+    move_price: float = Field(0.009, ge=0, allow_inf_nan=False)
     """What an exchange has to lower the peak by for each of its moves, as a share of the mean load of a slot.
     With 0 moves are free and a placement from scratch is tried too."""
 
