@@ -77,7 +77,8 @@ def _plan_node(load, capacity, room, rounds, target, candidates, patience, toler
             peak = value
             _copy(node.expert, best)
         if candidate == 0 and peak > target:
-            target = max(target, _rank_bound(weight, room) + tolerance)
+            if capacity > 2:
+                target = max(target, _rank_bound(weight, room) + tolerance)
             enough = max(target, _counts_bound(weight, count, room) + tolerance)
         if peak <= enough or failures >= patience:
             break
