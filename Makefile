@@ -9,7 +9,7 @@ INSTALL := -m pip install -qq
 INSTALL_ENGINE := $(INSTALL) --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-faults fuzz engines test-sglang bench-sglang test-vllm bench-vllm lint wheel bench-peers clean
+.PHONY: demo test test-faults soak fuzz engines test-sglang bench-sglang test-vllm bench-vllm lint wheel bench-peers clean
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml constraints.txt
@@ -24,8 +24,11 @@ demo: $(STAMP)  ## the main job on four processes
 test: $(STAMP)  ## all tests of the package itself
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
-test-faults: $(STAMP)  ## ranks that are killed, stopped, cut off or wrong, and a thousand rebalances; as root all of it
+test-faults: $(STAMP)  ## ranks that are killed, stopped, cut off or wrong, and 300 rebalances in a row; as root all of it
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 tests/faults
+
+soak: $(STAMP)  ## a thousand rebalances in a row: nothing grows
+	OMP_NUM_THREADS=1 EPLB_SOAK=1000 $(BIN)/python -m pytest tests/faults/test_soak.py
 
 $(VENV)/.fuzzing: $(STAMP)
 	$(BIN)/python $(INSTALL) atheris
