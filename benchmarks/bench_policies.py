@@ -1,16 +1,19 @@
 """Policies side by side on traffic that they have not seen: balance, moves and planning time.
 
-    python benchmarks/bench_policies.py [--quick] [--plot docs/tradeoff.png]
+    python benchmarks/bench_policies.py [--quick] [--seeds 6] [--plot docs/tradeoff.png]
 
 Replays traces offline: every interval is planned from the steps before it and scored on the steps after it.
 Uses the real traces in ../shared/traces where they are, the package's generator always, and the policies
-of vLLM and vllm-ascend after `make bench-peers`. Prints a table per trace and, last, one line of JSON.
+of vLLM and vllm-ascend after `make bench-peers`. Prints a table per trace, one of means where there are
+several seeds, and, last, one line of JSON. One seed of a trace varies by a third of a point with anything that
+changes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +43,7 @@ class Case:
     interval: int
 
 
-def cases(console: Console, quick: bool) -> Iterator[Case]:
+def cases(console: Console, quick: bool, seed: int = 0) -> Iterator[Case]:
     layers = 6 if quick else 12
     for profile, drift, ranks in (
         ("deepseek-v3", 1.5, 32),
@@ -49,7 +52,7 @@ def cases(console: Console, quick: bool) -> Iterator[Case]:
         ("qwen3-235b", 1.5, 16),
     ):
         kind = "mixed" if drift > 1 else "steady"
-        trace = generate(profile, layers=layers, steps=1024, drift=drift, period=512)
+        trace = generate(profile, layers=layers, steps=1024, drift=drift, period=512, seed=seed)
         slots = 160 if profile.startswith("qwen") else 288
         yield Case(f"{profile} {kind}", trace, eplb.Topology(num_ranks=ranks, num_slots=slots), 128)
     if not TRACES.is_dir():
@@ -58,10 +61,14 @@ def cases(console: Console, quick: bool) -> Iterator[Case]:
     tokens = read_trace(TRACES / "gpt_oss_20b_decode_tokens.npz")
     assert isinstance(tokens, TokenTrace)
     eight = eplb.Topology(num_ranks=8, num_slots=40)
-    yield Case("gpt-oss-20b decode, mixed", fold_decode(tokens, 256, steps=2560), eight, 256)
-    yield Case("gpt-oss-20b decode, steady", fold_decode(tokens, 256, steps=2560, drift=0.0), eight, 256)
+    yield Case("gpt-oss-20b decode, mixed", fold_decode(tokens, 256, steps=2560, seed=seed), eight, 256)
+    yield Case(
+        "gpt-oss-20b decode, steady", fold_decode(tokens, 256, steps=2560, drift=0.0, seed=seed), eight, 256
+    )
     wide = eplb.Topology(num_ranks=16, num_slots=48)
-    yield Case("gpt-oss-20b decode, 16 ranks", fold_decode(tokens, 256, steps=2560), wide, 256)
+    yield Case("gpt-oss-20b decode, 16 ranks", fold_decode(tokens, 256, steps=2560, seed=seed), wide, 256)
+    if seed > 0:
+        return  # prompts come in file order, whatever the seed
     prompts = read_trace(TRACES / "deepseek_v2_lite_prefill_tokens.npz")
     assert isinstance(prompts, TokenTrace)
     topology = eplb.Topology(num_ranks=8, num_slots=72)
@@ -149,6 +156,20 @@ def show(console: Console, case: Case, rows: list[dict[str, object]]) -> None:
     console.print(table)
 
 
+def show_means(console: Console, rows: list[dict[str, object]]) -> None:
+    """Balancedness and slots moved, means over the seeds of each trace."""
+    table = Table(title="Means over the seeds")
+    for column in ("trace", "policy", "balancedness", "moved"):
+        table.add_column(column, justify="right" if column in ("balancedness", "moved") else "left")
+    for trace, policy in dict.fromkeys((row["trace"], row["policy"]) for row in rows):
+        found = [row for row in rows if (row["trace"], row["policy"]) == (trace, policy)]
+        balance, moved = (
+            statistics.fmean(float(str(row[key])) for row in found) for key in ("balancedness", "moved_share")
+        )
+        table.add_row(str(trace), str(policy), f"{balance:.4f}", f"{100 * moved:.1f} %")
+    console.print(table)
+
+
 def plot(path: Path, case: Case, rows: list[dict[str, object]]) -> None:
     """Balancedness against moves: our planner for several prices, the others as points."""
     import matplotlib as mpl
@@ -192,6 +213,7 @@ def plot(path: Path, case: Case, rows: list[dict[str, object]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer layers")
+    parser.add_argument("--seeds", type=int, default=1, help="how many draws of each trace")
     parser.add_argument("--plot", type=Path, help="write the trade-off of the second case as a PNG")
     arguments = parser.parse_args()
     console = Console(width=110)
@@ -199,12 +221,15 @@ def main() -> None:
     if not peers.available():
         console.print("The peers' wheels are not there (make bench-peers): only our policies take part.")
     rows: list[dict[str, object]] = []
-    for number, case in enumerate(cases(console, arguments.quick)):
-        found = run(case)
-        show(console, case, found)
-        if number == 1 and arguments.plot is not None:
-            plot(arguments.plot, case, found)
-        rows += found
+    for seed in range(arguments.seeds):
+        for number, case in enumerate(cases(console, arguments.quick, seed)):
+            found = run(case)
+            show(console, case, found)
+            if seed == 0 and number == 1 and arguments.plot is not None:
+                plot(arguments.plot, case, found)
+            rows += [{**row, "seed": seed} for row in found]
+    if arguments.seeds > 1:
+        show_means(console, rows)
     print(json.dumps({"benchmark": "policies", "rows": rows}))
 
 
