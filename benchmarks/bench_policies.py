@@ -5,8 +5,8 @@
 Replays traces offline: every interval is planned from the steps before it and scored on the steps after it.
 Uses the real traces in ../shared/traces where they are, the package's generator always, and the policies
 of vLLM and vllm-ascend after `make bench-peers`. Prints a table per trace, one of means where there are
-several seeds, and, last, one line of JSON. One seed of a trace varies by a third of a point with anything that
-changes.
+several seeds, and, last, one line of JSON. One seed of a trace varies by a third of a point with anything
+that changes.
 """
 
 from __future__ import annotations
