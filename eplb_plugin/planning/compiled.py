@@ -147,15 +147,15 @@ def condense_loads(
     load: torch.Tensor,
     weights: list[float],
     bins: list[int],
-    means: Sequence[tuple[float, float]] = (),
+    forecast: tuple[float, float, float] | None = None,
 ) -> torch.Tensor:
-    """Sum the snapshots of each bin, weighted; then move all of a layer by a sum of mean shares, not below 0.
+    """Sum the snapshots of each bin, weighted, and with a forecast move them to what is expected next.
 
     Args:
         load: float64 [snapshots, layers, logical] on the CPU, tokens.
         weights: of each snapshot.
         bins: where each snapshot belongs, every number from 0 on.
-        means: of each mean the weight of a snapshot relative to the next one, and what the mean counts.
+        forecast: recency, persistence and decay as in `forecast.expected_load`.
 
     Returns:
         float64 [bins, layers, logical], tokens.
@@ -164,10 +164,11 @@ def condense_loads(
 
     condensed = np.zeros((max(bins) + 1, *load.shape[1:]))
     array, weight, place = _array(load), np.array(weights), np.array(bins, _INT64)
-    rates, factors = np.array(means, np.float64).reshape(-1, 2).T.copy()
+    moved = forecast is not None
+    recency, persistence, decay = forecast or (1.0, 0.0, 1.0)
     _over_layers(
         lambda first, last: table_kernels.condense_loads(
-            array, weight, place, rates, factors, first, last, condensed
+            array, weight, place, moved, recency, persistence, decay, first, last, condensed
         ),
         load,
         _WORTH_THREADS_TO_SUM,

@@ -11,7 +11,7 @@ from .recency import condense, weighted_bins
 __all__ = ["expected_load"]
 
 _RECENCY = 0.6  # weight of a snapshot relative to the next one, in the load of the moment
-_LEAST_WEIGHT = 1e-300
+_LEAST_WEIGHT = 1e-100  # its square is above 0 too
 
 
 def expected_load(load: torch.Tensor, decay: float, persistence: float) -> torch.Tensor:
@@ -19,8 +19,10 @@ def expected_load(load: torch.Tensor, decay: float, persistence: float) -> torch
 
     An expert's share of the tokens is expected to go from that of the moment, the last few snapshots, back to
     its mean over the window; `persistence` is how much of the difference is left while the plan is in force.
-    How experts vary together around that mean is what the window shows: all snapshots of a layer are moved by
-    the same shares of their tokens, and an expert that would get less than nothing gets nothing.
+    What the difference would be by chance alone, going by how much neighbouring snapshots differ, is taken
+    off its square first (James and Stein). How experts vary together around that mean is what the window
+    shows: all snapshots of a layer are moved by the same shares of their tokens, and an expert that would get
+    less than nothing gets nothing.
 
     Args:
         load: float64 [snapshots, layers, logical] in time order, tokens.
@@ -32,26 +34,37 @@ def expected_load(load: torch.Tensor, decay: float, persistence: float) -> torch
     """
     if load.shape[0] == 1:
         return load
-    means = ((1.0, 1 - persistence), (_RECENCY, persistence), (decay, -1.0))
     if load.device.type == "cpu":
-        return condense_loads(load, *weighted_bins(load.shape[0], decay), means)
-    return _shift_on_device(load, decay, means)
+        return condense_loads(load, *weighted_bins(load.shape[0], decay), (_RECENCY, persistence, decay))
+    return _on_device(load, decay, persistence)
 
 
-def _shift_on_device(
-    load: torch.Tensor, decay: float, means: tuple[tuple[float, float], ...]
-) -> torch.Tensor:
+def _on_device(load: torch.Tensor, decay: float, persistence: float) -> torch.Tensor:
     """The same by tensor operations, none of which waits for the device."""
     # Whole numbers, since their sums do not depend on the device.
     exact = to_exact(load)
     tokens = exact.sum(2, keepdim=True)
+    busy = (tokens > 0).double()
+    share = exact / tokens.clamp_min(1)
     # The last column counts the snapshots that are not empty.
-    share = torch.cat([exact / tokens.clamp_min(1), (tokens > 0).double()], 2)
-    rates = torch.cat([share.new_full((1, 1, 1), rate) for rate, _ in means])
-    sums = share.new_zeros(len(means), *share.shape[1:])
-    for snapshot in share.unbind(0):
+    columns = torch.cat([share, busy], 2)
+    rates = torch.cat([share.new_full((1, 1, 1), rate) for rate in (1.0, _RECENCY, decay, _RECENCY**2)])
+    sums = columns.new_zeros(4, *columns.shape[1:])
+    for snapshot in columns.unbind(0):
         sums = sums * rates + snapshot
-    shift = share.new_zeros(load.shape[1:])
-    for (_, factor), total in zip(means, sums.unbind(0), strict=True):
-        shift = shift + total[:, :-1] / total[:, -1:].clamp_min(_LEAST_WEIGHT) * factor
+    weights = sums[:, :, -1:].clamp_min(_LEAST_WEIGHT)
+    whole, moment, aged = (sums[:3, :, :-1] / weights[:3]).unbind(0)
+    change = moment - whole
+    spread = weights[3] / (weights[1] * weights[1]) - 1 / weights[0]
+    both = busy[1:] * busy[:-1]
+    step = (share[1:] - share[:-1]) * both
+    noise = _sum_squares(step, (0, 2)).unsqueeze(1) / both.sum(0).clamp_min(1)
+    size = _sum_squares(change, (1,)).unsqueeze(1)
+    by_chance = 0.5 * spread * noise / size.clamp_min(_LEAST_WEIGHT)
+    shift = whole - aged + change * ((1 - by_chance).clamp_min(0) * persistence)
     return (condense(exact, decay) + shift * condense(tokens, decay)).clamp_min(0)
+
+
+def _sum_squares(share: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
+    """The sum of the squares of shares, exactly that of their multiples of 2^-36, in whatever order."""
+    return (share * share * 2.0**36).round().sum(dims) / 2.0**36

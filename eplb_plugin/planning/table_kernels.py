@@ -48,53 +48,87 @@ def peak_loads(weight, slot_expert, first_slot, first, last, peaks):
 
 
 @_compile
-def condense_loads(load, weights, bins, rates, factors, first, last, condensed):
-    """Sum the snapshots of each bin, weighted, for layers `first..last-1`; move them by a sum of mean shares.
+def condense_loads(load, weights, bins, moved, recency, persistence, decay, first, last, condensed):
+    """Sum the snapshots of each bin, weighted, for layers `first..last-1`; move them if `moved`.
 
     Args:
         load: float64 [snapshots, layers, logical], tokens.
         weights: float64 [snapshots].
         bins: int64 [snapshots], where each snapshot belongs.
-        rates: float64 [means], of each mean the weight of a snapshot relative to the next one.
-        factors: float64 [means], what each mean counts; with no means nothing is moved.
+        moved: whether snapshots are moved to what is expected next, see `forecast.expected_load`.
+        recency, persistence, decay: as there.
         condensed: float64 [bins, layers, logical], zeros; added to. What is moved below 0 is 0.
     """
     num_snapshots, _, num_logical = load.shape
     per_token = np.empty(num_snapshots, np.float64)
-    weight_of = np.empty(num_snapshots, np.float64)
+    whole = np.empty(num_snapshots, np.float64)
+    moment = np.empty(num_snapshots, np.float64)
+    aged = np.empty(num_snapshots, np.float64)
     shift = np.empty(num_logical, np.float64)
+    change = np.empty(num_logical, np.float64)
+    noise = np.empty(num_logical, np.float64)
     lanes = np.empty(_LANES, np.float64)
     for layer in range(first, last):
         for snapshot in range(num_snapshots):
             weight, place = weights[snapshot], bins[snapshot]
             for expert in range(num_logical):
                 condensed[place, layer, expert] += weight * load[snapshot, layer, expert]
-            if rates.shape[0] > 0:
+            if moved:
                 tokens = _sum(load[snapshot, layer], lanes)
                 # What is too little to divide by is no better than nothing.
                 per_token[snapshot] = 1.0 / tokens if tokens > 1e-300 else 0.0
-        if rates.shape[0] == 0:
+        if not moved:
             continue
-        weight_of[:] = 0.0
-        for mean in range(rates.shape[0]):
-            in_all, one = 0.0, 1.0
-            for snapshot in range(num_snapshots - 1, -1, -1):
-                in_all += one if per_token[snapshot] > 0.0 else 0.0
-                one *= rates[mean]
-            one = factors[mean] / in_all if in_all > 0.0 else 0.0
-            for snapshot in range(num_snapshots - 1, -1, -1):
-                weight_of[snapshot] += one * per_token[snapshot]
-                one *= rates[mean]
+        spread = _weigh(per_token, recency, moment) - _weigh(per_token, 1.0, whole)
+        _weigh(per_token, decay, aged)
         shift[:] = 0.0
+        change[:] = 0.0
+        noise[:] = 0.0
+        pairs = 0
         for snapshot in range(num_snapshots):
-            weight = weight_of[snapshot]
+            here = per_token[snapshot]
+            of_shift = whole[snapshot] - aged[snapshot]
+            of_change = moment[snapshot] - whole[snapshot]
             for expert in range(num_logical):
-                shift[expert] += weight * load[snapshot, layer, expert]
+                shift[expert] += of_shift * load[snapshot, layer, expert]
+                change[expert] += of_change * load[snapshot, layer, expert]
+            if snapshot > 0 and here > 0.0 and per_token[snapshot - 1] > 0.0:
+                before = per_token[snapshot - 1]
+                pairs += 1
+                for expert in range(num_logical):
+                    step = here * load[snapshot, layer, expert] - before * load[snapshot - 1, layer, expert]
+                    noise[expert] += step * step
+        size = 0.0
+        for expert in range(num_logical):
+            size += change[expert] * change[expert]
+        by_chance = 0.5 * spread * _sum(noise, lanes) / max(pairs, 1)
+        lasts = persistence * max(0.0, 1.0 - by_chance / size) if size > 0.0 else 0.0
+        for expert in range(num_logical):
+            shift[expert] += lasts * change[expert]
         for place in range(condensed.shape[0]):
             tokens = _sum(condensed[place, layer], lanes)
             for expert in range(num_logical):
-                moved = condensed[place, layer, expert] + shift[expert] * tokens
-                condensed[place, layer, expert] = moved if moved > 0.0 else 0.0
+                after = condensed[place, layer, expert] + shift[expert] * tokens
+                condensed[place, layer, expert] = after if after > 0.0 else 0.0
+
+
+@_compile
+def _weigh(per_token, rate, weights):
+    """Write what a token of each snapshot weighs in the mean share of an expert, if each snapshot that is not
+    empty weighs `rate` of the next one; returns the variance of the mean where each snapshot's is 1."""
+    in_all, squares, one = 0.0, 0.0, 1.0
+    for snapshot in range(per_token.shape[0] - 1, -1, -1):
+        weights[snapshot] = 0.0
+        if per_token[snapshot] > 0.0:
+            in_all += one
+            squares += one * one
+            weights[snapshot] = one * per_token[snapshot]
+        one *= rate
+    if in_all == 0.0:
+        return 0.0
+    for snapshot in range(per_token.shape[0]):
+        weights[snapshot] /= in_all
+    return squares / (in_all * in_all)
 
 
 @_compile
