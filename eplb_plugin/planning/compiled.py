@@ -18,8 +18,8 @@ import torch
 from ..topology import Topology
 
 __all__ = [
-    "condense_loads",
     "count_shared",
+    "expect_loads",
     "grow",
     "keep_slots",
     "pack_rows",
@@ -143,32 +143,33 @@ def step_peaks(weight: torch.Tensor, physical_to_logical: torch.Tensor, topology
     return torch.from_numpy(peaks)
 
 
-def condense_loads(
+def expect_loads(
     load: torch.Tensor,
     weights: list[float],
     bins: list[int],
-    forecast: tuple[float, float, float] | None = None,
+    recency: float,
+    persistence: float,
+    decay: float,
 ) -> torch.Tensor:
-    """Sum the snapshots of each bin, weighted, and with a forecast move them to what is expected next.
+    """Sum the snapshots of each bin, weighted, and move them to the mean that is expected next, see
+    `forecast.expected_load`.
 
     Args:
         load: float64 [snapshots, layers, logical] on the CPU, tokens.
         weights: of each snapshot.
         bins: where each snapshot belongs, every number from 0 on.
-        forecast: recency, persistence and decay as in `forecast.expected_load`.
+        recency, persistence, decay: as there.
 
     Returns:
         float64 [bins, layers, logical], tokens.
     """
-    from . import table_kernels
+    from . import forecast_kernels
 
     condensed = np.zeros((max(bins) + 1, *load.shape[1:]))
     array, weight, place = _array(load), np.array(weights), np.array(bins, _INT64)
-    moved = forecast is not None
-    recency, persistence, decay = forecast or (1.0, 0.0, 1.0)
     _over_layers(
-        lambda first, last: table_kernels.condense_loads(
-            array, weight, place, moved, recency, persistence, decay, first, last, condensed
+        lambda first, last: forecast_kernels.expect_loads(
+            array, weight, place, recency, persistence, decay, first, last, condensed
         ),
         load,
         _WORTH_THREADS_TO_SUM,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .compiled import condense_loads
+from .compiled import expect_loads
 from .exact import to_exact
 from .recency import condense, weighted_bins
 
@@ -35,7 +35,7 @@ def expected_load(load: torch.Tensor, decay: float, persistence: float) -> torch
     if load.shape[0] == 1:
         return load
     if load.device.type == "cpu":
-        return condense_loads(load, *weighted_bins(load.shape[0], decay), (_RECENCY, persistence, decay))
+        return expect_loads(load, *weighted_bins(load.shape[0], decay), _RECENCY, persistence, decay)
     return _on_device(load, decay, persistence)
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from .compiled import condense_loads
-
 __all__ = ["condense", "weighted_bins"]
 
 _BINS = 32
@@ -27,9 +25,8 @@ def condense(load: torch.Tensor, decay: float) -> torch.Tensor:
     if load.shape[0] == 1:
         return load
     weights, bins = weighted_bins(load.shape[0], decay)
-    if load.device.type == "cpu":
-        return condense_loads(load, weights, bins)
-    # Weight by weight, since copying them to a GPU would wait for it.
+    # Weight by weight, since copying them to a GPU would wait for it. (On the CPU, a compiled pass of
+    # `forecast` does this and more.)
     condensed = load.new_zeros(max(bins) + 1, *load.shape[1:])
     for snapshot, (weight, name) in enumerate(zip(weights, bins, strict=True)):
         condensed[name].add_(load[snapshot] * weight)

@@ -1,4 +1,4 @@
-"""Compiled passes over loads and placements that take no decision: peaks, weighted sums, and slots that stay.
+"""Compiled passes over placements that take no decision: peaks, repeats, and slots that stay.
 
 As in `kernels`, the interpreter lock is released, the cache is on disk, and every sum has a fixed order.
 """
@@ -8,10 +8,9 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-__all__ = ["condense_loads", "count_shared", "keep_slots", "peak_loads"]
+__all__ = ["count_shared", "keep_slots", "peak_loads"]
 
 _compile = numba.njit(nogil=True, cache=True, fastmath=False, boundscheck=False)
-_LANES = 16
 
 
 @_compile
@@ -45,106 +44,6 @@ def peak_loads(weight, slot_expert, first_slot, first, last, peaks):
                     total += share[slot_expert[layer, slot]]
                 highest = max(highest, total)
             peaks[snapshot, layer] = highest
-
-
-@_compile
-def condense_loads(load, weights, bins, moved, recency, persistence, decay, first, last, condensed):
-    """Sum the snapshots of each bin, weighted, for layers `first..last-1`; move them if `moved`.
-
-    Args:
-        load: float64 [snapshots, layers, logical], tokens.
-        weights: float64 [snapshots].
-        bins: int64 [snapshots], where each snapshot belongs.
-        moved: whether snapshots are moved to what is expected next, see `forecast.expected_load`.
-        recency, persistence, decay: as there.
-        condensed: float64 [bins, layers, logical], zeros; added to. What is moved below 0 is 0.
-    """
-    num_snapshots, _, num_logical = load.shape
-    per_token = np.empty(num_snapshots, np.float64)
-    whole = np.empty(num_snapshots, np.float64)
-    moment = np.empty(num_snapshots, np.float64)
-    aged = np.empty(num_snapshots, np.float64)
-    shift = np.empty(num_logical, np.float64)
-    change = np.empty(num_logical, np.float64)
-    noise = np.empty(num_logical, np.float64)
-    lanes = np.empty(_LANES, np.float64)
-    for layer in range(first, last):
-        for snapshot in range(num_snapshots):
-            weight, place = weights[snapshot], bins[snapshot]
-            for expert in range(num_logical):
-                condensed[place, layer, expert] += weight * load[snapshot, layer, expert]
-            if moved:
-                tokens = _sum(load[snapshot, layer], lanes)
-                # What is too little to divide by is no better than nothing.
-                per_token[snapshot] = 1.0 / tokens if tokens > 1e-300 else 0.0
-        if not moved:
-            continue
-        spread = _weigh(per_token, recency, moment) - _weigh(per_token, 1.0, whole)
-        _weigh(per_token, decay, aged)
-        shift[:] = 0.0
-        change[:] = 0.0
-        noise[:] = 0.0
-        pairs = 0
-        for snapshot in range(num_snapshots):
-            here = per_token[snapshot]
-            of_shift = whole[snapshot] - aged[snapshot]
-            of_change = moment[snapshot] - whole[snapshot]
-            for expert in range(num_logical):
-                shift[expert] += of_shift * load[snapshot, layer, expert]
-                change[expert] += of_change * load[snapshot, layer, expert]
-            if snapshot > 0 and here > 0.0 and per_token[snapshot - 1] > 0.0:
-                before = per_token[snapshot - 1]
-                pairs += 1
-                for expert in range(num_logical):
-                    step = here * load[snapshot, layer, expert] - before * load[snapshot - 1, layer, expert]
-                    noise[expert] += step * step
-        size = 0.0
-        for expert in range(num_logical):
-            size += change[expert] * change[expert]
-        by_chance = 0.5 * spread * _sum(noise, lanes) / max(pairs, 1)
-        lasts = persistence * max(0.0, 1.0 - by_chance / size) if size > 0.0 else 0.0
-        for expert in range(num_logical):
-            shift[expert] += lasts * change[expert]
-        for place in range(condensed.shape[0]):
-            tokens = _sum(condensed[place, layer], lanes)
-            for expert in range(num_logical):
-                after = condensed[place, layer, expert] + shift[expert] * tokens
-                condensed[place, layer, expert] = after if after > 0.0 else 0.0
-
-
-@_compile
-def _weigh(per_token, rate, weights):
-    """Write what a token of each snapshot weighs in the mean share of an expert, if each snapshot that is not
-    empty weighs `rate` of the next one; returns the variance of the mean where each snapshot's is 1."""
-    in_all, squares, one = 0.0, 0.0, 1.0
-    for snapshot in range(per_token.shape[0] - 1, -1, -1):
-        weights[snapshot] = 0.0
-        if per_token[snapshot] > 0.0:
-            in_all += one
-            squares += one * one
-            weights[snapshot] = one * per_token[snapshot]
-        one *= rate
-    if in_all == 0.0:
-        return 0.0
-    for snapshot in range(per_token.shape[0]):
-        weights[snapshot] /= in_all
-    return squares / (in_all * in_all)
-
-
-@_compile
-def _sum(row, lanes):
-    """The sum of float64 `row`, in the fixed order of the partial sums in `lanes`, which is fast."""
-    lanes[:] = 0.0
-    whole = row.shape[0] - row.shape[0] % _LANES
-    for begin in range(0, whole, _LANES):
-        for lane in range(_LANES):
-            lanes[lane] += row[begin + lane]
-    for at in range(whole, row.shape[0]):
-        lanes[at - whole] += row[at]
-    total = 0.0
-    for lane in range(_LANES):
-        total += lanes[lane]
-    return total
 
 
 @_compile

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import eplb_plugin as eplb
-from eplb_plugin.planning import table_kernels
+from eplb_plugin.planning import forecast_kernels, table_kernels
 from eplb_plugin.planning.kernels import compiling, plan_layers
 
 FOLDER = Path(compiling.__file__).parent
@@ -41,10 +41,11 @@ print(enter(), sum(enter.stats.cache_hits.values()), sum(enter.stats.cache_misse
 """
 WARMED = """
 import eplb_plugin as eplb
-from eplb_plugin.planning import table_kernels
+from eplb_plugin.planning import forecast_kernels, table_kernels
 from eplb_plugin.planning.kernels import plan_layers
 eplb.warmup()
-entrances = [plan_layers, *(getattr(table_kernels, name) for name in table_kernels.__all__)]
+passes = [getattr(module, name) for module in (forecast_kernels, table_kernels) for name in module.__all__]
+entrances = [plan_layers, *passes]
 print([(len(entrance.stats.cache_hits), len(entrance.stats.cache_misses)) for entrance in entrances])
 """
 
@@ -96,4 +97,5 @@ def test_the_entrance_closes_over_the_digest():
 
 def test_another_process_compiles_nothing(tmp_path):
     eplb.warmup()
-    assert printed(WARMED, tmp_path) == str([(1, 0)] * (1 + len(table_kernels.__all__)))
+    passes = [*forecast_kernels.__all__, *table_kernels.__all__]
+    assert printed(WARMED, tmp_path) == str([(1, 0)] * (1 + len(passes)))

@@ -1,0 +1,122 @@
+"""The compiled pass over a window that condenses it and moves it to what is expected next.
+
+As in `kernels`, the interpreter lock is released, the cache is on disk, and every sum has a fixed order.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+__all__ = ["expect_loads"]
+
+_compile = numba.njit(nogil=True, cache=True, fastmath=False, boundscheck=False)
+_LANES = 16
+_LEAST_TOKENS = 1e-300  # what is too little to divide by is no better than nothing
+
+
+@_compile
+def expect_loads(load, weights, bins, recency, persistence, decay, first, last, condensed):
+    """Sum the snapshots of each bin, weighted, for layers `first..last-1`, and move them to the mean that is
+    expected next, see `forecast.expected_load`.
+
+    One pass over the layer, and one of what it has found, while the layer is in the cache.
+
+    Args:
+        load: float64 [snapshots, layers, logical], tokens.
+        weights: float64 [snapshots].
+        bins: int64 [snapshots], where each snapshot belongs.
+        recency, persistence, decay: as there.
+        condensed: float64 [bins, layers, logical], zeros; added to. What is moved below 0 is 0.
+    """
+    num_snapshots, _, num_logical = load.shape
+    per_token = np.empty(num_snapshots, np.float64)
+    shift = np.empty(num_logical, np.float64)
+    lanes = np.empty(_LANES, np.float64)
+    for layer in range(first, last):
+        for snapshot in range(num_snapshots):
+            weight, place = weights[snapshot], bins[snapshot]
+            for expert in range(num_logical):
+                condensed[place, layer, expert] += weight * load[snapshot, layer, expert]
+            tokens = _sum(load[snapshot, layer], lanes)
+            per_token[snapshot] = 1.0 / tokens if tokens > _LEAST_TOKENS else 0.0
+        _find_shift(load, layer, per_token, recency, persistence, decay, lanes, shift)
+        for place in range(condensed.shape[0]):
+            tokens = _sum(condensed[place, layer], lanes)
+            for expert in range(num_logical):
+                after = condensed[place, layer, expert] + shift[expert] * tokens
+                condensed[place, layer, expert] = after if after > 0.0 else 0.0
+
+
+@_compile
+def _find_shift(load, layer, per_token, recency, persistence, decay, lanes, shift):
+    """Write the shares that a layer is moved by, float64 [logical]: from the mean of its condensed snapshots
+    to that of the window, and from there as far towards the moment as is no chance and lasts.
+
+    `per_token` is 1 / tokens of each snapshot, 0 of an empty one.
+    """
+    num_snapshots, _, num_logical = load.shape
+    whole = np.empty(num_snapshots, np.float64)
+    moment = np.empty(num_snapshots, np.float64)
+    aged = np.empty(num_snapshots, np.float64)
+    spread = _weigh(per_token, recency, moment) - _weigh(per_token, 1.0, whole)
+    _weigh(per_token, decay, aged)
+    change = np.zeros(num_logical, np.float64)
+    noise = np.zeros(num_logical, np.float64)
+    shift[:] = 0.0
+    pairs = 0
+    for snapshot in range(num_snapshots):
+        of_shift = whole[snapshot] - aged[snapshot]
+        of_change = moment[snapshot] - whole[snapshot]
+        for expert in range(num_logical):
+            shift[expert] += of_shift * load[snapshot, layer, expert]
+            change[expert] += of_change * load[snapshot, layer, expert]
+        if snapshot == 0 or per_token[snapshot] == 0.0 or per_token[snapshot - 1] == 0.0:
+            continue
+        here, before = per_token[snapshot], per_token[snapshot - 1]
+        pairs += 1
+        for expert in range(num_logical):
+            step = here * load[snapshot, layer, expert] - before * load[snapshot - 1, layer, expert]
+            noise[expert] += step * step
+    size = 0.0
+    for expert in range(num_logical):
+        size += change[expert] * change[expert]
+    by_chance = 0.5 * spread * _sum(noise, lanes) / max(pairs, 1)
+    lasts = persistence * max(0.0, 1.0 - by_chance / size) if size > 0.0 else 0.0
+    for expert in range(num_logical):
+        shift[expert] += lasts * change[expert]
+
+
+@_compile
+def _weigh(per_token, rate, weights):
+    """Write what a token of each snapshot weighs in the mean share of an expert, if each snapshot that is not
+    empty weighs `rate` of the next one; returns the variance of the mean where each snapshot's is 1."""
+    in_all, squares, one = 0.0, 0.0, 1.0
+    for snapshot in range(per_token.shape[0] - 1, -1, -1):
+        weights[snapshot] = 0.0
+        if per_token[snapshot] > 0.0:
+            in_all += one
+            squares += one * one
+            weights[snapshot] = one * per_token[snapshot]
+        one *= rate
+    if in_all == 0.0:
+        return 0.0
+    for snapshot in range(per_token.shape[0]):
+        weights[snapshot] /= in_all
+    return squares / (in_all * in_all)
+
+
+@_compile
+def _sum(row, lanes):
+    """The sum of float64 `row`, in the fixed order of the partial sums in `lanes`, which is fast."""
+    lanes[:] = 0.0
+    whole = row.shape[0] - row.shape[0] % _LANES
+    for begin in range(0, whole, _LANES):
+        for lane in range(_LANES):
+            lanes[lane] += row[begin + lane]
+    for at in range(whole, row.shape[0]):
+        lanes[at - whole] += row[at]
+    total = 0.0
+    for lane in range(_LANES):
+        total += lanes[lane]
+    return total
