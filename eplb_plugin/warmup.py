@@ -12,7 +12,10 @@ __all__ = ["warmup"]
 
 
 def warmup(topology: Topology | None = None) -> None:
-    """Compile whatever the first plan would compile, or load it from the cache on disk; seconds at most.
+    """Compile whatever the first plan would compile, or load it from the cache on disk.
+
+    Compiling takes half a minute to a minute and a half, by the machine, once for each version and place of
+    the package; loading takes about a second.
 
     Args:
         topology: plan for it once, so that everything which that plan needs is loaded; by default a small

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
+import numba
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -88,17 +89,27 @@ def worth(gain: float, cost: int, price: float) -> float:
     return gain - price * cost if gain - price * cost > LEAST_GAIN else 0.0
 
 
+@numba.njit(error_model="numpy")  # kernels can only be called from compiled code
+def choose(scaled, now, current, num_ranks, ranks_per_node, price, moves_left):
+    state = _start_search(scaled, now, current, num_ranks, ranks_per_node)
+    _smooth_peak(state)
+    heavy = state.heat.argmax()
+    capacity = now.shape[0] // num_ranks
+    scratch = _new_scratch(scaled.shape[0], scaled.shape[1], capacity, ranks_per_node)
+    swap = _best_swap(state, scratch, heavy, capacity, ranks_per_node, price, moves_left)
+    change = _best_change(state, scratch, heavy, capacity, ranks_per_node, price, moves_left, 0.0)
+    return heavy, swap, change, state.slope, state.unit
+
+
 def searched(layer: Layer, price: float, moves_left: int):
     """What the kernels choose for the heaviest rank, and the powers' weights that they judge by."""
-    state = _start_search(layer.scaled, layer.now, layer.current, layer.num_ranks, layer.ranks_per_node)
-    _smooth_peak(state)
-    heavy = int(state.heat.argmax())
-    scratch = _new_scratch(*layer.scaled.shape, layer.capacity, layer.ranks_per_node)
-    sizes = (layer.capacity, layer.ranks_per_node)
-    swap = _best_swap(state, scratch, heavy, *sizes, price, moves_left)
-    change = _best_change(state, scratch, heavy, *sizes, price, moves_left, 0.0)
-    slot_of = {_cell(slot, layer.capacity, layer.ranks_per_node): slot for slot in range(len(layer.now))}
-    weight = state.slope.astype(np.float64) * state.unit.astype(np.float64) ** 16
+    heavy, swap, change, slope, unit = choose(
+        layer.scaled, layer.now, layer.current, layer.num_ranks, layer.ranks_per_node, price, moves_left
+    )
+    slot_of = {
+        _cell.py_func(slot, layer.capacity, layer.ranks_per_node): slot for slot in range(len(layer.now))
+    }
+    weight = slope.astype(np.float64) * unit.astype(np.float64) ** 16
     return heavy, swap, change, slot_of, weight
 
 

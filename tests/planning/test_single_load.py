@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 
-import numba
 import numpy as np
 import pytest
 import torch
@@ -18,6 +17,7 @@ from eplb_plugin.planning.kernels import (
     peak_search,
     peak_state,
     peak_swaps,
+    plan_layers,
     single_load,
 )
 
@@ -157,15 +157,18 @@ def test_no_packing_of_the_replicas_is_below_the_bound_of_the_counts(weight, ran
 @pytest.mark.filterwarnings("ignore:overflow encountered")  # of noise, which wraps around
 def test_compiled_and_interpreted_search_agree():
     """The oracles above run the search as plain Python."""
-    rng = np.random.default_rng(0)
-    weight = rng.lognormal(0, 1, 20)
-    weight *= 4 / weight.sum()
-    load, room = weight.astype(np.float32), np.full(4, 6)
-    plans = np.empty((2, 24), np.int64)
-    compiled = numba.njit(single_load._plan_node, error_model="numpy")
-    for plan, search in zip(plans, (single_load._plan_node, compiled), strict=True):
-        search(load, 6, room, 200, 1.0005, 4, 1, 5e-4, 0, plan)
-    assert plans[0].tolist() == plans[1].tolist()
+    weight = np.random.default_rng(0).lognormal(0, 1, 20)
+    room, tolerance = np.full(4, 6), 5e-4
+    compiled, interpreted = np.empty((2, 24), np.int64)
+    none = np.empty((1, 0), np.int64)
+    plan_layers(
+        weight[None, None], 0, 1, 4, 4, room, np.zeros((1, 20), np.int64), none, none, 0.0, 0, 200, 4, 1,
+        tolerance, 0, compiled[None],
+    )  # fmt: skip
+    load = (weight * (4 / sum(weight))).astype(np.float32)  # as the entrance scales it
+    target = max(1.0, float(load.sum(dtype=np.float64)) / 4) + tolerance
+    single_load._plan_node(load, 6, room, 200, target, 4, 1, tolerance, 0, interpreted)
+    assert compiled.tolist() == interpreted.tolist()
 
 
 @pytest.mark.parametrize(("groups", "nodes", "ranks"), [(8, 4, 32), (8, 2, 16), (1, 1, 32)])

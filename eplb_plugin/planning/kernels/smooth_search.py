@@ -62,11 +62,11 @@ def _lower_smooth_peak(
             break
         improved = False
         for _ in range(_TRIED_RANKS):
-            heavy = -1
+            heavy = num_ranks  # none: of a literal, all that takes it would be compiled once more
             for rank in range(num_ranks):
-                if not failed[rank] and (heavy < 0 or heat[rank] > heat[heavy]):
+                if not failed[rank] and (heavy == num_ranks or heat[rank] > heat[heavy]):
                     heavy = rank
-            if heavy < 0:
+            if heavy == num_ranks:
                 break
             if in_vain[heavy] == progress[2]:
                 failed[heavy] = True
