@@ -70,7 +70,7 @@ class PlannerOptions(Options):
 
     max_moves: int | None = Field(None, ge=0, le=2**31)
     """Most moves per layer and rebalance; None leaves it to the price. A layer whose placement in force
-    breaks the hierarchical policy is planned anew whatever that takes."""
+    breaks the hierarchical policy is brought to fit it whatever that takes."""
 
     min_gain: float = Field(0.002, ge=0, lt=1)
     """Skip rule: a layer whose predicted balancedness rises by less than this stays as it is."""

@@ -18,11 +18,15 @@ def warmup(topology: Topology | None = None) -> None:
     the package; loading takes about a second.
 
     Args:
-        topology: plan for it once, so that everything which that plan needs is loaded; by default a small
-            one, which compiles the same code.
+        topology: plan for it too, so that everything which that plan needs is loaded; a small one with
+            several nodes always is.
     """
-    if topology is None:
-        topology = Topology(num_nodes=2, num_ranks=4, num_slots=12, num_groups=2)
+    small = Topology(num_nodes=2, num_ranks=4, num_slots=12, num_groups=2)
+    for each in (small,) if topology is None else (small, topology):
+        _plan_once(each)
+
+
+def _plan_once(topology: Topology) -> None:
     num_logical = topology.num_groups * max(1, topology.num_slots // (2 * topology.num_groups))
     num_logical = min(num_logical, topology.num_slots)
     load = torch.arange(1, num_logical + 1, dtype=torch.float64).expand(2, 1, -1)

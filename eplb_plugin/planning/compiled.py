@@ -18,6 +18,7 @@ import torch
 from ..topology import Topology
 
 __all__ = [
+    "choose_nodes",
     "count_shared",
     "expect_loads",
     "grow",
@@ -69,6 +70,7 @@ def grow(
     topology: Topology,
     current: torch.Tensor,
     start: torch.Tensor,
+    expert_node: torch.Tensor,
     *,
     price: float,
     max_moves: int,
@@ -78,11 +80,50 @@ def grow(
     """Improve `start` [layers, slots] by swaps and changes of replicas that earn the price of their moves.
 
     Moves are counted from `current` [layers, slots], which is `start` or, where something had to be
-    completed, lacks some of it (-1). Experts stay on the node where they are; the rest is as for
-    `plan_from_scratch`.
+    completed, lacks some of it (-1). Experts stay on the node where they are, or go all to their
+    `expert_node` [layers, logical] where that is better. The rest is as for `plan_from_scratch`.
     """
-    unused = torch.zeros(weight.shape[1:], dtype=torch.int64)
-    return _run(weight, topology, unused, current, start, price, max_moves, rounds, 1, 1, tolerance, 0)
+    return _run(weight, topology, expert_node, current, start, price, max_moves, rounds, 1, 1, tolerance, 0)
+
+
+def choose_nodes(
+    weight: torch.Tensor,
+    topology: Topology,
+    current: torch.Tensor,
+    start: torch.Tensor,
+    *,
+    price: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which node each group should be on, so that the heaviest is light enough for the price of the moves.
+
+    Args:
+        weight: float64 [snapshots, layers, logical] on the CPU.
+        topology: nodes, ranks, slots and groups.
+        current: int64 [layers, slots], what is held now, -1 for an empty slot.
+        start: int64 [layers, slots], the same, complete.
+        price: what a move costs, as a share of the mean rank load.
+
+    Returns:
+        expert_node: int64 [layers, logical].
+        start: int64 [layers, slots], with -2 where groups span nodes and an expert has to leave its node.
+    """
+    from . import kernels
+
+    expert_node = np.zeros(weight.shape[1:], _INT64)
+    if topology.num_nodes == 1:
+        return torch.from_numpy(expert_node), start
+    held, begin = (_array(topology.by_rank(ids, -1).flatten(1)) for ids in (current, start))
+    begin = begin.copy()
+    load = _array(weight)
+    fee = price / topology.ranks_per_node
+    _over_layers(
+        lambda first, last: kernels.choose_nodes(
+            load, first, last, topology.num_nodes, topology.num_groups, fee, held, begin, expert_node
+        ),
+        weight,
+    )
+    shape = (len(begin), topology.num_ranks, -1)
+    return torch.from_numpy(expert_node), topology.from_ranks(torch.from_numpy(begin).view(shape))
 
 
 def pack_rows(

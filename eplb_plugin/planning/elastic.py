@@ -28,7 +28,7 @@ def complete(ids: torch.Tensor, load: torch.Tensor, topology: Topology) -> torch
     Missing experts, the heaviest first, go to empty slots of the lightest ranks, and where none is left in
     place of the surplus replica whose loss raises the peak least. Empty slots that remain get the replicas
     that bring rank loads closest together. Groups stay within nodes where `ids` has them within nodes and
-    there is room; the layer is completed globally otherwise, and left to be planned anew.
+    there is room; the layer is completed globally otherwise, and its groups are brought together later.
 
     Args:
         ids: int64 [layers, slots] on the CPU, -1 for an empty slot.

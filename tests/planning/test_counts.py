@@ -78,9 +78,11 @@ def test_regrowth_reaches_the_counts_and_moves_nothing_else(problem, seed):
     other = np.random.default_rng(seed).lognormal(1, 1, len(total))
     target = _replicate(other, node, count, 1.2, num_slots, *sizes)
     after = before.copy()
-    _regrow(other, count, target, after, *sizes)
+    _regrow(other, count, target, node, after, *sizes)
     assert np.bincount(after, minlength=len(total)).tolist() == target.tolist()
-    assert (before != after).sum() == np.maximum(target - count, 0).sum()
+    # One slot for each replica that arrives, and one more where an expert makes room for it.
+    arriving = np.maximum(target - count, 0).sum()
+    assert arriving <= (before != after).sum() <= 2 * arriving
     per_node = num_slots // (sizes[0] // sizes[1])
     assert (node[after] == np.arange(num_slots) // per_node).all()
 

@@ -8,6 +8,7 @@ is planned for its true peak.
 """
 
 from .entrance import plan_layers
+from .group_nodes import choose_nodes
 from .rank_bounds import bound_rows
 
-__all__ = ["bound_rows", "plan_layers"]
+__all__ = ["bound_rows", "choose_nodes", "plan_layers"]

@@ -11,6 +11,7 @@ import numpy as np
 from .compiling import SOURCES, compile_entrance
 from .copying import _copy
 from .layer import _plan_layer
+from .limits import _VACANT
 from .single_load import _plan_single
 
 __all__ = ["plan_layers"]
@@ -28,9 +29,10 @@ def _entrance(sources):
             weight: float64 [snapshots, layers, logical], tokens times the weight of their snapshot.
             num_ranks, ranks_per_node: the topology.
             room: int64 [ranks], open slots of each rank; the others of a rank come last.
-            expert_node: int64 [layers, logical], the node that each expert belongs to.
+            expert_node: int64 [layers, logical], the node that each expert belongs to, or might be moved to.
             current: int64 [layers, slots], what is held now, -1 for an empty slot: moves are counted from it.
-            start: int64 [layers, slots], the placement to grow from, or [layers, 0] to start from scratch.
+            start: int64 [layers, slots], the placement to grow from, or [layers, 0] to start from scratch;
+                -2 for a slot that has to be filled.
             price: what a move costs, as a share of the mean rank load.
             max_moves: most moves per layer away from `current`.
             rounds: most rounds of improvement per candidate.
@@ -49,7 +51,7 @@ def _entrance(sources):
                 for expert in range(num_logical):
                     total += weight[snapshot, layer, expert]
             if total <= 0.0:
-                if start.shape[1]:
+                if start.shape[1] and start[layer].min() != _VACANT:
                     _copy(start[layer], result[layer])
                     continue
                 # Nothing to balance, but replicas still belong on distinct ranks: plan for even loads.

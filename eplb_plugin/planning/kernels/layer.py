@@ -8,6 +8,7 @@ from .compiling import _compile_in_place
 from .copying import _copy
 from .counts import _replicate
 from .hand_out import _hand_out
+from .limits import _VACANT
 from .packing_bounds import _packing_bound
 from .regrow import _regrow
 from .smooth_scratch import _new_scratch
@@ -26,9 +27,10 @@ def _plan_layer(
     """Plan one layer into `best`: grown from `begin`, or from scratch where that is empty.
 
     Growth has two starts, the placement as it is, and one with counts chosen anew, somewhat in favour of
-    those in force, since single exchanges rarely find their way to other counts. A few rounds tell which has
-    the lower peak plus price of its moves from `current`; that one is carried through. From scratch,
-    candidates are improved one after the other, and the one with the lowest peak is taken.
+    those in force, since single exchanges rarely find their way to other counts, and with all experts on
+    `expert_node`. A few rounds tell which has the lower peak plus price of its moves from `current`; that one
+    is carried through. Where `begin` has vacant slots there is only the second. From scratch, candidates are
+    improved one after the other, and the one with the lowest peak is taken.
     """
     num_snapshots, num_logical = scaled.shape
     num_slots = best.shape[0]
@@ -39,14 +41,21 @@ def _plan_layer(
         for expert in range(num_logical):
             total[expert] += np.float64(scaled[snapshot, expert])
     in_force = np.zeros(num_logical, np.int64)
-    node = expert_node.copy()
+    regrown = np.empty(num_slots, np.int64)
+    strays, vacant = 0, 0
     if grows:
         for slot in range(num_slots):
-            if begin[slot] >= 0:
-                in_force[begin[slot]] += 1
-                node[begin[slot]] = slot // capacity // ranks_per_node
+            expert = begin[slot]
+            regrown[slot] = expert
+            if expert == _VACANT:
+                vacant += 1
+            elif expert >= 0 and expert_node[expert] != slot // capacity // ranks_per_node:
+                regrown[slot] = _VACANT
+                strays += 1
+            elif expert >= 0:
+                in_force[expert] += 1
     bonus = _HYSTERESIS if grows else 1.0
-    count = _replicate(total, node, in_force, bonus, room.sum(), num_ranks, ranks_per_node)
+    count = _replicate(total, expert_node, in_force, bonus, room.sum(), num_ranks, ranks_per_node)
     bound = 1.0
     if not grows:
         bound = max(bound, _packing_bound(scaled, count, room.min()))
@@ -55,24 +64,29 @@ def _plan_layer(
     best_value = np.inf
     failures = 0
     done = False
-    regrown = np.empty(num_slots, np.int64)
     anew = 0
     first = 0
     if grows:
         for expert in range(num_logical):
             anew += max(0, count[expert] - in_force[expert])
-        if 0 < anew <= max_moves:
-            _copy(begin, regrown)
-            _regrow(total, in_force, count, regrown, num_ranks, ranks_per_node)
-            # The one that promises more goes first, since the other is given up where it cannot catch up.
-            if _peak_of(total, count, regrown, capacity) < _peak_of(total, in_force, begin, capacity):
-                first = 1
+        if vacant > 0 or 0 < anew <= max_moves:
+            _regrow(total, in_force, count, expert_node, regrown, num_ranks, ranks_per_node)
         else:
             anew = 0
-    if grows:
-        _copy(begin, trial)
+        if vacant > 0:
+            anew = 0
+            _copy(regrown, trial)
+        else:
+            _copy(begin, trial)
+        # The one that promises more goes first, since the other is given up where it cannot catch up.
+        if (
+            anew > 0
+            and strays == 0
+            and (_peak_of(total, count, regrown, capacity) < _peak_of(total, in_force, begin, capacity))
+        ):
+            first = 1
     else:
-        _hand_out(total, count, node, ranks_per_node, room, 0, seed, trial)
+        _hand_out(total, count, expert_node, ranks_per_node, room, 0, seed, trial)
     held = current if grows else trial
     own = _begin(scaled, trial, held, num_ranks, ranks_per_node)
     kept = own
@@ -97,7 +111,7 @@ def _plan_layer(
             if grows:
                 _copy(regrown, trial)
             else:
-                _hand_out(total, count, node, ranks_per_node, room, turn, seed, trial)
+                _hand_out(total, count, expert_node, ranks_per_node, room, turn, seed, trial)
             search = _begin(scaled, trial, held, num_ranks, ranks_per_node)
         state, failed, in_vain, progress = search
         value, finished = _lower_smooth_peak(

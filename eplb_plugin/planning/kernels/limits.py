@@ -10,4 +10,5 @@ _LEAST_GAIN_32 = np.float32(_LEAST_GAIN)
 _LEAST_EXACT_GAIN = 1e-5  # the same for a single load
 _ROUNDING = np.float32(1.0001)  # bounds are as much too high as sums of float32 may be too low
 _COLD = np.float32(1e-30)
+_VACANT = -2  # a slot that is to be filled; -1 is closed
 _NEVER = np.float32(1e18)  # moves of an exchange that is not allowed
