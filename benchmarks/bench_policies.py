@@ -31,6 +31,7 @@ from eplb_plugin.traffic import generate
 
 TRACES = Path(__file__).resolve().parent.parent.parent / "shared" / "traces"
 PRICES = (0.0, 0.001, 0.003, 0.009, 0.02, 0.05)
+PLOTTED = "glm-5.2 mixed"
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,9 @@ def cases(console: Console, quick: bool, seed: int = 0) -> Iterator[Case]:
         trace = generate(profile, layers=layers, steps=1024, drift=drift, period=512, seed=seed)
         slots = 160 if profile.startswith("qwen") else 288
         yield Case(f"{profile} {kind}", trace, eplb.Topology(num_ranks=ranks, num_slots=slots), 128)
+        if profile.startswith("deepseek"):
+            nodes = eplb.Topology(num_nodes=4, num_ranks=ranks, num_slots=slots, num_groups=8)
+            yield Case(f"{profile} {kind}, 4 nodes", trace, nodes, 128)
     if not TRACES.is_dir():
         console.print(f"{TRACES} is not there: the real traces were left out.")
         return
@@ -75,8 +79,9 @@ def cases(console: Console, quick: bool, seed: int = 0) -> Iterator[Case]:
     yield Case("deepseek-v2-lite prefill", fold_prefill(prompts, 512), topology, 4)
 
 
-def policies() -> list[PolicySetup]:
-    """Made anew for each trace, since some keep a history of their own."""
+def policies(num_nodes: int) -> list[PolicySetup]:
+    """Made anew for each trace, since some keep a history of their own; those that know no nodes only where
+    there is one."""
 
     def scratch(window: torch.Tensor, topology: eplb.Topology, current: eplb.Placement) -> eplb.Placement:
         return eplb.plan(window, topology).placement
@@ -89,8 +94,11 @@ def policies() -> list[PolicySetup]:
     ]
     if not peers.available():
         return ours
+    default = PolicySetup("vLLM default", peers.vllm_default, snapshots=1, history=1)
+    if num_nodes > 1:
+        return [default, *ours]
     return [
-        PolicySetup("vLLM default", peers.vllm_default, snapshots=1, history=1),
+        default,
         PolicySetup("FlashLB", peers.FlashLB(), history=1),
         PolicySetup("FlashLB, same history", peers.FlashLB()),
         PolicySetup("SwiftBalancer", peers.SwiftBalancer(), snapshots=1, history=1),
@@ -112,7 +120,7 @@ def settled_share(result: SimulationResult, case: Case) -> float:
 
 def run(case: Case) -> list[dict[str, object]]:
     results = []
-    for setup in policies():
+    for setup in policies(case.topology.num_nodes):
         results.append(simulate(case.trace, case.topology, setup, case.interval))
     reference = next((r for r in results if r.policy == "vLLM default"), None) or next(
         r for r in results if r.policy == "greedy"
@@ -214,7 +222,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer layers")
     parser.add_argument("--seeds", type=int, default=1, help="how many draws of each trace")
-    parser.add_argument("--plot", type=Path, help="write the trade-off of the second case as a PNG")
+    parser.add_argument("--plot", type=Path, help=f"write the trade-off on {PLOTTED} as a PNG")
     arguments = parser.parse_args()
     console = Console(width=110)
     eplb.warmup()
@@ -222,10 +230,10 @@ def main() -> None:
         console.print("The peers' wheels are not there (make bench-peers): only our policies take part.")
     rows: list[dict[str, object]] = []
     for seed in range(arguments.seeds):
-        for number, case in enumerate(cases(console, arguments.quick, seed)):
+        for case in cases(console, arguments.quick, seed):
             found = run(case)
             show(console, case, found)
-            if seed == 0 and number == 1 and arguments.plot is not None:
+            if seed == 0 and case.name == PLOTTED and arguments.plot is not None:
                 plot(arguments.plot, case, found)
             rows += [{**row, "seed": seed} for row in found]
     if arguments.seeds > 1:
