@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .config import PlannerOptions
 from .placement import Placement
 from .planning.planner import plan
 from .topology import Topology
@@ -23,13 +24,16 @@ def warmup(topology: Topology | None = None) -> None:
     """
     small = Topology(num_nodes=2, num_ranks=4, num_slots=12, num_groups=2)
     for each in (small,) if topology is None else (small, topology):
-        _plan_once(each)
+        _plan_each_way(each)
 
 
-def _plan_once(topology: Topology) -> None:
+def _plan_each_way(topology: Topology) -> None:
+    """Plan in each of the ways that the online loop may."""
     num_logical = topology.num_groups * max(1, topology.num_slots // (2 * topology.num_groups))
     num_logical = min(num_logical, topology.num_slots)
     load = torch.arange(1, num_logical + 1, dtype=torch.float64).expand(2, 1, -1)
     current = Placement.default(1, num_logical, topology.num_slots)
     _ = plan(load, topology).lower_bound
     plan(load, topology, current)
+    # Where moves are free a plan from scratch is compared too, for which scipy is imported.
+    plan(load, topology, current, PlannerOptions(move_price=0))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -45,3 +47,23 @@ def test_warmup_of_any_topology():
     eplb.warmup()
     eplb.warmup(eplb.Topology(num_nodes=2, num_ranks=6, num_slots=12, num_groups=4))
     eplb.warmup(eplb.Topology(num_ranks=1, num_slots=1))
+
+
+def test_after_warmup_a_plan_imports_nothing():
+    """An import takes long in the background of a busy engine."""
+    code = (
+        "import sys, torch, eplb_plugin as eplb\n"
+        "eplb.warmup()\n"
+        "before = set(sys.modules)\n"
+        "load = torch.rand(3, 2, 16, generator=torch.Generator().manual_seed(0))\n"
+        "for nodes, price in ((1, 0.0), (1, 0.009), (2, 0.0), (2, 0.009)):\n"
+        "    topology = eplb.Topology(num_nodes=nodes, num_ranks=4, num_slots=20, num_groups=4)\n"
+        "    options = eplb.PlannerOptions(move_price=price)\n"
+        "    eplb.plan(load, topology, eplb.Placement.default(2, 16, 20), options)\n"
+        "    eplb.plan(load, topology)\n"
+        "print(sorted(set(sys.modules) - before))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=240
+    )
+    assert result.stdout == "[]\n"
