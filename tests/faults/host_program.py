@@ -49,9 +49,12 @@ def main(folder: Path, phase: str, mode: str) -> None:
     def late(self: Transfer, group: Transport, agreed: Callable[[], object]) -> None:
         """The other host's messages are under way when those of this one cannot leave any more."""
         agreed()
+        for now in self._layout.rounds:
+            peers.update(message.rank for message in (*(send for send, _ in now.sends), *now.receives))
         wait_for_the_cut()
         start(self, group)
 
+    peers: set[int] = set()
     second = seat.rank >= RANKS_PER_HOST
     halfway = second and phase == "transfer"
     entering = second and phase != "transfer"
@@ -62,7 +65,8 @@ def main(folder: Path, phase: str, mode: str) -> None:
         # The client of a store that is cut off waits as long as TCP does, in a thread that is given up on.
         survivor = service.outlive(2 * LIMIT + MARGIN, left_over="eplb-decision" if second else "")
     written = folder / f"new.{seat.rank}"
-    written.write_text(json.dumps(asdict(survivor) | {"wrong": service.model.wrong_slots()}))
+    more = {"wrong": service.model.wrong_slots(), "crossed": any(rank < RANKS_PER_HOST for rank in peers)}
+    written.write_text(json.dumps(asdict(survivor) | more))
     written.rename(folder / f"survivor.{seat.rank}")
     # Nothing can be said to the other host any more, so there is nobody to say goodbye to.
     threading.Timer(1.0, os._exit, (0,)).start()
