@@ -1,21 +1,15 @@
-"""Running the compiled kernels: over layers, on a few threads of our own, without the interpreter lock.
-
-Numba's own threading layers are avoided on purpose: workqueue does not allow several threads to start work,
-GNU OpenMP does not survive a fork, and engines do both.
-"""
+"""Running the compiled kernels on tensors of the CPU, without the interpreter lock."""
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
 
 from ..topology import Topology
+from .layer_threads import WORTH_THREADS_TO_SUM, over_layers
 
 __all__ = [
     "choose_nodes",
@@ -29,11 +23,6 @@ __all__ = [
     "step_peaks",
 ]
 
-_MAX_THREADS = 8
-_CHUNKS_PER_THREAD = 16  # layers differ in effort; small chunks even that out
-# Loads below which starting a thread costs more than it saves: in searches, and in passes that only add up.
-_WORTH_THREADS = 4096
-_WORTH_THREADS_TO_SUM = 1 << 18
 _INT64 = np.dtype(np.int64)
 
 
@@ -116,7 +105,7 @@ def choose_nodes(
     begin = begin.copy()
     load = _array(weight)
     fee = price / topology.ranks_per_node
-    _over_layers(
+    over_layers(
         lambda first, last: kernels.choose_nodes(
             load, first, last, topology.num_nodes, topology.num_groups, fee, held, begin, expert_node
         ),
@@ -176,10 +165,10 @@ def step_peaks(weight: torch.Tensor, physical_to_logical: torch.Tensor, topology
     peaks = np.empty(weight.shape[:2])
     load, ids = _array(weight), _array(physical_to_logical)
     first_slot = np.array(topology.first_slots, _INT64)
-    _over_layers(
+    over_layers(
         lambda first, last: table_kernels.peak_loads(load, ids, first_slot, first, last, peaks),
         weight,
-        _WORTH_THREADS_TO_SUM,
+        WORTH_THREADS_TO_SUM,
     )
     return torch.from_numpy(peaks)
 
@@ -208,12 +197,12 @@ def expect_loads(
 
     condensed = np.zeros((max(bins) + 1, *load.shape[1:]))
     array, weight, place = _array(load), np.array(weights), np.array(bins, _INT64)
-    _over_layers(
+    over_layers(
         lambda first, last: forecast_kernels.expect_loads(
             array, weight, place, recency, persistence, decay, first, last, condensed
         ),
         load,
-        _WORTH_THREADS_TO_SUM,
+        WORTH_THREADS_TO_SUM,
     )
     return torch.from_numpy(condensed)
 
@@ -281,43 +270,8 @@ def _run(
             max_moves, rounds, candidates, patience, tolerance, seed, result,
         )  # fmt: skip
 
-    _over_layers(work, weight)
+    over_layers(work, weight)
     return topology.from_ranks(torch.from_numpy(result).view(num_layers, topology.num_ranks, -1))
-
-
-def _over_layers(work: Any, weight: torch.Tensor, worth_threads: int = _WORTH_THREADS) -> None:
-    """Call `work(first, last)` for chunks of the layers, on one thread for fewer than `worth_threads` loads.
-
-    Layers are independent, so order does not matter.
-    """
-    num_layers = weight.shape[1]
-    threads = min(_MAX_THREADS, _usable_cores(), num_layers)
-    if threading.current_thread() is not threading.main_thread():
-        # Planning in the background: the engine's own thread keeps a core.
-        threads = max(1, threads - 1)
-    if threads == 1 or weight.numel() < worth_threads:
-        work(0, num_layers)
-        return
-    size = -(-num_layers // (threads * _CHUNKS_PER_THREAD))
-    chunks = iter([(at, min(at + size, num_layers)) for at in range(0, num_layers, size)])
-
-    def drain() -> None:
-        # Taking the next item of a list iterator is one step of the interpreter, hence safe.
-        for first, last in chunks:
-            work(first, last)
-
-    # A pool per call: a process that forks later does not inherit a pool whose threads are gone.
-    with ThreadPoolExecutor(threads - 1, thread_name_prefix="eplb-plan") as pool:
-        others = [pool.submit(drain) for _ in range(threads - 1)]
-        drain()
-        for other in others:
-            other.result()
-
-
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import eplb_plugin as eplb
-from eplb_plugin.planning import compiled
+from eplb_plugin.planning import layer_threads
 
 TOPOLOGY = eplb.Topology(num_ranks=8, num_slots=72)
 
@@ -24,7 +24,7 @@ def planned(load: torch.Tensor) -> torch.Tensor:
 def test_any_number_of_threads_gives_the_same_plan(monkeypatch, cores):
     load = torch.empty(8, 12, 64).log_normal_(3, 1, generator=torch.Generator().manual_seed(0))
     expected = planned(load)
-    monkeypatch.setattr(compiled, "_usable_cores", lambda: cores)
+    monkeypatch.setattr(layer_threads, "_usable_cores", lambda: cores)
     assert torch.equal(planned(load), expected)
     found = []
     thread = threading.Thread(target=lambda: found.append(planned(load)))
@@ -34,13 +34,13 @@ def test_any_number_of_threads_gives_the_same_plan(monkeypatch, cores):
 
 
 def test_a_failure_in_any_chunk_is_raised(monkeypatch):
-    monkeypatch.setattr(compiled, "_usable_cores", lambda: 2)
+    monkeypatch.setattr(layer_threads, "_usable_cores", lambda: 2)
 
     def work(first: int, last: int) -> None:
         raise RuntimeError(f"layers {first}..{last - 1}")
 
     with pytest.raises(RuntimeError, match="layers"):
-        compiled._over_layers(work, torch.ones(2, 64, 64))
+        layer_threads.over_layers(work, torch.ones(2, 64, 64))
 
 
 def test_warmup_of_any_topology():
