@@ -15,12 +15,12 @@ from .errors import (
     UndecidedError,
 )
 from .metrics import balancedness, count_moves, rank_loads
+from .metrics_server import MetricsServer, serve_metrics
 from .migration import MigrationPlan, plan_migration
 from .placement import Placement
 from .planning.packing import balanced_packing
 from .planning.planner import Plan, plan, rebalance_experts
 from .runtime.rebalancer import Rebalancer, RebalanceReport
-from .telemetry import MetricsServer, serve_metrics
 from .topology import Topology
 from .warmup import warmup
 

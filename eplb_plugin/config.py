@@ -1,4 +1,4 @@
-"""The options of the planner and of the online loop: frozen pydantic models that refuse unknown keys."""
+"""The options of every part: frozen pydantic models that refuse unknown keys."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import ConfigError
 
-__all__ = ["MetricsOptions", "Options", "PlannerOptions", "RebalancerOptions", "config_error"]
+__all__ = [
+    "DemoOptions",
+    "MetricsOptions",
+    "Options",
+    "PlannerOptions",
+    "RebalancerOptions",
+    "SimulateOptions",
+    "config_error",
+]
 
 
 _shorten = reprlib.Repr()
@@ -142,3 +150,104 @@ class MetricsOptions(Options):
 
     port: int = Field(9400, ge=0, le=65535)
     """Port to answer on; 0 takes one that is free."""
+
+
+class SimulateOptions(Options):
+    """What `eplb-plugin simulate` replays. Its window is that of the `rebalancer` section."""
+
+    ranks: int = Field(8, ge=1, le=2**16)
+    """Ranks of the expert-parallel group."""
+
+    slots: int | None = Field(None, ge=1, le=2**20)
+    """Physical experts over all ranks; null: room for all experts and one spare slot per rank."""
+
+    nodes: int = Field(1, ge=1)
+    """Nodes that the ranks are spread over."""
+
+    groups: int = Field(1, ge=1)
+    """Groups of experts per layer."""
+
+    policies: tuple[str, ...] = Field(("static", "greedy", "ensemble"), min_length=1)
+    """Policies to compare."""
+
+    mode: Literal["decode", "prefill"] = "decode"
+    """How a token trace becomes steps."""
+
+    batch: int = Field(256, ge=1, le=2**20)
+    """Decode: requests in flight."""
+
+    max_tokens: int = Field(2048, ge=1)
+    """Prefill: most tokens of one step."""
+
+    steps: int | None = Field(None, ge=1, le=2**24)
+    """Decode and generated traffic: steps; null: eight intervals. Prefill takes the file as it is."""
+
+    tokens_per_step: int = Field(2048, ge=1, le=2**24)
+    """Generated traffic: tokens of each step."""
+
+    topics: int = Field(4, ge=1, le=1024)
+    """Generated traffic: kinds of requests."""
+
+    drift: float = Field(1.5, ge=0, le=10)
+    """Decode and generated traffic: how strongly the mix of topics changes; 0 keeps it."""
+
+    period: float = Field(4096, ge=1)
+    """Decode and generated traffic: typical steps from one high of a topic to the next."""
+
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Decode and generated traffic: seed of all draws."""
+
+
+class DemoOptions(Options):
+    """What `eplb-plugin demo` serves. Its `interval` is its own, and its background does not rest."""
+
+    ranks: int = Field(4, ge=1, le=64)
+    """Processes, one for each rank."""
+
+    layers: int = Field(4, ge=1)
+    """MoE layers of the model."""
+
+    experts: int = Field(32, ge=1)
+    """Logical experts per layer."""
+
+    slots: int = Field(40, ge=1)
+    """Physical experts over all ranks."""
+
+    top_k: int = Field(4, ge=1)
+    """Experts per token."""
+
+    hidden: int = Field(64, ge=1)
+    """Size of the residual stream."""
+
+    expert_hidden: int = Field(128, ge=1)
+    """Inner size of each expert."""
+
+    topics: int = Field(8, ge=1, le=1024)
+    """Kinds of requests; with a trace, its categories take their place."""
+
+    drift: float = Field(1.5, ge=0, le=10)
+    """How strongly the mix of topics changes; 0 keeps it."""
+
+    period: float = Field(192, ge=1)
+    """Typical steps from one high of a topic to the next."""
+
+    steps: int = Field(192, ge=2)
+    """Batches that each rank serves."""
+
+    tokens: int = Field(128, ge=1)
+    """Tokens of each batch, per rank."""
+
+    interval: int = Field(24, ge=1)
+    """Steps between two rebalances."""
+
+    trace: str | None = None
+    """Token trace (`.npz`) whose categories of requests drive the topics; null draws them."""
+
+    mode: Literal["decode", "prefill"] = "decode"
+    """With a trace: replay requests in flight, or take its tokens in file order."""
+
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Seed of the model and of the traffic."""
+
+    time_limit: float = Field(180, gt=0)
+    """Seconds until a demo that has not ended is stopped."""

@@ -9,14 +9,11 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from .config import MetricsOptions
-from .errors import ConfigError
 from .load import as_snapshots
 from .metrics import rank_loads
 from .placement import Placement
 from .planning.bounds import peak_lower_bound
 from .planning.hierarchy import effective_topology
-from .runtime.rebalancer import Rebalancer
 from .runtime.reports import RebalanceReport
 from .topology import Topology
 
@@ -24,12 +21,10 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
 __all__ = [
-    "MetricsServer",
     "ModelTelemetry",
     "RebalanceFigures",
     "Telemetry",
     "lower_bound_gap",
-    "serve_metrics",
 ]
 
 _logger = logging.getLogger(__name__)
@@ -216,63 +211,6 @@ class ModelTelemetry:
             if cause not in self._told:
                 self._told.add(cause)
                 _logger.exception("metrics of %s: %s; this is said once", self._model, cause)
-
-
-class MetricsServer:
-    """Answers HTTP requests for the series of this process, in a thread of its own.
-
-    Args:
-        options: where; port 0 takes one that is free.
-
-    Attributes:
-        port: where it answers.
-        telemetry: the series, for models that are to show beside the first one.
-
-    Raises:
-        ConfigError: the port cannot be had on the host.
-    """
-
-    def __init__(self, options: MetricsOptions) -> None:
-        from prometheus_client import CollectorRegistry, start_http_server
-
-        registry = CollectorRegistry()
-        self.telemetry = Telemetry(registry)
-        try:
-            self._server, self._thread = start_http_server(options.port, options.host, registry)
-        except OSError as error:
-            raise ConfigError(
-                f"metrics.port={options.port} on metrics.host={options.host}: cannot be listened on: {error}"
-            ) from None
-        self.port: int = self._server.server_port
-
-    def close(self) -> None:
-        """Stop answering."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-
-
-def serve_metrics(
-    rebalancer: Rebalancer, options: MetricsOptions, *, model: str = "model"
-) -> MetricsServer | None:
-    """Show what a rebalancer does on a port of its first rank. Any rank may call it, or all of them.
-
-    Args:
-        rebalancer: gets the model's series as its `observer`.
-        options: whether and where.
-        model: value of the label `model_name`.
-
-    Returns:
-        The server; None on other ranks, and where metrics are not enabled.
-
-    Raises:
-        ConfigError: the port cannot be had on the host.
-    """
-    if not options.enabled or rebalancer.rank != 0:
-        return None
-    server = MetricsServer(options)
-    rebalancer.observer = server.telemetry.of(model)
-    return server
 
 
 def lower_bound_gap(load: torch.Tensor, placement: Placement, topology: Topology) -> float | None:

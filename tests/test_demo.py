@@ -21,10 +21,11 @@ from eplb_plugin.cli import demo as demo_module
 from eplb_plugin.cli.outcome import DemoOutcome, DemoTally, IntervalOutcome
 from eplb_plugin.cli.ranks import RankError, run_ranks
 from eplb_plugin.cli.serving import IntervalRecord, compare_outputs
+from eplb_plugin.config import DemoOptions
 from eplb_plugin.errors import TopologyError, TraceError
 from eplb_plugin.runtime.rebalancer import RebalanceReport
 from eplb_plugin.runtime.transfer import Transfer
-from eplb_plugin.settings import DemoOptions, Settings
+from eplb_plugin.settings import Settings
 from eplb_plugin.traces import save_load_trace
 from eplb_plugin.traffic import generate
 

@@ -10,12 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from eplb_plugin.config import PlannerOptions, RebalancerOptions
+from eplb_plugin.config import DemoOptions, PlannerOptions, RebalancerOptions, SimulateOptions
 from eplb_plugin.errors import ConfigError
 from eplb_plugin.settings import (
-    DemoOptions,
     Settings,
-    SimulateOptions,
     default_yaml,
     load_settings,
     read_section,

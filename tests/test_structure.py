@@ -37,7 +37,7 @@ LAYERS = [
     {"simulation"},
     {"report", "advisor"},
     {"runtime"},
-    {"telemetry"},
+    {"telemetry", "metrics_server"},
     {"settings", "surroundings"},
     {"integration"},
     {"cli"},

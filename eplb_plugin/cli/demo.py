@@ -15,10 +15,11 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from ..config import DemoOptions
 from ..drift import topic_mix
 from ..errors import TopologyError, TraceError
 from ..folding import category_mix, decode_schedule
-from ..settings import DemoOptions, Settings, load_settings
+from ..settings import Settings, load_settings
 from ..topology import Topology
 from ..traces import LoadTrace, read_trace
 from ..warmup import warmup

@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..config import MetricsOptions, PlannerOptions, RebalancerOptions
+from ..config import DemoOptions, MetricsOptions, PlannerOptions, RebalancerOptions
 from ..integration.torch_moe import MoEConfig, MoEModel
+from ..metrics_server import serve_metrics
 from ..runtime.rebalancer import RebalanceReport
-from ..settings import DemoOptions
-from ..telemetry import serve_metrics
 from ..topology import Topology
 from ..traffic import TokenStream
 

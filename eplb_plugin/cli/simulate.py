@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
+from ..config import SimulateOptions
 from ..folding import fold_decode, fold_prefill
-from ..settings import Settings, SimulateOptions
+from ..settings import Settings
 from ..simulation import SimulationResult, policy_setup
 from ..simulation import simulate as replay
 from ..topology import Topology

@@ -62,7 +62,7 @@ class Rebalancer:
 
     Attributes:
         reports: the latest reports.
-        observer: is told of steps and rebalances on this rank, `telemetry.serve_metrics` for one sets it.
+        observer: is told of steps and rebalances on this rank, `serve_metrics` for one sets it.
 
     Raises:
         TopologyError: the group has another size, or experts outnumber slots.
