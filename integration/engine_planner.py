@@ -9,9 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from pydantic import Field
 
-from ..config import Options, PlannerOptions
 from ..errors import LoadError, PlacementError
 from ..load import as_snapshots
 from ..metrics import balancedness, count_moves
@@ -20,30 +18,12 @@ from ..planning.planner import plan
 from ..telemetry import ModelTelemetry, RebalanceFigures, lower_bound_gap
 from ..topology import Topology
 from ..window import fold_steps
+from .engine_options import EngineOptions
 
-__all__ = ["EngineOptions", "EnginePlanner", "EngineReport"]
+__all__ = ["EnginePlanner", "EngineReport"]
 
 _logger = logging.getLogger(__name__)
 _REPORTS = 64
-
-
-class EngineOptions(Options):
-    """What an engine's configuration may say about the plugin; when to rebalance, the engine decides."""
-
-    planner: PlannerOptions = Field(default_factory=PlannerOptions)
-    """How placements are planned."""
-
-    snapshots: int = Field(32, ge=1, le=1024)
-    """Snapshots that the steps between two rebalances are folded into, at most."""
-
-    history: int = Field(4, ge=1, le=64)
-    """Intervals between rebalances that a plan is made from."""
-
-    check_agreement: bool = True
-    """Compare the plan between ranks before the engine acts on it: engines hang when ranks differ."""
-
-    metrics: bool = False
-    """Show what happens on the engine's own `/metrics`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import torch
 
 from ..surroundings import metrics_folder
 from ..telemetry import Telemetry
-from .engine_planner import EngineOptions
+from .engine_options import EngineOptions
 
 __all__ = ["bytes_of_one_expert", "engine_telemetry"]
 

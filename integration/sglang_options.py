@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from ..config import PlannerOptions
 from ..errors import ConfigError
-from ..settings import load_settings
-from .engine_planner import EngineOptions
+from .engine_options import SHARED, EngineOptions, options_in_settings
 
 __all__ = ["ALGORITHM", "OPTIONS", "is_ours", "parse_algorithm"]
 
@@ -13,11 +12,7 @@ ALGORITHM = "ensemble"
 """The name of this package's planner among SGLang's algorithms."""
 
 _SETTINGS = {name: f"planner.{name}" for name in PlannerOptions.model_fields}
-_SETTINGS |= {
-    "snapshots": "rebalancer.snapshots",
-    "history": "rebalancer.history",
-    "metrics": "metrics.enabled",
-}
+_SETTINGS |= SHARED
 _LONGEST = 200
 
 OPTIONS = ("config", "check_agreement", *_SETTINGS)
@@ -44,14 +39,8 @@ def parse_algorithm(algorithm: str) -> EngineOptions:
     path = given.pop("config", None)
     agreement = {name: given.pop(name) for name in ("check_agreement",) if name in given}
     try:
-        settings = load_settings(path, {_SETTINGS[name]: value for name, value in given.items()})
-        return EngineOptions(
-            planner=settings.planner,
-            snapshots=settings.rebalancer.snapshots,
-            history=settings.rebalancer.history,
-            metrics=settings.metrics.enabled,
-            **agreement,
-        )
+        overrides = {_SETTINGS[name]: value for name, value in given.items()}
+        return EngineOptions(**options_in_settings(path, overrides), **agreement)
     except ConfigError as error:
         # The name of the file may have line breaks in it.
         raise ConfigError(f"{source}: {' '.join(str(error).split())}") from None

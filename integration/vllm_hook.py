@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from .engine_planner import EngineOptions
+from .engine_options import EngineOptions
 from .vllm_policy import Interval, VllmPolicy
 
 __all__ = ["VllmHookPolicy", "has_hook"]

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..settings import CONFIG_VARIABLE, read_section
-from .engine_planner import EngineOptions
+from .engine_options import EngineOptions, options_in_settings
 from .vllm_policy import VllmPolicy
 from .vllm_state import bind_policy, missing_seams
 
@@ -36,7 +36,10 @@ class VllmOptions(EngineOptions):
 
 
 def vllm_options(additional_config: object) -> VllmOptions:
-    """The options that vLLM was started with: those in its `additional_config`, else those in the file.
+    """The options that vLLM was started with.
+
+    Those under `eplb_plugin` in its `additional_config`, or else in the file, go over those of the
+    environment, and these over the file's other sections.
 
     Raises:
         ConfigError: an unknown option or a wrong value.
@@ -44,14 +47,23 @@ def vllm_options(additional_config: object) -> VllmOptions:
     source, values = "additional_config", None
     if isinstance(additional_config, Mapping):
         values = additional_config.get(KEY)
+        for key in additional_config:
+            if key != KEY and str(key).lower().replace("-", "_") == KEY:
+                raise ConfigError(
+                    f"additional_config: {key!r} is not known; the plugin's options are in {KEY!r}"
+                )
     if values is None:
         source, values = CONFIG_VARIABLE, read_section(KEY)
     if values is None:
-        return VllmOptions()
+        values = {}
     if not isinstance(values, Mapping):
         raise ConfigError(f"{source}: {KEY} is {values!r}, not options with values")
+    settings = options_in_settings()
+    planner = values.get("planner", {})
+    if isinstance(planner, Mapping):
+        planner = {**settings["planner"], **planner}
     try:
-        return VllmOptions(**values)
+        return VllmOptions(**{**settings, **values, "planner": planner})
     except ConfigError as error:
         raise ConfigError(f"{source}: {KEY}: {error}") from None
 

@@ -18,7 +18,8 @@ from ..planning.planner import plan
 from ..runtime.collectives import fingerprint
 from ..telemetry import Telemetry
 from ..topology import Topology
-from .engine_planner import EngineOptions, EnginePlanner, EngineReport
+from .engine_options import EngineOptions
+from .engine_planner import EnginePlanner, EngineReport
 
 __all__ = ["Interval", "VllmPolicy"]
 

@@ -16,7 +16,7 @@ from ..planning.backend import use_kernels
 from ..runtime.registration import warn_unregistered
 from ..topology import Topology
 from ..warmup import warmup
-from .engine_planner import EngineOptions
+from .engine_options import EngineOptions
 from .engine_telemetry import engine_telemetry
 from .vllm_hook import VllmHookPolicy, has_hook
 from .vllm_policy import Interval, VllmPolicy

@@ -9,7 +9,8 @@ import torch
 from prometheus_client import CollectorRegistry, generate_latest
 
 import eplb_plugin as eplb
-from eplb_plugin.integration.engine_planner import EngineOptions, EnginePlanner
+from eplb_plugin.integration.engine_options import EngineOptions
+from eplb_plugin.integration.engine_planner import EnginePlanner
 from eplb_plugin.integration.engine_telemetry import bytes_of_one_expert
 from eplb_plugin.telemetry import Telemetry, lower_bound_gap
 from eplb_plugin.traffic import generate

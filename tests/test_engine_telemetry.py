@@ -13,7 +13,7 @@ import torch
 from prometheus_client import CollectorRegistry, generate_latest
 
 from eplb_plugin.integration import sglang_telemetry
-from eplb_plugin.integration.engine_planner import EngineOptions
+from eplb_plugin.integration.engine_options import EngineOptions
 from eplb_plugin.integration.engine_telemetry import engine_telemetry
 from eplb_plugin.integration.sglang_balancer import SglangBalancer
 from eplb_plugin.integration.vllm_policy import Interval
@@ -46,7 +46,7 @@ import multiprocessing, sys
 from prometheus_client import CollectorRegistry, generate_latest, multiprocess
 
 def work(observed):
-    from eplb_plugin.integration.engine_planner import EngineOptions
+    from eplb_plugin.integration.engine_options import EngineOptions
     from eplb_plugin.integration.engine_telemetry import engine_telemetry
     from eplb_plugin.telemetry import RebalanceFigures
     telemetry = engine_telemetry(EngineOptions(metrics=True), True)

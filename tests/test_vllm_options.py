@@ -24,13 +24,42 @@ def test_without_anything_it_is_off():
     assert not VllmOptions().enabled
 
 
-def test_vllms_argument_is_taken_instead_of_the_file(tmp_path, monkeypatch):
+def test_vllms_argument_is_taken_instead_of_the_files_section(tmp_path, monkeypatch):
     path = tmp_path / "vllm.yaml"
-    path.write_text("eplb_plugin: {enabled: true, history: 7}\nplanner: {seed: 3}\n")
+    path.write_text("eplb_plugin: {enabled: true, history: 7}\n")
     monkeypatch.setenv("EPLB_PLUGIN_CONFIG", str(path))
     assert vllm_options({"other": 1}) == VllmOptions(enabled=True, history=7)
     given = {"eplb_plugin": {"enabled": True, "planner": {"move_price": 0.05}}}
     assert vllm_options(given) == VllmOptions(enabled=True, planner=PlannerOptions(move_price=0.05))
+
+
+def test_they_go_over_the_environment_and_that_over_the_files_other_sections(tmp_path, monkeypatch):
+    path = tmp_path / "vllm.yaml"
+    path.write_text(
+        "planner: {seed: 3, move_price: 0.1, max_moves: 9}\nrebalancer: {history: 7, snapshots: 5}\n"
+        "metrics: {enabled: true}\n"
+    )
+    monkeypatch.setenv("EPLB_PLUGIN_CONFIG", str(path))
+    monkeypatch.setenv("EPLB_PLUGIN_PLANNER__MOVE_PRICE", "0.2")
+    monkeypatch.setenv("EPLB_PLUGIN_PLANNER__SEED", "4")
+    given = {"eplb_plugin": {"enabled": True, "snapshots": 6, "planner": {"seed": 5}}}
+    assert vllm_options(given) == VllmOptions(
+        enabled=True,
+        snapshots=6,
+        history=7,
+        metrics=True,
+        planner=PlannerOptions(seed=5, move_price=0.2, max_moves=9),
+    )
+    assert vllm_options({}).planner == PlannerOptions(seed=4, move_price=0.2, max_moves=9)
+    monkeypatch.setenv("EPLB_PLUGIN_BOGUS__X", "1")
+    with pytest.raises(ConfigError, match="EPLB_PLUGIN_BOGUS__X"):
+        vllm_options(given)
+
+
+@pytest.mark.parametrize("key", ["eplb-plugin", "EPLB_plugin"])
+def test_a_name_that_is_almost_ours_is_refused(key):
+    with pytest.raises(ConfigError, match=f"{key!r} is not known; the plugin's options are in 'eplb_plugin'"):
+        vllm_options({key: {"enabled": True}})
 
 
 def test_an_empty_section_is_an_error_only_where_it_is_no_section():

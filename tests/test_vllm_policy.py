@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 import eplb_plugin as eplb
-from eplb_plugin.integration.engine_planner import EngineOptions
+from eplb_plugin.integration.engine_options import EngineOptions
 from eplb_plugin.integration.vllm_hook import VllmHookPolicy, has_hook
 from eplb_plugin.integration.vllm_policy import Interval, VllmPolicy
 
