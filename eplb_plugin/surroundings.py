@@ -1,11 +1,11 @@
-"""What the environment says beside the options: folders, and which plugins engines may load."""
+"""What the environment says beside the options: folders, plugins engines load, what workers get of it."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-__all__ = ["allowed_plugins", "cache_folder", "metrics_folder"]
+__all__ = ["allowed_plugins", "cache_folder", "metrics_folder", "pass_on"]
 
 
 def cache_folder() -> Path:
@@ -33,3 +33,15 @@ def allowed_plugins(variable: str, *, empty_is_all: bool) -> tuple[str, ...] | N
     if value is None or (empty_is_all and not value.strip()):
         return None
     return tuple(name.strip() for name in value.split(","))
+
+
+def pass_on(prefix: str, variable: str) -> None:
+    """Where there are variables with a prefix, add it to those that an engine copies to its workers.
+
+    Args:
+        prefix: of names.
+        variable: the engine's list of prefixes, with commas.
+    """
+    if any(name.startswith(prefix) for name in os.environ):
+        known = filter(None, os.environ.get(variable, "").split(","))
+        os.environ[variable] = ",".join(dict.fromkeys([*known, prefix]))

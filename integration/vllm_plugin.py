@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version as version_of
 from typing import Any
 
 from ..errors import ConfigError
-from ..settings import CONFIG_VARIABLE, read_section
+from ..settings import CONFIG_VARIABLE, ENV_PREFIX, read_section
+from ..surroundings import pass_on
 from .engine_options import EngineOptions, options_in_settings
+from .vllm_agreement import announce
 from .vllm_policy import VllmPolicy
 from .vllm_state import bind_policy, missing_seams
 
@@ -25,6 +27,7 @@ TESTED = ("0.32",)
 """The releases of vLLM that the tests run with."""
 
 _WRAPPED = "_eplb_plugin_wrapped"
+_RAY_PREFIXES = "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"  # what workers on Ray get, of their names
 _active: list[VllmPolicy] = []  # of this process, the newest last
 
 
@@ -69,31 +72,48 @@ def vllm_options(additional_config: object) -> VllmOptions:
 
 
 def register() -> None:
-    """Make vLLM's `EplbState` look for our options when it is made. It may be called more than once.
+    """Make vLLM's workers and its `EplbState` look for our options when they are made. It may be called more
+    than once.
 
     Raises:
-        ConfigError: the configuration file is wrong; the start of vLLM ends with that.
+        ConfigError: the configuration file or a variable is wrong; the start of vLLM ends with that.
     """
     vllm_options(None)
+    pass_on(ENV_PREFIX, _RAY_PREFIXES)
     try:
         from vllm.distributed.eplb.eplb_state import EplbState
+        from vllm.v1.worker.worker_base import WorkerBase
     except ImportError as error:
         _share_log()
         _logger.error(
-            "eplb_plugin cannot be enabled, this vLLM has no EplbState where it is known: %s", error
+            "eplb_plugin cannot be enabled, this vLLM lacks a class where it is known to be: %s", error
         )
         return
-    if hasattr(EplbState.__init__, _WRAPPED):
+    _after_init(EplbState, _enable)
+    _after_init(WorkerBase, _check_worker)
+
+
+def _after_init(owner: Any, then: Callable[[Any], None]) -> None:
+    """Have every new object of a class handed to `then`."""
+    original = owner.__init__
+    if hasattr(original, _WRAPPED):
         return
-    original = EplbState.__init__
 
     @functools.wraps(original)
-    def init(state: Any, *args: Any, **kwargs: Any) -> None:
-        original(state, *args, **kwargs)
-        _enable(state)
+    def init(made: Any, *args: Any, **kwargs: Any) -> None:
+        original(made, *args, **kwargs)
+        then(made)
 
     setattr(init, _WRAPPED, True)
-    EplbState.__init__ = init
+    owner.__init__ = init
+
+
+def _check_worker(worker: Any) -> None:
+    """Say what would otherwise show in nothing: the plugin is enabled, and vLLM's load balancer is not."""
+    enabled = vllm_options(worker.vllm_config.additional_config).enabled
+    if enabled and not worker.vllm_config.parallel_config.enable_eplb and worker.rank == 0:
+        _share_log()
+        _logger.warning("eplb_plugin is enabled, but vLLM runs without --enable-eplb: no expert will move")
 
 
 def _enable(state: Any) -> None:
@@ -102,6 +122,7 @@ def _enable(state: Any) -> None:
 
     config = get_current_vllm_config_or_none()
     options = vllm_options(None if config is None else config.additional_config)
+    compare = announce(options.model_dump_json() if options.enabled else "")
     if not options.enabled:
         return
     import vllm
@@ -121,7 +142,7 @@ def _enable(state: Any) -> None:
     if ".".join(vllm.__version__.split(".")[:2]) not in TESTED:
         _logger.warning("eplb_plugin was tested with vLLM %s, not %s", ", ".join(TESTED), vllm.__version__)
     about = f"{version_of('eplb-plugin')} in vLLM {vllm.__version__}, options {options.model_dump_json()}"
-    bind_policy(state, options, about, _active.append)
+    bind_policy(state, options, about, _active.append, compare)
     WorkerBase.eplb_plugin_report = _report
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..errors import AgreementError, PlacementError
+from ..errors import AgreementError, LoadError
 from ..placement import Placement
 from ..planning.planner import plan
 from ..runtime.collectives import fingerprint
@@ -33,13 +33,15 @@ class Interval:
     Attributes:
         model: the name that vLLM gives it.
         load: int64 [snapshots, layers, logical] on the CPU, tokens summed over the ranks, in time order.
-        ready: waits until `load` has arrived from the device.
-        error: why there is no load on this rank, else None.
+        failures: int64 [1] on the CPU, how many ranks had no load to add.
+        ready: waits until these have arrived from the device.
+        error: why this rank had none, else None.
         expert_bytes: gives the bytes of an expert's weights, by layer; None where that is not known.
     """
 
     model: str
-    load: torch.Tensor | None
+    load: torch.Tensor
+    failures: torch.Tensor | None = None
     ready: Callable[[], object] = lambda: None
     error: Exception | None = None
     expert_bytes: Callable[[], Mapping[int, int]] | None = None
@@ -153,8 +155,10 @@ class VllmPolicy:
         # What fails here must fail before the ranks meet below, or one would leave the others waiting.
         try:
             interval.ready()
-            if interval.error is not None or interval.load is None:
-                raise interval.error or PlacementError("no load was handed over")
+            if interval.error is not None:
+                raise interval.error
+            if interval.failures is not None and bool(interval.failures):
+                raise LoadError(f"{int(interval.failures)} of {num_ranks} ranks could not read their window")
             if bool(interval.load.any()):
                 topology = Topology(
                     num_nodes=num_nodes,

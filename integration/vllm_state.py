@@ -6,7 +6,7 @@ import functools
 import inspect
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,15 +20,25 @@ from .engine_options import EngineOptions
 from .engine_telemetry import engine_telemetry
 from .vllm_hook import VllmHookPolicy, has_hook
 from .vllm_policy import Interval, VllmPolicy
+from .vllm_ring import RingKeeper
 from .vllm_telemetry import count_steps, expert_bytes
-from .vllm_window import fold_window, sum_over_ranks
+from .vllm_window import fold_window, no_window, sum_over_ranks
 
 __all__ = ["bind_policy", "missing_seams", "warn_unmoved"]
 
 _logger = logging.getLogger(__name__)
 
+_READ_OF_STATES = ("expert_load_window", "model_name", "physical_to_logical_map", "rebalanced")
+_READ_OF_MODELS = ("num_expert_groups", "num_logical_experts", "num_moe_layers", "num_physical_experts")
 
-def bind_policy(state: Any, options: EngineOptions, about: str, made: Callable[[VllmPolicy], object]) -> None:
+
+def bind_policy(
+    state: Any,
+    options: EngineOptions,
+    about: str,
+    made: Callable[[VllmPolicy], object],
+    compare: Callable[[Sequence[int]], None],
+) -> None:
     """Have `state` plan with our policy from its first model on. Only this object is changed, no class.
 
     Args:
@@ -36,7 +46,10 @@ def bind_policy(state: Any, options: EngineOptions, about: str, made: Callable[[
         options: of the planner and its window.
         about: versions and options, for the log.
         made: gets the policy when there is one.
+        compare: called with the ranks of the group once; raises where they were started otherwise.
     """
+    from vllm.distributed import parallel_state
+
     add_model = state.add_model
     policy: VllmPolicy | None = None
 
@@ -46,20 +59,31 @@ def bind_policy(state: Any, options: EngineOptions, about: str, made: Callable[[
         nonlocal policy
         result = add_model(*args, **kwargs)
         if policy is None:
+            compare(parallel_state.get_ep_group().ranks)
+            missing = _missing_fields(state)
+            if missing:
+                _logger.error(
+                    "eplb_plugin is enabled, but this vLLM's models lack what it reads: %s. vLLM's own "
+                    "policy plans instead",
+                    ", ".join(missing),
+                )
+                state.add_model = add_model
+                return result
             policy = _make_policy(state, options)
             made(policy)
             policy.telemetry = engine_telemetry(options, _is_first_rank())
             if policy.telemetry is not None:
                 count_steps(state, policy.telemetry)
-            _warm_up(state, options, about)
+            _warm_up(state)
         state.policy = policy
+        if _is_first_rank():
+            _say(state, options, about)
+            warn_unmoved(list(state.model_states.values())[-1].model)
         if isinstance(policy, VllmHookPolicy):
             for model_state in state.model_states.values():
                 model_state.policy_state = policy.create_state(model_state.model.num_moe_layers)
         elif policy.telemetry is not None:
             policy.telemetry.of(_names(state)[-1])
-        if _is_first_rank():
-            warn_unmoved(list(state.model_states.values())[-1].model)
         return result
 
     state.add_model = add
@@ -83,7 +107,7 @@ def missing_seams(state: Any) -> list[str]:
     if abstract is None:
         return ["policy.AbstractEplbPolicy"]
     wanted: list[tuple[Any, str, tuple[str, ...]]] = [
-        (state, "EplbState", ("add_model", "policy", "model_states")),
+        (state, "EplbState", ("add_model", "model_states", "policy", "step")),
         (parallel_state, "parallel_state", ("get_ep_group",)),
     ]
     if has_hook(abstract):
@@ -104,6 +128,18 @@ def missing_seams(state: Any) -> list[str]:
     return missing
 
 
+def _missing_fields(state: Any) -> list[str]:
+    """What the plugin reads of the models of a state and does not find, once one was added."""
+    from vllm.distributed.eplb import policy as policies
+
+    of_states = () if has_hook(policies.AbstractEplbPolicy) else _READ_OF_STATES
+    missing = []
+    for model_state in state.model_states.values():
+        missing += [f"EplbModelState.{name}" for name in of_states if not hasattr(model_state, name)]
+        missing += [f"model.{name}" for name in _READ_OF_MODELS if not hasattr(model_state.model, name)]
+    return missing
+
+
 def _make_policy(state: Any, options: EngineOptions) -> VllmPolicy:
     from vllm.distributed import parallel_state
     from vllm.distributed.eplb import policy as policies
@@ -115,35 +151,44 @@ def _make_policy(state: Any, options: EngineOptions) -> VllmPolicy:
     # In the asynchronous mode only vLLM's own thread uses this group, and it calls the policy; in the
     # synchronous mode only the main thread does, and it calls the policy. So all ranks agree in order.
     policy = VllmPolicy(options, state.policy, lambda: parallel_state.get_eplb_group().cpu_group, speaks)
-    state.rearrange = _expecting(state, state.rearrange, policy)
+    state.rearrange = _expecting(state, state.rearrange, policy, RingKeeper(state))
     return policy
 
 
-def _warm_up(state: Any, options: EngineOptions, about: str) -> None:
-    """Compile the planner and say that we are there."""
+def _warm_up(state: Any) -> None:
+    """Compile the planner."""
     from vllm.distributed import parallel_state
 
-    ranks = parallel_state.get_ep_group()
     model = next(iter(state.model_states.values())).model
     started = time.perf_counter()
     slots, groups = model.num_physical_experts, max(model.num_expert_groups, 1)
-    warmup(Topology(num_ranks=ranks.world_size, num_slots=slots, num_groups=groups))
-    if ranks.rank_in_group == 0:
-        compiled = options.planner.policy == "ensemble" and use_kernels(torch.zeros(0), options.planner, True)
-        _logger.info(
-            "eplb_plugin %s: plans %s by %s (set up in %.1f s): %d layers, %d experts, %d slots, %d ranks",
-            about,
-            "asynchronously" if state.is_async else "synchronously",
-            "compiled kernels" if compiled else "tensor operations",
-            time.perf_counter() - started,
-            model.num_moe_layers,
-            model.num_logical_experts,
-            slots,
-            ranks.world_size,
-        )
+    warmup(Topology(num_ranks=parallel_state.get_ep_group().world_size, num_slots=slots, num_groups=groups))
+    if _is_first_rank():
+        _logger.info("eplb_plugin: the planner was set up in %.1f s", time.perf_counter() - started)
 
 
-def _expecting(state: Any, rearrange: Callable[..., Any], policy: VllmPolicy) -> Callable[..., Any]:
+def _say(state: Any, options: EngineOptions, about: str) -> None:
+    """Say that we are there, for the model that was added last."""
+    from vllm.distributed import parallel_state
+
+    name, model = _names(state)[-1], list(state.model_states.values())[-1].model
+    compiled = options.planner.policy == "ensemble" and use_kernels(torch.zeros(0), options.planner, True)
+    _logger.info(
+        "eplb_plugin %s: plans %s %s by %s: %d layers, %d experts, %d slots, %d ranks",
+        about,
+        name,
+        "asynchronously" if state.is_async else "synchronously",
+        "compiled kernels" if compiled else "tensor operations",
+        model.num_moe_layers,
+        model.num_logical_experts,
+        model.num_physical_experts,
+        parallel_state.get_ep_group().world_size,
+    )
+
+
+def _expecting(
+    state: Any, rearrange: Callable[..., Any], policy: VllmPolicy, ring: RingKeeper
+) -> Callable[..., Any]:
     """`rearrange`, with the snapshots of the window handed to the policy first."""
     signature = inspect.signature(rearrange)
 
@@ -152,11 +197,15 @@ def _expecting(state: Any, rearrange: Callable[..., Any], policy: VllmPolicy) ->
         given = signature.bind(*args, **kwargs).arguments
         if given.get("is_profile"):
             policy.expect_profiling()
-        elif given.get("rank_mapping") is not None or given.get("use_last_expert_load"):
+            return rearrange(*args, **kwargs)
+        if given.get("rank_mapping") is not None or given.get("use_last_expert_load"):
             policy.expect_scaling()
         else:
+            ring.clear()
             policy.expect(_intervals(state, policy.options))
-        return rearrange(*args, **kwargs)
+        result = rearrange(*args, **kwargs)
+        ring.rearranged()
+        return result
 
     return wrapped
 
@@ -166,6 +215,8 @@ def _intervals(state: Any, options: EngineOptions) -> list[Interval]:
     from vllm.distributed import parallel_state
 
     models, names = list(state.model_states.values()), _names(state)
+    error: Exception | None = None
+    size = {"steps": state.expert_rearrangement_step_interval, "snapshots": options.snapshots}
     try:
         loads = [
             fold_window(
@@ -173,28 +224,34 @@ def _intervals(state: Any, options: EngineOptions) -> list[Interval]:
                 model.physical_to_logical_map,
                 model.model.num_logical_experts,
                 position=state.expert_load_window_step,
-                steps=state.expert_rearrangement_step_interval,
-                snapshots=options.snapshots,
+                **size,
             )
             for model in models
         ]
-        group = parallel_state.get_ep_group().device_group
-        loads = sum_over_ranks(loads, lambda load: dist.all_reduce(load, group=group))
-        # The main thread does not wait for the device; whoever plans does.
-        on_host = [load.to("cpu", non_blocking=True) for load in loads]
-        ready = _arrival(loads[0].device)
-    except Exception as error:
-        return [Interval(name, None, error=error) for name in names]
+    except Exception as failure:
+        # The others are about to sum: they have to hear of it there.
+        error = failure
+        loads = [
+            no_window(model.expert_load_window, model.model.num_logical_experts, **size) for model in models
+        ]
+    group = parallel_state.get_ep_group().device_group
+    loads, failures = sum_over_ranks(
+        loads, error is not None, lambda load: dist.all_reduce(load, group=group)
+    )
+    # The main thread does not wait for the device; whoever plans does.
+    *on_host, failures = (load.to("cpu", non_blocking=True) for load in (*loads, failures))
+    ready = _arrival(loads[0].device)
     return [
-        Interval(name, load, ready, expert_bytes=functools.partial(expert_bytes, model.model))
+        Interval(name, load, failures, ready, error, functools.partial(expert_bytes, model.model))
         for name, load, model in zip(names, on_host, models, strict=True)
     ]
 
 
 def _names(state: Any) -> list[str]:
-    """A name for each model. A draft model may go by the name of the model that it drafts for."""
+    """A name for each model: vLLM's, with a number where it has used that name before."""
     names = [model.model_name for model in state.model_states.values()]
-    return [name if n == 0 else f"{name} ({n})" for n, name in enumerate(names)]
+    seen = [names[:n].count(name) for n, name in enumerate(names)]
+    return [f"{name} ({count})" if count else name for name, count in zip(names, seen, strict=True)]
 
 
 def _is_first_rank() -> bool:

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import torch
 
-__all__ = ["fold_window", "sum_over_ranks"]
+__all__ = ["fold_window", "no_window", "sum_over_ranks"]
 
 
 def fold_window(
@@ -59,19 +59,26 @@ def _sum_steps(window: torch.Tensor, first: int, end: int) -> torch.Tensor:
     return total
 
 
+def no_window(window: torch.Tensor, num_logical: int, *, steps: int, snapshots: int) -> torch.Tensor:
+    """Zeros in place of what `fold_window` returns, for a rank on which it failed."""
+    shape = (min(snapshots, steps, window.shape[0]), window.shape[1], num_logical)
+    return torch.zeros(shape, dtype=torch.int64, device=window.device)
+
+
 def sum_over_ranks(
-    loads: Sequence[torch.Tensor], all_reduce: Callable[[torch.Tensor], object]
-) -> list[torch.Tensor]:
+    loads: Sequence[torch.Tensor], failed: bool, all_reduce: Callable[[torch.Tensor], object]
+) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Sum the loads of all models over the ranks, in one all-reduce. All ranks call it together.
 
     Args:
         loads: int64 tensors on one device, of the same shapes on every rank.
+        failed: whether this rank has no loads, but zeros.
         all_reduce: sums a tensor over the ranks in place.
 
     Returns:
-        The sums, in the shapes of `loads`.
+        The sums, in the shapes of `loads`; and int64 [1], how many ranks failed.
     """
-    flat = torch.cat([load.flatten() for load in loads])
+    flat = torch.cat([*(load.flatten() for load in loads), loads[0].new_full((1,), int(failed))])
     all_reduce(flat)
-    parts = flat.split([load.numel() for load in loads])
-    return [part.view(load.shape) for part, load in zip(parts, loads, strict=True)]
+    *parts, failures = flat.split([*(load.numel() for load in loads), 1])
+    return [part.view(load.shape) for part, load in zip(parts, loads, strict=True)], failures

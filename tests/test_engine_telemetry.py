@@ -104,7 +104,7 @@ def test_vllms_policy_tells_what_came_of_each_call():
     ours.expect([Interval("moe", skewed(), expert_bytes=lambda: expert_bytes(model))])
     planned = ours.rebalance_experts(skewed().sum(0), *NUMBERS, in_force())
     call(ours, torch.zeros_like(skewed()), planned)
-    ours.expect([Interval("moe", None, error=RuntimeError("no memory for the window"))])
+    ours.expect([Interval("moe", skewed(), error=RuntimeError("no memory for the window"))])
     ours.rebalance_experts(skewed().sum(0), *NUMBERS, planned)
     (report,) = ours.planners["moe"].reports
     values = samples(generate_latest(registry))

@@ -149,12 +149,13 @@ def test_models_are_told_apart_by_their_order():
 @pytest.mark.parametrize(
     "broken",
     [
-        Interval("moe", None, error=RuntimeError("no memory for the window")),
+        Interval("moe", skewed(), error=RuntimeError("no memory for the window")),
+        Interval("moe", skewed(), failures=torch.tensor([1])),
         Interval("moe", -skewed()),
         Interval("moe", skewed()[:, :2]),
         Interval("moe", skewed(), ready=lambda: 1 / 0),
     ],
-    ids=["no load", "negative", "another model's layers", "never arrives"],
+    ids=["no load", "no load elsewhere", "negative", "another model's layers", "never arrives"],
 )
 def test_what_goes_wrong_before_planning_keeps_the_map_and_is_counted(broken, caplog):
     ours = policy()
@@ -207,7 +208,7 @@ def _rearrange_on(rank: int, fault: str) -> tuple[list[int], list[int], int, str
     ours = VllmPolicy(EngineOptions(), Own(), lambda: dist.group.WORLD)
     old, load = in_force(), skewed()
     if fault == "raises" and rank == 1:
-        load_here = Interval("moe", None, error=RuntimeError("only here"))
+        load_here = Interval("moe", load, error=RuntimeError("only here"))
     elif fault == "differs" and rank == 1:
         load_here = Interval("moe", torch.roll(load, 4, 2))
     else:

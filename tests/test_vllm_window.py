@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eplb_plugin.integration.vllm_window import fold_window, sum_over_ranks
+from eplb_plugin.integration.vllm_window import fold_window, no_window, sum_over_ranks
 
 
 def by_loops(window, ids, num_logical, position, steps, snapshots):
@@ -75,7 +75,18 @@ def test_all_models_are_summed_in_one_reduction(shapes):
         calls.append(tensor.shape)
         tensor.mul_(3)
 
-    summed = sum_over_ranks(loads, all_reduce)
+    summed, failures = sum_over_ranks(loads, True, all_reduce)
+    assert failures.tolist() == [3]
     assert len(calls) == 1
     assert all(torch.equal(total, load * 3) for total, load in zip(summed, loads, strict=True))
     assert all(total.shape == load.shape for total, load in zip(summed, loads, strict=True))
+
+
+@pytest.mark.parametrize(("ring", "steps", "snapshots"), [(8, 4, 3), (2, 4, 3), (8, 2, 3)])
+def test_a_rank_that_cannot_fold_has_zeros_of_the_same_shape(ring, steps, snapshots):
+    window = torch.ones(ring, 2, 4, dtype=torch.int32)
+    folded = fold_window(
+        window, torch.tensor([0, 1, 2, 0]).expand(2, 4), 3, position=0, steps=steps, snapshots=snapshots
+    )
+    zeros = no_window(window, 3, steps=steps, snapshots=snapshots)
+    assert torch.equal(zeros, torch.zeros_like(folded))

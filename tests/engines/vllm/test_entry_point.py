@@ -10,6 +10,7 @@ import yaml
 from vllm.config import set_current_vllm_config
 from vllm.distributed.eplb import policy as policies
 from vllm.distributed.eplb.eplb_state import EplbState
+from vllm.v1.worker.worker_base import WorkerBase
 
 import eplb_plugin as eplb
 from eplb_plugin.integration import vllm_plugin
@@ -23,6 +24,7 @@ def registered(monkeypatch):
 
     with_cpu_streams()
     monkeypatch.setattr(EplbState, "__init__", EplbState.__init__)
+    monkeypatch.setattr(WorkerBase, "__init__", WorkerBase.__init__)
     monkeypatch.setattr(vllm_plugin, "_active", [])
     # The lines go to the root logger, where caplog reads them, not to vLLM's.
     monkeypatch.setattr(vllm_plugin, "_share_log", lambda: None)
@@ -42,9 +44,9 @@ def state_with(additional_config):
 
 
 def test_registering_again_wraps_nothing_again():
-    once = EplbState.__init__
+    once = EplbState.__init__, WorkerBase.__init__
     vllm_plugin.register()
-    assert EplbState.__init__ is once
+    assert (EplbState.__init__, WorkerBase.__init__) == once
 
 
 @pytest.mark.parametrize("additional_config", [{}, {"other": 1}, {"eplb_plugin": {"enabled": False}}])
@@ -141,7 +143,7 @@ def test_the_hook_proposed_upstream_is_used_where_it_is_present(monkeypatch):
     assert missing_seams(state_with({})) == [], "None is no hook"
     monkeypatch.setattr(policies.AbstractEplbPolicy, "plan_rebalance", lambda *_: None)
     monkeypatch.setattr(policies, "EplbPlan", lambda ids: ("plan", ids), raising=False)
-    group = SimpleNamespace(rank_in_group=0, world_size=2)
+    group = SimpleNamespace(rank_in_group=0, world_size=2, ranks=[0, 1])
     monkeypatch.setattr("vllm.distributed.parallel_state.get_ep_group", lambda: group)
     model = SimpleNamespace(
         num_moe_layers=2, num_logical_experts=4, num_physical_experts=6, num_expert_groups=1
@@ -150,7 +152,7 @@ def test_the_hook_proposed_upstream_is_used_where_it_is_present(monkeypatch):
 
     def add_model(state):
         state.policy = ProposedPolicy()
-        state.model_states["model"] = SimpleNamespace(model=model, policy_state=first)
+        state.model_states["model"] = SimpleNamespace(model=model, model_name="tiny", policy_state=first)
 
     monkeypatch.setattr(EplbState, "add_model", add_model)
     options = {"enabled": True, "check_agreement": False}
@@ -172,6 +174,73 @@ def test_the_hook_proposed_upstream_is_used_where_it_is_present(monkeypatch):
     assert kind == "plan"
     topology = eplb.Topology(num_ranks=2, num_slots=6)
     assert torch.equal(ids, eplb.plan(load, topology, old).placement.physical_to_logical)
+
+
+@pytest.mark.parametrize("gone", ["expert_load_window", "rebalanced", "num_logical_experts"])
+def test_a_model_without_what_is_read_leaves_vllm_its_own_policy(gone, monkeypatch, caplog):
+    group = SimpleNamespace(rank_in_group=0, world_size=2, ranks=[0, 1])
+    monkeypatch.setattr("vllm.distributed.parallel_state.get_ep_group", lambda: group)
+    counts = {
+        "num_moe_layers": 2,
+        "num_logical_experts": 4,
+        "num_physical_experts": 6,
+        "num_expert_groups": 1,
+    }
+    fields = {
+        "expert_load_window": torch.zeros(3, 2, 6),
+        "physical_to_logical_map": torch.zeros(2, 6),
+        "model_name": "tiny",
+        "rebalanced": False,
+    }
+    for names in (counts, fields):
+        names.pop(gone, None)
+
+    def add_model(state):
+        state.policy = policies.DefaultEplbPolicy
+        state.model_states["model"] = SimpleNamespace(model=SimpleNamespace(**counts), **fields)
+
+    monkeypatch.setattr(EplbState, "add_model", add_model)
+    state = state_with({"eplb_plugin": {"enabled": True}})
+    state.add_model()
+    state.add_model()
+    assert state.policy is policies.DefaultEplbPolicy
+    assert not {"rearrange", "step"} & set(vars(state))
+    (record,) = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert f".{gone}. vLLM's own policy plans instead" in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("enabled", "balances", "said"), [(True, False, 1), (True, True, 0), (False, False, 0)]
+)
+def test_a_server_without_eplb_is_told_that_nothing_will_move(enabled, balances, said, monkeypatch, caplog):
+    monkeypatch.undo()  # a worker of our own, beside vLLM's
+    monkeypatch.setattr(vllm_plugin, "_share_log", lambda: None)
+
+    class Worker:
+        def __init__(self, config, rank):
+            self.vllm_config, self.rank = config, rank
+
+    vllm_plugin._after_init(Worker, vllm_plugin._check_worker)
+    config = SimpleNamespace(
+        additional_config={"eplb_plugin": {"enabled": enabled}},
+        parallel_config=SimpleNamespace(enable_eplb=balances),
+    )
+    Worker(config, 0), Worker(config, 1)
+    assert caplog.text.count("vLLM runs without --enable-eplb") == said
+    config.additional_config = {"eplb_plugin": {"histroy": 1}}
+    with pytest.raises(eplb.ConfigError, match="histroy"):
+        Worker(config, 1)
+
+
+def test_workers_on_ray_get_the_variables(monkeypatch):
+    from vllm.ray.ray_env import get_env_vars_to_copy
+
+    monkeypatch.setenv("VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY", "MINE_")
+    monkeypatch.setenv("EPLB_PLUGIN_PLANNER__SEED", "3")
+    monkeypatch.setenv("MINE_TOO", "1")
+    vllm_plugin.register()
+    vllm_plugin.register()
+    assert {"EPLB_PLUGIN_PLANNER__SEED", "MINE_TOO"} <= get_env_vars_to_copy()
 
 
 def test_an_untested_release_is_warned_of(monkeypatch, caplog):
