@@ -27,8 +27,8 @@ def complete(ids: torch.Tensor, load: torch.Tensor, topology: Topology) -> torch
 
     Missing experts, the heaviest first, go to empty slots of the lightest ranks, and where none is left in
     place of the surplus replica whose loss raises the peak least. Empty slots that remain get the replicas
-    that bring rank loads closest together. Groups stay within nodes where `ids` has them within nodes and
-    there is room; the layer is completed globally otherwise, and its groups are brought together later.
+    that bring rank loads closest together. Groups stay within nodes where `ids` has them there, no more than
+    its share on each; the layer is completed globally otherwise, and its groups are brought together later.
 
     Args:
         ids: int64 [layers, slots] on the CPU, -1 for an empty slot.
@@ -135,7 +135,8 @@ class _Layer:
 
 def _expert_nodes(row: _Ints, num_logical: int, topology: Topology) -> _Ints | None:
     """The node of each expert, int64 [logical], by where the rest of its group is; groups of which nothing is
-    left go to the nodes with the fewest. None where groups span nodes or a node has too few slots."""
+    left go to the nodes with the fewest. None where groups span nodes or a node has more than its share of
+    them, as one has that stood in for another."""
     if topology.num_nodes == 1:
         return np.zeros(num_logical, np.int64)
     group_size = num_logical // topology.num_groups
@@ -146,9 +147,9 @@ def _expert_nodes(row: _Ints, num_logical: int, topology: Topology) -> _Ints | N
     if (node_of_group[group] != node).any():
         return None
     members = np.bincount(node_of_group[node_of_group >= 0], minlength=topology.num_nodes)
+    if members.max() > topology.num_groups // topology.num_nodes:
+        return None
     for lost in np.flatnonzero(node_of_group < 0):
         node_of_group[lost] = members.argmin()
         members[node_of_group[lost]] += 1
-    if members.max() * group_size > topology.slots_per_node:
-        return None
     return node_of_group.repeat(group_size)

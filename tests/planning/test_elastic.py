@@ -11,6 +11,7 @@ import eplb_plugin as eplb
 from eplb_plugin.planning import planner
 from eplb_plugin.planning.distinct import shared_replicas
 from eplb_plugin.planning.elastic import complete, missing_experts
+from eplb_plugin.planning.hierarchy import groups_within_nodes
 from tests.planning.elastic_cases import check_plan, random_load, random_table
 
 FEW = eplb.PlannerOptions(num_candidates=4)
@@ -30,7 +31,11 @@ def failures(draw) -> tuple[eplb.Topology, int, list[bool], torch.Tensor, int]:
     topology = eplb.Topology(num_nodes=nodes, num_ranks=ranks, num_slots=ranks * per_rank, num_groups=groups)
     seed = draw(st.integers(0, 2**20))
     if draw(st.booleans()):
-        current = eplb.plan(random_load(2, experts, seed=seed), topology, options=NOTHING_PAYS)
+        # All ranks were alive, or one node alone where it can hold everything.
+        stood_in = draw(st.booleans()) and per_node * per_rank >= experts
+        before = [not stood_in or rank < per_node for rank in range(ranks)]
+        load = random_load(2, experts, seed=seed)
+        current = eplb.plan(load, topology, None, NOTHING_PAYS, active_ranks=before)
         table = current.placement.physical_to_logical
     else:
         empty = draw(st.sampled_from([0.0, 0.3, 1.0]))
@@ -218,6 +223,19 @@ def test_a_group_that_is_lost_goes_to_the_node_with_room():
     assert planned.hierarchical
     assert planned.lost == ((0, 6), (0, 7))
     assert set(planned.placement.physical_to_logical[0, 8:].tolist()) == {4, 5, 6, 7}
+
+
+@pytest.mark.parametrize(("ranks", "slots", "groups", "experts"), [(2, 8, 2, 4), (16, 384, 8, 160)])
+def test_a_node_that_comes_back_gets_its_groups(ranks, slots, groups, experts):
+    topology = eplb.Topology(num_nodes=2, num_ranks=ranks, num_slots=slots, num_groups=groups)
+    load = random_load(2, experts)
+    alive = [rank < ranks // 2 for rank in range(ranks)]
+    before = eplb.plan(load, topology, eplb.plan(load, topology).placement, active_ranks=alive).placement
+    planned = eplb.plan(load, topology, before)
+    assert planned.hierarchical
+    assert planned.lost == ()
+    check_plan(load, topology, planned, before.physical_to_logical)
+    assert groups_within_nodes(planned.placement.physical_to_logical, experts, topology).all()
 
 
 @pytest.mark.parametrize("options", [None, eplb.PlannerOptions(objective="spread", num_candidates=4)])
