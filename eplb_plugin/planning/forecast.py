@@ -50,8 +50,10 @@ def _on_device(load: torch.Tensor, decay: float, persistence: float) -> torch.Te
     columns = torch.cat([share, busy], 2)
     rates = torch.cat([share.new_full((1, 1, 1), rate) for rate in (1.0, _RECENCY, decay, _RECENCY**2)])
     sums = columns.new_zeros(4, *columns.shape[1:])
-    for snapshot in columns.unbind(0):
-        sums = sums * rates + snapshot
+    # Empty snapshots after the last that is not do not count: many would make the weights vanish.
+    goes_on = busy.flip(0).cumsum(0).flip(0) > 0
+    for snapshot, ages in zip(columns.unbind(0), goes_on.unbind(0), strict=True):
+        sums = sums * torch.where(ages, rates, 1.0) + snapshot
     weights = sums[:, :, -1:].clamp_min(_LEAST_WEIGHT)
     whole, moment, aged = (sums[:3, :, :-1] / weights[:3]).unbind(0)
     change = moment - whole

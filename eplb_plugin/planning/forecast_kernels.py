@@ -10,7 +10,7 @@ import numpy as np
 
 __all__ = ["expect_loads"]
 
-_compile = numba.njit(nogil=True, cache=True, fastmath=False, boundscheck=False)
+_compile = numba.njit(nogil=True, cache=True, fastmath=False, boundscheck=False, error_model="numpy")
 _LANES = 16
 _LEAST_TOKENS = 1e-300  # what is too little to divide by is no better than nothing
 
@@ -90,7 +90,10 @@ def _find_shift(load, layer, per_token, recency, persistence, decay, lanes, shif
 @_compile
 def _weigh(per_token, rate, weights):
     """Write what a token of each snapshot weighs in the mean share of an expert, if each snapshot that is not
-    empty weighs `rate` of the next one; returns the variance of the mean where each snapshot's is 1."""
+    empty weighs `rate` of the next one; returns the variance of the mean where each snapshot's is 1.
+
+    The newest that is not empty weighs 1 before all is divided by the sum, however many empty ones follow.
+    """
     in_all, squares, one = 0.0, 0.0, 1.0
     for snapshot in range(per_token.shape[0] - 1, -1, -1):
         weights[snapshot] = 0.0
@@ -98,7 +101,8 @@ def _weigh(per_token, rate, weights):
             in_all += one
             squares += one * one
             weights[snapshot] = one * per_token[snapshot]
-        one *= rate
+        if in_all > 0.0:
+            one *= rate
     if in_all == 0.0:
         return 0.0
     for snapshot in range(per_token.shape[0]):

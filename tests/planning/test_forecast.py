@@ -84,11 +84,26 @@ def test_both_versions_compute_what_is_written_out(snapshots, decay, persistence
     slow = expected_slowly(load.tolist(), decay, persistence)
     compiled, tensors = expected_load(load, decay, persistence), _on_device(load, decay, persistence)
     torch.testing.assert_close(compiled, slow)
-    # The version for GPUs scales each layer by a power of two.
-    unit = tensors.sum((0, 2), keepdim=True) / slow.sum((0, 2), keepdim=True).clamp_min(1e-30)
-    assert torch.equal(unit[:, :-1].log2().round(decimals=6), unit[:, :-1].log2().round())
-    torch.testing.assert_close(tensors[:, :-1] / unit[:, :-1], slow[:, :-1])
+    check_but_for_the_unit(tensors[:, :-1], slow[:, :-1])
     assert not tensors[:, -1].any()
+
+
+def check_but_for_the_unit(tensors, expected):
+    """The version for GPUs scales each layer by a power of two."""
+    unit = tensors.sum((0, 2), keepdim=True) / expected.sum((0, 2), keepdim=True)
+    assert torch.equal(unit.log2().round(decimals=6), unit.log2().round())
+    torch.testing.assert_close(tensors / unit, expected)
+
+
+@pytest.mark.parametrize("idle", [1, 20, 740, 3000])
+def test_idle_snapshots_at_the_end_change_nothing_of_the_forecast(idle):
+    load = torch.randint(50, 100, (60, 2, 9), generator=torch.Generator().manual_seed(0)).double()
+    padded = torch.nn.functional.pad(load, (0, 0, 0, 0, 0, idle))
+    padded[-1, 1] = 70  # the other layer is not idle to the end
+    compiled, tensors = expected_load(padded, 1.0, 0.7), _on_device(padded, 1.0, 0.7)
+    check_but_for_the_unit(tensors, compiled)
+    torch.testing.assert_close(compiled[:, 0].sum(0), expected_load(load, 1.0, 0.7)[:, 0].sum(0))
+    assert eplb.plan(padded, eplb.Topology(num_ranks=3, num_slots=12)).balancedness > 0.9
 
 
 def test_long_windows_are_condensed_first():
@@ -137,12 +152,14 @@ def test_busy_snapshots_say_no_more_about_shares_than_quiet_ones():
     st.lists(
         st.lists(st.floats(0, 1e290, allow_subnormal=True), min_size=3, max_size=3), min_size=2, max_size=40
     ),
+    st.sampled_from([0, 1, 700]),
     st.floats(0.01, 1),
     st.floats(0, 1),
 )
 @settings(max_examples=200, deadline=None)
-def test_no_load_makes_anything_but_a_load(rows, decay, persistence):
-    moved = expected_load(torch.tensor(rows, dtype=torch.float64)[:, None], decay, persistence)
+def test_no_load_makes_anything_but_a_load(rows, idle, decay, persistence):
+    load = torch.tensor(rows + [[0.0] * 3] * idle, dtype=torch.float64)
+    moved = expected_load(load[:, None], decay, persistence)
     assert torch.isfinite(moved).all()
     assert (moved >= 0).all()
 
