@@ -21,6 +21,7 @@ class LoadWindow:
 
     `record` and `step` issue device work only: they neither wait for the device nor, once a batch of
     that size was seen (or announced with `reserve`), allocate anything, so they can be captured in a graph.
+    A larger batch gets larger buffers; those that it outgrows are kept, since graphs may write to them.
 
     Args:
         num_layers: MoE layers of the model.
@@ -71,14 +72,19 @@ class LoadWindow:
             self._one = torch.ones(1, dtype=torch.int64, device=device)
             self._ids = torch.empty(0, dtype=torch.int64, device=device)
             self._mask = torch.empty(0, dtype=torch.int64, device=device)
+            self._outgrown: list[torch.Tensor] = []  # captured graphs hold their addresses
         self.device = self._step.device
         self._bins = list(self._step.unbind(0))
         self._counts = list(self._step[:, 1:].unbind(0))
 
     def reserve(self, num_ids: int) -> None:
-        """Make room for batches of `num_ids` = tokens x top_k ids, before a graph is captured, say."""
+        """Make room for batches of `num_ids` = tokens x top_k ids, before a graph is captured, say.
+
+        Sizes are powers of two, so all that was outgrown takes no more memory than what is in use.
+        """
         if num_ids > self._ids.numel():
             size = 1 << (num_ids - 1).bit_length()
+            self._outgrown += [self._ids, self._mask]
             with torch.inference_mode(False):
                 self._ids = torch.empty(size, dtype=torch.int64, device=self.device)
                 self._mask = torch.empty(size, dtype=torch.int64, device=self.device)

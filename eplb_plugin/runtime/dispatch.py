@@ -23,7 +23,9 @@ _BITS = 32
 class DispatchTables:
     """The slots of every logical expert, on the device, in buffers that never change size or address.
 
-    `update` writes in place, so captured graphs see the new placement at their next replay.
+    `update` writes in place, so captured graphs see the new placement at their next replay. The numbers that
+    spread tokens depend on the largest batch so far: a larger one gets new ones, and the old ones are kept as
+    they are, since graphs may read them.
 
     Args:
         placement: the placement in force; no token goes to an empty slot.
@@ -56,6 +58,7 @@ class DispatchTables:
             self._slots = torch.full((layers, logical + 1, self.max_replicas), -1, device=device)
             self._count = torch.ones((layers, logical + 1), dtype=torch.int64, device=device)
             self._spread = torch.empty(0, dtype=torch.int64, device=device)
+            self._outgrown: list[torch.Tensor] = []  # captured graphs hold their addresses
         self.device = self._slots.device
         self.update(placement)
 
@@ -123,10 +126,15 @@ class DispatchTables:
         self._count[layer, 1:].copy_(count)
 
     def reserve(self, num_tokens: int) -> None:
-        """Make room for batches of `num_tokens`, before a graph is captured, say."""
+        """Make room for batches of `num_tokens`. Call it, or serve such a batch, before a graph is captured:
+        what is computed in a capture is not there until the first replay.
+
+        Sizes are powers of two, so all that was outgrown takes no more memory than what is in use.
+        """
         if num_tokens > self._spread.numel():
             size = 1 << (num_tokens - 1).bit_length()
             start = self._rank * (1 << _BITS) // self._topology.num_ranks
+            self._outgrown.append(self._spread)
             with torch.inference_mode(False):
                 token = torch.arange(size, dtype=torch.int64, device=self.device)
                 self._spread = (token * _GOLDEN + start) & ((1 << _BITS) - 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -98,6 +100,26 @@ def test_updates_are_in_place_and_only_for_the_given_layers() -> None:
     assert torch.equal(tables.logical_to_physical[:, :, :width], mixed.logical_to_physical)
     assert (tables.logical_to_physical[:, :, width:] == -1).all()
     assert torch.equal(tables.replica_count, mixed.replica_count)
+
+
+def test_a_larger_batch_leaves_what_a_graph_reads() -> None:
+    tables = DispatchTables(random_placement(3, 7, 12, 0), TOPOLOGY, rank=1)
+    ids = torch.arange(300) % 7
+    read = []  # what graphs captured for these batches would read: addresses, without a hold on the memory
+    slots = []
+    for tokens in (5, 64, 65, 300):
+        slots.append(tables.physical(0, ids[:tokens]))
+        used = tables._spread
+        read.append((weakref.ref(used), used.data_ptr(), used.tolist()))
+        del used
+    for found, address, content in read:
+        tensor = found()
+        assert tensor is not None
+        assert tensor.data_ptr() == address
+        assert tensor.tolist() == content == tables._spread[: len(content)].tolist()
+    for chosen in slots:
+        assert torch.equal(chosen, slots[-1][: len(chosen)])
+    assert sum(tensor.numel() for tensor in tables._outgrown) <= tables._spread.numel()
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -91,6 +93,23 @@ def test_recording_works_in_and_out_of_inference_mode() -> None:
     recorder.record(0, torch.tensor([[1, 2]]), torch.tensor([True]))
     recorder.step()
     assert recorder.take()[0, 0].tolist() == [0, 2, 2, 0]
+
+
+def test_a_larger_batch_leaves_what_a_graph_writes_to() -> None:
+    recorder = window(interval=1)
+    written = []  # what graphs captured for these batches would write to, without a hold on the memory
+    for tokens in (3, 8, 9, 40):
+        recorder.record(0, torch.zeros(tokens, dtype=torch.int64), torch.ones(tokens, dtype=torch.bool))
+        for used in (recorder._ids, recorder._mask):
+            written.append((weakref.ref(used), used.data_ptr()))
+        del used
+    for found, address in written:
+        tensor = found()
+        assert tensor is not None
+        assert tensor.data_ptr() == address
+    recorder.step()
+    assert recorder.take()[0, 0].tolist() == [60, 0, 0, 0]
+    assert sum(tensor.numel() for tensor in recorder._outgrown) <= 2 * recorder._ids.numel()
 
 
 @pytest.mark.parametrize("masked", [False, True])
