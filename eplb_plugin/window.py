@@ -158,7 +158,9 @@ class LoadWindow:
         Only snapshots that the steps so far reached are returned (none before the first step), so ranks
         that step together get the same shape. The tensor belongs to the caller; counting starts anew.
         """
-        used = min(-(-self._steps * self._num_snapshots // self.interval), self._num_snapshots)
+        # The snapshot of the last step, as `step` finds it, and those before it; before any step, none.
+        last = (self._steps - 1) * self._num_snapshots // self.interval
+        used = min(last + 1, self._num_snapshots)
         taken = self._snapshots[:used].clone()
         self._snapshots.zero_()
         self._steps = 0
