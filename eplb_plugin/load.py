@@ -20,7 +20,7 @@ def as_snapshots(load: torch.Tensor, name: str = "load") -> torch.Tensor:
         name: what to call it in errors.
 
     Returns:
-        float64 [snapshots, layers, logical] on the device of `load`, never the same memory.
+        float64 [snapshots, layers, logical] on the device of `load`, contiguous, never the same memory.
 
     Raises:
         LoadError: wrong shape or dtype, NaN, infinite or negative values, or some too large to be added up.
@@ -101,7 +101,8 @@ def _extremes(snapshots: torch.Tensor) -> tuple[float, float]:
 
 
 def _in_float64(load: torch.Tensor) -> torch.Tensor:
-    """A copy; types that numpy lacks, bfloat16 for one, are left to torch."""
+    """A contiguous copy, since the order of a sum follows strides; types that numpy lacks, bfloat16 for one,
+    are left to torch."""
     if load.device.type == "cpu" and load.dtype in _OF_NUMPY:
-        return torch.from_numpy(load.numpy().astype(np.float64))
-    return load.to(torch.float64, copy=True)
+        return torch.from_numpy(load.numpy().astype(np.float64, order="C"))
+    return load.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
