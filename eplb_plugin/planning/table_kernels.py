@@ -5,12 +5,13 @@ As in `kernels`, the interpreter lock is released, the cache is on disk, and eve
 
 from __future__ import annotations
 
-import numba
 import numpy as np
+
+from .caching import cached_njit
 
 __all__ = ["count_shared", "keep_slots", "peak_loads"]
 
-_compile = numba.njit(nogil=True, cache=True, fastmath=False, boundscheck=False)
+_compile = cached_njit(nogil=True, fastmath=False, boundscheck=False)
 
 
 @_compile

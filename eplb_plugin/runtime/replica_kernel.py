@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
+
+from ..planning.caching import cached_njit
 
 __all__ = ["list_replicas"]
 
 
-@numba.njit(nogil=True, cache=True, fastmath=False, boundscheck=False)
+@cached_njit(nogil=True, fastmath=False, boundscheck=False)
 def list_replicas(slot_expert, first_local, end_local, slots, count):
     """Write the slots of each expert in rising order, and how many they are.
 

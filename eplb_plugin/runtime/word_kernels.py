@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 from numba import types
 from numba.extending import intrinsic
 
+from ..planning.caching import cached_njit
+
 __all__ = ["sum_blocks", "sum_samples"]
 
-_compile = numba.njit(nogil=True, cache=True, fastmath=False, boundscheck=False)
+_compile = cached_njit(nogil=True, fastmath=False, boundscheck=False)
 
 
 @intrinsic

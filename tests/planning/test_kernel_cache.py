@@ -1,14 +1,16 @@
-"""Compiled kernels on disk: another process loads them, and a change of any of their files is noticed."""
+"""Compiled kernels on disk: another process loads them, a change of any of their files is noticed, and they
+work where no folder can be written to."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import eplb_plugin as eplb
-from eplb_plugin.planning import forecast_kernels, table_kernels
+from eplb_plugin.planning import caching, forecast_kernels, table_kernels
 from eplb_plugin.planning.kernels import compiling, plan_layers
 
 FOLDER = Path(compiling.__file__).parent
@@ -36,8 +38,19 @@ def answer():
     return {answer}
 """
 CALL = """
-from package.entrance import enter
+from planning.package.entrance import enter
 print(enter(), sum(enter.stats.cache_hits.values()), sum(enter.stats.cache_misses.values()))
+"""
+CACHED = """
+from .caching import cached_njit
+
+@cached_njit(nogil=True)
+def double(number):
+    return 2 * number
+
+@cached_njit(nogil=True)
+def triple(number):
+    return 3 * number
 """
 WARMED = """
 import eplb_plugin as eplb
@@ -51,16 +64,23 @@ print([(len(entrance.stats.cache_hits), len(entrance.stats.cache_misses)) for en
 
 
 def printed(code: str, folder: Path) -> str:
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240, check=False)
+    result = run(code, folder)
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
 
 
+def run(code: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command, env = [sys.executable, "-c", code], os.environ | environment
+    return subprocess.run(
+        command, cwd=folder, env=env, capture_output=True, text=True, timeout=240, check=False
+    )
+
+
 def test_a_change_in_another_file_is_compiled_anew(tmp_path):
-    package = tmp_path / "package"
-    package.mkdir()
+    package = tmp_path / "planning" / "package"
+    package.mkdir(parents=True)
     (package / "__init__.py").touch()
+    shutil.copy(caching.__file__, package.parent)
     shutil.copy(FOLDER / "compiling.py", package)
     (package / "entrance.py").write_text(ENTRANCE)
     (package / "helper.py").write_text(HELPER.format(answer=1))
@@ -73,16 +93,17 @@ def test_a_change_in_another_file_is_compiled_anew(tmp_path):
 
 
 def test_the_digest_covers_every_file_of_the_kernels(tmp_path):
-    package = tmp_path / "package"
+    package = tmp_path / "planning" / "package"
     shutil.copytree(FOLDER, package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(caching.__file__, package.parent)
     (package / "__init__.py").write_text("")
     files = sorted(file.name for file in package.glob("*.py"))
     code = (
         "from pathlib import Path\n"
-        "from package.compiling import _digest_of_sources as digest\n"
+        "from planning.package.compiling import _digest_of_sources as digest\n"
         "digests = {digest()}\n"
         f"for name in {files}:\n"
-        "    with Path('package', name).open('a') as file:\n"
+        "    with Path('planning', 'package', name).open('a') as file:\n"
         "        file.write('#')\n"
         "    digests.add(digest())\n"
         "print(len(digests))\n"
@@ -99,3 +120,26 @@ def test_another_process_compiles_nothing(tmp_path):
     eplb.warmup()
     passes = [*forecast_kernels.__all__, *table_kernels.__all__]
     assert printed(WARMED, tmp_path) == str([(1, 0)] * (1 + len(passes)))
+
+
+def test_without_a_folder_for_the_cache_functions_are_compiled_anew(tmp_path):
+    package = tmp_path / "package"
+    package.mkdir()
+    shutil.copy(caching.__file__, package)
+    (package / "functions.py").write_text(CACHED)
+    # Nobody, not even root, can make a folder there.
+    for nothing in (package / "__pycache__", tmp_path / "home"):
+        nothing.touch()
+    places = {name: str(tmp_path / "home") for name in ("HOME", "XDG_CACHE_HOME", "IPYTHONDIR")}
+    code = "from package.functions import double, triple; print(double(2), triple(2))"
+    result = run(code, tmp_path, NUMBA_CACHE_DIR="", **places)
+    assert (result.returncode, result.stdout.strip()) == (0, "4 6"), result.stderr
+    assert result.stderr.count("NUMBA_CACHE_DIR") == 1
+    found = run(code, tmp_path, NUMBA_CACHE_DIR=str(tmp_path / "cache"), **places)
+    assert (found.returncode, found.stdout.strip(), found.stderr) == (0, "4 6", "")
+    assert list(tmp_path.glob("cache/*/*.nbc"))
+
+
+def test_there_is_one_way_to_a_cache():
+    root = Path(eplb.__file__).parent
+    assert [path.name for path in root.rglob("*.py") if "cache=True" in path.read_text()] == ["caching.py"]

@@ -14,6 +14,8 @@ from typing import Any
 import numba
 from numba.extending import register_jitable
 
+from ..caching import cached_njit
+
 __all__ = ["SOURCES", "compile_entrance"]
 
 # Only entrances are called from Python: wrappers for that would take a tenth of the time of compiling.
@@ -23,7 +25,7 @@ _compile = register_jitable(fastmath=False, boundscheck=False, error_model="nump
 _compile_apart = numba.njit(nogil=True, fastmath=False, boundscheck=False, error_model="numpy", **_WITHIN)
 # For what has one caller: LLVM optimises every function by itself, and again within each of its callers.
 _compile_in_place = numba.njit(fastmath=False, boundscheck=False, error_model="numpy", inline="always")
-compile_entrance = numba.njit(nogil=True, cache=True, fastmath=False, boundscheck=False, error_model="numpy")
+compile_entrance = cached_njit(nogil=True, fastmath=False, boundscheck=False, error_model="numpy")
 
 
 def _digest_of_sources() -> int:
