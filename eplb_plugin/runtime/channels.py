@@ -97,3 +97,4 @@ class Channels:
         """Give the groups back; ranks that still expect an answer get an error."""
         self.control.group = None
         self.data.close()
+        self.decisions.close()

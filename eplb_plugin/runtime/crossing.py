@@ -19,6 +19,10 @@ from .transfer import Transfer
 
 __all__ = ["Crossing"]
 
+# In place of the step that a rank proposes.
+_DAMAGED = -1
+_NOBODY_TO_ASK = -2
+
 
 class Crossing:
     """All ranks call `lay_out`, then `stage`, then `commit`.
@@ -149,27 +153,42 @@ class Crossing:
             if any(damaged):
                 return False
         self._enter("commit")
+        can_ask = channels.decisions.answers()
         fence = pace.propose()
-        lost: RankLostError | None = None
+        steps: list[int] = []
+        lost: Exception | None = None
         try:
             # A rank with damaged arrivals is not ready: it proposes no step.
-            value = -1 if self.bad else fence
+            value = _NOBODY_TO_ASK if not can_ask else _DAMAGED if self.bad else fence
             steps = channels.control.vote(phase, self._error, value, TransferError)
-            proposal = str(max(steps)) if min(steps) >= 0 else "keep"
-        except RankLostError as caught:
+        except Exception as caught:
+            if isinstance(caught, EplbError) and not isinstance(caught, RankLostError):
+                pace.release(None)
+                raise
             # Others may have every vote, so this rank has to ask what became of it.
-            proposal, lost = "keep", caught
-        except EplbError:
+            lost = caught
+        if _NOBODY_TO_ASK in steps:
             pace.release(None)
-            raise
-        if proposal == "keep" and lost is None:
+            silent = [rank for rank, step in enumerate(steps) if step == _NOBODY_TO_ASK]
+            raise RankLostError(
+                f"ranks {silent} cannot ask the store, which has the last word on every commit"
+            )
+        if _DAMAGED in steps:
             pace.release(None)
             return False
+        proposal = "keep" if lost is not None else str(max(steps))
         decision = channels.decisions.decide(self._name, proposal)
-        self._enter("decided")
-        if decision == "keep":
-            raise lost or RankLostError("a rank could not be reached when all were ready to switch over")
-        self.commit_seconds += pace.release(int(decision), commits)
+        try:
+            self._enter("decided")
+            if decision == "keep":
+                raise lost or RankLostError("a rank could not be reached when all were ready to switch over")
+            self.commit_seconds += pace.release(int(decision), commits)
+        except EplbError:
+            raise
+        except Exception as failure:
+            if decision == "keep":
+                raise
+            raise UndecidedError(f"this rank did not switch over as was decided: {failure}") from failure
         if lost is not None:
             raise lost
         return True

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
-from typing import TypeVar
+from contextlib import suppress
+from queue import SimpleQueue
+from typing import Any
 
 from torch._C._distributed_c10d import Store
 
@@ -12,8 +15,7 @@ from ..errors import UndecidedError
 
 __all__ = ["Decisions", "Store"]
 
-_T = TypeVar("_T")
-
+_logger = logging.getLogger(__name__)
 _PIECES = 20  # of a time limit
 
 
@@ -32,6 +34,11 @@ class Decisions:
         self._store = store
         self._limit = time_limit
         self._old: list[str] = []
+        self._calls: SimpleQueue[_Call | None] = SimpleQueue()
+        self._last: _Call | None = None
+        if store is not None:
+            # Made now, since there may be no more threads to be had when a decision is due.
+            threading.Thread(target=_serve, args=(self._calls,), name="eplb-decisions", daemon=True).start()
 
     def decide(self, key: str, proposal: str) -> str:
         """What was decided for `key`: `proposal`, unless another rank was first.
@@ -43,33 +50,65 @@ class Decisions:
         if store is None:
             return proposal
         self._old.append(key)
-        answer: bytes = self._within_limit(key, lambda: store.compare_set(key, "", proposal))
+        try:
+            answer: bytes = self._ask(lambda: store.compare_set(key, "", proposal))
+        except Exception as error:
+            raise UndecidedError(f"the store cannot be asked for {key}: {error}") from error
         return answer.decode()
 
+    def answers(self) -> bool:
+        """Whether the store can be asked. To be known before anything depends on it."""
+        store = self._store
+        try:
+            return store is None or bool(self._ask(lambda: [store.check(["any"])]))
+        except Exception as error:
+            _logger.error("the store, which has the last word on every commit, does not answer: %s", error)
+            return False
+
     def forget(self, *, delete: bool) -> None:
-        """Be done with what was decided so far. One rank deletes it, once all are known to have read it."""
+        """Be done with what was decided so far. One rank deletes it, once all are known to have read it;
+        where the store does not answer, it stays there."""
         store, keys = self._store, self._old
         self._old = []
         if delete and store is not None and keys:
-            self._within_limit("earlier decisions", lambda: [store.delete_key(key) for key in keys])
+            with suppress(Exception):
+                self._ask(lambda: [store.delete_key(key) for key in keys])
 
-    def _within_limit(self, what: str, action: Callable[[], _T]) -> _T:
-        """Run `action` in a thread of its own: the store's client has no time limit for it."""
-        results: list[_T] = []
-        errors: list[Exception] = []
+    def close(self) -> None:
+        """Ask nothing any more."""
+        self._calls.put(None)
 
-        def run() -> None:
-            try:
-                results.append(action())
-            except Exception as error:
-                errors.append(error)
-
-        thread = threading.Thread(target=run, name="eplb-decision", daemon=True)
-        thread.start()
+    def _ask(self, action: Callable[[], Any]) -> Any:
+        """What `action` gives or raises, in a thread of its own: the store's client has no time limit."""
+        if self._last is not None and not self._last.done.is_set():
+            raise TimeoutError("no answer to an earlier question either")
+        call = self._last = _Call(action)
+        self._calls.put(call)
         # In pieces: time in which the process stood still, stopped, is no time to answer.
         for _ in range(_PIECES):
-            thread.join(self._limit / _PIECES)
-        if results:
-            return results[0]
-        cause = errors[0] if errors else f"no answer within {self._limit:g} s"
-        raise UndecidedError(f"the store cannot be asked for {what}: {cause}")
+            if call.done.wait(self._limit / _PIECES):
+                break
+        else:
+            raise TimeoutError(f"no answer within {self._limit:g} s")
+        if call.error is not None:
+            raise call.error
+        return call.result
+
+
+class _Call:
+    """A question to the store, and what came of it once it is done."""
+
+    def __init__(self, action: Callable[[], Any]) -> None:
+        self.action = action
+        self.done = threading.Event()
+        self.result: Any = None
+        self.error: Exception | None = None
+
+
+def _serve(calls: SimpleQueue[_Call | None]) -> None:
+    while (call := calls.get()) is not None:
+        try:
+            call.result = call.action()
+        except Exception as error:
+            call.error = error
+        call.done.set()

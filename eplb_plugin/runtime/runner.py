@@ -103,12 +103,14 @@ class Runner:
 
     def _give_up(self, error: Exception) -> None:
         reason = self._told(error)
-        if not isinstance(error, UndecidedError):
-            # Where nobody can be asked, it is the reason of this rank alone.
-            with contextlib.suppress(UndecidedError):
-                reason = self._decisions.decide("off", reason)
-        self.reason = reason
-        self.error = error
+        try:
+            if not isinstance(error, UndecidedError):
+                # Where nobody can be asked, it is the reason of this rank alone.
+                with contextlib.suppress(UndecidedError):
+                    reason = self._decisions.decide("off", reason)
+        finally:
+            self.reason = reason
+            self.error = error
 
     def _told(self, error: Exception) -> str:
         return f"rank {self._rank}: {type(error).__name__}: {error}"

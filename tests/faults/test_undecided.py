@@ -66,6 +66,35 @@ def fail_to_switch(seat: Seat, mode: str, victim: int) -> Survivor:
         return service.outlive(2 * LIMIT + MARGIN)
 
 
+def run_out_of_memory(seat: Seat, mode: str, phase: str) -> Survivor:
+    service = Service(seat, mode=mode, time_limit=LIMIT)
+    service.serve(2)
+
+    def fail() -> None:
+        seat.mark("fault")
+        raise MemoryError("none left")
+
+    with at_phases(once(phase, fail)) if seat.rank == 1 else nullcontext():
+        return service.outlive(2 * LIMIT + MARGIN)
+
+
+@pytest.mark.parametrize("phase", ["commit", "decided"])
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_an_error_of_another_kind(mode: str, phase: str, record: Record) -> None:
+    """Before its vote nothing can have been decided; afterwards others may have switched over."""
+    ranks = run_cluster(run_out_of_memory, SIZE, mode, phase)
+    broken, others = ranks[1], [ranks[0], ranks[2]]
+    assert all(rank.rows == others[0].rows and not rank.undecided for rank in others)
+    assert broken.undecided == (phase == "decided")
+    if phase == "decided":
+        assert "did not switch over as was decided: none left" in broken.off
+    else:
+        assert broken.rows == others[0].rows
+    seconds = max(rank.seconds for rank in ranks)
+    then = "UndecidedError there, off elsewhere" if phase == "decided" else "off"
+    record("MemoryError on rank 1", mode, phase, True, None, seconds, then)
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_a_rank_that_cannot_switch_over(mode: str, victim: int, record: Record) -> None:

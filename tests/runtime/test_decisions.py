@@ -9,6 +9,7 @@ import threading
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
@@ -65,6 +66,51 @@ def test_a_silent_store_leaves_it_undecided() -> None:
     with pytest.raises(UndecidedError, match=r"asked for hop: no answer within 0\.1 s"):
         Decisions(store, 0.1).decide("hop", "3")  # type: ignore[arg-type]
     store.over.set()
+
+
+def test_a_store_is_asked_no_more_while_it_owes_an_answer() -> None:
+    store = _SilentStore()
+    decisions = Decisions(store, 0.1)  # type: ignore[arg-type]
+    with pytest.raises(UndecidedError, match="no answer within"):
+        decisions.decide("hop", "3")
+    with pytest.raises(UndecidedError, match="no answer to an earlier question either"):
+        decisions.decide("next hop", "3")
+    assert not decisions.answers()
+    decisions.forget(delete=True)
+    store.over.set()
+
+
+def test_a_store_that_fails_is_found_before_it_is_needed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    decisions = Decisions(store, LIMIT)
+    assert decisions.answers()
+    assert Decisions(None, LIMIT).answers()
+    assert decisions.decide("hop", "3") == "3"
+    with mock.patch.object(dist.FileStore, "check", side_effect=OSError("gone")):
+        assert not decisions.answers()
+    assert "does not answer: gone" in caplog.text
+    with mock.patch.object(dist.FileStore, "delete_key", side_effect=OSError("gone")):
+        decisions.forget(delete=True)  # what cannot be deleted is in nobody's way
+    with (
+        mock.patch.object(dist.FileStore, "compare_set", side_effect=OSError("gone")),
+        pytest.raises(UndecidedError, match="asked for hop: gone"),
+    ):
+        decisions.decide("hop", "3")
+
+
+def test_no_thread_has_to_be_made_for_a_decision(tmp_path: Path) -> None:
+    before = threading.active_count()
+    decisions = Decisions(dist.FileStore(str(tmp_path / "store"), 1), LIMIT)
+    with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
+        assert decisions.decide("hop", "3") == "3"
+    decisions.close()
+    for _ in range(100):
+        if threading.active_count() == before:
+            break
+        time.sleep(0.05)
+    assert threading.active_count() == before
 
 
 @pytest.mark.timeout(60)
