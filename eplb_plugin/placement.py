@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 from functools import cached_property
 
 import torch
 
 from .errors import PlacementError
+from .integers import checked_integer
 from .topology import Topology
 
 __all__ = ["Placement", "checked_ids", "slots_by_expert"]
@@ -25,16 +25,12 @@ class Placement:
         num_logical: logical experts per layer.
 
     Raises:
-        PlacementError: wrong shape or dtype, an id outside `-1..num_logical-1`, or an expert without a slot.
+        PlacementError: wrong shape or dtype, an id outside `-1..num_logical-1`, an expert without a slot, or
+            `num_logical` is not an integer from 1 on.
     """
 
     def __init__(self, physical_to_logical: torch.Tensor, num_logical: int) -> None:
-        try:
-            self._num_logical = operator.index(num_logical)
-        except TypeError:
-            raise PlacementError(f"num_logical is a {type(num_logical).__name__}, not an integer") from None
-        if self._num_logical < 1:
-            raise PlacementError(f"num_logical={num_logical} is below 1")
+        self._num_logical = checked_integer("num_logical", num_logical, PlacementError)
         self._physical_to_logical = checked_ids(physical_to_logical, self._num_logical)
         # Looking for the experts without a slot takes memory for each of them.
         if self._num_logical > _MOST_EXPERTS * self.num_slots:
@@ -62,8 +58,7 @@ class Placement:
     def default(cls, num_layers: int, num_logical: int, num_slots: int) -> Placement:
         """The placement that engines start from: experts in order, then again from 0 in the spare slots."""
         Topology(num_ranks=1, num_slots=num_slots).check_experts(num_logical)
-        if num_layers < 1:
-            raise PlacementError(f"num_layers={num_layers} is below 1")
+        num_layers = checked_integer("num_layers", num_layers, PlacementError)
         row = torch.arange(num_slots) % num_logical
         return cls(row.expand(num_layers, -1), num_logical)
 

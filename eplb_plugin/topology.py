@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -10,6 +10,7 @@ from itertools import accumulate
 import torch
 
 from .errors import TopologyError
+from .integers import checked_integer
 
 __all__ = ["Topology"]
 
@@ -30,7 +31,7 @@ class Topology:
 
     Raises:
         TopologyError: a number is not a positive integer, ranks or slots do not divide evenly, or
-            `rank_slots` does not add up.
+            `rank_slots` is malformed or does not add up.
     """
 
     num_nodes: int = 1
@@ -41,26 +42,24 @@ class Topology:
 
     def __post_init__(self) -> None:
         for name in ("num_nodes", "num_ranks", "num_slots", "num_groups"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TopologyError(f"{name}={value!r} is not an integer")
-            if value < 1:
-                raise TopologyError(f"{name}={value} is below 1")
-            if value > _MOST:
-                raise TopologyError(f"{name} is above {_MOST}")
+            value = checked_integer(name, getattr(self, name), TopologyError, most=_MOST)
+            object.__setattr__(self, name, value)
         if self.num_ranks % self.num_nodes:
             raise TopologyError(f"num_ranks={self.num_ranks} is not divisible by num_nodes={self.num_nodes}")
         if self.rank_slots is not None:
-            self._check_rank_slots(tuple(self.rank_slots))
+            self._check_rank_slots(self.rank_slots)
         if self.is_even and self.num_slots % self.num_ranks:
             raise TopologyError(f"num_slots={self.num_slots} is not divisible by num_ranks={self.num_ranks}")
 
-    def _check_rank_slots(self, rank_slots: tuple[int, ...]) -> None:
-        wrong = [slots for slots in rank_slots if isinstance(slots, bool) or not isinstance(slots, int)]
-        if wrong:
-            raise TopologyError(f"rank_slots={rank_slots} holds {wrong[0]!r}, which is not an integer")
-        if min(rank_slots, default=0) < 0:
-            raise TopologyError(f"rank_slots={rank_slots} holds {min(rank_slots)}, which is below 0")
+    def _check_rank_slots(self, given: Iterable[int]) -> None:
+        try:
+            given = tuple(given)
+        except TypeError:
+            raise TopologyError(f"rank_slots is of type {type(given).__name__}, not integers") from None
+        rank_slots = tuple(
+            checked_integer(f"rank_slots[{rank}]", slots, TopologyError, least=0, most=_MOST)
+            for rank, slots in enumerate(given)
+        )
         if len(rank_slots) != self.num_ranks:
             raise TopologyError(
                 f"rank_slots={rank_slots} is for {len(rank_slots)} ranks, num_ranks={self.num_ranks}"
@@ -130,9 +129,7 @@ class Topology:
 
     def check_experts(self, num_logical: int) -> None:
         """Raise TopologyError if `num_logical` experts cannot each have a slot."""
-        if num_logical < 1:
-            raise TopologyError(f"num_logical={num_logical} is below 1")
-        if num_logical > self.num_slots:
+        if checked_integer("num_logical", num_logical, TopologyError) > self.num_slots:
             raise TopologyError(
                 f"num_logical={num_logical} experts do not fit into num_slots={self.num_slots}"
             )
@@ -152,7 +149,12 @@ class Topology:
                     f"not bool [{self.num_ranks}]"
                 )
             active_ranks = active_ranks.tolist()
-        alive = tuple(active_ranks)
+        try:
+            alive = tuple(active_ranks)
+        except TypeError:
+            raise TopologyError(
+                f"active_ranks is of type {type(active_ranks).__name__}, not a bool for each rank"
+            ) from None
         for rank, value in enumerate(alive):
             if not isinstance(value, bool):
                 raise TopologyError(f"active_ranks has {value!r} for rank {rank}, not a bool")
@@ -171,7 +173,7 @@ class Topology:
 
     def slots_of_rank(self, rank: int) -> slice:
         """The slots of `rank`, as a slice of any slot axis."""
-        if not 0 <= rank < self.num_ranks:
+        if rank not in range(self.num_ranks):
             raise TopologyError(f"rank={rank} is outside 0..{self.num_ranks - 1}")
         return slice(self.first_slots[rank], self.first_slots[rank + 1])
 

@@ -7,6 +7,7 @@ from collections import deque
 import torch
 
 from .errors import LoadError
+from .integers import checked_integer
 
 __all__ = ["LoadWindow", "fold_steps"]
 
@@ -32,7 +33,7 @@ class LoadWindow:
         device: where ids arrive and counts live.
 
     Raises:
-        LoadError: a number is below 1.
+        LoadError: a number is not an integer, or below 1.
     """
 
     def __init__(
@@ -45,18 +46,11 @@ class LoadWindow:
         history: int = 4,
         device: torch.device | str = "cpu",
     ) -> None:
-        for name, value in (
-            ("num_layers", num_layers),
-            ("num_logical", num_logical),
-            ("interval", interval),
-            ("snapshots", snapshots),
-            ("history", history),
-        ):
-            if value < 1:
-                raise LoadError(f"{name}={value} is below 1")
-        self.num_layers = num_layers
-        self.num_logical = num_logical
-        self.interval = interval
+        self.num_layers = num_layers = checked_integer("num_layers", num_layers, LoadError)
+        self.num_logical = num_logical = checked_integer("num_logical", num_logical, LoadError)
+        self.interval = interval = checked_integer("interval", interval, LoadError)
+        snapshots = checked_integer("snapshots", snapshots, LoadError)
+        history = checked_integer("history", history, LoadError)
         self._num_snapshots = min(snapshots, interval)
         self._steps = 0  # of the interval under way, dummy steps included
         self._history: deque[torch.Tensor] = deque(maxlen=history)
@@ -127,6 +121,9 @@ class LoadWindow:
     def record_counts(self, layer: int, counts: torch.Tensor) -> None:
         """Add counts that the engine has already, integer [logical], tokens, to the step under way.
 
+        Values are not looked at, which would wait for the device: a negative one is refused by `plan`, if the
+        sum over the steps of a snapshot is negative too.
+
         Raises:
             LoadError: wrong shape, dtype, device or layer.
         """
@@ -169,9 +166,13 @@ class LoadWindow:
     def push(self, interval_load: torch.Tensor) -> None:
         """Add an interval summed over ranks, int64 [snapshots, layers, logical], to the history.
 
+        Values are not looked at, see `record_counts`.
+
         Raises:
-            LoadError: its layers or experts are not the window's.
+            LoadError: another dtype, or its layers or experts are not the window's.
         """
+        if interval_load.dtype != torch.int64:
+            raise LoadError(f"interval_load has dtype {interval_load.dtype}, not int64")
         if interval_load.dim() != 3 or interval_load.shape[1:] != (self.num_layers, self.num_logical):
             raise LoadError(
                 f"interval_load has shape {tuple(interval_load.shape)}, "

@@ -18,6 +18,7 @@ PACKAGE = ROOT / "eplb_plugin"
 # Layers from the bottom up; a module imports from its own layer's siblings below it and lower layers only.
 LAYERS = [
     {"errors"},
+    {"integers"},
     {"topology", "placement"},
     {
         "load",

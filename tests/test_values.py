@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -129,6 +130,14 @@ def test_bad_placements_are_refused(ids, num_logical, message):
         Placement(ids, num_logical)
 
 
+def test_integers_of_numpy_become_those_of_python():
+    topology = Topology(num_ranks=np.int64(4), num_slots=np.uint8(9), rank_slots=np.array([3, 2, 2, 2]))
+    assert topology == Topology(num_ranks=4, num_slots=9, rank_slots=(3, 2, 2, 2))
+    numbers = (topology.num_ranks, topology.num_slots, *topology.slots_by_rank)
+    assert {type(number) for number in numbers} == {int}
+    assert type(Placement(torch.tensor([[0, 1]]), np.int32(2)).num_logical) is int
+
+
 def test_loads_that_do_not_fit_the_placement():
     placement, topology = Placement.default(2, 4, 4), Topology(num_ranks=2, num_slots=4)
     with pytest.raises(LoadError, match="3 layers of 4 experts, the placement 2 of 4"):
@@ -143,8 +152,8 @@ def test_loads_that_do_not_fit_the_placement():
         (lambda: eplb.Topology(num_ranks=10**30, num_slots=10**30), eplb.TopologyError, "num_ranks is above"),
         (lambda: eplb.Topology(num_ranks=1, num_slots=10**12), eplb.TopologyError, "num_slots is above"),
         (lambda: eplb.Placement(torch.tensor([[0]]), 10**12), eplb.PlacementError, "1 slots are far too few"),
-        (lambda: eplb.Placement(torch.tensor([[0]]), "1"), eplb.PlacementError, "is a str, not an integer"),
-        (lambda: eplb.Placement(torch.tensor([[0]]), 1.5), eplb.PlacementError, "is a float"),
+        (lambda: eplb.Placement(torch.tensor([[0]]), "1"), eplb.PlacementError, "='1' is not an integer"),
+        (lambda: eplb.Placement(torch.tensor([[0]]), 1.5), eplb.PlacementError, "=1.5 is not an integer"),
         (
             lambda: eplb.Placement(torch.zeros(1, 1, dtype=torch.int64).to_sparse(), 1),
             eplb.PlacementError,
@@ -163,6 +172,23 @@ def test_loads_that_do_not_fit_the_placement():
             lambda: eplb.plan(torch.ones(1, 2), eplb.Topology(num_ranks=1, num_slots=2), None, {}),
             eplb.ConfigError,
             "a dict, not PlannerOptions",
+        ),
+        (
+            lambda: eplb.Topology(num_ranks=2, num_slots=4, rank_slots=4),
+            eplb.TopologyError,
+            "rank_slots is of type int, not integers",
+        ),
+        (lambda: eplb.Topology(num_ranks=True, num_slots=4), eplb.TopologyError, "num_ranks=True is not an"),
+        (lambda: eplb.Topology(num_ranks=2.0, num_slots=4), eplb.TopologyError, "num_ranks=2.0 is not an"),
+        (
+            lambda: eplb.plan(torch.ones(1, 2), eplb.Topology(num_ranks=2, num_slots=4), active_ranks=5),
+            eplb.TopologyError,
+            "active_ranks is of type int, not a bool for each rank",
+        ),
+        (
+            lambda: eplb.Topology(num_ranks=2, num_slots=4).slots_of_rank(0.5),
+            eplb.TopologyError,
+            "rank=0.5 is outside 0..1",
         ),
         (lambda: eplb.PlannerOptions(seed=10**5000), eplb.ConfigError, "too long to show"),
         (lambda: eplb.PlannerOptions(max_moves=10**30), eplb.ConfigError, "max_moves"),

@@ -133,9 +133,10 @@ def test_slots_of_ranks_and_back():
     [
         ((3, 3), r"\(3, 3\) is for 2 ranks, num_ranks=3"),
         ((3, 3, 3), r"\(3, 3, 3\) are 9 slots in all, num_slots=8"),
-        ((9, -1, 0), r"holds -1, which is below 0"),
-        ((4, 4.0, 0), r"holds 4.0, which is not an integer"),
-        ((8, True, 0), r"holds True"),
+        ((9, -1, 0), r"rank_slots\[1\]=-1 is below 0"),
+        ((4, 4.0, 0), r"rank_slots\[1\]=4.0 is not an integer"),
+        (8, "rank_slots is of type int, not integers"),
+        ((8, True, 0), r"rank_slots\[1\]=True is not an integer"),
     ],
 )
 def test_bad_numbers_are_named(rank_slots, message):
