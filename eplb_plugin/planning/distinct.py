@@ -1,14 +1,15 @@
-"""Put replicas of one expert on distinct ranks, by exchanges that hardly raise the peak."""
+"""Put replicas of one expert on distinct ranks, by changes that hardly raise the peak."""
 
 from __future__ import annotations
 
 import torch
 
 from ..topology import Topology
-from .compiled import count_shared
+from .compiled import count_shared, keep_slots
+from .exact import to_exact
 from .replication import replica_slots
 
-__all__ = ["num_shared", "replace_repeats", "shared_replicas", "spread_over_ranks"]
+__all__ = ["num_shared", "part_repeats", "replace_repeats", "shared_replicas", "spread_over_ranks"]
 
 _PEAK_ALLOWANCE = 0.01  # an exchange may raise the peak by this share
 _SENTINEL = torch.inf
@@ -27,6 +28,40 @@ def num_shared(physical_to_logical: torch.Tensor, topology: Topology, num_logica
     if physical_to_logical.device.type == "cpu":
         return count_shared(physical_to_logical, topology, num_logical)
     return shared_replicas(physical_to_logical, topology).sum(1)
+
+
+def part_repeats(
+    physical_to_logical: torch.Tensor,
+    load: torch.Tensor,
+    topology: Topology,
+    current: torch.Tensor | None,
+    max_moves: int | None,
+) -> torch.Tensor:
+    """Part replicas that share a rank in every layer where that is cheap, and within the bound of moves.
+
+    Args:
+        physical_to_logical: int64 [layers, slots] on the CPU.
+        load: float64 [snapshots, layers, logical] on the CPU.
+        topology: as from `effective_topology`.
+        current: int64 [layers, slots] on the CPU, what moves are counted from, -1 for an empty slot, or None.
+        max_moves: a layer stays as it is where it would get more moves than it has and than this; None is no
+            bound.
+
+    Returns:
+        int64 [layers, slots].
+    """
+    num_logical = load.shape[2]
+    layers = num_shared(physical_to_logical, topology, num_logical).nonzero()[:, 0]
+    if not layers.numel():
+        return physical_to_logical
+    some, exact = physical_to_logical[layers], to_exact(load[:, layers])
+    parted = spread_over_ranks(some, exact / replica_slots(some, num_logical), topology)
+    if not topology.is_even:
+        parted = replace_repeats(parted, exact, topology)
+    if current is not None and max_moves is not None:
+        before, after = (keep_slots(x, current[layers], topology, num_logical)[1] for x in (some, parted))
+        parted = torch.where((after <= before.clamp(min=max_moves))[:, None], parted, some)
+    return physical_to_logical.index_copy(0, layers, parted)
 
 
 def spread_over_ranks(

@@ -17,14 +17,12 @@ from ..placement import Placement, checked_ids
 from ..topology import Topology
 from .backend import use_kernels
 from .bounds import peak_lower_bound
-from .distinct import num_shared, replace_repeats, spread_over_ranks
+from .distinct import part_repeats
 from .elastic import complete, missing_experts
-from .exact import to_exact
 from .forecast import expected_load
 from .from_scratch import place_by_ensemble, place_greedily
 from .hierarchy import effective_topology
 from .living import Living, living_part
-from .replication import replica_slots
 from .search import search_placement
 from .settling import settle
 from .single_look import plan_with_one_look
@@ -87,7 +85,8 @@ def plan(
         topology: nodes, ranks, slots and groups.
         current: the placement in force, as a Placement or its int64 [layers, slots]; experts that stay on
             a rank keep their slot. Slots may be empty (-1), those of a rank that has just joined, say; with
-            those or with `active_ranks` the tensor may also lack experts, see `Plan.lost`.
+            those or with `active_ranks` the tensor may also lack experts, see `Plan.lost`. The policy
+            `greedy` and the objective `spread` plan from scratch all the same, and know no `move_price`.
         options: policy, effort and seed.
         active_ranks: bool [ranks], which ranks are alive; None is all of them. The slots of the others are
             left empty, and what `current` has there is gone.
@@ -96,9 +95,10 @@ def plan(
         The plan, its tensors on the device of `load`.
 
     Raises:
-        LoadError: a malformed load. TopologyError: more experts than living slots, a malformed mask, or the
-        objective `spread` where ranks differ in slots. PlacementError: `current` does not fit the load or the
-        topology.
+        ConfigError: `max_moves` is set and cannot be kept, since planning is from scratch although there is a
+        `current`. LoadError: a malformed load. TopologyError: more experts than living slots, a malformed
+        mask, or the objective `spread` where ranks differ in slots. PlacementError: `current` does not fit
+        the load or the topology.
     """
     started = time.perf_counter()
     if not isinstance(topology, Topology):
@@ -106,6 +106,8 @@ def plan(
     if options is not None and not isinstance(options, PlannerOptions):
         raise ConfigError(f"options are a {type(options).__name__}, not PlannerOptions")
     options = options or PlannerOptions()
+    if current is not None:
+        _check_bound(options)
     snapshots = to_snapshots(load)
     num_logical = snapshots.shape[2]
     living = living_part(topology, active_ranks, num_logical)
@@ -202,14 +204,18 @@ def _placed(
         return place_greedily(load, topology)
     if _by_tensors(load, topology, options, current is not None):
         return place_by_ensemble(expected, topology, options)
+    cpu_load = expected.cpu()
     held, begin = (None if x is None else x.cpu() for x in (current, start))
-    ids = search_placement(expected.cpu(), topology, options, held, begin).to(load.device)
-    layers = num_shared(ids, topology, load.shape[2]).nonzero()[:, 0]
-    if layers.numel():
-        some, exact = ids[layers], to_exact(expected[:, layers])
-        some = spread_over_ranks(some, exact / replica_slots(some, load.shape[2]), topology)
-        ids[layers] = some if topology.is_even else replace_repeats(some, exact, topology)
-    return ids
+    ids = search_placement(cpu_load, topology, options, held, begin)
+    return part_repeats(ids, cpu_load, topology, held, options.max_moves).to(load.device)
+
+
+def _check_bound(options: PlannerOptions) -> None:
+    """Raise ConfigError if there is a bound of moves and planning does not start from what is in force."""
+    if options.max_moves is None or (options.policy != "greedy" and options.objective != "spread"):
+        return
+    name = "policy='greedy'" if options.policy == "greedy" else "objective='spread'"
+    raise ConfigError(f"max_moves={options.max_moves} cannot be kept: {name} plans from scratch")
 
 
 def _check_current(

@@ -59,3 +59,22 @@ def test_a_plan_that_is_followed_is_left_alone():
         moves.append(plan.moves)
     assert moves[0] > 3 * sum(moves[1:])
     assert moves[-1] == 0
+
+
+@pytest.mark.parametrize("bound", [0, 1, 2, None])
+def test_replicas_that_share_a_rank_are_parted_within_the_bound_of_moves(bound):
+    topology, load = eplb.Topology(num_ranks=4, num_slots=16), torch.full((2, 12), 10.0)
+    apart = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 0, 1, 2, 3]
+    current = torch.tensor([[0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 1, 2, 3], apart])
+    # An exchange is two moves, and nothing else is worth any.
+    planned = eplb.plan(load, topology, current, eplb.PlannerOptions(max_moves=bound, move_price=100))
+    assert planned.moves == (2 if bound in (2, None) else 0)
+    assert planned.shared_replicas == (0 if bound in (2, None) else 1)
+
+
+def test_a_bound_of_moves_holds_beyond_what_has_to_be_completed():
+    topology, load = eplb.Topology(num_ranks=4, num_slots=16), torch.full((1, 12), 10.0)
+    current = torch.tensor([[0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 1, 2, -1]])
+    planned = eplb.plan(load, topology, current, eplb.PlannerOptions(max_moves=0))
+    assert planned.moves == 1
+    assert planned.shared_replicas == 1
