@@ -56,10 +56,11 @@ class Placement:
 
     @classmethod
     def default(cls, num_layers: int, num_logical: int, num_slots: int) -> Placement:
-        """The placement that engines start from: experts in order, then again from 0 in the spare slots."""
+        """The placement that engines start from, on the CPU: experts in order, then again from 0 in the spare
+        slots."""
         Topology(num_ranks=1, num_slots=num_slots).check_experts(num_logical)
         num_layers = checked_integer("num_layers", num_layers, PlacementError)
-        row = torch.arange(num_slots) % num_logical
+        row = torch.arange(num_slots, device="cpu") % num_logical
         return cls(row.expand(num_layers, -1), num_logical)
 
     @property

@@ -164,12 +164,12 @@ class Topology:
             raise TopologyError(f"active_ranks leaves none of {self.num_ranks} ranks alive")
         return alive
 
-    def rank_of_slot(self, device: torch.device | str | None = None) -> torch.Tensor:
+    def rank_of_slot(self, device: torch.device | str = "cpu") -> torch.Tensor:
         """The rank of every slot: int64 [slots]."""
         if self.is_even:
             return torch.arange(self.num_slots, device=device) // self.slots_per_rank
-        ranks = torch.arange(self.num_ranks).repeat_interleave(torch.tensor(self.slots_by_rank))
-        return ranks.to(device or "cpu")
+        ranks = [rank for rank, slots in enumerate(self.slots_by_rank) for _ in range(slots)]
+        return torch.tensor(ranks, device=device)
 
     def slots_of_rank(self, rank: int) -> slice:
         """The slots of `rank`, as a slice of any slot axis."""
@@ -192,7 +192,10 @@ class Topology:
 
     @cached_property
     def _places(self) -> torch.Tensor:
-        """int64 [slots]: where each slot goes when every rank is given `most_slots`."""
-        rank = self.rank_of_slot()
-        place = torch.arange(self.num_slots) - torch.tensor(self.first_slots)[rank]
-        return rank * self.most_slots + place
+        """int64 [slots] on the CPU: where each slot goes when every rank is given `most_slots`."""
+        places = [
+            rank * self.most_slots + place
+            for rank, slots in enumerate(self.slots_by_rank)
+            for place in range(slots)
+        ]
+        return torch.tensor(places, device="cpu")

@@ -213,10 +213,10 @@ def fold_steps(load: torch.Tensor, snapshots: int) -> torch.Tensor:
         snapshots: snapshots to make, at most.
 
     Returns:
-        int64 or float64 [min(snapshots, steps), layers, logical] in time order.
+        int64 or float64 [min(snapshots, steps), layers, logical] in time order, on the device of `load`.
     """
     steps = load.shape[0]
     count = min(snapshots, steps)
-    index = torch.arange(steps) * count // steps
+    index = torch.arange(steps, device=load.device) * count // steps
     wide = load.to(torch.float64 if load.is_floating_point() else torch.int64)
     return wide.new_zeros(count, *load.shape[1:]).index_add_(0, index, wide)

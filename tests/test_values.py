@@ -19,6 +19,7 @@ from eplb_plugin import (
     count_moves,
     rank_loads,
 )
+from eplb_plugin.window import fold_steps
 
 
 @st.composite
@@ -136,6 +137,23 @@ def test_integers_of_numpy_become_those_of_python():
     numbers = (topology.num_ranks, topology.num_slots, *topology.slots_by_rank)
     assert {type(number) for number in numbers} == {int}
     assert type(Placement(torch.tensor([[0, 1]]), np.int32(2)).num_logical) is int
+
+
+@pytest.mark.parametrize("rank_slots", [None, (3, 1, 2)])
+def test_the_default_device_of_torch_is_not_used(rank_slots):
+    def tables():
+        topology = Topology(num_ranks=3, num_slots=6, rank_slots=rank_slots)
+        values = torch.arange(6, device="cpu")
+        padded = topology.by_rank(values, -1)
+        folded = fold_steps(torch.ones(5, 1, 2, device="cpu"), 3)
+        placed = Placement.default(2, 4, 6)
+        spread = placed.logical_to_physical
+        return [topology.rank_of_slot(), padded, topology.from_ranks(padded), folded, spread]
+
+    expected = tables()
+    with torch.device("meta"):
+        found = tables()
+    assert all(torch.equal(*both) for both in zip(expected, found, strict=True))
 
 
 def test_loads_that_do_not_fit_the_placement():
