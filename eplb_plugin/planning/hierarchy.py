@@ -57,7 +57,8 @@ def place_from_scratch(load: torch.Tensor, topology: Topology, pack: Packer, fil
 
 
 def groups_within_nodes(ids: torch.Tensor, num_logical: int, topology: Topology) -> torch.Tensor:
-    """Whether each layer keeps every group within one node: bool [layers]; empty slots (-1) break nothing."""
+    """Whether each layer keeps every group within one node and gives no node more groups than its share, as
+    every plan does: bool [layers]; empty slots (-1) break nothing."""
     if topology.num_nodes == 1:
         return torch.ones(ids.shape[0], dtype=torch.bool, device=ids.device)
     filled = ids >= 0
@@ -65,4 +66,6 @@ def groups_within_nodes(ids: torch.Tensor, num_logical: int, topology: Topology)
     node = torch.arange(topology.num_slots, device=ids.device) // topology.slots_per_node
     lowest = torch.full((ids.shape[0], topology.num_groups), topology.num_nodes, device=ids.device)
     lowest.scatter_reduce_(1, group, torch.where(filled, node, topology.num_nodes), "amin")
-    return ((lowest.gather(1, group) == node) | ~filled).all(1)
+    whole = ((lowest.gather(1, group) == node) | ~filled).all(1)
+    members = (lowest[:, :, None] == torch.arange(topology.num_nodes, device=ids.device)).sum(1)
+    return whole & (members <= topology.num_groups // topology.num_nodes).all(1)

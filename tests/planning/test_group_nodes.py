@@ -133,3 +133,17 @@ def test_a_bound_of_moves_holds_once_groups_are_together():
     later = load[:, :, torch.randperm(64, generator=generator)]
     after = eplb.plan(later, topology, mended, options).placement
     assert int(eplb.count_moves(mended, after, topology).max()) <= 5
+
+
+def test_a_node_with_more_groups_than_its_share_gives_some_away():
+    topology = eplb.Topology(num_nodes=2, num_ranks=2, num_slots=6, num_groups=4)
+    load, current = torch.tensor([[5.0, 2.0, 1.0, 1.0]]), torch.tensor([[1, 2, 3, 0, 0, 0]])
+    assert not groups_within_nodes(current, 4, topology).any()
+    # A peak of 5, which no placement with two groups on each node has.
+    planned = eplb.plan(load, topology, current)
+    assert groups_within_nodes(planned.placement.physical_to_logical, 4, topology).all()
+    peak = eplb.rank_loads(load, planned.placement, topology).max()
+    assert float(peak) == float(planned.lower_bound) == 6
+    # What is empty or lost breaks nothing.
+    assert groups_within_nodes(torch.tensor([[1, -1, 0, -1, 3, 3]]), 4, topology).all()
+    assert not groups_within_nodes(torch.tensor([[1, 2, 0, -1, -1, -1]]), 4, topology).any()
