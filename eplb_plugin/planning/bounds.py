@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from itertools import combinations
-from math import comb
 
 import torch
 
 from ..topology import Topology
 from .compiled import shared_bounds
-from .group_packings import packings
+from .group_packings import MOST_PACKINGS, num_packings, packings
 from .replication import replica_slots, replicate
 
 __all__ = ["peak_lower_bound"]
 
 _MOST_HALVED = 12  # groups, of which there are 462 halves
-_MOST_NODES = 100  # sets of groups that a node may get: up to eight groups
-_ROWS_AT_ONCE = 64
+_ROWS_AT_ONCE = 2048  # layers of snapshots
+_ROWS_OF_ALL_NODES = 64  # the same, each with every set of groups that a node may get
 _EQUAL = 1e-12
 
 
@@ -38,21 +37,26 @@ def peak_lower_bound(load: torch.Tensor, topology: Topology) -> torch.Tensor:
     Returns:
         float64 [layers], tokens.
     """
+    at_once = max(1, _ROWS_AT_ONCE // load.shape[1])
+    return torch.cat([_step_bounds(part, topology) for part in load.split(at_once)]).mean(0)
+
+
+def _step_bounds(load: torch.Tensor, topology: Topology) -> torch.Tensor:
+    """float64 [snapshots, layers], the bounds of each snapshot of `load` [snapshots, layers, logical]."""
     bound = torch.maximum(load.sum(2) / topology.num_ranks, _hottest_replica(load, topology.num_slots))
     if topology.num_nodes == 1:
         shared = shared_bounds(load.flatten(0, 1), topology.slots_by_rank).view_as(bound)
-        return torch.maximum(bound, shared).mean(0)
+        return torch.maximum(bound, shared)
     by_group = load.view(*load.shape[:2], topology.num_groups, -1)
     per_node = topology.num_groups // topology.num_nodes
-    if comb(topology.num_groups, per_node) <= _MOST_NODES:
+    if num_packings(topology.num_groups, topology.num_nodes) <= MOST_PACKINGS:
         best = _best_packing_bound(by_group.flatten(0, 1), topology).view_as(bound)
-        return torch.maximum(bound, best).mean(0)
+        return torch.maximum(bound, best)
     node = _heaviest_node(by_group.sum(3), topology.num_nodes)
     # Every expert of the other groups takes a slot.
     slots = topology.slots_per_node - (per_node - 1) * by_group.shape[3]
     replica = _hottest_replica(by_group, slots).amax(2)
-    bound = torch.maximum(bound, torch.maximum(node / topology.ranks_per_node, replica))
-    return bound.mean(0)
+    return torch.maximum(bound, torch.maximum(node / topology.ranks_per_node, replica))
 
 
 def _best_packing_bound(by_group: torch.Tensor, topology: Topology) -> torch.Tensor:
@@ -75,14 +79,13 @@ def _best_packing_bound(by_group: torch.Tensor, topology: Topology) -> torch.Ten
     def of_nodes(rows: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """The bounds of nodes of rows: float64 [rows, nodes], `chosen` int64 [rows or 1, nodes]."""
         loads = by_group[rows[:, None, None], groups[chosen]]
-        return shared_bounds(loads.flatten(2).flatten(0, 1), rank_slots).view(len(rows), -1)
+        return shared_bounds(loads.flatten(2).flatten(0, 1), rank_slots).view(loads.shape[:2])
 
     means = by_group.sum(2)[:, groups].sum(2) / topology.ranks_per_node
     lowest, packing = means[:, every].amax(2).min(1)
     bound = of_nodes(torch.arange(len(by_group), device=device), every[packing]).amax(1)
     above = (bound > lowest * (1 + _EQUAL)).nonzero()[:, 0]
-    for first in range(0, len(above), _ROWS_AT_ONCE):
-        rows = above[first : first + _ROWS_AT_ONCE]
+    for rows in above.split(_ROWS_OF_ALL_NODES):
         of_node = of_nodes(rows, torch.arange(len(nodes), device=device)[None])
         bound[rows] = of_node[:, every].amax(2).amin(1)
     return bound
