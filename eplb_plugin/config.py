@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import reprlib
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from .errors import ConfigError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = [
     "DemoOptions",
@@ -28,8 +32,14 @@ def config_error(source: str, error: ValidationError) -> ConfigError:
     """The pydantic error as one line per wrong option, `source` naming where the values came from."""
     lines = []
     for item in error.errors():
-        where = ".".join(str(p) if str(p).isidentifier() else _shown(p) for p in item["loc"]) or source
-        lines.append(f"{where}: {item['msg']} (got {_shown(item['input'])})")
+        where = ".".join(str(p) if str(p).isidentifier() else _shown(p) for p in item["loc"])
+        told: object = f"{item['msg']} (got {_shown(item['input'])})"
+        inner = item.get("ctx", {}).get("error")
+        if isinstance(inner, ConfigError):  # a model within has said it all, or this very model
+            if not where:
+                return inner
+            told = inner
+        lines.append(f"{where}: {told}" if where else f"{told}")
     return ConfigError(f"{source}: " + "; ".join(lines))
 
 
@@ -42,7 +52,11 @@ def _shown(value: object) -> str:
 
 
 class Options(BaseModel):
-    """Base of all option models. A wrong value raises ConfigError, whichever way the model is made."""
+    """Base of all option models. A wrong value raises ConfigError, from Python, a mapping or JSON;
+    `model_copy` and `model_construct` are pydantic's own, which check nothing.
+
+    Numbers may be text, as in environment variables. A bool is no number.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -51,6 +65,28 @@ class Options(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             raise config_error(type(self).__name__, error) from None
+
+    @classmethod
+    def model_validate(cls, *arguments: Any, **options: Any) -> Self:
+        try:
+            return super().model_validate(*arguments, **options)
+        except ValidationError as error:
+            raise config_error(cls.__name__, error) from None
+
+    @classmethod
+    def model_validate_json(cls, *arguments: Any, **options: Any) -> Self:
+        try:
+            return super().model_validate_json(*arguments, **options)
+        except ValidationError as error:
+            raise config_error(cls.__name__, error) from None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_bool_for_number(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
+            raise PydanticCustomError("bool_for_number", "Input should not be a bool")
+        return value
 
 
 class PlannerOptions(Options):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import yaml
 
 from eplb_plugin.config import DemoOptions, PlannerOptions, RebalancerOptions, SimulateOptions
 from eplb_plugin.errors import ConfigError
+from eplb_plugin.integration.engine_options import EngineOptions
 from eplb_plugin.settings import (
     Settings,
     default_yaml,
@@ -173,6 +175,50 @@ def test_importing_the_package_ignores_the_environment():
     environment = {**os.environ, "EPLB_PLUGIN_NONSENSE": "1", "EPLB_PLUGIN_CONFIG": "/nowhere"}
     code = "import eplb_plugin, eplb_plugin.settings"
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
+
+
+def made(values):
+    return [
+        lambda: PlannerOptions(**values),
+        lambda: PlannerOptions.model_validate(values),
+        lambda: PlannerOptions.model_validate_json(json.dumps(values)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"seed": -1}, r"seed: Input should be greater than or equal to 0 \(got -1\)"),
+        ({"sede": 1}, r"sede: Extra inputs are not permitted \(got 1\)"),
+        ({"max_moves": True}, r"max_moves: Input should not be a bool \(got True\)"),
+        ({"num_candidates": True}, r"num_candidates: Input should not be a bool \(got True\)"),
+        ({"move_price": False}, r"move_price: Input should not be a bool \(got False\)"),
+    ],
+)
+def test_wrong_values_are_told_alike_however_the_model_is_made(values, message):
+    for make in made(values):
+        with pytest.raises(ConfigError, match=f"^PlannerOptions: {message}$"):
+            make()
+
+
+def test_what_holds_no_values_is_told():
+    for make in (lambda: PlannerOptions.model_validate(3), lambda: PlannerOptions.model_validate_json("3")):
+        with pytest.raises(ConfigError, match=r"^PlannerOptions: Input should be .* \(got 3\)$"):
+            make()
+    with pytest.raises(ConfigError, match=r"^PlannerOptions: Invalid JSON"):
+        PlannerOptions.model_validate_json("{")
+
+
+def test_numbers_may_be_text_and_bools_are_for_switches():
+    for make in made({"num_candidates": "7", "max_moves": "0", "move_price": "0.5"}):
+        options = make()
+        assert (options.num_candidates, options.max_moves, options.move_price) == (7, 0, 0.5)
+    assert RebalancerOptions(local_first=True).local_first
+
+
+def test_a_model_within_another_is_told_once():
+    with pytest.raises(ConfigError, match=r"^EngineOptions: planner: PlannerOptions: seed: [^:]*$"):
+        EngineOptions(planner={"seed": -1})
 
 
 def test_settings_are_frozen():
