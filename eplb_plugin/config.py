@@ -113,8 +113,8 @@ class PlannerOptions(Options):
     With 0 moves are free and a placement from scratch is tried too."""
 
     max_moves: int | None = Field(None, ge=0, le=2**31)
-    """Most moves per layer and rebalance; None leaves it to the price. What fills empty slots, or gives a slot
-    to an expert that has none, does not count. A layer whose placement in force breaks the hierarchical
+    """Most moves per layer and rebalance; None leaves it to the price. What fills empty slots, or gives a
+    slot to an expert that has none, does not count. A layer whose placement in force breaks the hierarchical
     policy is brought to fit it whatever that takes. The policy `greedy` and the objective `spread` plan from
     scratch and cannot keep it: where a placement is in force, they refuse it with a ConfigError."""
 
