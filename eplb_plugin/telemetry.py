@@ -170,9 +170,10 @@ class ModelTelemetry:
         """A rebalance has raised."""
         self.record(lambda: RebalanceFigures(result="failed"))
 
-    def turned_off(self, reason: str) -> None:
+    def ended(self, *, failed: bool) -> None:
         """See `RebalanceObserver`."""
-        self.failed()
+        if failed:
+            self.failed()
         self._guard(lambda: self._all.active.labels(self._model).set(0))
 
     def record(self, figures: Callable[[], RebalanceFigures]) -> None:

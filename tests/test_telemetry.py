@@ -11,9 +11,10 @@ import torch
 from prometheus_client import CollectorRegistry, generate_latest
 
 import eplb_plugin as eplb
+from eplb_plugin.metrics_server import MetricsServer
 from eplb_plugin.planning.bounds import peak_lower_bound
 from eplb_plugin.runtime import rebalance as phases
-from eplb_plugin.telemetry import MetricsServer, Telemetry, lower_bound_gap
+from eplb_plugin.telemetry import Telemetry, lower_bound_gap
 
 from .processes import run_ranks
 from .series import fetch, samples

@@ -9,7 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from ..errors import TransferError
+from ..errors import EplbError, TransferError
 from .collectives import AnyGroup, RankGroup, answered
 from .decisions import Decisions, Store
 from .messages import Transport
@@ -28,6 +28,7 @@ class Channels:
         with_weights: whether any weights move over them.
         in_background: weights move while the model serves, and should not take cores from it.
         store: where the groups meet and decisions are left; None is the store of the default group.
+        error: why this rank cannot take part.
 
     Attributes:
         control: small messages on the CPU, over gloo.
@@ -36,7 +37,7 @@ class Channels:
 
     Raises:
         RankLostError: a rank did not join. TransferError: weights are on a device of another kind.
-        AgreementError: ranks differ in whether there are weights.
+        AgreementError: ranks differ in whether there are weights. `error` there, and EplbError on the others.
     """
 
     def __init__(
@@ -47,11 +48,14 @@ class Channels:
         *,
         with_weights: bool = True,
         in_background: bool = False,
+        error: EplbError | None = None,
     ) -> None:
         self.control = group
         self.data = Transport(group)
         self.decisions = Decisions(None, time_limit)
         if group.size == 1:
+            if error is not None:
+                raise error
             self.control = RankGroup(device="cpu", alone=True)
             return
         if group.device.type not in ("cpu", "cuda"):
@@ -60,7 +64,14 @@ class Channels:
             )
         # Ranks may arrive minutes apart, after loading weights; from here on they are together. The name is
         # new each time, since others may have left something in the same store.
-        name = int(group.broadcast(torch.tensor([secrets.randbits(62)], device=group.device)))
+        mine = torch.tensor([secrets.randbits(62), int(error is not None)], device=group.device)
+        said = group.all_gather(mine).tolist()
+        if error is not None:
+            raise error
+        if any(failed for _, failed in said):
+            unable = [rank for rank, (_, failed) in enumerate(said) if failed]
+            raise EplbError(f"ranks {unable} cannot take part; what is wrong is said there")
+        name = said[0][0]
         if store is None:
             store = dist.distributed_c10d._get_default_store()
         # Calls on one store object wait for each other; the engine may be using this one.

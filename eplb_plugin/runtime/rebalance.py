@@ -75,7 +75,9 @@ class Rebalance:
         self._intervals = list(intervals)
         self._old = placement
         self._pace = pace
-        now = placement.physical_to_logical.clone()
+        # Written to by whichever thread switches over, in inference mode or not.
+        with torch.inference_mode(False):
+            now = placement.physical_to_logical.clone()
         self._interval_load = now.new_zeros(0, placement.num_layers, placement.num_logical)
         self._notes: list[str] = []
         self._gather_seconds = self._plan_seconds = 0.0
@@ -116,6 +118,7 @@ class Rebalance:
         loads: list[torch.Tensor] = []
         error = None
         try:
+            parts.weights.check()
             loads = [self._checked(load) for load in self._intervals]
         except Exception as caught:
             error = caught
@@ -194,7 +197,7 @@ class Rebalance:
         layers = int((way.now != old.physical_to_logical).any(1).sum())
         report = RebalanceReport(
             step=self._step,
-            skipped=not layers,
+            skipped=not layers and not way.moves,
             reason="; ".join([*self._notes, *way.notes]),
             failed=failed,
             balancedness_before=self._balancedness(old),

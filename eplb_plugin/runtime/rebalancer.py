@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -17,10 +18,10 @@ from ..topology import Topology
 from ..warmup import warmup
 from .channels import Channels, Store
 from .collectives import RankGroup
-from .fingerprints import ExpertFingerprints
 from .pace import Pace
 from .rebalance import Rebalance
 from .registration import warn_unregistered
+from .replacing import with_weights_again
 from .reports import RebalanceObserver, RebalanceReport
 from .runner import Runner
 from .starting import Restore, start_up
@@ -94,18 +95,23 @@ class Rebalancer:
         self.planner = planner or PlannerOptions()
         self.reports: deque[RebalanceReport] = deque(maxlen=_REPORTS)
         self.observer: RebalanceObserver | None = None
-        topology.check_experts(num_logical)
         if device is None:
             device = next((t.device for tensors in weights or () for t in tensors), None)
         alone = topology.num_ranks == 1 and group is None
         group_of_engine = RankGroup(group, device, alone=alone)
-        group_of_engine.check_topology(topology)
+        unfit: EplbError | None = None
+        try:
+            topology.check_experts(num_logical)
+            group_of_engine.check_topology(topology)
+        except EplbError as error:
+            unfit = error
         self._channels = Channels(
             group_of_engine,
             self.options.time_limit,
             store,
             with_weights=weights is not None,
             in_background=self.options.mode == "async",
+            error=unfit,
         )
         self._rank = self._channels.control.rank
         try:
@@ -121,13 +127,15 @@ class Rebalancer:
                 planner=self.planner,
                 device=group_of_engine.device,
             )
-        except EplbError:
+        except BaseException:
             self._channels.close()
             raise
+        parts.weights.claim()
         self._parts = replace(parts, switch=self._switch)
         self.window, self.tables = parts.window, parts.tables
         self._placement: Placement | None = parts.start
-        self._physical_to_logical = parts.start.physical_to_logical.clone()
+        with torch.inference_mode(False):
+            self._physical_to_logical = parts.start.physical_to_logical.clone()
         if modules is not None and weights is not None:
             warn_unregistered(modules, weights, topology.slots_per_rank)
         self._steps = 0
@@ -141,6 +149,7 @@ class Rebalancer:
             _RESTS * self.options.time_limit,
         )
         self._off = ""
+        self._replacing = False
         self._told_failure = False
         # Ranks that plan compile the planner now, so that the first rebalance does not wait for it.
         if self.planner.policy == "ensemble" and (self.rank == 0 or self.options.planning == "sharded"):
@@ -203,7 +212,7 @@ class Rebalancer:
         if self._off or self._steps % self.options.interval:
             return report
         self._waiting.append(self.window.take())
-        if self._runner.busy:
+        if self._runner.busy or self._replacing:
             return report
         if self.options.mode == "sync":
             return self._run()
@@ -219,32 +228,44 @@ class Rebalancer:
         if self._off:
             self._check_decided()
             return RebalanceReport.of_nothing(self._steps, self._off)
+        if self._replacing:
+            return RebalanceReport.of_nothing(self._steps, "the engine is replacing weights")
         if self.window.steps:
             self._waiting.append(self.window.take())
         return self._run()
 
-    def weights_replaced(self) -> None:
-        """The engine has loaded other weights into the slots. All ranks call it, at the same step.
+    @contextmanager
+    def replacing_weights(self) -> Iterator[None]:
+        """Load other weights into the slots within it, by the placement in force. All ranks enter and leave
+        it at the same step.
+
+        A rebalance under way is finished first, and none begins or changes a slot before the end. Then the
+        tensors are registered again, wherever they are by now, and their fingerprints taken. After an error
+        within there are no more rebalances.
 
         Raises:
-            TransferError, RankLostError: fingerprints could not be taken.
+            TransferError, AgreementError: the weights cannot be moved any more, see the constructor.
+            RankLostError: another rank did not answer, or failed within. UndecidedError: as of `step`.
         """
         self._finish()
-        parts, prints = self._parts, self._parts.fingerprints
-        if self._off or prints is None:
-            return
-        control = self._channels.control
-        prints = ExpertFingerprints.make(
-            parts.weights, self.placement, self.topology, control, prints.coverage
-        )
-        self._parts = replace(parts, fingerprints=prints)
+        self._check_decided()
+        self._replacing = True
+        try:
+            yield
+            if not self._off:
+                self._parts = with_weights_again(self._parts, self.placement)
+        except BaseException as error:
+            if not self._off:
+                self._end(f"weights were not replaced: {type(error).__name__}: {error}")
+            raise
+        finally:
+            self._replacing = False
 
     def close(self) -> None:
         """End the balancing for good, after finishing what is under way. All ranks call it."""
         self._finish()
         if not self._off:
-            self._off = "closed"
-            self._channels.close()
+            self._end("closed", failed=False)
 
     def _finish(self) -> None:
         if self._runner.busy:
@@ -301,14 +322,19 @@ class Rebalancer:
                 self._off,
                 exc_info=None if isinstance(error, RankLostError) else error,
             )
-        # Whoever waits for this rank gets an error at once, instead of at the limit.
-        self._channels.close()
-        if self.observer is not None:
-            self.observer.turned_off(self._off)
+        self._end(self._off)
         self._check_decided()
         report = RebalanceReport.of_nothing(self._steps, self._off)
         self.reports.append(report)
         return report
+
+    def _end(self, reason: str, *, failed: bool = True) -> None:
+        self._off = reason
+        # Whoever waits for this rank gets an error at once, instead of at the limit.
+        self._channels.close()
+        self._parts.weights.release()
+        if self.observer is not None:
+            self.observer.ended(failed=failed)
 
     def _check_decided(self) -> None:
         if isinstance(self._runner.error, UndecidedError):

@@ -88,5 +88,5 @@ class RebalanceObserver(Protocol):
             topology: ranks and slots.
         """
 
-    def turned_off(self, reason: str) -> None:
-        """There will be no more rebalances: another rank could not be reached."""
+    def ended(self, *, failed: bool) -> None:
+        """There will be no more rebalances: something failed, or the balancer was closed."""

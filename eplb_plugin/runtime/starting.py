@@ -59,12 +59,14 @@ def start_up(
         held = _check_placement(placement, num_layers, num_logical, topology)
         if weights is not None and len(weights) != num_layers:
             raise TransferError(f"weights of {len(weights)} layers were given, num_layers={num_layers}")
+        if load is not None:
+            as_snapshots(load)
         return held, ExpertWeights(weights or [[]] * num_layers, topology)
 
     # What can be wrong on one rank is checked before anyone goes on.
     held, registered = control.attempt("registration", check)
-    described = f"{topology} {options.model_dump_json()} {planner.model_dump_json()}"
-    control.agree("topology and options", fingerprint(described))
+    described = f"{topology} {shape} {options.model_dump_json()} {planner.model_dump_json()}"
+    control.agree("topology, model and options", fingerprint(described))
     control.agree("the placement at the start", fingerprint(held))
     control.agree("the structure of the expert weights", fingerprint(registered.signature))
     start = _complete(channels, topology, held, num_logical, load)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from weakref import WeakValueDictionary
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -20,6 +21,9 @@ _ALIGN = 16
 
 # torch packs several values of these into a byte, but counts strides in values.
 _PACKED_DTYPES = (torch.quint4x2, torch.quint2x4)
+
+# By the address of a tensor's first slot, while somebody holds them.
+_owners: WeakValueDictionary[int, ExpertWeights] = WeakValueDictionary()
 
 
 def byte_rows(tensor: torch.Tensor, name: str, slots: int) -> torch.Tensor:
@@ -68,17 +72,21 @@ def byte_rows(tensor: torch.Tensor, name: str, slots: int) -> torch.Tensor:
 class ExpertWeights:
     """Everything that has to move when an expert moves: per layer, tensors [slots on this rank, ...].
 
-    Layers may differ from each other in number, shape and dtype of tensors; ranks may not.
+    Layers may differ from each other in number, shape and dtype of tensors; ranks may not. What somebody has
+    claimed cannot be registered again before it is released, so that no two balancers write to it.
 
     Args:
         layers: for each layer, its tensors: weights, scales, biases.
         topology: gives the slots of a rank.
 
     Raises:
-        TransferError: a tensor is malformed (see `byte_rows`), on another device, or given twice.
+        TransferError: a tensor is malformed (see `byte_rows`), on another device, or claimed already.
     """
 
     def __init__(self, layers: Sequence[Sequence[torch.Tensor]], topology: Topology) -> None:
+        self._layers, self._topology = layers, topology
+        self._places: list[tuple[str, torch.Tensor, tuple[object, ...]]] = []
+        self._claimed = False
         self.rows: list[list[torch.Tensor]] = []
         described = []
         seen: dict[int, str] = {}
@@ -99,8 +107,14 @@ class ExpertWeights:
                 # Moving the same memory for two tensors would move it twice.
                 if row.data_ptr() in seen:
                     raise TransferError(f"{name} starts at the memory of {seen[row.data_ptr()]}")
+                owner = _owners.get(row.data_ptr())
+                if owner is not None and owner._claimed:
+                    raise TransferError(
+                        f"{name} belongs to a balancer that is not closed yet; close that first"
+                    )
                 seen[row.data_ptr()] = name
                 rows.append(row)
+                self._places.append((name, tensor, _place(tensor)))
             self.rows.append(rows)
         # Asked for again and again, for every layer of a hop and every expert that moves.
         self._staged = [sum(padded(row[0]) for row in rows) for rows in self.rows]
@@ -109,6 +123,30 @@ class ExpertWeights:
         """Where the weights are; None when there are none."""
         self.signature = "\n".join(described)
         """What has to be the same on all ranks."""
+        self._addresses = list(seen)
+
+    def claim(self) -> None:
+        """Keep others from moving the same memory."""
+        self._claimed = True
+        _owners.update(dict.fromkeys(self._addresses, self))
+
+    def release(self) -> None:
+        """Let the memory be registered again. Nothing may be moved by this object any more."""
+        self._claimed = False
+
+    def check(self) -> None:
+        """Raise TransferError where a tensor lies elsewhere than when it was registered: its old memory would
+        move, and its new memory stay."""
+        for name, tensor, place in self._places:
+            if _place(tensor) != place:
+                raise TransferError(
+                    f"{name} has other memory than when it was registered; an engine that loads weights anew "
+                    "does so within `Rebalancer.replacing_weights`"
+                )
+
+    def again(self) -> ExpertWeights:
+        """The same tensors, wherever they are now."""
+        return ExpertWeights(self._layers, self._topology)
 
     @property
     def num_layers(self) -> int:
@@ -125,6 +163,10 @@ class ExpertWeights:
     def packed_bytes(self, layer: int) -> int:
         """Those of them that share a message with others, which takes up memory where they are sent from."""
         return self._packed[layer]
+
+
+def _place(tensor: torch.Tensor) -> tuple[object, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def padded(row: torch.Tensor) -> int:

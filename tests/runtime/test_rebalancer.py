@@ -182,8 +182,12 @@ def trouble(rank: int) -> None:
     # Set-ups that do not fit end on both ranks.
     with pytest.raises(eplb.TopologyError, match="num_ranks=4, the group 2"):
         Rebalancer(GLOBAL, LAYERS, LOGICAL)
-    with pytest.raises(eplb.AgreementError, match="topology and options"):
+    with pytest.raises(eplb.AgreementError, match="topology, model and options"):
         fresh(interval=2 + rank)
+    with pytest.raises(eplb.AgreementError, match="topology, model and options"):
+        Rebalancer(PAIR, LAYERS, LOGICAL + rank, placement=torch.arange(20).expand(LAYERS, 20) % LOGICAL)
+    with pytest.raises(eplb.EplbError, match="num_logical=21" if rank else r"ranks \[1\] cannot take part"):
+        Rebalancer(PAIR, LAYERS, LOGICAL + 5 * rank)
     ids = start.physical_to_logical.flip(1) if rank else start.physical_to_logical
     with pytest.raises(eplb.AgreementError, match="placement at the start"):
         Rebalancer(PAIR, LAYERS, LOGICAL, placement=eplb.Placement(ids, LOGICAL))
