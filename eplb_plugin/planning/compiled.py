@@ -48,7 +48,7 @@ def plan_from_scratch(
     Returns:
         physical_to_logical: int64 [layers, slots].
     """
-    none = torch.empty((weight.shape[1], 0), dtype=torch.int64)
+    none = torch.empty((weight.shape[1], 0), dtype=torch.int64, device="cpu")
     return _run(
         weight, topology, expert_node, none, none, 0.0, 0, rounds, candidates, patience, tolerance, seed
     )
@@ -130,14 +130,15 @@ def pack_rows(
     items = plan_from_scratch(
         weight,
         topology,
-        torch.zeros(weight.shape[1:], dtype=torch.int64),
+        torch.zeros(weight.shape[1:], dtype=torch.int64, device="cpu"),
         rounds=rounds,
         candidates=candidates,
         patience=patience,
         tolerance=tolerance,
         seed=seed,
     )
-    slot = torch.empty_like(items).scatter_(1, items, torch.arange(items.shape[1]).expand_as(items))
+    place = torch.arange(items.shape[1], device="cpu").expand_as(items)
+    slot = torch.empty_like(items).scatter_(1, items, place)
     return slot // topology.slots_per_rank, slot % topology.slots_per_rank
 
 

@@ -110,7 +110,7 @@ def _expert_nodes(load: torch.Tensor, topology: Topology, options: PlannerOption
     """Pack groups to nodes: int64 [layers, logical], the node of each expert."""
     num_snapshots, num_layers, num_logical = load.shape
     if topology.num_nodes == 1:
-        return torch.zeros((num_layers, num_logical), dtype=torch.int64)
+        return torch.zeros((num_layers, num_logical), dtype=torch.int64, device="cpu")
     group_size = num_logical // topology.num_groups
     group_load = sum_over_last(load.view(num_snapshots, num_layers, topology.num_groups, group_size))
     if num_packings(topology.num_groups, topology.num_nodes) <= MOST_PACKINGS:

@@ -157,6 +157,37 @@ def test_a_plan_does_not_depend_on_strides(seed, dtype):
     assert plans[0].balancedness == plans[1].balancedness
 
 
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"num_ranks": 4, "num_slots": 40},
+        {"num_ranks": 4, "num_slots": 40, "num_nodes": 2, "num_groups": 4},
+        {"num_ranks": 8, "num_slots": 40, "num_nodes": 4, "num_groups": 16},
+        {"num_ranks": 4, "num_slots": 40, "rank_slots": (5, 10, 10, 15)},
+    ],
+)
+def test_the_default_device_of_torch_is_not_used(numbers):
+    load, topology = random_load(2, 3, 16), eplb.Topology(**numbers)
+    current = eplb.Placement.default(3, 16, 40)
+
+    def plans():
+        alive = [True] * (topology.num_ranks - 1) + [False]
+        made = [
+            eplb.plan(load, topology),
+            eplb.plan(load, topology, options=GREEDY),
+            eplb.plan(load, topology, current),
+            eplb.plan(load, topology, current, eplb.PlannerOptions(move_price=0)),
+            eplb.plan(load, topology, current, active_ranks=alive),
+        ]
+        tensors = [tensor for x in made for tensor in (x.placement.physical_to_logical, x.lower_bound)]
+        return [*tensors, *eplb.balanced_packing(load, 4)]
+
+    expected = plans()
+    with torch.device("meta"):
+        found = plans()
+    assert all(torch.equal(*both) for both in zip(expected, found, strict=True))
+
+
 def test_replicas_share_a_rank_only_where_they_must():
     topology = eplb.Topology(num_ranks=2, num_slots=8)
     planned = eplb.plan(torch.tensor([[1000, 1, 1]]), topology)
