@@ -38,7 +38,7 @@ def peak_lower_bound(load: torch.Tensor, topology: Topology) -> torch.Tensor:
         float64 [layers], tokens.
     """
     at_once = max(1, _ROWS_AT_ONCE // load.shape[1])
-    return torch.cat([_step_bounds(part, topology) for part in load.split(at_once)]).mean(0)
+    return torch.cat([_step_bounds(part, topology) for part in torch.split(load, at_once)]).mean(0)
 
 
 def _step_bounds(load: torch.Tensor, topology: Topology) -> torch.Tensor:
@@ -85,7 +85,7 @@ def _best_packing_bound(by_group: torch.Tensor, topology: Topology) -> torch.Ten
     lowest, packing = means[:, every].amax(2).min(1)
     bound = of_nodes(torch.arange(len(by_group), device=device), every[packing]).amax(1)
     above = (bound > lowest * (1 + _EQUAL)).nonzero()[:, 0]
-    for rows in above.split(_ROWS_OF_ALL_NODES):
+    for rows in torch.split(above, _ROWS_OF_ALL_NODES):
         of_node = of_nodes(rows, torch.arange(len(nodes), device=device)[None])
         bound[rows] = of_node[:, every].amax(2).amin(1)
     return bound
