@@ -121,8 +121,8 @@ class LoadWindow:
     def record_counts(self, layer: int, counts: torch.Tensor) -> None:
         """Add counts that the engine has already, integer [logical], tokens, to the step under way.
 
-        Values are not looked at, which would wait for the device: `plan` refuses a load that is negative, over all
-        steps of a snapshot and all ranks.
+        Values are not looked at, which would wait for the device. `plan` refuses a snapshot that is negative
+        when its steps and all ranks are summed.
 
         Raises:
             LoadError: wrong shape, dtype, device or layer.
