@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from ..topology import Topology
@@ -13,6 +15,8 @@ __all__ = ["num_shared", "part_repeats", "replace_repeats", "shared_replicas", "
 
 _PEAK_ALLOWANCE = 0.01  # an exchange may raise the peak by this share
 _SENTINEL = torch.inf
+_Ints = npt.NDArray[np.int64]
+_Floats = npt.NDArray[np.float64]
 
 
 def shared_replicas(physical_to_logical: torch.Tensor, topology: Topology) -> torch.Tensor:
@@ -81,7 +85,7 @@ def spread_over_ranks(
         int64 [layers, slots]; check it with `shared_replicas`.
     """
     result = physical_to_logical.clone()
-    repeated = shared_replicas(result, topology)
+    repeated = _exchangeable(result, topology, share.shape[2])
     layers = repeated.any(1).nonzero()[:, 0]
     limit = _peak(result, share, topology) * (1 + _PEAK_ALLOWANCE)
     given_up = torch.zeros_like(repeated)
@@ -94,7 +98,7 @@ def spread_over_ranks(
         row, mine, theirs = layers[allowed], slot[allowed], partner[allowed]
         result[row, mine], result[row, theirs] = result[row, theirs], result[row, mine]
         if row.numel():
-            repeated = shared_replicas(result, topology)
+            repeated = _exchangeable(result, topology, share.shape[2])
             # A new arrangement may allow what was impossible before, but never adds repeats.
             given_up[row] = False
         layers = (repeated & ~given_up).any(1).nonzero()[:, 0]
@@ -110,30 +114,79 @@ def replace_repeats(
     As with exchanges, the peak of a layer may rise by 1 %, and the expert that leaves it lowest is taken.
 
     Args:
-        physical_to_logical: int64 [layers, slots].
-        load: float64 [snapshots, layers, logical], exact.
+        physical_to_logical: int64 [layers, slots] on the CPU.
+        load: float64 [snapshots, layers, logical] on the CPU.
         topology: as from `effective_topology`.
+
+    Returns:
+        int64 [layers, slots].
     """
-    result = physical_to_logical.clone()
     num_logical = load.shape[2]
-    rank_of_slot = topology.rank_of_slot(result.device)
-    node = rank_of_slot // topology.ranks_per_node
-    limit = _peak(result, load / replica_slots(result, num_logical), topology) * (1 + _PEAK_ALLOWANCE)
-    for layer, slot in shared_replicas(result, topology).nonzero().tolist():
-        row = result[layer]
-        possible = torch.zeros(num_logical, dtype=torch.bool, device=result.device)
-        possible[row[node == node[slot]]] = True
-        possible[row[rank_of_slot == rank_of_slot[slot]]] = False
-        experts = possible.nonzero()[:, 0]
-        if not experts.numel():
-            continue
-        changed = row.repeat(experts.numel(), 1)
-        changed[:, slot] = experts
-        share = load[:, layer : layer + 1] / replica_slots(changed, num_logical)
-        peak = _peak(changed, share, topology)
-        if peak.min() <= limit[layer]:
-            result[layer] = changed[peak.argmin()]
+    result = physical_to_logical.clone()
+    repeated = _movable(shared_replicas(result, topology), topology, num_logical)
+    rank_of_slot = topology.rank_of_slot().numpy()
+    node_of_slot = rank_of_slot // topology.ranks_per_node
+    for layer in repeated.any(1).nonzero()[:, 0].tolist():
+        row, weight = result[layer].numpy(), load[:, layer].numpy()
+        # [ranks, logical]: how many slots of a rank hold an expert.
+        held = np.zeros((topology.num_ranks, num_logical))
+        np.add.at(held, (rank_of_slot, row), 1.0)
+        share = load[:, layer : layer + 1] / torch.from_numpy(held.sum(0))
+        loads = _rank_loads(result[layer : layer + 1], share, topology).numpy()[:, 0]
+        limit = loads.max(1).sum() * (1 + _PEAK_ALLOWANCE)
+        for slot in repeated[layer].nonzero()[:, 0].tolist():
+            rank, old = rank_of_slot[slot], row[slot]
+            of_node = np.unique(row[node_of_slot == node_of_slot[slot]])
+            new = of_node[held[rank, of_node] == 0]
+            if not new.size:
+                continue
+            after = _loads_after_replacing(loads, held, weight, rank, old, new)
+            peak = after.max(2).sum(0)
+            best = int(peak.argmin())
+            if peak[best] <= limit:
+                row[slot], loads = new[best], after[:, best]
+                held[rank, old] -= 1
+                held[rank, new[best]] += 1
     return result
+
+
+def _loads_after_replacing(
+    loads: _Floats, held: _Floats, weight: _Floats, rank: int, old: int, new: _Ints
+) -> _Floats:
+    """The rank loads after one of the replicas of `old` on `rank` has become one of each of `new` in turn:
+    [snapshots, new, ranks].
+
+    Args:
+        loads: [snapshots, ranks].
+        held: [ranks, logical], how many slots of a rank hold an expert.
+        weight: [snapshots, logical].
+    """
+    count = held.sum(0)
+    staying, arriving = weight[:, old] / (count[old] - 1), weight[:, new] / (count[new] + 1)
+    rest = loads + held[:, old] * (staying - weight[:, old] / count[old])[:, None]
+    rest[:, rank] -= staying
+    relief = weight[:, new] / count[new] - arriving
+    after: _Floats = rest[:, None] - held[:, new].T * relief[:, :, None]
+    after[:, :, rank] += arriving
+    return after
+
+
+def _movable(repeated: torch.Tensor, topology: Topology, num_logical: int) -> torch.Tensor:
+    """Those of `repeated`, bool [layers, slots], whose rank lacks an expert of its node."""
+    held = topology.by_rank(~repeated, False).sum(2)
+    lacks = held < num_logical // topology.num_nodes
+    return repeated & lacks[:, topology.rank_of_slot(repeated.device)]
+
+
+def _exchangeable(ids: torch.Tensor, topology: Topology, num_logical: int) -> torch.Tensor:
+    """`shared_replicas` whose rank lacks an expert of its node, and whose expert another rank lacks."""
+    repeated = shared_replicas(ids, topology)
+    node = topology.rank_of_slot(ids.device) // topology.ranks_per_node
+    place = node * num_logical + ids
+    holders = torch.zeros((len(ids), topology.num_nodes * num_logical), dtype=torch.int64, device=ids.device)
+    holders.scatter_add_(1, place, (~repeated).long())
+    lacked = holders.gather(1, place) < topology.ranks_per_node
+    return _movable(repeated, topology, num_logical) & lacked
 
 
 def _rank_loads(ids: torch.Tensor, share: torch.Tensor, topology: Topology) -> torch.Tensor:
