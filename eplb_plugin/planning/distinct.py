@@ -60,8 +60,7 @@ def part_repeats(
         return physical_to_logical
     some, exact = physical_to_logical[layers], to_exact(load[:, layers])
     parted = spread_over_ranks(some, exact / replica_slots(some, num_logical), topology)
-    if not topology.is_even:
-        parted = replace_repeats(parted, exact, topology)
+    parted = replace_repeats(parted, exact, topology)
     if current is not None and max_moves is not None:
         before, after = (keep_slots(x, current[layers], topology, num_logical)[1] for x in (some, parted))
         parted = torch.where((after <= before.clamp(min=max_moves))[:, None], parted, some)
@@ -110,8 +109,9 @@ def replace_repeats(
 ) -> torch.Tensor:
     """Give slots that repeat an expert of their rank to experts of the node that the rank lacks.
 
-    Where ranks differ in slots, counts may be such that no exchange puts every replica on a rank of its own.
-    As with exchanges, the peak of a layer may rise by 1 %, and the expert that leaves it lowest is taken.
+    Counts may be such that no exchange puts every replica on a rank of its own, above all where ranks differ
+    in slots. As with exchanges, the peak of a layer may rise by 1 %, and the expert that leaves it lowest is
+    taken.
 
     Args:
         physical_to_logical: int64 [layers, slots] on the CPU.

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eplb_plugin as eplb
 from eplb_plugin.planning import distinct
-from eplb_plugin.planning.distinct import replace_repeats, shared_replicas, spread_over_ranks
+from eplb_plugin.planning.distinct import (
+    part_repeats,
+    replace_repeats,
+    shared_replicas,
+    spread_over_ranks,
+)
 from eplb_plugin.planning.exact import to_exact
 from eplb_plugin.planning.replication import replica_slots
 
@@ -108,3 +114,13 @@ def test_nothing_is_tried_where_ranks_hold_every_expert(monkeypatch):
     assert torch.equal(spread_over_ranks(ids, load / replica_slots(ids, 8), topology), ids)
     assert not tried
     assert torch.equal(replace_repeats(ids, load, topology)[:2], ids[:2])
+
+
+@pytest.mark.parametrize(("bound", "repeats"), [(None, 0), (1, 0), (0, 1)])
+def test_an_expert_that_every_rank_has_gives_its_second_slot_to_another(bound, repeats):
+    topology = eplb.Topology(num_ranks=2, num_slots=6)
+    ids = torch.tensor([[0, 0, 1, 0, 2, 3]])
+    load = torch.tensor([[[3.0, 1.0, 1.0, 1.0]]], dtype=torch.float64)
+    parted = part_repeats(ids, load, topology, ids, bound)
+    assert int(shared_replicas(parted, topology).sum()) == repeats
+    assert peak_of(load[:, 0], parted[0], topology) == 3
