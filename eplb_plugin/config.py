@@ -288,4 +288,4 @@ class DemoOptions(Options):
     """Seed of the model and of the traffic."""
 
     time_limit: float = Field(180, gt=0)
-    """Seconds until a demo that has not ended is stopped."""
+    """Seconds without progress of any rank after which a demo is stopped; it may take any time in all."""

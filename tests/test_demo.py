@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from eplb_plugin.cli import app, serving
 from eplb_plugin.cli import demo as demo_module
+from eplb_plugin.cli import ranks as ranks_module
 from eplb_plugin.cli.outcome import DemoOutcome, DemoTally, IntervalOutcome
 from eplb_plugin.cli.ranks import RankError, run_ranks
 from eplb_plugin.cli.serving import IntervalRecord, compare_outputs
@@ -261,12 +262,39 @@ def test_messages_of_all_ranks_arrive():
     [
         (_raise_on_one, 60, "rank 1 failed: ValueError: no such luck"),
         (_die_on_one, 60, "rank 1 died with exit code -9"),
-        (_sleep, 4, r"ranks \[0, 1\] were still running after the time limit of 4 s"),
+        (_sleep, 4, r"ranks \[0, 1\] were still running, but none .* for 4 s \(demo.time_limit\)"),
     ],
 )
 def test_a_rank_that_fails_ends_all(body, limit, message):
     with pytest.raises(RankError, match=message):
         list(run_ranks(body, 2, (), time_limit=limit))
+
+
+def test_the_limit_is_for_getting_no_further_and_not_for_the_whole(monkeypatch):
+    limits = []
+
+    def watched(connections, timeout):
+        limits.append(timeout)
+        # No process takes that long to start, and none is to be timed here.
+        return real(connections, 60)
+
+    real = ranks_module.wait
+    monkeypatch.setattr(ranks_module, "wait", watched)
+    list(run_ranks(_greet, 2, ("hello",), time_limit=7))
+    assert set(limits) == {7}
+
+
+def test_a_demo_that_fails_shows_what_it_has_measured(monkeypatch):
+    def some_ranks(*args, **more):
+        for rank in range(2):
+            yield rank, record(0, [[4, 0], [2, 2]])
+        raise RankError("rank 1 died")
+
+    monkeypatch.setattr(demo_module, "run_ranks", some_ranks)
+    said = io.StringIO()
+    with pytest.raises(RankError, match="rank 1 died"):
+        demo_module.run_demo(Settings(demo=DemoOptions(**SMALL)), Console(file=said, width=100))
+    assert "0-1" in said.getvalue()
 
 
 def _serve_and_scrape(rank, send, *args):

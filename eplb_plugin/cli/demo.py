@@ -24,7 +24,7 @@ from ..topology import Topology
 from ..traces import LoadTrace, read_trace
 from ..warmup import warmup
 from .outcome import DemoOutcome, DemoTally, IntervalOutcome
-from .ranks import run_ranks
+from .ranks import RankError, run_ranks
 from .serving import IntervalRecord, MetricsReady, StepDone, model_config, serve
 
 __all__ = ["demo", "run_demo"]
@@ -79,11 +79,11 @@ def demo(
 
 
 def run_demo(settings: Settings, console: Console) -> DemoOutcome:
-    """Run the demo, showing progress on `console`.
+    """Run the demo, showing progress on `console`, and what was measured until then if a rank fails.
 
     Raises:
         TraceError, TopologyError, ConfigError: options that do not fit together.
-        RankError: a rank raised, died or ran out of time.
+        RankError: a rank raised or died, or no rank got any further for too long.
     """
     options = settings.demo
     Topology(num_ranks=options.ranks, num_slots=options.slots).check_experts(options.experts)
@@ -103,15 +103,20 @@ def run_demo(settings: Settings, console: Console) -> DemoOutcome:
     task = bar.add_task("", total=options.steps)
     tally = DemoTally(options.ranks)
     args = (options, settings.planner, rebalancer, settings.metrics, mix)
-    with Live(bar, console=console, transient=True) as live:
-        for rank, message in run_ranks(serve, options.ranks, args, time_limit=options.time_limit):
-            if isinstance(message, StepDone) and rank == 0:
-                bar.update(task, completed=message.steps)
-            if isinstance(message, MetricsReady):
-                console.print(f"metrics at {message.url} while this runs", highlight=False)
-            if isinstance(message, IntervalRecord):
-                tally.add(message)
-                live.update(Group(_table(options, tally.intervals), bar))
+    try:
+        with Live(bar, console=console, transient=True) as live:
+            for rank, message in run_ranks(serve, options.ranks, args, time_limit=options.time_limit):
+                if isinstance(message, StepDone) and rank == 0:
+                    bar.update(task, completed=message.steps)
+                if isinstance(message, MetricsReady):
+                    console.print(f"metrics at {message.url} while this runs", highlight=False)
+                if isinstance(message, IntervalRecord):
+                    tally.add(message)
+                    live.update(Group(_table(options, tally.intervals), bar))
+    except RankError:
+        if tally.intervals:
+            console.print(_table(options, tally.intervals))
+        raise
     return tally.outcome()
 
 

@@ -29,7 +29,7 @@ _GRACE = 3.0
 
 
 class RankError(EplbError, RuntimeError):
-    """A rank raised, died, or did not end within the time limit; all of them were stopped."""
+    """A rank raised or died, or no rank said anything for too long; all of them were stopped."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ def run_ranks(
         body: a function at the top of a module; whatever it gives to `send` is yielded here.
         num_ranks: processes.
         args: picklable, the same for each.
-        time_limit: seconds until all are stopped.
+        time_limit: seconds without a message of any rank until all are stopped; also how long a rank waits
+            for another.
 
     Yields:
         (rank, message) as they arrive. When it ends, all processes have.
@@ -56,7 +57,6 @@ def run_ranks(
     Raises:
         RankError: names the ranks that failed and how.
     """
-    deadline = time.monotonic() + time_limit
     context = multiprocessing.get_context("spawn")
     processes: list[BaseProcess] = []
     receivers: dict[Connection, int] = {}
@@ -73,7 +73,7 @@ def run_ranks(
                 processes.append(process)
                 # Only the child keeps it open, so that its death shows as the end of the pipe.
                 sender.close()
-            yield from _messages(receivers, processes, deadline, time_limit)
+            yield from _messages(receivers, processes, time_limit)
         finally:
             for process in processes:
                 process.join(0.5)
@@ -85,13 +85,15 @@ def run_ranks(
 
 
 def _messages(
-    receivers: dict[Connection, int], processes: list[BaseProcess], deadline: float, time_limit: float
+    receivers: dict[Connection, int], processes: list[BaseProcess], time_limit: float
 ) -> Iterator[tuple[int, Any]]:
     waiting = dict(receivers)
     died: dict[int, str] = {}
     raised: dict[int, str] = {}
+    end_of_grace = None
     while waiting:
-        ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+        left = time_limit if end_of_grace is None else max(0.0, end_of_grace - time.monotonic())
+        ready = wait(list(waiting), timeout=left)
         if not ready:
             break
         for receiver in ready:
@@ -108,14 +110,15 @@ def _messages(
                 continue
             del waiting[receiver]
             if message.failure is not None:
-                deadline = min(deadline, time.monotonic() + _GRACE)
+                end_of_grace = end_of_grace or time.monotonic() + _GRACE
                 if rank not in died:
                     raised[rank] = f"rank {rank} failed: {message.failure.strip().splitlines()[-1]}"
     if died or raised:
         raise RankError("; ".join([*died.values(), *raised.values()]))
     if waiting:
         raise RankError(
-            f"ranks {sorted(waiting.values())} were still running after the time limit of {time_limit:g} s"
+            f"ranks {sorted(waiting.values())} were still running, but none had got any further for "
+            f"{time_limit:g} s (demo.time_limit)"
         )
 
 
