@@ -10,7 +10,7 @@ from typing import Any
 
 from .errors import TraceError
 
-__all__ = ["MAX_TEXT_BYTES", "read_bytes", "read_yaml", "written_whole"]
+__all__ = ["MAX_TEXT_BYTES", "check_output", "read_bytes", "read_yaml", "written_whole"]
 
 MAX_TEXT_BYTES = 512 * 2**20
 """Bound on the size of text files (JSON, YAML, CSV), which take a multiple of it in memory, in bytes."""
@@ -94,6 +94,22 @@ def _check_size(content: Any, path: str | Path, max_values: int) -> None:
             todo.extend(parts)
 
 
+def check_output(path: str | Path) -> None:
+    """Refuse a path that no file can be written to; commands do so before they work for it.
+
+    Raises:
+        TraceError: it is a folder (as an empty path is), something else that is no file, such as a device,
+            which would be replaced, or in a folder that does not exist.
+    """
+    path = Path(path)
+    if not path.name or os.path.isdir(path):
+        raise TraceError(f"{path}: cannot be written: is a folder, not the name of a file")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise TraceError(f"{path}: cannot be written: is there already, and no file")
+    if not os.path.isdir(path.parent):
+        raise TraceError(f"{path}: cannot be written: there is no folder {path.parent}")
+
+
 @contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
     """A file beside `path` to write to, which takes its place when the block ends without an error.
@@ -102,11 +118,13 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         TraceError: the file cannot be written.
     """
     path = Path(path)
+    check_output(path)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         yield part
         part.replace(path)
     except OSError as error:
-        raise TraceError(f"{path}: cannot be written: {error}") from None
+        # Whole, it would name the other file.
+        raise TraceError(f"{path}: cannot be written: {error.strerror or error}") from None
     finally:
         part.unlink(missing_ok=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 
 import pytest
@@ -11,6 +13,8 @@ from typer.testing import CliRunner
 
 from eplb_plugin.cli import app, main
 from eplb_plugin.config import PlannerOptions
+from eplb_plugin.errors import TraceError
+from eplb_plugin.files import written_whole
 from eplb_plugin.formats.placements import read_placement
 from eplb_plugin.metrics import balancedness, count_moves
 from eplb_plugin.placement import Placement
@@ -141,6 +145,10 @@ def test_plan_says_for_whom_the_file_is(tmp_path, load_file):
             "out: the format tensorrt-llm names the experts",
         ),
         (["convert", "nowhere.pt", "out.csv"], "nowhere.pt: no such file"),
+        (
+            ["convert", "LOAD", "out.csv", "--to", "npz"],
+            "out.csv: would hold the format npz under the suffix .csv",
+        ),
         (["plan", "LOAD", "-o", "out.json", "--format", "x"], "no format 'x' of placements; there are json"),
         (["plan", "LOAD", "-o", "out.json", "--current", "no.json"], "no.json: no such file"),
         (
@@ -151,11 +159,70 @@ def test_plan_says_for_whom_the_file_is(tmp_path, load_file):
 )
 def test_errors_leave_no_file(monkeypatch, capsys, tmp_path, load_file, args, message):
     monkeypatch.chdir(tmp_path)
+    assert message in refused(monkeypatch, capsys, load_file, *args)
+    assert not list(tmp_path.iterdir())
+
+
+def refused(monkeypatch, capsys, load_file, *args):
+    """The last line on standard error."""
     monkeypatch.setattr(
-        sys, "argv", ["eplb-plugin", *[str(load_file) if arg == "LOAD" else arg for arg in args]]
+        sys, "argv", ["eplb-plugin", *[str(load_file) if arg == "LOAD" else str(arg) for arg in args]]
     )
     with pytest.raises(SystemExit) as caught:
         main()
     assert caught.value.code == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
-    assert not list(tmp_path.iterdir())
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+COMMANDS = {
+    "plan": ["plan", "LOAD", "-o"],
+    "report": ["report", "LOAD", "-o"],
+    "convert": ["convert", "LOAD", "--to", "csv"],
+    "statistics": ["convert", "LOAD", "--to", "tensorrt-llm", "--top-k", "4"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("output", ["", ".", "..", "/", "there"])
+def test_no_file_replaces_a_folder(monkeypatch, capsys, tmp_path, load_file, command, output):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there" / "more").mkdir(parents=True)
+    line = refused(monkeypatch, capsys, load_file, *COMMANDS[command], output)
+    assert line.startswith(f"eplb-plugin: {output or '.'}: ")
+    assert "empty" in line if command == "statistics" else "is a folder" in line
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_is_no_file_is_not_replaced(monkeypatch, capsys, tmp_path, load_file, command):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    line = refused(monkeypatch, capsys, load_file, *COMMANDS[command], pipe)
+    assert line.startswith(f"eplb-plugin: {pipe}: ")
+    assert list(tmp_path.iterdir()) == [pipe]
+    assert pipe.is_fifo()
+
+
+@pytest.mark.parametrize("command", ["plan", "report", "convert"])
+def test_a_folder_that_is_missing_is_named(monkeypatch, capsys, tmp_path, load_file, command):
+    path = tmp_path / "no" / "file"
+    line = refused(monkeypatch, capsys, load_file, *COMMANDS[command], path)
+    assert line == f"eplb-plugin: {path}: cannot be written: there is no folder {path.parent}"
+
+
+def test_what_goes_wrong_while_writing_names_the_file_asked_for(tmp_path):
+    def write(part):
+        part.write_text("a")
+        raise OSError(errno.ENOSPC, "No space left on device", str(part))
+
+    path = tmp_path / "a.json"
+    with pytest.raises(TraceError) as caught, written_whole(path) as part:
+        write(part)
+    assert str(caught.value) == f"{path}: cannot be written: No space left on device"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pictures_need_a_folder(monkeypatch, capsys, tmp_path, load_file):
+    line = refused(
+        monkeypatch, capsys, load_file, *COMMANDS["report"], tmp_path / "r.html", "--png", load_file
+    )
+    assert line == f"eplb-plugin: {load_file}: exists and is not a folder"

@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ..files import check_output
 from ..formats.placements import PLACEMENT_FORMATS, read_placement, write_placement
 from ..metrics import balancedness, rank_loads
 from ..placement import Placement
@@ -53,6 +54,7 @@ def plan(
     planner.persistence.
     """
     settings = arguments.settings_for(context)
+    check_output(output)
     errors = Console(stderr=True)
     with errors.status("reading the load"):
         trace = with_first_layer(load_for(load, settings), first_layer)

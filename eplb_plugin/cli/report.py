@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from ..errors import TraceError
+from ..files import check_output
 from ..report.page import picture_set, write_page
 from ..report.replay import replay
 from ..report.style import pictures
@@ -52,6 +53,9 @@ def report(
         settings = _with_interval(settings, _INTERVAL)
     for name in settings.simulate.policies:
         policy_setup(name, settings.planner)
+    check_output(output)
+    if png is not None and png.exists() and not png.is_dir():
+        raise TraceError(f"{png}: exists and is not a folder")
     with pictures():
         pass  # so that a missing matplotlib is told before anything takes time
     errors = Console(stderr=True)
@@ -103,4 +107,4 @@ def _write(path: Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     except OSError as error:
-        raise TraceError(f"{path}: cannot be written: {error}") from None
+        raise TraceError(f"{path}: cannot be written: {error.strerror or error}") from None

@@ -10,12 +10,14 @@ from pathlib import Path
 from types import MappingProxyType
 
 from ..errors import TraceError
+from ..files import check_output
 from ..traces import LoadTrace, TokenTrace, read_npz_trace, save_load_trace
 from .benchmark_json import read_benchmark_json, write_benchmark_json
 from .csv_table import read_csv, write_csv
 from .sglang_dump import read_sglang_dump, write_sglang_dump
 from .tensorrt_llm_statistics import (
     META_FILE,
+    check_statistics_output,
     read_tensorrt_llm_statistics,
     write_tensorrt_llm_statistics,
 )
@@ -93,18 +95,22 @@ def recognise(path: Path) -> LoadFormat:
 
 
 def format_for_output(path: Path, name: str | None) -> LoadFormat:
-    """The format called `name`, or the one that the suffix of `path` stands for.
+    """The format called `name`, or the one that the suffix of `path` stands for; `path` is checked for it.
 
     Raises:
-        TraceError: there is none.
+        TraceError: there is none, the suffix stands for another one, or nothing can be written there.
     """
-    if name is not None:
-        if name not in LOAD_FORMATS:
-            raise TraceError(f"no format {name!r}; there are {', '.join(LOAD_FORMATS)}")
-        return LOAD_FORMATS[name]
-    for item in LOAD_FORMATS.values():
-        if item.suffix and item.suffix == path.suffix.lower():
-            return item
+    if name is not None and name not in LOAD_FORMATS:
+        raise TraceError(f"no format {name!r}; there are {', '.join(LOAD_FORMATS)}")
+    by_suffix = {item.suffix: item for item in LOAD_FORMATS.values() if item.suffix}
+    meant = by_suffix.get(path.suffix.lower())
+    form = meant if name is None else LOAD_FORMATS[name]
+    if form is not None:
+        if meant not in (None, form):
+            raise TraceError(f"{path}: would hold the format {form.name} under the suffix {path.suffix}")
+        check = check_output if form.suffix else check_statistics_output
+        check(path)
+        return form
     known = ", ".join(f"{item.name} ({item.suffix or 'a folder'})" for item in LOAD_FORMATS.values())
     raise TraceError(f"{path}: its suffix names no format; there are {known}")
 
@@ -123,9 +129,9 @@ def write_load(path: Path, trace: LoadTrace, form: LoadFormat, top_k: int | None
     """
     if form.name in _WRITERS:
         if top_k is not None:
-            raise TraceError(f"the format {form.name} has no place for top_k={top_k}")
+            raise TraceError(f"the format {form.name} has no place for --top-k {top_k}")
         _WRITERS[form.name](path, trace)
         return
     if top_k is None:
-        raise TraceError(f"{path}: the format {form.name} names the experts per token: give top_k")
+        raise TraceError(f"{path}: the format {form.name} names the experts per token: give --top-k")
     write_tensorrt_llm_statistics(path, trace, top_k)

@@ -6,6 +6,7 @@ Each file has an array for each `{iteration}_{layer}`, the tokens per expert tha
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,12 @@ from ..npz import MAX_BYTES
 from ..traces import LoadTrace, as_load
 from .schema import first_wrong
 
-__all__ = ["META_FILE", "read_tensorrt_llm_statistics", "write_tensorrt_llm_statistics"]
+__all__ = [
+    "META_FILE",
+    "check_statistics_output",
+    "read_tensorrt_llm_statistics",
+    "write_tensorrt_llm_statistics",
+]
 
 META_FILE = "meta_info.json"
 _MAX_META = 2**20
@@ -67,18 +73,32 @@ def read_tensorrt_llm_statistics(path: str | Path, max_bytes: int = MAX_BYTES) -
     return LoadTrace(as_load(load, str(path)), str(path), tuple(layers))
 
 
+def check_statistics_output(path: str | Path) -> None:
+    """Refuse a path that no folder of statistics can be made at.
+
+    Raises:
+        TraceError: it is a file, or a folder that is not empty or has no name.
+    """
+    path = Path(path)
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise TraceError(f"{path}: cannot be written: is there already, and no folder")
+    if not path.name or (os.path.isdir(path) and os.listdir(path)):
+        raise TraceError(f"{path}: cannot be written: the folder exists and is not empty")
+
+
 def write_tensorrt_llm_statistics(path: str | Path, trace: LoadTrace, top_k: int) -> None:
     """Write `trace` as the statistics of one rank.
 
     Args:
-        path: the folder to make.
+        path: the folder to make; it may exist and be empty.
         trace: the load.
         top_k: experts per token, which the statistics name and a load does not know.
 
     Raises:
-        TraceError: `top_k` is below 1, the folder exists, or cannot be written.
+        TraceError: `top_k` is below 1, the folder is not empty, or cannot be written.
     """
     path = Path(path)
+    check_statistics_output(path)
     if top_k < 1:
         raise TraceError(f"{path}: top_k={top_k} is below 1")
     counts = {
@@ -86,7 +106,7 @@ def write_tensorrt_llm_statistics(path: str | Path, trace: LoadTrace, top_k: int
         for step in range(trace.num_steps)
         for index, layer in enumerate(trace.layer_ids)
     }
-    part = path.with_name(f"{path.name}.part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         part.mkdir(parents=True)
         meta = {"num_experts": trace.num_experts, "num_experts_per_token": top_k}
@@ -95,7 +115,8 @@ def write_tensorrt_llm_statistics(path: str | Path, trace: LoadTrace, top_k: int
         part.rename(path)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
-        raise TraceError(f"{path}: cannot be written: {error}") from None
+        told = error.strerror if isinstance(error, OSError) else None
+        raise TraceError(f"{path}: cannot be written: {told or error}") from None
 
 
 def _add_rank(counts: dict[tuple[int, int], np.ndarray[Any, Any]], file: Path, num_experts: int) -> None:

@@ -121,11 +121,11 @@ def test_outputs_that_cannot_be(tmp_path):
     with pytest.raises(TraceError, match="no format 'xyz'"):
         format_for_output(tmp_path / "load.npz", "xyz")
     assert format_for_output(tmp_path / "load.dat", "csv").name == "csv"
-    with pytest.raises(TraceError, match="give top_k"):
+    with pytest.raises(TraceError, match="give --top-k"):
         write_load(tmp_path / "s", trace, LOAD_FORMATS["tensorrt-llm"])
     with pytest.raises(TraceError, match="top_k=0 is below 1"):
         write_load(tmp_path / "s", trace, LOAD_FORMATS["tensorrt-llm"], 0)
-    with pytest.raises(TraceError, match="no place for top_k=2"):
+    with pytest.raises(TraceError, match="no place for --top-k 2"):
         write_load(tmp_path / "a.csv", trace, LOAD_FORMATS["csv"], 2)
     write(tmp_path / "s", trace, "tensorrt-llm")
     with pytest.raises(TraceError, match="cannot be written"):
