@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -10,10 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from eplb_plugin.cli import app, main
-from eplb_plugin.traces import save_load_trace
+from eplb_plugin.cli.loading import load_for
+from eplb_plugin.errors import ConfigError, TraceError
+from eplb_plugin.settings import load_settings
+from eplb_plugin.traces import LoadTrace, save_load_trace
 from eplb_plugin.traffic import generate
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "traces"
@@ -68,6 +73,60 @@ def test_a_missing_argument_is_a_usage_error():
     assert run("simulate").exit_code == 2
 
 
+def test_a_load_too_short_for_the_default_interval_gets_a_shorter_one(tmp_path, load_file):
+    result = run("simulate", load_file, "--ranks", 4, "--policy", "static", "--json")
+    (row,) = last_json(result)
+    assert [part["first_step"] for part in row["intervals"]] == list(range(5, 40, 5))
+    said = " ".join(result.stdout.split())
+    assert "7 rebalances, one every 5 steps" in said
+    assert "short for one every 1000; --interval sets another" in said
+    # What is configured is kept, and named where it does not do.
+    config = tmp_path / "c.yaml"
+    config.write_text("rebalancer: {interval: 40}")
+    with pytest.raises(TraceError, match=r"40 steps: with rebalancer.interval=40 \(.*c.yaml\) none"):
+        run("simulate", load_file, "--config", config)
+    one = tmp_path / "one.npz"
+    save_load_trace(one, generate("gpt-oss-20b", layers=2, steps=1))
+    with pytest.raises(TraceError, match="has 1 step: none is left to score"):
+        run("simulate", one)
+
+
+@pytest.mark.parametrize("command", ["simulate", "plan", "report", "advise", "convert"])
+def test_a_load_without_tokens_is_none(tmp_path, command):
+    path = tmp_path / "empty.npz"
+    save_load_trace(path, LoadTrace(torch.zeros(20, 2, 8, dtype=torch.int32)))
+    more = {"advise": ["--expert-mb", 3], "convert": [tmp_path / "o.csv"]}
+    args = more.get(command, [] if command == "simulate" else ["-o", tmp_path / "o"])
+    with pytest.raises(TraceError, match="holds no load: all 320 values are 0"):
+        run(command, path, *args)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_options_of_no_use_are_refused(tmp_path, load_file, token_file):
+    for args, message in (
+        (
+            [load_file, "--steps", 9],
+            f"--steps is of no use for {load_file}, a recorded load; it is for a token",
+        ),
+        ([load_file, "--mode", "decode"], "--mode is of no use"),
+        ([load_file, "--batch", 4], "--batch is of no use"),
+        ([load_file, "--drift", 1], "--drift is of no use"),
+        ([load_file, "--seed", 1], "--seed is of no use"),
+        ([load_file, "--max-tokens", 9], "--max-tokens is of no use"),
+        (["gpt-oss-20b", "--batch", 4], "--batch is of no use for gpt-oss-20b, generated traffic"),
+        ([token_file, "--max-tokens", 9], "a token trace in decode mode; it is for a token trace in prefill"),
+        ([token_file, "--mode", "prefill", "--seed", 9], "--seed is of no use"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            run("simulate", *args)
+    # A file of options is for loads of any kind, and so are options for several loads.
+    config = tmp_path / "c.yaml"
+    config.write_text("simulate: {steps: 9, batch: 3, max_tokens: 4, policies: [static]}")
+    assert run("simulate", load_file, "--config", config).exit_code == 0
+    settings = load_settings(config, {"simulate.steps": 16})
+    assert load_for(load_file, settings, alone=False).num_steps == 40
+
+
 def test_without_json_there_is_none(load_file):
     result = run("simulate", load_file, "--ranks", 4, "--interval", 10, "--policy", "static")
     assert result.exit_code == 0
@@ -108,10 +167,12 @@ def test_simulate_reads_a_configuration_file(tmp_path, load_file):
     ("args", "message"),
     [
         (["nowhere.npz"], "nowhere.npz: no such file"),
+        (["gpt-oss"], "gpt-oss: no such file, and no traffic profile; there are kimi-k2.5, deepseek-v3"),
+        ([""], "the name of the load is empty"),
         (["deepseek-v3", "--policy", "best"], "no policy 'best'; there are static, greedy, ensemble"),
         (["deepseek-v3", "--ranks", "0"], "command line: section simulate: SimulateOptions: ranks"),
         (["deepseek-v3", "--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
-        (["gpt-oss-20b", "--steps", "8", "--interval", "8"], "has 8 steps: with interval=8 none are left"),
+        (["gpt-oss-20b", "--steps", "8", "--interval", "8"], "has 8 steps: with --interval 8 none are left"),
         (
             ["gpt-oss-20b", "--steps", "8", "--ranks", "3", "--slots", "40"],
             "num_slots=40 is not divisible by num_ranks=3",

@@ -24,7 +24,7 @@ from ..surroundings import cache_folder
 from ..traces import LoadTrace
 from ..warmup import warmup
 from . import arguments
-from .simulate import load_for
+from .loading import load_for
 
 __all__ = ["advise"]
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from ..formats.loads import LOAD_FORMATS, format_for_output, write_load
 from ..traces import LoadTrace
 from . import arguments
-from .simulate import load_for
+from .loading import load_for
 
 __all__ = ["convert", "with_first_layer"]
 

@@ -23,7 +23,7 @@ from ..warmup import warmup
 from ..window import fold_steps
 from . import arguments
 from .convert import with_first_layer
-from .simulate import load_for, topology_for
+from .loading import load_for, topology_for
 
 __all__ = ["plan"]
 

@@ -14,16 +14,13 @@ from ..files import check_output
 from ..report.page import picture_set, write_page
 from ..report.replay import replay
 from ..report.style import pictures
-from ..settings import Settings
 from ..simulation import policy_setup
-from ..traces import LoadTrace
 from . import arguments
-from .simulate import load_for, topology_for
+from .loading import fit_interval, load_for, topology_for, with_interval
 
 __all__ = ["report"]
 
 _INTERVAL = 128
-_LEAST_INTERVALS = 8
 
 
 def report(
@@ -50,7 +47,7 @@ def report(
     """Show recorded loads before and after balancing: one HTML file with pictures, and each as a PNG."""
     settings = arguments.settings_for(context)
     if "rebalancer.interval" not in settings.origins:
-        settings = _with_interval(settings, _INTERVAL)
+        settings = with_interval(settings, _INTERVAL)
     for name in settings.simulate.policies:
         policy_setup(name, settings.planner)
     check_output(output)
@@ -64,8 +61,8 @@ def report(
     with Progress(*columns, console=errors, transient=True) as bar:
         for source in traces:
             task = bar.add_task(f"{source}: reading", total=None)
-            load = load_for(source, settings)
-            fitting = _fitting(settings, load)
+            load = load_for(source, settings, alone=len(traces) == 1)
+            fitting = fit_interval(settings, load)
             done = replay(
                 load,
                 topology_for(load, fitting.simulate),
@@ -88,18 +85,6 @@ def report(
                 path = png / f"{f'{index + 1}_' if len(sections) > 1 else ''}{picture.key}.png"
                 _write(path, picture.png)
                 console.print(f"{path}: written", highlight=False, soft_wrap=True)
-
-
-def _fitting(settings: Settings, load: LoadTrace) -> Settings:
-    """With an interval that leaves something to show of a short load, unless one is configured."""
-    if "rebalancer.interval" in settings.origins:
-        return settings
-    return _with_interval(settings, max(1, min(_INTERVAL, load.num_steps // _LEAST_INTERVALS)))
-
-
-def _with_interval(settings: Settings, interval: int) -> Settings:
-    rebalancer = settings.rebalancer.model_copy(update={"interval": interval})
-    return settings.model_copy(update={"rebalancer": rebalancer})
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -10,20 +10,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from ..config import SimulateOptions
-from ..folding import fold_decode, fold_prefill
-from ..settings import Settings
 from ..simulation import SimulationResult, policy_setup
 from ..simulation import simulate as replay
 from ..topology import Topology
-from ..traces import LoadTrace, read_trace
-from ..traffic import PROFILES, generate
+from ..traces import LoadTrace
 from ..warmup import warmup
 from . import arguments
+from .loading import fit_interval, load_for, topology_for
+from .wording import counted
 
-__all__ = ["load_for", "simulate", "topology_for"]
-
-_AUTO_INTERVALS = 8
+__all__ = ["simulate"]
 
 
 def simulate(
@@ -50,9 +46,9 @@ def simulate(
     errors = Console(stderr=True)
     with errors.status("reading the load, and loading the planner (the first time, it is compiled)"):
         load = load_for(trace, settings)
+        options = fit_interval(settings, load).rebalancer
+        topology = topology_for(load, settings.simulate)
         warmup()
-    topology = topology_for(load, settings.simulate)
-    options = settings.rebalancer
     results: list[SimulationResult] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("rebalances"))
     with Progress(*columns, console=errors, transient=True) as bar:
@@ -71,59 +67,24 @@ def simulate(
                     ),
                 )
             )
-    Console().print(_table(load, topology, options.interval, results))
+    shortened = settings.rebalancer.interval if options.interval < settings.rebalancer.interval else None
+    Console().print(_table(load, topology, options.interval, shortened, results))
     if as_json:
         print(json.dumps([asdict(result) for result in results]))
 
 
-def load_for(source: str, settings: Settings) -> LoadTrace:
-    """The load that `source`, a file or the name of a traffic profile, stands for.
-
-    Raises:
-        TraceError: the file is not a trace, or the options do not fit it.
-    """
-    options = settings.simulate
-    steps = options.steps or _AUTO_INTERVALS * settings.rebalancer.interval
-    if source in PROFILES:
-        return generate(
-            source,
-            steps=steps,
-            tokens_per_step=options.tokens_per_step,
-            topics=options.topics,
-            drift=options.drift,
-            period=options.period,
-            seed=options.seed,
-        )
-    trace = read_trace(source)
-    if isinstance(trace, LoadTrace):
-        return trace
-    if options.mode == "prefill":
-        return fold_prefill(trace, options.max_tokens)
-    return fold_decode(
-        trace, options.batch, steps=steps, drift=options.drift, period=options.period, seed=options.seed
-    )
-
-
-def topology_for(load: LoadTrace, options: SimulateOptions) -> Topology:
-    """The topology that the options describe; without `slots`, one spare slot per rank.
-
-    Raises:
-        TopologyError: the numbers do not fit together, or there are more experts than slots.
-    """
-    slots = options.slots or (-(-load.num_experts // options.ranks) + 1) * options.ranks
-    topology = Topology(
-        num_nodes=options.nodes, num_ranks=options.ranks, num_slots=slots, num_groups=options.groups
-    )
-    topology.check_experts(load.num_experts)
-    return topology
-
-
-def _table(load: LoadTrace, topology: Topology, interval: int, results: list[SimulationResult]) -> Table:
-    rebalances = len(results[0].intervals)
+def _table(
+    load: LoadTrace, topology: Topology, interval: int, shortened: int | None, results: list[SimulationResult]
+) -> Table:
+    rebalances = counted(len(results[0].intervals), "rebalance")
+    caption = f"{rebalances}, one every {counted(interval, 'step')}, each scored on the steps after it"
+    if shortened is not None:
+        caption += f". The load is short for one every {shortened}; --interval sets another"
     table = Table(
-        title=f"{load.name}: {load.num_steps} steps, {load.num_layers} layers, {load.num_experts} experts in "
-        f"{topology.num_slots} slots on {topology.num_ranks} ranks",
-        caption=f"{rebalances} rebalances, one every {interval} steps, each scored on the steps after it",
+        title=f"{load.name}: {counted(load.num_steps, 'step')}, {counted(load.num_layers, 'layer')}, "
+        f"{counted(load.num_experts, 'expert')} in {counted(topology.num_slots, 'slot')} on "
+        f"{counted(topology.num_ranks, 'rank')}",
+        caption=caption,
     )
     table.add_column("policy")
     for name in ("balancedness", "worst interval", "slots moved", "planning"):

@@ -18,13 +18,20 @@ from eplb_plugin.traces import LoadTrace
 from .effort import effort
 from .parsers import PARSERS, odd
 
+
 COMMANDS = {
     "plan": lambda file, out: ["plan", file, "-o", out, "--ranks", "2"],
-    "convert": lambda file, out: ["convert", file, out, "--to", "csv", "--steps", "4"],
+    "convert": lambda file, out: ["convert", file, out, "--to", "csv"],
     "report": lambda file, out: ["report", file, "-o", out, "--ranks", "2", "--interval", "1"],
-    "simulate": lambda file, out: ["simulate", file, "--ranks", "2", "--interval", "1", "--steps", "4"],
+    "simulate": lambda file, out: ["simulate", file, "--ranks", "2", "--interval", "1"],
 }
 LOADS = ["load", "tokens", "sglang", "benchmark", "csv"]
+
+
+@pytest.fixture(autouse=True)
+def _few_steps(monkeypatch):
+    """Of tokens; not by an option, which loads that were recorded would be refused."""
+    monkeypatch.setenv("EPLB_PLUGIN_SIMULATE__STEPS", "4")
 
 
 def run(monkeypatch, capsys, *args):
