@@ -5,7 +5,15 @@ from __future__ import annotations
 import reprlib
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from .errors import ConfigError
@@ -110,13 +118,14 @@ class PlannerOptions(Options):
 
     move_price: float = Field(0.009, ge=0, allow_inf_nan=False)
     """What an exchange has to lower the peak by for each of its moves, as a share of the mean load of a slot.
-    With 0 moves are free and a placement from scratch is tried too."""
+    With 0 moves are free and a placement from scratch is tried too. Replicas that share a rank are parted at
+    any price."""
 
     max_moves: int | None = Field(None, ge=0, le=2**31)
     """Most moves per layer and rebalance; None leaves it to the price. What fills empty slots, or gives a
-    slot to an expert that has none, does not count. A layer whose placement in force breaks the hierarchical
-    policy is brought to fit it whatever that takes. The policy `greedy` and the objective `spread` plan from
-    scratch and cannot keep it: where a placement is in force, they refuse it with a ConfigError."""
+    slot to an expert that has none, is done whatever the bound, and counts. A layer whose placement in force
+    breaks the hierarchical policy is brought to fit it whatever that takes. Not with the policy `greedy` or
+    the objective `spread`, which plan from scratch and cannot keep it."""
 
     min_gain: float = Field(0.002, ge=0, lt=1)
     """Skip rule: a layer whose predicted balancedness rises by less than this stays as it is."""
@@ -133,6 +142,15 @@ class PlannerOptions(Options):
 
     seed: int = Field(0, ge=0, lt=2**32)
     """Seed of the candidates' noise. The same seed and load give the same plan everywhere."""
+
+    @model_validator(mode="after")
+    def _refuse_a_bound_that_cannot_be_kept(self) -> Self:
+        if self.max_moves is not None and (self.policy == "greedy" or self.objective == "spread"):
+            name = "policy='greedy'" if self.policy == "greedy" else "objective='spread'"
+            raise PydanticCustomError(
+                "bound_of_moves", f"max_moves={self.max_moves} cannot be kept: {name} plans from scratch"
+            )
+        return self
 
 
 class RebalancerOptions(Options):

@@ -95,10 +95,9 @@ def plan(
         The plan, its tensors on the device of `load`.
 
     Raises:
-        ConfigError: `max_moves` is set and cannot be kept, since planning is from scratch although there is a
-        `current`. LoadError: a malformed load. TopologyError: more experts than living slots, a malformed
-        mask, or the objective `spread` where ranks differ in slots. PlacementError: `current` does not fit
-        the load or the topology.
+        LoadError: a malformed load. TopologyError: more experts than living slots, a malformed mask, or the
+        objective `spread` where ranks differ in slots. PlacementError: `current` does not fit the load or the
+        topology.
     """
     started = time.perf_counter()
     if not isinstance(topology, Topology):
@@ -106,8 +105,6 @@ def plan(
     if options is not None and not isinstance(options, PlannerOptions):
         raise ConfigError(f"options are a {type(options).__name__}, not PlannerOptions")
     options = options or PlannerOptions()
-    if current is not None:
-        _check_bound(options)
     snapshots = to_snapshots(load)
     num_logical = snapshots.shape[2]
     living = living_part(topology, active_ranks, num_logical)
@@ -208,14 +205,6 @@ def _placed(
     held, begin = (None if x is None else x.cpu() for x in (current, start))
     ids = search_placement(cpu_load, topology, options, held, begin)
     return part_repeats(ids, cpu_load, topology, held, options.max_moves).to(load.device)
-
-
-def _check_bound(options: PlannerOptions) -> None:
-    """Raise ConfigError if there is a bound of moves and planning does not start from what is in force."""
-    if options.max_moves is None or (options.policy != "greedy" and options.objective != "spread"):
-        return
-    name = "policy='greedy'" if options.policy == "greedy" else "objective='spread'"
-    raise ConfigError(f"max_moves={options.max_moves} cannot be kept: {name} plans from scratch")
 
 
 def _check_current(

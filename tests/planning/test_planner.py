@@ -220,14 +220,6 @@ def test_zero_loads_give_a_valid_placement(load):
     assert planned.shared_replicas == 0
 
 
-def plan_within_a_bound(**options: str) -> eplb.Plan:
-    topology = eplb.Topology(num_ranks=2, num_slots=4)
-    options_ = eplb.PlannerOptions(max_moves=7, **options)
-    assert eplb.plan(torch.ones(1, 4), topology, options=options_).moves == 0  # nothing to move from
-    # The options are wrong whatever the rest is.
-    return eplb.plan(torch.tensor([[float("nan")]]), topology, torch.tensor([[0, 1, 2, 3]]), options_)
-
-
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -269,11 +261,15 @@ def plan_within_a_bound(**options: str) -> eplb.Plan:
             "4 slots, the topology 6",
         ),
         (
-            lambda: plan_within_a_bound(policy="greedy"),
+            lambda: eplb.PlannerOptions(max_moves=7, policy="greedy"),
             eplb.ConfigError,
             "max_moves=7 cannot be kept: policy='greedy' plans from scratch",
         ),
-        (lambda: plan_within_a_bound(objective="spread"), eplb.ConfigError, "objective='spread' plans"),
+        (
+            lambda: eplb.PlannerOptions(max_moves=7, objective="spread"),
+            eplb.ConfigError,
+            "objective='spread' plans",
+        ),
         (lambda: eplb.PlannerOptions(num_candidates=0), eplb.ConfigError, "num_candidates"),
         (lambda: eplb.PlannerOptions(candidates=3), eplb.ConfigError, "candidates"),
     ],
