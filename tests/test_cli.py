@@ -12,12 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
-from eplb_plugin.cli import app, main
+from eplb_plugin.cli import app, arguments, main
+from eplb_plugin.cli import demo as demo_module
 from eplb_plugin.cli.loading import load_for
 from eplb_plugin.errors import ConfigError, TraceError
-from eplb_plugin.settings import load_settings
+from eplb_plugin.settings import Settings, load_settings
 from eplb_plugin.traces import LoadTrace, save_load_trace
 from eplb_plugin.traffic import generate
 
@@ -71,6 +73,47 @@ def test_simulate_compares_policies(load_file):
 
 def test_a_missing_argument_is_a_usage_error():
     assert run("simulate").exit_code == 2
+
+
+def test_the_price_of_moves_can_be_given(load_file):
+    common = [load_file, "--ranks", 4, "--interval", 10, "--policy", "ensemble", "--json"]
+    (free,) = last_json(run("simulate", *common, "--move-price", 0))
+    (dear,) = last_json(run("simulate", *common, "--move-price", 1e6))
+    assert dear["moved_share"] == 0 < free["moved_share"]
+
+
+def test_every_default_is_in_the_help():
+    commands = typer.main.get_command(app).commands
+    for command, places in {
+        **dict.fromkeys(["simulate", "plan", "report", "advise", "convert"], arguments.SETTINGS),
+        "demo": demo_module.SETTINGS,
+    }.items():
+        for parameter in commands[command].params:
+            section, _, option = places.get(parameter.name, "").partition(".")
+            # Those that a command has its own default for say it in words.
+            if not section or "default)" in parameter.help or parameter.name in ("interval", "metrics_port"):
+                continue
+            default = getattr(getattr(Settings(), section), option)
+            shown = ", ".join(default) if isinstance(default, tuple) else str(default)
+            assert parameter.show_default == (False if default is None else shown), parameter.name
+    help_text = " ".join(run("simulate", "--help").stdout.replace("│", " ").split())
+    assert "[default: (8)]" in help_text
+    assert "[default: (static, greedy, ensemble)]" in help_text
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["demo", "--steps", 1], "--steps: Input should be greater than or equal to 2 (got 1)"),
+        (["demo", "--metrics-port", -1], "--metrics-port: Input should be greater"),
+        (["simulate", "gpt-oss-20b", "--move-price", -1], "--move-price: Input should be greater"),
+        (["plan", "gpt-oss-20b", "-o", "o.json", "--seed", -1], "--seed: Input should be greater"),
+    ],
+)
+def test_wrong_values_are_told_by_the_option_as_typed(args, message):
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        run(*args)
+    assert str(caught.value).startswith("--")
 
 
 def test_a_load_too_short_for_the_default_interval_gets_a_shorter_one(tmp_path, load_file):
@@ -170,7 +213,7 @@ def test_simulate_reads_a_configuration_file(tmp_path, load_file):
         (["gpt-oss"], "gpt-oss: no such file, and no traffic profile; there are kimi-k2.5, deepseek-v3"),
         ([""], "the name of the load is empty"),
         (["deepseek-v3", "--policy", "best"], "no policy 'best'; there are static, greedy, ensemble"),
-        (["deepseek-v3", "--ranks", "0"], "command line: section simulate: SimulateOptions: ranks"),
+        (["deepseek-v3", "--ranks", "0"], "--ranks: Input should be greater than or equal to 1 (got 0)"),
         (["deepseek-v3", "--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
         (["gpt-oss-20b", "--steps", "8", "--interval", "8"], "has 8 steps: with --interval 8 none are left"),
         (

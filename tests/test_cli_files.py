@@ -65,6 +65,17 @@ def test_convert_makes_loads_of_profiles(tmp_path):
     assert torch.equal(read_trace(tmp_path / "load.npz").load, expected)
 
 
+def test_plan_takes_profiles_and_how_they_are_drawn(tmp_path):
+    run("plan", "gpt-oss-20b", "--steps", 3, "--seed", 5, "-o", tmp_path / "p.json")
+    load = generate("gpt-oss-20b", steps=3, seed=5).load
+    expected = plan(
+        fold_steps(load, 128),
+        Topology(num_ranks=8, num_slots=40),
+        options=PlannerOptions(snapshot_decay=1.0, persistence=0.0),
+    )
+    assert read_placement(tmp_path / "p.json", 32, tuple(range(24))) == expected.placement
+
+
 @pytest.mark.parametrize(
     ("form", "name"), [("json", "p.json"), ("sglang", "p.json"), ("tensorrt-llm", "p.yaml")]
 )

@@ -160,7 +160,7 @@ def test_the_command_runs_with_a_trace(tmp_path):
     values = json.loads(result.stdout.splitlines()[-1])
     assert values["outputs_equal"] is True
     assert values["tokens_compared"] == 2 * 8 * 32
-    assert "2 ranks, 1 layers, 8 experts in 10 slots" in result.stdout
+    assert "2 ranks, 1 layer, 8 experts in 10 slots" in result.stdout
     mix = demo_module._mix(DemoOptions(trace=str(path), mode="prefill", steps=8))
     np.testing.assert_allclose(mix, np.repeat([[0, 1], [1, 0]], 4, 0))
     mix = demo_module._mix(DemoOptions(trace=str(path), steps=8))

@@ -12,6 +12,7 @@ from ..formats.loads import LOAD_FORMATS, format_for_output, write_load
 from ..traces import LoadTrace
 from . import arguments
 from .loading import load_for
+from .wording import counted
 
 __all__ = ["convert", "with_first_layer"]
 
@@ -43,8 +44,8 @@ def convert(
         load = with_first_layer(load_for(source, settings), first_layer)
     write_load(output, load, form, top_k)
     Console().print(
-        f"{output}: {load.num_steps} steps, {load.num_layers} layers, {load.num_experts} experts "
-        f"({form.name})",
+        f"{output}: {counted(load.num_steps, 'step')}, {counted(load.num_layers, 'layer')}, "
+        f"{counted(load.num_experts, 'expert')} ({form.name})",
         highlight=False,
         soft_wrap=True,
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated
 
 import numpy as np
@@ -19,55 +20,67 @@ from ..config import DemoOptions
 from ..drift import topic_mix
 from ..errors import TopologyError, TraceError
 from ..folding import category_mix, decode_schedule
-from ..settings import Settings, load_settings
+from ..settings import Settings
 from ..topology import Topology
 from ..traces import LoadTrace, read_trace
 from ..warmup import warmup
+from .arguments import AsJson, Config, option, settings_for
 from .outcome import DemoOutcome, DemoTally, IntervalOutcome
 from .ranks import RankError, run_ranks
 from .serving import IntervalRecord, MetricsReady, StepDone, model_config, serve
+from .wording import counted
 
-__all__ = ["demo", "run_demo"]
+__all__ = ["SETTINGS", "demo", "run_demo"]
+
+
+SETTINGS: Mapping[str, str] = MappingProxyType(
+    {"metrics_port": "metrics.port"}
+    | {
+        name: f"demo.{name}"
+        for name in (
+            "ranks",
+            "layers",
+            "experts",
+            "slots",
+            "steps",
+            "tokens",
+            "interval",
+            "drift",
+            "trace",
+            "mode",
+            "seed",
+        )
+    }
+)
+"""The setting that each option stands for."""
 
 
 def demo(
-    ranks: Annotated[int | None, typer.Option(help="Processes, one for each rank.")] = None,
-    layers: Annotated[int | None, typer.Option(help="MoE layers of the model.")] = None,
-    experts: Annotated[int | None, typer.Option(help="Logical experts per layer.")] = None,
-    slots: Annotated[int | None, typer.Option(help="Physical experts over all ranks.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Batches that each rank serves.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Tokens of each batch, per rank.")] = None,
-    interval: Annotated[int | None, typer.Option(help="Steps between two rebalances.")] = None,
-    drift: Annotated[float | None, typer.Option(help="How strongly the mix of topics changes.")] = None,
+    context: typer.Context,
+    ranks: Annotated[int | None, option("demo.ranks", "Processes, one for each rank.")] = None,
+    layers: Annotated[int | None, option("demo.layers", "MoE layers of the model.")] = None,
+    experts: Annotated[int | None, option("demo.experts", "Logical experts per layer.")] = None,
+    slots: Annotated[int | None, option("demo.slots", "Physical experts over all ranks.")] = None,
+    steps: Annotated[int | None, option("demo.steps", "Batches that each rank serves.")] = None,
+    tokens: Annotated[int | None, option("demo.tokens", "Tokens of each batch, per rank.")] = None,
+    interval: Annotated[int | None, option("demo.interval", "Steps between two rebalances.")] = None,
+    drift: Annotated[float | None, option("demo.drift", "How strongly the mix of topics changes.")] = None,
     trace: Annotated[
-        str | None, typer.Option(help="Token trace whose categories of requests drive the topics.")
+        str | None, option("demo.trace", "Token trace whose categories of requests drive the topics.")
     ] = None,
-    mode: Annotated[str | None, typer.Option(help="With a trace: decode or prefill.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the model and of the traffic.")] = None,
+    mode: Annotated[str | None, option("demo.mode", "With a trace: decode or prefill.")] = None,
+    seed: Annotated[int | None, option("demo.seed", "Seed of the model and of the traffic.")] = None,
     metrics_port: Annotated[
-        int | None, typer.Option(help="Serve Prometheus metrics on this port meanwhile.")
+        int | None, typer.Option(help="Serve Prometheus metrics on this port meanwhile; unset: none.")
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file with options.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="End with one line of JSON.")] = False,
+    config: Config = None,
+    as_json: AsJson = False,
 ) -> None:
     """Serve a small MoE model on several processes, rebalance as its traffic drifts, check its outputs."""
-    given = {
-        "ranks": ranks,
-        "layers": layers,
-        "experts": experts,
-        "slots": slots,
-        "steps": steps,
-        "tokens": tokens,
-        "interval": interval,
-        "drift": drift,
-        "trace": trace,
-        "mode": mode,
-        "seed": seed,
-    }
-    overrides: dict[str, object] = {f"demo.{key}": value for key, value in given.items()}
+    settings = settings_for(context, SETTINGS)
     if metrics_port is not None:
-        overrides |= {"metrics.enabled": True, "metrics.port": metrics_port}
-    settings = load_settings(config, overrides)
+        metrics = settings.metrics.model_copy(update={"enabled": True})
+        settings = settings.model_copy(update={"metrics": metrics})
     outcome = run_demo(settings, Console(stderr=True))
     console = Console()
     console.print(_table(settings.demo, outcome.intervals))
@@ -145,8 +158,9 @@ def _mix(options: DemoOptions) -> npt.NDArray[np.float64]:
 
 def _table(options: DemoOptions, intervals: tuple[IntervalOutcome, ...]) -> Table:
     table = Table(
-        title=f"{options.ranks} ranks, {options.layers} layers, {options.experts} experts in "
-        f"{options.slots} slots, {options.ranks * options.tokens} tokens per step",
+        title=f"{counted(options.ranks, 'rank')}, {counted(options.layers, 'layer')}, "
+        f"{counted(options.experts, 'expert')} in {counted(options.slots, 'slot')}, "
+        f"{counted(options.ranks * options.tokens, 'token')} per step",
         caption="static, balanced: balancedness (mean / max rows per rank) while\n"
         "serving, never and regularly rebalanced. before, after: of the same\n"
         "steps under the placement in force and under the new one.\n"

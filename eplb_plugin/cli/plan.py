@@ -24,6 +24,7 @@ from ..window import fold_steps
 from . import arguments
 from .convert import with_first_layer
 from .loading import load_for, topology_for
+from .wording import counted
 
 __all__ = ["plan"]
 
@@ -46,6 +47,11 @@ def plan(
         int | None, typer.Option(help="Layer of the model that the load's first row is of (DeepSeek-V3: 3).")
     ] = None,
     mode: arguments.Mode = None,
+    batch: arguments.Batch = None,
+    max_tokens: arguments.MaxTokens = None,
+    steps: arguments.Steps = None,
+    drift: arguments.Drift = None,
+    seed: arguments.Seed = None,
     config: arguments.Config = None,
 ) -> None:
     """Plan a placement offline and write it for SGLang, TensorRT-LLM or another program.
@@ -83,8 +89,9 @@ def _table(
     peak = float(rank_loads(window, made.placement, topology).amax(2).mean(0).sum())
     bound = float(made.lower_bound.sum())
     table = Table(
-        title=f"{trace.name}: {trace.num_steps} steps, {trace.num_layers} layers, {trace.num_experts} "
-        f"experts in {topology.num_slots} slots on {topology.num_ranks} ranks",
+        title=f"{trace.name}: {counted(trace.num_steps, 'step')}, {counted(trace.num_layers, 'layer')}, "
+        f"{counted(trace.num_experts, 'expert')} in {counted(topology.num_slots, 'slot')} on "
+        f"{counted(topology.num_ranks, 'rank')}",
         box=box.SIMPLE_HEAD,
         show_header=False,
     )

@@ -30,6 +30,7 @@ def simulate(
     nodes: arguments.Nodes = None,
     groups: arguments.Groups = None,
     interval: arguments.Interval = None,
+    move_price: arguments.MovePrice = None,
     policies: arguments.Policies = None,
     mode: arguments.Mode = None,
     batch: arguments.Batch = None,

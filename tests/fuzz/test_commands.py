@@ -18,7 +18,6 @@ from eplb_plugin.traces import LoadTrace
 from .effort import effort
 from .parsers import PARSERS, odd
 
-
 COMMANDS = {
     "plan": lambda file, out: ["plan", file, "-o", out, "--ranks", "2"],
     "convert": lambda file, out: ["convert", file, out, "--to", "csv"],
