@@ -16,7 +16,7 @@ from .cache import TrialCache
 from .machine import Cost, Machine
 from .trial import Setting, Trial, try_setting
 
-__all__ = ["LEAST_STEPS", "Advice", "BackTest", "Rated", "advise", "similarity"]
+__all__ = ["LEAST_STEPS", "Advice", "BackTest", "Rated", "advise", "busy_layers", "similarity"]
 
 LEAST_STEPS = 16
 """Steps that a load needs to be split and still have something to plan from and to score."""
@@ -127,7 +127,8 @@ def advise(
         progress: told the trials done and the trials in all.
 
     Raises:
-        TraceError: the load is too short. TopologyError: the numbers do not fit together.
+        TraceError: the load is too short, or half of it for an interval.
+        TopologyError: the numbers do not fit together.
     """
     cache = cache or TrialCache(None)
     half = trace.num_steps // 2
@@ -136,6 +137,11 @@ def advise(
     first, second = (_part(trace, part) for part in (slice(0, half), slice(half, None)))
     slots = [trace.num_experts + extra for extra in redundant or _redundant(trace.num_experts, machine.ranks)]
     steps = list(intervals) or sorted({max(1, half // parts) for parts in _INTERVALS_PER_HALF})
+    if max(steps) >= half:
+        raise TraceError(
+            f"{trace.name} has {trace.num_steps} steps; with an interval of {max(steps)} none are left to "
+            f"score of the {half} in a half, on which settings are tried"
+        )
     asked = list(prices) or [planner.move_price, *(planner.move_price * x for x in _PRICES)]
     price, *more_prices = dict.fromkeys(asked)
     for count in slots:
@@ -159,7 +165,7 @@ def advise(
 
     def rate(setting: Setting) -> Rated:
         trial = attempt(first, setting)
-        cost = machine.cost(trial, setting, trace.num_experts, _busy_layers(trace))
+        cost = machine.cost(trial, setting, trace.num_experts, busy_layers(trace))
         speedup = trial.balancedness / static
         return Rated(setting, trial, speedup, cost, speedup * max(0.0, 1 - cost.transfer_share))
 
@@ -195,6 +201,11 @@ def similarity(one: torch.Tensor, other: torch.Tensor) -> float:
     return float(((rows[0] * rows[1]).sum(1) / (scale[0] * scale[1]))[usable].median())
 
 
+def busy_layers(trace: LoadTrace) -> int:
+    """Layers with experts: engines record dense layers as rows of zeros."""
+    return int((trace.load != 0).any(2).any(0).sum())
+
+
 def _part(trace: LoadTrace, steps: slice) -> LoadTrace:
     return LoadTrace(trace.load[steps].contiguous(), trace.name, trace.layer_ids)
 
@@ -211,11 +222,6 @@ def _static(trace: LoadTrace, machine: Machine) -> float:
     slots = -(-trace.num_experts // machine.ranks) * machine.ranks
     placement = Placement.default(trace.num_layers, trace.num_experts, slots)
     return balancedness(trace.load, placement, machine.topology(slots))
-
-
-def _busy_layers(trace: LoadTrace) -> int:
-    """Layers with experts: engines record dense layers as rows of zeros."""
-    return int((trace.load != 0).any(2).any(0).sum())
 
 
 def _best(rated: Sequence[Rated]) -> Rated:

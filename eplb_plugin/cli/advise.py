@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Annotated
 
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..advisor.advice import Advice, Rated
+from ..advisor.advice import Advice, Rated, busy_layers
 from ..advisor.advice import advise as sweep
 from ..advisor.cache import TrialCache
 from ..advisor.machine import Machine
@@ -25,6 +26,7 @@ from ..traces import LoadTrace
 from ..warmup import warmup
 from . import arguments
 from .loading import load_for
+from .wording import counted
 
 __all__ = ["advise"]
 
@@ -54,7 +56,9 @@ def advise(
     intervals: Annotated[
         list[int] | None, typer.Option("--interval", help="Steps between rebalances to try; repeat.")
     ] = None,
-    move_price: Annotated[list[float] | None, typer.Option(help="Prices of moves to try; repeat.")] = None,
+    prices: Annotated[
+        list[float] | None, typer.Option("--move-price", help="Prices of moves to try; repeat.")
+    ] = None,
     mode: arguments.Mode = None,
     batch: arguments.Batch = None,
     max_tokens: arguments.MaxTokens = None,
@@ -71,6 +75,21 @@ def advise(
         settings = settings.model_copy(
             update={"simulate": settings.simulate.model_copy(update={"steps": _STEPS})}
         )
+    _check_above_zero(
+        {
+            "--expert-mb": expert_mb,
+            "--bandwidth": bandwidth,
+            "--node-bandwidth": node_bandwidth,
+            "--step-ms": step_ms,
+        }
+    )
+    for count in redundant or ():
+        if count < 0:
+            raise ConfigError(f"--redundant: {count} is below 0")
+    for interval in intervals or ():
+        arguments.check_value("--interval", "rebalancer.interval", interval)
+    for price in prices or ():
+        arguments.check_value("--move-price", "planner.move_price", price)
     preset = _preset(trace, model, expert_mb)
     errors = Console(stderr=True)
     with errors.status("reading the load, and loading the planner (the first time, it is compiled)"):
@@ -95,13 +114,16 @@ def advise(
             settings.rebalancer,
             redundant=redundant or (),
             intervals=intervals or (),
-            prices=move_price or (),
+            prices=prices or (),
             cache=TrialCache(cache_folder() / "advise"),
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     console = Console()
     console.print(_table(load, machine, advice))
     said = verdict(advice, load.num_experts)
+    recorded = busy_layers(load)
+    if preset is not None and recorded < preset.layers:
+        said.append(f"{recorded} of {preset.layers} MoE layers are recorded: costs are of these.")
     for line in said:
         console.print(line, highlight=False)
     if as_json:
@@ -128,6 +150,12 @@ def asdict_advice(advice: Advice) -> dict[str, object]:
         "tried": [plain(item) for item in advice.rated],
         "cached": advice.cached,
     }
+
+
+def _check_above_zero(given: Mapping[str, float | None]) -> None:
+    for flag, value in given.items():
+        if value is not None and not 0 < value < float("inf"):
+            raise ConfigError(f"{flag}: {value:g} is not above 0")
 
 
 def _preset(trace: str, model: str | None, expert_mb: float | None) -> ModelPreset | None:
@@ -176,8 +204,9 @@ def _machine(
 
 def _table(load: LoadTrace, machine: Machine, advice: Advice) -> Table:
     table = Table(
-        title=f"{load.name}: {load.num_steps} steps, {load.num_layers} layers, {load.num_experts} "
-        f"experts of {machine.bytes_per_expert / 1e6:.1f} MB on {machine.ranks} ranks",
+        title=f"{load.name}: {counted(load.num_steps, 'step')}, {counted(load.num_layers, 'layer')}, "
+        f"{counted(load.num_experts, 'expert')} of {machine.bytes_per_expert / 1e6:.1f} MB on "
+        f"{counted(machine.ranks, 'rank')}",
         caption=f"balancedness: on steps that planning had not seen; without balancing {advice.static:.3f}. "
         "speed-up: of the MoE layers against that. links: share of the time in which the busiest rank's "
         f"links carry weights, at {1000 * machine.step_seconds:g} ms a step. memory: replicas, per rank."

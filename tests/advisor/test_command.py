@@ -65,8 +65,17 @@ def test_profiles_know_their_model(tmp_path, monkeypatch):
     few = ["--steps", 16, "--interval", 4, "--redundant", 0, "--move-price", 0, "--json"]
     content = json.loads(run("gpt-oss-20b", *few).splitlines()[-1])
     expected = model_preset("gpt-oss-20b").bytes_per_expert
+    assert not any("are recorded" in line for line in content["said"])
     # 40 ms a step: 22500 rebalances an hour.
     assert content["best"]["bytes_per_hour"] == pytest.approx(content["best"]["moves"] * expected * 22500)
+
+
+def test_layers_that_were_not_recorded_are_told(tmp_path, monkeypatch, steady):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    save_load_trace(tmp_path / "load.npz", steady)
+    few = ["--interval", 8, "--redundant", 0, "--move-price", 0]
+    out = run(tmp_path / "load.npz", "--model", "gpt-oss-20b", *few)
+    assert "2 of 24 MoE layers are recorded: costs are of these." in out
 
 
 @pytest.mark.parametrize(
@@ -76,7 +85,20 @@ def test_profiles_know_their_model(tmp_path, monkeypatch):
         (["LOAD", "--model", "x"], "no model 'x'"),
         (["LOAD", "--model", "glm-5", "--expert-mb", "3"], "both give the size of an expert"),
         (["LOAD", "--model", "glm-5"], "glm-5 has 256 experts"),
-        (["LOAD", "--expert-mb", "0"], "bytes_per_expert=0.0 is not above 0"),
+        (["LOAD", "--expert-mb", "0"], "--expert-mb: 0 is not above 0"),
+        (["LOAD", "--expert-mb", "-3"], "--expert-mb: -3 is not above 0"),
+        (["LOAD", "--expert-mb", "3", "--step-ms", "-4"], "--step-ms: -4 is not above 0"),
+        (["LOAD", "--expert-mb", "3", "--bandwidth", "nan"], "--bandwidth: nan is not above 0"),
+        (["LOAD", "--expert-mb", "3", "--redundant", "-1"], "--redundant: -1 is below 0"),
+        (
+            ["LOAD", "--expert-mb", "3", "--interval", "0"],
+            "--interval: Input should be greater than or equal",
+        ),
+        (["LOAD", "--expert-mb", "3", "--move-price", "-1"], "--move-price: Input should be greater than"),
+        (
+            ["LOAD", "--expert-mb", "3", "--interval", "32"],
+            "has 64 steps; with an interval of 32 none are left to score of the 32 in a half",
+        ),
         (["LOAD", "--expert-mb", "9", "--ranks", "4", "--redundant", "3"], "num_slots=35 is not divisible"),
     ],
 )
