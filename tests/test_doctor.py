@@ -125,14 +125,46 @@ def test_what_keeps_engines_from_loading_it_is_told(engines, monkeypatch):
     assert code == 1
     assert content["problems"] == [
         "VLLM_PLUGINS=other,more keeps vLLM from loading eplb_plugin",
-        "the plugin was tested with vLLM 0.32, not 0.31.0",
         "SGLang cannot find the plugin: no entry point eplb_plugin in the group sglang.srt.plugins",
-        "the plugin was tested with SGLang 0.5.23, not 0.6.0",
     ]
     result = run()
     assert result.exit_code == 1
     for line in content["problems"]:
         assert f"problem: {line}" in result.stdout
+
+
+def test_a_version_that_was_not_tested_is_no_problem(engines):
+    engines(vllm="0.31.0", sglang="0.6.0")
+    content, code = as_json()
+    assert (code, content["problems"]) == (0, [])
+    notes = [
+        "the plugin was tested with vLLM 0.32, not 0.31.0",
+        "the plugin was tested with SGLang 0.5.23, not 0.6.0",
+    ]
+    assert [line for engine in content["engines"] for line in engine["notes"]] == notes
+    said = run().stdout
+    for line in notes:
+        assert f"note: {line}" in said
+    assert "no problems found" in said
+
+
+@pytest.mark.parametrize("by_variable", [True, False])
+def test_options_for_vllm_are_shown_as_such(tmp_path, monkeypatch, by_variable):
+    path = tmp_path / "mine.yaml"
+    path.write_text("eplb_plugin: {enabled: true, planner: {seed: 3}}\nplanner: {seed: 4, num_candidates: 7}")
+    if by_variable:
+        monkeypatch.setenv("EPLB_PLUGIN_CONFIG", str(path))
+    content, code = as_json(*([] if by_variable else ["--config", path]))
+    assert code == 0
+    origin = f"{'the file of EPLB_PLUGIN_CONFIG' if by_variable else path}, for vLLM"
+    ours = {name: item for name, item in content["options"].items() if name.startswith("eplb_plugin.")}
+    assert ours == {
+        "eplb_plugin.enabled": {"value": True, "origin": origin},
+        "eplb_plugin.planner.seed": {"value": 3, "origin": origin},
+    }
+    assert content["options"]["planner.seed"] == {"value": 4, "origin": str(path)}
+    on = "on by the configuration file" if by_variable else f"on by {path}, where EPLB_PLUGIN_CONFIG names it"
+    assert content["engines"][0]["plugin"] == on
 
 
 def test_an_entry_point_to_nowhere_is_told(engines):
@@ -153,6 +185,10 @@ def test_a_wrong_section_for_vllm_is_told(tmp_path, monkeypatch):
     content, code = as_json()
     assert code == 1
     assert "enabld" in content["problems"][0]
+    monkeypatch.delenv("EPLB_PLUGIN_CONFIG")
+    content, code = as_json("--config", path)
+    assert code == 1
+    assert content["problems"][0].startswith(f"{path}: eplb_plugin: ")
 
 
 def test_the_self_test_notices_wrong_plans(monkeypatch):

@@ -14,8 +14,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ..integration.vllm_plugin import KEY
 from ..planning.backend import use_kernels
-from ..settings import Settings, load_settings
+from ..settings import CONFIG_VARIABLE, Settings, load_settings
 from .installation import EngineState, engine_states, package_versions
 from .selftest import SelfTest, self_test
 
@@ -40,9 +41,9 @@ def doctor(
     """
     settings = load_settings(config)
     with Console(stderr=True).status("testing (the first time, the planner is compiled)"):
-        versions, engines = package_versions(), engine_states()
+        versions, engines = package_versions(), engine_states(config)
         backend, tested = _backend(settings), self_test(settings.planner)
-    options = _options(settings)
+    options = _options(settings) | _engine_options(engines, config)
     problems = [*tested.problems, *(line for engine in engines for line in engine.problems)]
     if as_json:
         content = {
@@ -100,6 +101,9 @@ def _show(
         style = None if option.origin == "default" else "bold"
         table.add_row(name, json.dumps(option.value), option.origin, style=style)
     console.print(table)
+    for engine in engines:
+        for line in engine.notes:
+            console.print(f"note: {line}", style="yellow", highlight=False, soft_wrap=True)
     for line in problems:
         console.print(f"problem: {line}", style="bold red", highlight=False, soft_wrap=True)
     if not problems:
@@ -135,3 +139,13 @@ def _options(settings: Settings) -> dict[str, _Option]:
             if section in _ALWAYS_SHOWN or origin != "default":
                 found[name] = _Option(value, origin)
     return found
+
+
+def _engine_options(engines: list[EngineState], config: Path | None) -> dict[str, _Option]:
+    """The options that the file has for engines alone; commands do not look at them."""
+    file = config or f"the file of {CONFIG_VARIABLE}"
+    return {
+        f"{KEY}.{name}": _Option(value, f"{file}, for {engine.name}")
+        for engine in engines
+        for name, value in engine.options.items()
+    }

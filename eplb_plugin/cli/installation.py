@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, entry_points, packages_distributions, version
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 from ..errors import ConfigError
+from ..files import read_yaml
 from ..integration.sglang_options import ALGORITHM
 from ..integration.sglang_plugin import TESTED_VERSIONS
-from ..integration.vllm_plugin import TESTED, vllm_options
+from ..integration.vllm_plugin import KEY, TESTED, VllmOptions, vllm_options
+from ..settings import CONFIG_VARIABLE, read_section
 from ..surroundings import allowed_plugins
 
 __all__ = ["EngineState", "engine_states", "package_versions"]
@@ -26,12 +31,16 @@ class EngineState:
         version: of the installed package, with the package's name where that is another; None if absent.
         plugin: whether it would load the plugin, and what switches it on.
         problems: what is in the way, one line for each.
+        notes: what is worth knowing and in nobody's way, the same.
+        options: those that the file has for this engine alone, and what they come to.
     """
 
     name: str
     version: str | None
     plugin: str
     problems: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def package_versions() -> dict[str, str | None]:
@@ -45,32 +54,52 @@ def package_versions() -> dict[str, str | None]:
     return found
 
 
-def engine_states() -> list[EngineState]:
-    """What is known of each engine from its metadata, the environment and the configuration file."""
-    return [_vllm(), _sglang()]
+def engine_states(config: Path | None = None) -> list[EngineState]:
+    """What is known of each engine from its metadata, the environment and the configuration file.
+
+    Args:
+        config: the file, if not the one that EPLB_PLUGIN_CONFIG names, which engines read.
+
+    Raises:
+        ConfigError, TraceError: the file cannot be read.
+    """
+    return [_vllm(config), _sglang()]
 
 
-def _vllm() -> EngineState:
-    installed, problems = _installed("vllm"), []
+def _vllm(config: Path | None) -> EngineState:
+    installed, problems, notes = _installed("vllm"), [], []
     plugin = 'off in the configuration; on with --additional-config \'{"eplb_plugin": {"enabled": true}}\''
+    options: dict[str, Any] = {}
+    section = read_section(KEY) if config is None else (read_yaml(config, 2**20, 10_000) or {}).get(KEY, {})
     try:
-        if vllm_options(None).enabled:
-            plugin = "on by the configuration file"
+        found = vllm_options(None if config is None else {KEY: section})
+        options = _given(found, section or {})
+        if found.enabled:
+            named = "" if config is None else f" {config}, where {CONFIG_VARIABLE} names it"
+            plugin = f"on by{named or ' the configuration file'}"
     except ConfigError as error:
-        problems.append(str(error))
+        told = str(error)
+        problems.append(told if config is None else f"{config}: {told.removeprefix('additional_config: ')}")
     if installed is not None:
         problems += _way_in("vLLM", "vllm.general_plugins", "VLLM_PLUGINS", empty_is_all=False)
-        problems += _tested("vLLM", installed, TESTED)
-    return EngineState("vLLM", installed, plugin, tuple(problems))
+        notes += _tested("vLLM", installed, TESTED)
+    return EngineState("vLLM", installed, plugin, tuple(problems), tuple(notes), options)
+
+
+def _given(options: VllmOptions, section: Mapping[str, Any]) -> dict[str, Any]:
+    """What the options in a section came to, those of the planner as `planner.option`."""
+    given = {name: value for name, value in options.model_dump(mode="json").items() if name in section}
+    planner = given.pop("planner", {})
+    return given | {f"planner.{name}": planner[name] for name in section.get("planner", {})}
 
 
 def _sglang() -> EngineState:
-    installed, problems = _installed("sglang"), []
+    installed, problems, notes = _installed("sglang"), [], []
     if installed is not None:
         problems += _way_in("SGLang", "sglang.srt.plugins", "SGLANG_PLUGINS", empty_is_all=True)
-        problems += _tested("SGLang", installed, TESTED_VERSIONS)
+        notes += _tested("SGLang", installed, TESTED_VERSIONS)
     plugin = f"on in servers started with --enable-eplb --eplb-algorithm {ALGORITHM}"
-    return EngineState("SGLang", installed, plugin, tuple(problems))
+    return EngineState("SGLang", installed, plugin, tuple(problems), tuple(notes))
 
 
 def _installed(module: str) -> str | None:
