@@ -169,7 +169,9 @@ def _start(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
 def _in_time_order(original: Callable[..., torch.Tensor], buffer: Any) -> torch.Tensor:
     """SGLang's ring of steps from the oldest on; it goes round by the steps that chunks of layers take."""
     steps = original(buffer)
-    return steps.roll(-buffer._curr_index, 0) if is_ours(_algorithm_in_use()) else steps
+    # Rolling copies the whole ring; without chunks of layers it is full, and in order, when it is asked for.
+    in_order = buffer._curr_index == 0 or not is_ours(_algorithm_in_use())
+    return steps if in_order else steps.roll(-buffer._curr_index, 0)
 
 
 def _algorithm_in_use() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import subprocess
@@ -13,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 import typer
+from rich.console import Console
 from typer.testing import CliRunner
 
-from eplb_plugin.cli import app, arguments, main
+from eplb_plugin.cli import app, arguments, main, patience
 from eplb_plugin.cli import demo as demo_module
 from eplb_plugin.cli.loading import load_for
 from eplb_plugin.errors import ConfigError, TraceError
@@ -73,6 +75,37 @@ def test_simulate_compares_policies(load_file):
 
 def test_a_missing_argument_is_a_usage_error():
     assert run("simulate").exit_code == 2
+
+
+def test_without_a_terminal_a_long_silence_is_explained(monkeypatch):
+    """What the timer is asked to do, since nothing is to depend on how long anything takes."""
+    timers = []
+
+    class Recorded:
+        def __init__(self, seconds, function, args, kwargs):
+            self.call, self.state = (function, args, kwargs), "made"
+            timers.append(self)
+
+        def start(self):
+            self.state = "started"
+
+        def cancel(self):
+            self.state = "cancelled"
+
+    monkeypatch.setattr(patience, "Timer", Recorded)
+    said = io.StringIO()
+    with patience.compiling(Console(file=said), "testing"):
+        (timer,) = timers
+        assert timer.state == "started"
+        assert said.getvalue() == ""
+        function, args, kwargs = timer.call
+        function(*args, **kwargs)
+    assert timer.state == "cancelled"
+    assert said.getvalue().count("\n") == 1
+    assert "the first time it is compiled" in said.getvalue()
+    with patience.compiling(Console(file=said, force_terminal=True), "testing"):
+        pass
+    assert len(timers) == 1
 
 
 def test_the_price_of_moves_can_be_given(load_file):

@@ -26,6 +26,7 @@ from ..traces import LoadTrace
 from ..warmup import warmup
 from . import arguments
 from .loading import load_for
+from .patience import compiling
 from .wording import counted
 
 __all__ = ["advise"]
@@ -92,9 +93,10 @@ def advise(
         arguments.check_value("--move-price", "planner.move_price", price)
     preset = _preset(trace, model, expert_mb)
     errors = Console(stderr=True)
-    with errors.status("reading the load, and loading the planner (the first time, it is compiled)"):
+    with errors.status("reading the load"):
         load = load_for(trace, settings)
-        _check_fit(load, model, preset)
+    _check_fit(load, model, preset)
+    with compiling(errors, "loading the planner"):
         warmup()
     machine = _machine(settings, preset, expert_mb, bandwidth, node_bandwidth, step_ms)
     bar = Progress(

@@ -26,6 +26,7 @@ from ..traces import LoadTrace, read_trace
 from ..warmup import warmup
 from .arguments import AsJson, Config, option, settings_for
 from .outcome import DemoOutcome, DemoTally, IntervalOutcome
+from .patience import compiling
 from .ranks import RankError, run_ranks
 from .serving import IntervalRecord, MetricsReady, StepDone, model_config, serve
 from .wording import counted
@@ -108,7 +109,7 @@ def run_demo(settings: Settings, console: Console) -> DemoOutcome:
     rebalancer = settings.rebalancer.model_copy(
         update={"interval": options.interval, "background_share": 1.0}
     )
-    with console.status("loading the planner (the first time it is compiled, which takes a while)"):
+    with compiling(console, "loading the planner"):
         warmup()
     bar = Progress(
         TextColumn("serving"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeElapsedColumn()

@@ -18,6 +18,7 @@ from ..integration.vllm_plugin import KEY
 from ..planning.backend import use_kernels
 from ..settings import CONFIG_VARIABLE, Settings, load_settings
 from .installation import EngineState, engine_states, package_versions
+from .patience import compiling
 from .selftest import SelfTest, self_test
 
 __all__ = ["doctor"]
@@ -40,7 +41,7 @@ def doctor(
     Exit code 1 means that something is wrong; it is said at the end.
     """
     settings = load_settings(config)
-    with Console(stderr=True).status("testing (the first time, the planner is compiled)"):
+    with compiling(Console(stderr=True), "testing"):
         versions, engines = package_versions(), engine_states(config)
         backend, tested = _backend(settings), self_test(settings.planner)
     options = _options(settings) | _engine_options(engines, config)

@@ -24,6 +24,7 @@ from ..window import fold_steps
 from . import arguments
 from .convert import with_first_layer
 from .loading import load_for, topology_for
+from .patience import compiling
 from .wording import counted
 
 __all__ = ["plan"]
@@ -71,7 +72,7 @@ def plan(
     alike = {"snapshot_decay": 1.0, "persistence": 0.0}
     unset = {name: value for name, value in alike.items() if f"planner.{name}" not in settings.origins}
     options = settings.planner.model_copy(update=unset)
-    with errors.status("planning"):
+    with compiling(errors, "planning"):
         warmup()
         made = plan_placement(window, topology, in_force, options)
     write_placement(output, made.placement, trace.layer_ids, topology, form)

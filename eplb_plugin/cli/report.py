@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -15,8 +16,10 @@ from ..report.page import picture_set, write_page
 from ..report.replay import replay
 from ..report.style import pictures
 from ..simulation import policy_setup
+from ..warmup import warmup
 from . import arguments
 from .loading import fit_interval, load_for, topology_for, with_interval
+from .patience import compiling
 
 __all__ = ["report"]
 
@@ -63,9 +66,14 @@ def report(
             task = bar.add_task(f"{source}: reading", total=None)
             load = load_for(source, settings, alone=len(traces) == 1)
             fitting = fit_interval(settings, load)
+            topology = topology_for(load, fitting.simulate)
+            bar.update(task, description=f"{source}: loading the planner")
+            # A terminal has the bar.
+            with nullcontext() if errors.is_terminal else compiling(errors, ""):
+                warmup()
             done = replay(
                 load,
-                topology_for(load, fitting.simulate),
+                topology,
                 fitting.simulate.policies,
                 fitting.planner,
                 fitting.rebalancer,

@@ -17,6 +17,7 @@ from ..traces import LoadTrace
 from ..warmup import warmup
 from . import arguments
 from .loading import fit_interval, load_for, topology_for
+from .patience import compiling
 from .wording import counted
 
 __all__ = ["simulate"]
@@ -45,10 +46,11 @@ def simulate(
     settings = arguments.settings_for(context)
     setups = [policy_setup(name, settings.planner) for name in settings.simulate.policies]
     errors = Console(stderr=True)
-    with errors.status("reading the load, and loading the planner (the first time, it is compiled)"):
+    with errors.status("reading the load"):
         load = load_for(trace, settings)
-        options = fit_interval(settings, load).rebalancer
-        topology = topology_for(load, settings.simulate)
+    options = fit_interval(settings, load).rebalancer
+    topology = topology_for(load, settings.simulate)
+    with compiling(errors, "loading the planner"):
         warmup()
     results: list[SimulationResult] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("rebalances"))
