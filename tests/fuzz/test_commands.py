@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from eplb_plugin.cli import main
 from eplb_plugin.formats.loads import LOAD_FORMATS, write_load
 from eplb_plugin.traces import LoadTrace
+from eplb_plugin.warmup import warmup
 
 from .effort import effort
 from .parsers import PARSERS, odd
@@ -25,6 +26,12 @@ COMMANDS = {
     "simulate": lambda file, out: ["simulate", file, "--ranks", "2", "--interval", "1"],
 }
 LOADS = ["load", "tokens", "sglang", "benchmark", "csv"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _planner_is_loaded():
+    """So that no command tells that it takes long, a line that would be there or not by the machine."""
+    warmup()
 
 
 @pytest.fixture(autouse=True)
