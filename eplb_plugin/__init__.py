@@ -1,5 +1,7 @@
 """Expert-parallel load balancing for mixture-of-experts serving engines."""
 
+from typing import TYPE_CHECKING
+
 from .config import MetricsOptions, PlannerOptions, RebalancerOptions
 from .elastic import regroup
 from .errors import (
@@ -61,3 +63,15 @@ __all__ = [
     "TransferError",
     "UndecidedError",
 ]
+
+if TYPE_CHECKING:
+    __version__: str
+else:
+
+    def __getattr__(name: str) -> str:
+        """`__version__`, looked up when asked for: a checkout that is not installed has none."""
+        if name != "__version__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib.metadata import version
+
+        return version("eplb-plugin")

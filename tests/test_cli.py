@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
+import eplb_plugin
 from eplb_plugin.cli import app, arguments, main, patience
 from eplb_plugin.cli import demo as demo_module
 from eplb_plugin.cli.loading import load_for
@@ -272,7 +273,8 @@ def test_errors_are_one_line_and_exit_code_2(monkeypatch, capsys, args, message)
 
 
 def test_the_version():
-    assert run("--version").stdout.strip() == version("eplb-plugin")
+    assert run("--version").stdout.strip() == version("eplb-plugin") == eplb_plugin.__version__
+    assert not hasattr(eplb_plugin, "__versions__")
 
 
 def test_the_command_is_installed():
