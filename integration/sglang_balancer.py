@@ -79,7 +79,7 @@ class SglangBalancer:
         """
         ranks, options = _ranks(current.device), self.options.model_dump_json()
         # A rank without the plugin does not answer, and then this is the last line.
-        _logger.info("eplb-plugin: rank %d of %d compares its options with the others'", ranks.rank, ranks.size)
+        _logger.info("eplb-plugin: rank %d of %d waits to compare its options", ranks.rank, ranks.size)
         ranks.agree("the options of the planner", fingerprint(options))
         ranks.agree("the map in force", fingerprint(current))
         Placement(current, num_logical)
