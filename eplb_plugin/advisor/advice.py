@@ -127,7 +127,7 @@ def advise(
         progress: told the trials done and the trials in all.
 
     Raises:
-        TraceError: the load is too short, or half of it for an interval.
+        TraceError: the load is too short, or half of it for an interval; or half of it has no tokens.
         TopologyError: the numbers do not fit together.
     """
     cache = cache or TrialCache(None)
@@ -135,6 +135,9 @@ def advise(
     if trace.num_steps < LEAST_STEPS:
         raise TraceError(f"{trace.name} has {trace.num_steps} steps; advice needs {LEAST_STEPS} at least")
     first, second = (_part(trace, part) for part in (slice(0, half), slice(half, None)))
+    for name, part in (("first", first), ("second", second)):
+        if not bool(part.load.any()):
+            raise TraceError(f"{trace.name}: its {name} half, {part.num_steps} steps, has no tokens")
     slots = [trace.num_experts + extra for extra in redundant or _redundant(trace.num_experts, machine.ranks)]
     steps = list(intervals) or sorted({max(1, half // parts) for parts in _INTERVALS_PER_HALF})
     if max(steps) >= half:

@@ -153,4 +153,9 @@ def test_loads_and_slots_that_do_not_do(steady):
         advise(steady, machine_of(), PLANNER, REBALANCER, redundant=[3])
     with pytest.raises(TraceError, match="none are left to score"):
         advise(steady, machine_of(), PLANNER, REBALANCER, intervals=[32])
+    for name, half in (("first", slice(0, 32)), ("second", slice(32, None))):
+        idle = steady.load.clone()
+        idle[half] = 0
+        with pytest.raises(TraceError, match=f"its {name} half, 32 steps, has no tokens"):
+            advise(LoadTrace(idle), machine_of(), PLANNER, REBALANCER)
     advise(LoadTrace(steady.load[:16]), machine_of(), PLANNER, REBALANCER, prices=[0.012])
