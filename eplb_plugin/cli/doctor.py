@@ -96,7 +96,8 @@ def _show(
     ]
     console.print(_table("Planning", rows))
     table = Table(title="Options in force", title_justify="left", box=box.SIMPLE_HEAD)
-    for name in ("option", "value", "from"):
+    table.add_column("option", no_wrap=True)
+    for name in ("value", "from"):
         table.add_column(name, overflow="fold")
     for name, option in options.items():
         style = None if option.origin == "default" else "bold"
