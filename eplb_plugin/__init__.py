@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING
 
 from .config import MetricsOptions, PlannerOptions, RebalancerOptions
-from .elastic import regroup
 from .errors import (
     AgreementError,
     ConfigError,
@@ -20,8 +19,9 @@ from .metrics import balancedness, count_moves, rank_loads
 from .metrics_server import MetricsServer, serve_metrics
 from .migration import MigrationPlan, plan_migration
 from .placement import Placement
-from .planning.packing import balanced_packing
 from .planning.planner import Plan, plan, rebalance_experts
+from .planning.tensors.packing import balanced_packing
+from .regroup import regroup
 from .runtime.rebalancer import Rebalancer, RebalanceReport
 from .topology import Topology
 from .warmup import warmup

@@ -8,7 +8,7 @@ from functools import cache
 
 import torch
 
-from ..surroundings import metrics_folder
+from ..environment import metrics_folder
 from ..telemetry import Telemetry
 from .engine_options import EngineOptions
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import version as version_of
 from typing import Any
 
+from ..environment import pass_on
 from ..errors import ConfigError
 from ..settings import CONFIG_VARIABLE, ENV_PREFIX, read_section
-from ..surroundings import pass_on
 from .engine_options import EngineOptions, options_in_settings
 from .vllm_agreement import announce
 from .vllm_policy import VllmPolicy

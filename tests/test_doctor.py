@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from eplb_plugin.cli import app, installation, selftest
 from eplb_plugin.config import PlannerOptions
+from eplb_plugin.environment import allowed_plugins, cache_folder
 from eplb_plugin.planning import planner
-from eplb_plugin.surroundings import allowed_plugins, cache_folder
 
 
 @pytest.fixture(autouse=True)

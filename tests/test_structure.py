@@ -26,7 +26,7 @@ LAYERS = [
         "metrics",
         "window",
         "migration",
-        "elastic",
+        "regroup",
         "npz",
         "files",
         "drift",
@@ -39,7 +39,7 @@ LAYERS = [
     {"report", "advisor"},
     {"runtime"},
     {"telemetry", "metrics_server"},
-    {"settings", "surroundings"},
+    {"settings", "environment"},
     {"integration"},
     {"cli"},
 ]
@@ -96,7 +96,7 @@ def test_only_the_settings_read_the_environment(path, package):
     to make a group."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Attribute) and node.attr in {"environ", "getenv"}:
-            assert path.name in {"settings.py", "surroundings.py", "ranks.py", "nccl.py"}, (
+            assert path.name in {"settings.py", "environment.py", "ranks.py", "nccl.py"}, (
                 f"{path}:{node.lineno}"
             )
 

@@ -19,9 +19,9 @@ from ..advisor.cache import TrialCache
 from ..advisor.machine import Machine
 from ..advisor.models import ModelPreset, model_preset, model_presets
 from ..advisor.verdict import is_worth_it, verdict
+from ..environment import cache_folder
 from ..errors import ConfigError
 from ..settings import Settings
-from ..surroundings import cache_folder
 from ..traces import LoadTrace
 from ..warmup import warmup
 from . import arguments

@@ -9,13 +9,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..environment import allowed_plugins
 from ..errors import ConfigError
 from ..files import read_yaml
 from ..integration.sglang_options import ALGORITHM
 from ..integration.sglang_plugin import TESTED_VERSIONS
 from ..integration.vllm_plugin import KEY, TESTED, VllmOptions, vllm_options
 from ..settings import CONFIG_VARIABLE, read_section
-from ..surroundings import allowed_plugins
 
 __all__ = ["EngineState", "engine_states", "package_versions"]
 

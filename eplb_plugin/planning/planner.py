@@ -20,12 +20,12 @@ from .bounds import peak_lower_bound
 from .distinct import part_repeats
 from .elastic import complete, missing_experts
 from .forecast import expected_load
-from .from_scratch import place_by_ensemble, place_greedily
 from .hierarchy import effective_topology
-from .living import Living, living_part
+from .living_ranks import Living, living_part
 from .search import search_placement
 from .settling import settle
-from .single_look import plan_with_one_look
+from .tensors.from_scratch import place_by_ensemble, place_greedily
+from .tensors.single_look import plan_with_one_look
 
 __all__ = ["Plan", "plan", "rebalance_experts"]
 

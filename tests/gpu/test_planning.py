@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import eplb_plugin as eplb
-from eplb_plugin.planning import packing, planner, single_look
-from eplb_plugin.planning.looking import look
+from eplb_plugin.planning import planner
+from eplb_plugin.planning.tensors import packing, single_look
+from eplb_plugin.planning.tensors.host_waits import look
 
 SIZES = [
     # layers, experts, slots, groups, nodes, ranks

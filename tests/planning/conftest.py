@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from eplb_plugin.planning import packing, planner
+from eplb_plugin.planning import planner
+from eplb_plugin.planning.tensors import packing
 
 
 @pytest.fixture(params=["kernels", "tensors"], scope="module", autouse=True)

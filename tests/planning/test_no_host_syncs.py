@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import eplb_plugin as eplb
-from eplb_plugin.planning import packing, refinement, single_look
-from eplb_plugin.planning.looking import look
+from eplb_plugin.planning.tensors import packing, refinement, single_look
+from eplb_plugin.planning.tensors.host_waits import look
 
 from .fake_gpu import WaitError, Watch, fake_gpu
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .exact import row_hash, uniform_noise
+from ..exact import row_hash, uniform_noise
 from .packing_batch import Packings, over_snapshots
 
 __all__ = ["candidate_packings", "handing_orders"]

@@ -6,13 +6,13 @@ from functools import partial
 
 import torch
 
-from ..config import PlannerOptions
-from ..topology import Topology
-from .exact import to_exact
-from .greedy import lpt_packing
-from .hierarchy import place_from_scratch
+from ...config import PlannerOptions
+from ...topology import Topology
+from ..exact import to_exact
+from ..greedy import lpt_packing
+from ..hierarchy import place_from_scratch
+from ..replication import replica_slots, replicate
 from .packing import best_packing
-from .replication import replica_slots, replicate
 
 __all__ = ["place_by_ensemble", "place_greedily"]
 

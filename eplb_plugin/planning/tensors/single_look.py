@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import torch
 
-from ..config import PlannerOptions
-from ..load import check_values, zero_if_bad
-from ..placement import Placement
-from ..topology import Topology
-from .distinct import shared_replicas
-from .forecast import expected_load
+from ...config import PlannerOptions
+from ...load import check_values, zero_if_bad
+from ...placement import Placement
+from ...topology import Topology
+from ..distinct import shared_replicas
+from ..forecast import expected_load
+from ..living_ranks import Living
+from ..replication import replica_slots
+from ..settling import Settled, mean_balancedness
 from .from_scratch import place_by_ensemble, place_greedily
-from .living import Living
-from .looking import look
-from .replication import replica_slots
-from .settling import Settled, mean_balancedness
+from .host_waits import look
 
 __all__ = ["plan_with_one_look"]
 

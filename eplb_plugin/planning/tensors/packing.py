@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import torch
 
-from ..config import PlannerOptions
-from ..load import check_values, to_snapshots, zero_if_bad
-from .backend import use_kernels
+from ...config import PlannerOptions
+from ...load import check_values, to_snapshots, zero_if_bad
+from ..backend import use_kernels
+from ..compiled import pack_rows
+from ..exact import to_exact
+from ..greedy import items_per_pack, lpt_packing
 from .candidates import candidate_packings
-from .compiled import pack_rows
-from .exact import to_exact
-from .greedy import items_per_pack, lpt_packing
-from .looking import look
+from .host_waits import look
 from .packing_batch import Packings
 from .parting import part_replicas
 from .refinement import even_out, relieve
