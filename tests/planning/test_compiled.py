@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import eplb_plugin as eplb
-from eplb_plugin.planning import layer_threads
+from eplb_plugin.planning import forecast_kernels, kernels, layer_threads, table_kernels
 
 TOPOLOGY = eplb.Topology(num_ranks=8, num_slots=72)
 
@@ -43,10 +43,34 @@ def test_a_failure_in_any_chunk_is_raised(monkeypatch):
         layer_threads.over_layers(work, torch.ones(2, 64, 64))
 
 
-def test_warmup_of_any_topology():
-    eplb.warmup()
-    eplb.warmup(eplb.Topology(num_nodes=2, num_ranks=6, num_slots=12, num_groups=4))
-    eplb.warmup(eplb.Topology(num_ranks=1, num_slots=1))
+def compiled_versions() -> dict[str, int]:
+    """How often each function that Python calls was compiled or loaded."""
+    entrances = {
+        **{name: getattr(kernels, name) for name in kernels.__all__},
+        **{name: getattr(table_kernels, name) for name in ("peak_loads", "keep_slots", "count_shared")},
+        "expect_loads": forecast_kernels.expect_loads,
+    }
+    return {name: len(function.signatures) for name, function in entrances.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "topology",
+    [
+        eplb.Topology(num_ranks=1, num_slots=12),
+        eplb.Topology(num_nodes=2, num_ranks=6, num_slots=12, num_groups=4),
+        eplb.Topology(num_ranks=3, num_slots=14, rank_slots=(5, 5, 4)),
+    ],
+)
+def test_after_warmup_nothing_is_compiled(topology, dtype):
+    eplb.warmup(topology)
+    before = compiled_versions()
+    load = torch.randint(1, 100, (4, 3, 12)).to(dtype)
+    start = eplb.plan(load[0], topology).placement
+    for window in (load[:1], load, load.permute(0, 2, 1).contiguous().permute(0, 2, 1)):
+        planned = eplb.plan(window, topology, start)
+        assert (planned.lower_bound > 0).all()
+    assert compiled_versions() == before
 
 
 @pytest.mark.timeout(600)  # where nothing is compiled yet
