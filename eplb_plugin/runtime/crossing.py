@@ -157,12 +157,14 @@ class Crossing:
         fence = pace.propose()
         steps: list[int] = []
         lost: Exception | None = None
+        # A rank with damaged arrivals is not ready: it proposes no step.
+        value = _NOBODY_TO_ASK if not can_ask else _DAMAGED if self.bad else fence
         try:
-            # A rank with damaged arrivals is not ready: it proposes no step.
-            value = _NOBODY_TO_ASK if not can_ask else _DAMAGED if self.bad else fence
             steps = channels.control.vote(phase, self._error, value, TransferError)
         except Exception as caught:
-            if isinstance(caught, EplbError) and not isinstance(caught, RankLostError):
+            told = isinstance(caught, EplbError) and not isinstance(caught, RankLostError)
+            if told or value < 0 or self._error is not None:
+                # Nobody switches over without the vote of this rank.
                 pace.release(None)
                 raise
             # Others may have every vote, so this rank has to ask what became of it.

@@ -62,7 +62,7 @@ class Decisions:
         try:
             return store is None or bool(self._ask(lambda: [store.check(["any"])]))
         except Exception as error:
-            _logger.error("the store, which has the last word on every commit, does not answer: %s", error)
+            _logger.warning("the store, which has the last word on every commit, does not answer: %s", error)
             return False
 
     def forget(self, *, delete: bool) -> None:

@@ -63,7 +63,7 @@ def main(folder: Path, phase: str, mode: str) -> None:
         at_phases(once(phase, wait_for_the_cut)) if entering else nullcontext(),
     ):
         # The client of a store that is cut off waits as long as TCP does, in a thread that is given up on.
-        survivor = service.outlive(2 * LIMIT + MARGIN, left_over="eplb-decision" if second else "")
+        survivor = service.outlive(2 * LIMIT + MARGIN, left_over="eplb-decisions" if second else "")
     written = folder / f"new.{seat.rank}"
     more = {"wrong": service.model.wrong_slots(), "crossed": any(rank < RANKS_PER_HOST for rank in peers)}
     written.write_text(json.dumps(asdict(survivor) | more))
