@@ -27,8 +27,8 @@ STORED = 1024  # bytes that a rebalance may leave in a store that is a file, sin
 
 
 def use(seat: Seat) -> Use:
-    """Between two rebalances, with no thread of the balancer's under way."""
-    while any(thread.name.startswith("eplb-") for thread in threading.enumerate()):
+    """Between two rebalances, with no thread of the balancer's under way but the one that asks the store."""
+    while any(t.name.startswith("eplb-") and t.name != "eplb-decisions" for t in threading.enumerate()):
         time.sleep(0.001)
     gc.collect()
     rollup = Path("/proc/self/smaps_rollup").read_text().split()
