@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 import eplb_plugin as eplb
-from eplb_plugin.traffic import generate
+from eplb_plugin.offline.synthetic_traffic import generate
 
 ROUNDS = 4
 

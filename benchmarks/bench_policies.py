@@ -24,10 +24,11 @@ from rich.console import Console
 from rich.table import Table
 
 import eplb_plugin as eplb
-from eplb_plugin.folding import fold_decode, fold_prefill
-from eplb_plugin.simulation import PolicySetup, SimulationResult, policy_setup, simulate
-from eplb_plugin.traces import LoadTrace, TokenTrace, read_trace
-from eplb_plugin.traffic import generate
+from eplb_plugin.formats.loads import read_trace
+from eplb_plugin.offline.simulation import PolicySetup, SimulationResult, policy_setup, simulate
+from eplb_plugin.offline.synthetic_traffic import generate
+from eplb_plugin.offline.token_replay import fold_decode, fold_prefill
+from eplb_plugin.offline.traces import LoadTrace, TokenTrace
 
 TRACES = Path(__file__).resolve().parent.parent.parent / "shared" / "traces"
 PRICES = (0.0, 0.001, 0.003, 0.009, 0.02, 0.05)

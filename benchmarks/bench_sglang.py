@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 import eplb_plugin as eplb
-from eplb_plugin.traces import LoadTrace
-from eplb_plugin.traffic import generate
+from eplb_plugin.offline.synthetic_traffic import generate
+from eplb_plugin.offline.traces import LoadTrace
 
 INTERVAL = 128
 INTERVALS = 8
@@ -69,7 +69,7 @@ def run(case: Case, name: str) -> dict[str, object]:
     from sglang.srt.eplb import eplb_algorithms
     from sglang.srt.eplb.expert_location import set_global_expert_location_metadata
 
-    from eplb_plugin.integration import sglang_plugin
+    from eplb_plugin.integration.sglang import plugin as sglang_plugin
 
     sglang_plugin._balancer.cache_clear()  # a server of its own: no history from the last case
     trace, topology = case.trace, case.topology

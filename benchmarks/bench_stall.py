@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 import eplb_plugin as eplb
-from eplb_plugin.cli.ranks import run_ranks
+from eplb_plugin.cli.demo.ranks import run_ranks
 from eplb_plugin.integration.torch_moe import MoEConfig, MoEModel
 from eplb_plugin.runtime.rebalancer import RebalanceReport
 

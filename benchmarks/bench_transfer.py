@@ -25,10 +25,10 @@ from rich.console import Console
 from rich.table import Table
 
 import eplb_plugin as eplb
-from eplb_plugin.cli.ranks import run_ranks
-from eplb_plugin.runtime.moving import Move
-from eplb_plugin.runtime.pace import AtOnce
-from eplb_plugin.runtime.weights import ExpertWeights
+from eplb_plugin.cli.demo.ranks import run_ranks
+from eplb_plugin.runtime.control.scheduling import AtOnce
+from eplb_plugin.runtime.relocation import Move
+from eplb_plugin.runtime.weights.expert_weights import ExpertWeights
 
 SLOTS_PER_RANK = 8
 MOVED = 2e9  # bytes per rank and case that are moved at least, however few a move has

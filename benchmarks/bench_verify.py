@@ -21,10 +21,10 @@ from rich.console import Console
 from rich.table import Table
 
 from eplb_plugin import Placement, Topology
-from eplb_plugin.runtime.collectives import RankGroup
-from eplb_plugin.runtime.fingerprints import Coverage, ExpertFingerprints
-from eplb_plugin.runtime.staging import Arrival
-from eplb_plugin.runtime.weights import ExpertWeights
+from eplb_plugin.runtime.control.rank_group import RankGroup
+from eplb_plugin.runtime.verify.fingerprints import Coverage, ExpertFingerprints
+from eplb_plugin.runtime.weights.expert_weights import ExpertWeights
+from eplb_plugin.runtime.weights.staging import Arrival
 
 SLOTS = 9  # of one rank
 COVERAGES: tuple[Coverage, ...] = ("sampled", "all")

@@ -2,8 +2,9 @@
 
 from typing import TYPE_CHECKING
 
-from .config import MetricsOptions, PlannerOptions, RebalancerOptions
-from .errors import (
+from .config.options import MetricsOptions, PlannerOptions, RebalancerOptions
+from .core.balancedness import balancedness, count_moves, rank_loads
+from .core.errors import (
     AgreementError,
     ConfigError,
     EplbError,
@@ -15,16 +16,15 @@ from .errors import (
     TransferError,
     UndecidedError,
 )
-from .metrics import balancedness, count_moves, rank_loads
-from .metrics_server import MetricsServer, serve_metrics
-from .migration import MigrationPlan, plan_migration
-from .placement import Placement
+from .core.placement import Placement
+from .core.topology import Topology
+from .observability.server import MetricsServer, serve_metrics
 from .planning.planner import Plan, plan, rebalance_experts
 from .planning.tensors.packing import balanced_packing
-from .regroup import regroup
+from .planning.warmup import warmup
 from .runtime.rebalancer import Rebalancer, RebalanceReport
-from .topology import Topology
-from .warmup import warmup
+from .runtime.regroup import regroup
+from .runtime.weights.migration import MigrationPlan, plan_migration
 
 __all__ = [
     # plan

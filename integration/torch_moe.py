@@ -11,10 +11,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from pydantic import Field
 
-from eplb_plugin.config import Options, PlannerOptions, RebalancerOptions
-from eplb_plugin.placement import Placement
+from eplb_plugin.config.options import Options, PlannerOptions, RebalancerOptions
+from eplb_plugin.core.placement import Placement
+from eplb_plugin.core.topology import Topology
 from eplb_plugin.runtime.rebalancer import Rebalancer, RebalanceReport
-from eplb_plugin.topology import Topology
 
 __all__ = ["MoEConfig", "MoEModel", "expert_tensors"]
 

@@ -19,12 +19,13 @@ from typer.testing import CliRunner
 
 import eplb_plugin
 from eplb_plugin.cli import app, arguments, main, patience
-from eplb_plugin.cli import demo as demo_module
+from eplb_plugin.cli.demo import command as demo_module
 from eplb_plugin.cli.loading import load_for
-from eplb_plugin.errors import ConfigError, TraceError
-from eplb_plugin.settings import Settings, load_settings
-from eplb_plugin.traces import LoadTrace, save_load_trace
-from eplb_plugin.traffic import generate
+from eplb_plugin.config.sources import Settings, load_settings
+from eplb_plugin.core.errors import ConfigError, TraceError
+from eplb_plugin.formats.npz import save_load_trace
+from eplb_plugin.offline.synthetic_traffic import generate
+from eplb_plugin.offline.traces import LoadTrace
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "traces"
 ALL = ["--policy", "static", "--policy", "greedy", "--policy", "ensemble"]

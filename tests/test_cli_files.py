@@ -12,17 +12,19 @@ import torch
 from typer.testing import CliRunner
 
 from eplb_plugin.cli import app, main
-from eplb_plugin.config import PlannerOptions
-from eplb_plugin.errors import TraceError
-from eplb_plugin.files import written_whole
+from eplb_plugin.config.options import PlannerOptions
+from eplb_plugin.core.balancedness import balancedness, count_moves
+from eplb_plugin.core.errors import TraceError
+from eplb_plugin.core.load import fold_steps
+from eplb_plugin.core.placement import Placement
+from eplb_plugin.core.safe_files import written_whole
+from eplb_plugin.core.topology import Topology
+from eplb_plugin.formats.loads import read_trace
+from eplb_plugin.formats.npz import save_load_trace
 from eplb_plugin.formats.placements import read_placement
-from eplb_plugin.metrics import balancedness, count_moves
-from eplb_plugin.placement import Placement
+from eplb_plugin.offline.synthetic_traffic import generate
+from eplb_plugin.offline.traces import LoadTrace
 from eplb_plugin.planning.planner import plan
-from eplb_plugin.topology import Topology
-from eplb_plugin.traces import LoadTrace, read_trace, save_load_trace
-from eplb_plugin.traffic import generate
-from eplb_plugin.window import fold_steps
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from eplb_plugin.telemetry import RebalanceFigures, Telemetry
+from eplb_plugin.observability.prometheus import RebalanceFigures, Telemetry
 
 ROOT = Path(__file__).resolve().parents[1]
 DASHBOARD = json.loads((ROOT / "configs" / "grafana-dashboard.json").read_text(encoding="utf-8"))

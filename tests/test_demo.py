@@ -16,19 +16,20 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from eplb_plugin.cli import app, serving
-from eplb_plugin.cli import demo as demo_module
-from eplb_plugin.cli import ranks as ranks_module
-from eplb_plugin.cli.outcome import DemoOutcome, DemoTally, IntervalOutcome
-from eplb_plugin.cli.ranks import RankError, run_ranks
-from eplb_plugin.cli.serving import IntervalRecord, compare_outputs
-from eplb_plugin.config import DemoOptions
-from eplb_plugin.errors import TopologyError, TraceError
+from eplb_plugin.cli import app
+from eplb_plugin.cli.demo import command as demo_module
+from eplb_plugin.cli.demo import ranks as ranks_module
+from eplb_plugin.cli.demo import serving
+from eplb_plugin.cli.demo.outcome import DemoOutcome, DemoTally, IntervalOutcome
+from eplb_plugin.cli.demo.ranks import RankError, run_ranks
+from eplb_plugin.cli.demo.serving import IntervalRecord, compare_outputs
+from eplb_plugin.config.options import DemoOptions
+from eplb_plugin.config.sources import Settings
+from eplb_plugin.core.errors import TopologyError, TraceError
+from eplb_plugin.formats.npz import save_load_trace
+from eplb_plugin.offline.synthetic_traffic import generate
 from eplb_plugin.runtime.rebalancer import RebalanceReport
-from eplb_plugin.runtime.transfer import Transfer
-from eplb_plugin.settings import Settings
-from eplb_plugin.traces import save_load_trace
-from eplb_plugin.traffic import generate
+from eplb_plugin.runtime.weights.transfer import Transfer
 
 from .series import samples
 

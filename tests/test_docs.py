@@ -9,7 +9,7 @@ import pytest
 import typer
 
 from eplb_plugin.cli import app
-from eplb_plugin.config import PlannerOptions, RebalancerOptions
+from eplb_plugin.config.options import PlannerOptions, RebalancerOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

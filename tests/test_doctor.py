@@ -13,8 +13,8 @@ import torch
 from typer.testing import CliRunner
 
 from eplb_plugin.cli import app, installation, selftest
-from eplb_plugin.config import PlannerOptions
-from eplb_plugin.environment import allowed_plugins, cache_folder
+from eplb_plugin.config.environment import allowed_plugins, cache_folder
+from eplb_plugin.config.options import PlannerOptions
 from eplb_plugin.planning import planner
 
 
@@ -118,7 +118,7 @@ def test_engines_that_load_the_plugin(engines, tmp_path, monkeypatch):
 
 
 def test_what_keeps_engines_from_loading_it_is_told(engines, monkeypatch):
-    there = {"vllm.general_plugins": {"eplb_plugin": "eplb_plugin.integration.vllm_plugin:register"}}
+    there = {"vllm.general_plugins": {"eplb_plugin": "eplb_plugin.integration.vllm.plugin:register"}}
     engines(vllm="0.31.0", sglang="0.6.0", groups=there)
     monkeypatch.setenv("VLLM_PLUGINS", "other, more")
     content, code = as_json()

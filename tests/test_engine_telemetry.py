@@ -12,14 +12,14 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry, generate_latest
 
-from eplb_plugin.integration import sglang_telemetry
-from eplb_plugin.integration.engine_options import EngineOptions
-from eplb_plugin.integration.engine_telemetry import engine_telemetry
-from eplb_plugin.integration.sglang_balancer import SglangBalancer
-from eplb_plugin.integration.vllm_policy import Interval
-from eplb_plugin.integration.vllm_telemetry import count_steps, expert_bytes
-from eplb_plugin.telemetry import Telemetry
-from eplb_plugin.topology import Topology
+from eplb_plugin.core.topology import Topology
+from eplb_plugin.integration.common.options import EngineOptions
+from eplb_plugin.integration.common.telemetry import engine_telemetry
+from eplb_plugin.integration.sglang import telemetry as sglang_telemetry
+from eplb_plugin.integration.sglang.policy import SglangBalancer
+from eplb_plugin.integration.vllm.policy import Interval
+from eplb_plugin.integration.vllm.telemetry import count_steps, expert_bytes
+from eplb_plugin.observability.prometheus import Telemetry
 
 from .processes import run_ranks
 from .series import samples
@@ -28,7 +28,7 @@ from .test_vllm_policy import NUMBERS, call, in_force, policy, skewed
 
 def test_only_the_first_rank_shows_anything_and_only_when_enabled(monkeypatch, caplog):
     telemetry = Telemetry(CollectorRegistry())
-    monkeypatch.setattr("eplb_plugin.integration.engine_telemetry._of_this_process", lambda: telemetry)
+    monkeypatch.setattr("eplb_plugin.integration.common.telemetry._of_this_process", lambda: telemetry)
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/somewhere")
     assert engine_telemetry(EngineOptions(), True) is None
     assert engine_telemetry(EngineOptions(metrics=True), False) is None
@@ -46,9 +46,9 @@ import multiprocessing, sys
 from prometheus_client import CollectorRegistry, generate_latest, multiprocess
 
 def work(observed):
-    from eplb_plugin.integration.engine_options import EngineOptions
-    from eplb_plugin.integration.engine_telemetry import engine_telemetry
-    from eplb_plugin.telemetry import RebalanceFigures
+    from eplb_plugin.integration.common.options import EngineOptions
+    from eplb_plugin.integration.common.telemetry import engine_telemetry
+    from eplb_plugin.observability.prometheus import RebalanceFigures
     telemetry = engine_telemetry(EngineOptions(metrics=True), True)
     assert engine_telemetry(EngineOptions(metrics=True), True) is telemetry
     model = telemetry.of("moe")
@@ -146,7 +146,7 @@ def _rebalance_in_sglang(rank: int, algorithm: str) -> tuple[str, list[int], int
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sglang_telemetry, "_model_name", lambda: "tiny")
         patch.setattr(
-            "eplb_plugin.integration.engine_telemetry._of_this_process", lambda: Telemetry(registry)
+            "eplb_plugin.integration.common.telemetry._of_this_process", lambda: Telemetry(registry)
         )
         balancer = SglangBalancer(algorithm)
         model = SimpleNamespace(routed_experts_weights_of_layer={n: [torch.zeros(6, 4)] for n in range(3)})

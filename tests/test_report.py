@@ -14,17 +14,18 @@ import torch
 from typer.testing import CliRunner
 
 from eplb_plugin.cli import app
-from eplb_plugin.config import PlannerOptions, RebalancerOptions
-from eplb_plugin.errors import EplbError, TraceError
-from eplb_plugin.metrics import balancedness, rank_loads
-from eplb_plugin.placement import Placement
+from eplb_plugin.config.options import PlannerOptions, RebalancerOptions
+from eplb_plugin.core.balancedness import balancedness, rank_loads
+from eplb_plugin.core.errors import EplbError, TraceError
+from eplb_plugin.core.placement import Placement
+from eplb_plugin.core.topology import Topology
+from eplb_plugin.formats.npz import save_load_trace
+from eplb_plugin.offline.simulation import simulate
+from eplb_plugin.offline.synthetic_traffic import generate
+from eplb_plugin.offline.traces import LoadTrace
 from eplb_plugin.report import figures
 from eplb_plugin.report.page import picture_set, write_page
 from eplb_plugin.report.replay import replay
-from eplb_plugin.simulation import simulate
-from eplb_plugin.topology import Topology
-from eplb_plugin.traces import LoadTrace, save_load_trace
-from eplb_plugin.traffic import generate
 
 TOPOLOGY = Topology(num_ranks=4, num_slots=36)
 OPTIONS = RebalancerOptions(interval=8, history=2)

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from eplb_plugin.config import DemoOptions, PlannerOptions, RebalancerOptions, SimulateOptions
-from eplb_plugin.errors import ConfigError
-from eplb_plugin.integration.engine_options import EngineOptions
-from eplb_plugin.settings import (
+from eplb_plugin.config.options import DemoOptions, PlannerOptions, RebalancerOptions, SimulateOptions
+from eplb_plugin.config.sources import (
     Settings,
     default_yaml,
     load_settings,
     read_section,
 )
+from eplb_plugin.core.errors import ConfigError
+from eplb_plugin.integration.common.options import EngineOptions
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -58,7 +58,7 @@ def test_every_example_loads(path):
 
 def test_the_default_file_says_what_the_models_say():
     path = CONFIGS / "default.yaml"
-    told = "write eplb_plugin.settings.default_yaml() to configs/default.yaml"
+    told = "write eplb_plugin.config.sources.default_yaml() to configs/default.yaml"
     assert path.read_text(encoding="utf-8") == default_yaml(), told
     settings = load_settings(path)
     assert settings.model_dump() == Settings().model_dump()
@@ -173,7 +173,7 @@ def test_making_settings_reads_no_environment(monkeypatch):
 
 def test_importing_the_package_ignores_the_environment():
     environment = {**os.environ, "EPLB_PLUGIN_NONSENSE": "1", "EPLB_PLUGIN_CONFIG": "/nowhere"}
-    code = "import eplb_plugin, eplb_plugin.settings"
+    code = "import eplb_plugin, eplb_plugin.config.sources"
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import eplb_plugin as eplb
-from eplb_plugin.integration.sglang_balancer import SglangBalancer, fold_busy_steps
+from eplb_plugin.integration.sglang.policy import SglangBalancer, fold_busy_steps
 from tests.processes import RanksFailedError, run_ranks
 
 TOPOLOGY = eplb.Topology(num_ranks=2, num_slots=12)

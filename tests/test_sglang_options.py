@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from eplb_plugin import ConfigError, PlannerOptions
-from eplb_plugin.integration.engine_options import EngineOptions
-from eplb_plugin.integration.sglang_options import OPTIONS, is_ours, parse_algorithm
+from eplb_plugin.integration.common.options import EngineOptions
+from eplb_plugin.integration.sglang.options import OPTIONS, is_ours, parse_algorithm
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -9,17 +9,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eplb_plugin.config import PlannerOptions
-from eplb_plugin.errors import PlacementError, TopologyError, TraceError
-from eplb_plugin.folding import fold_decode
-from eplb_plugin.metrics import balancedness, count_moves
-from eplb_plugin.placement import Placement
+from eplb_plugin.config.options import PlannerOptions
+from eplb_plugin.core.balancedness import balancedness, count_moves
+from eplb_plugin.core.errors import PlacementError, TopologyError, TraceError
+from eplb_plugin.core.load import fold_steps
+from eplb_plugin.core.placement import Placement
+from eplb_plugin.core.topology import Topology
+from eplb_plugin.formats.loads import read_trace
+from eplb_plugin.offline.simulation import POLICIES, PolicySetup, policy_setup, simulate
+from eplb_plugin.offline.synthetic_traffic import generate
+from eplb_plugin.offline.token_replay import fold_decode
+from eplb_plugin.offline.traces import LoadTrace
 from eplb_plugin.planning.planner import plan
-from eplb_plugin.simulation import POLICIES, PolicySetup, policy_setup, simulate
-from eplb_plugin.topology import Topology
-from eplb_plugin.traces import LoadTrace, read_trace
-from eplb_plugin.traffic import generate
-from eplb_plugin.window import LoadWindow, fold_steps
+from eplb_plugin.runtime.load_window import LoadWindow
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "traces"
 TOPOLOGY = Topology(num_ranks=4, num_slots=40)

@@ -15,39 +15,24 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "eplb_plugin"
 
-# Layers from the bottom up; a module imports from its own layer's siblings below it and lower layers only.
-LAYERS = [
-    {"errors"},
-    {"integers"},
-    {"topology", "placement"},
-    {
-        "load",
-        "config",
-        "metrics",
-        "window",
-        "migration",
-        "regroup",
-        "npz",
-        "files",
-        "drift",
-        "traces",
-        "formats",
-    }
-    | {"traffic", "folding"},
-    {"planning", "warmup"},
-    {"simulation"},
-    {"report", "advisor"},
-    {"runtime"},
-    {"telemetry", "metrics_server"},
-    {"settings", "environment"},
-    {"integration"},
-    {"cli"},
-]
+# Layers from the bottom up: a module imports from its own layer and from those above it in this list.
+LAYERS = (
+    "core",
+    "config",
+    "dispatch",
+    "planning",
+    "offline",
+    "formats",
+    "runtime",
+    "observability",
+    "advisor",
+    "report",
+    "integration",
+    "cli",
+)
 ENGINES = {"vllm", "sglang"}
-
-
-def layer_of(part: str) -> int:
-    return next(index for index, names in enumerate(LAYERS) if part in names)
+READ_ENVIRONMENT = {"sources.py", "environment.py", "ranks.py", "nccl.py"}
+MOST_LINES, FEWEST_LINES, MOST_FILES, MOST_FILES_OF_RUNTIME = 350, 30, 140, 16
 
 
 def imported_modules(path: Path, package: str) -> list[str]:
@@ -63,25 +48,33 @@ def imported_modules(path: Path, package: str) -> list[str]:
     return names
 
 
-def package_files() -> list[tuple[Path, str]]:
-    files = []
+def module_files() -> dict[str, Path]:
+    """Every module of the package and of the adapters, by its absolute name."""
+    found = {}
     for top, name in ((PACKAGE, "eplb_plugin"), (ROOT / "integration", "eplb_plugin.integration")):
         for path in sorted(top.rglob("*.py")):
-            parents = path.relative_to(top).parent.parts
-            files.append((path, ".".join([name, *parents])))
-    return files
+            parts = path.relative_to(top).with_suffix("").parts
+            found[".".join([name, *(part for part in parts if part != "__init__")])] = path
+    return found
 
 
-@pytest.mark.parametrize(("path", "package"), package_files(), ids=lambda x: getattr(x, "name", x))
-def test_modules_import_from_lower_layers_only(path, package):
-    own = package.split(".")[1] if "." in package else path.stem
-    if own == "__init__":
-        return
-    for name in imported_modules(path, package):
+MODULES = module_files()
+in_each_module = pytest.mark.parametrize("module", [name for name in MODULES if name != "eplb_plugin"])
+
+
+def package_of(module: str) -> str:
+    return module if MODULES[module].name == "__init__.py" else module.rpartition(".")[0]
+
+
+@in_each_module
+def test_modules_import_from_lower_layers_only(module):
+    path = MODULES[module]
+    own = module.split(".")[1]
+    assert own in LAYERS, f"{path} is in no layer"
+    for name in imported_modules(path, package_of(module)):
         parts = name.split(".")
-        if parts[0] == "eplb_plugin" and len(parts) > 1:
-            known = any(parts[1] in names for names in LAYERS)
-            assert not known or parts[1] == own or layer_of(parts[1]) <= layer_of(own), f"{path}: {name}"
+        if parts[0] == "eplb_plugin" and len(parts) > 1 and parts[1] in LAYERS:
+            assert LAYERS.index(parts[1]) <= LAYERS.index(own), f"{path}: {name}"
         if parts[:2] == ["torch", "distributed"]:
             assert own in {"runtime", "integration", "cli"}, f"{path} uses {name}"
         if parts[0] in ENGINES:
@@ -90,15 +83,57 @@ def test_modules_import_from_lower_layers_only(path, package):
         assert name not in {"os.environ", "os.getenv"}, f"{path} reads the environment"
 
 
-@pytest.mark.parametrize(("path", "package"), package_files(), ids=lambda x: getattr(x, "name", x))
-def test_only_the_settings_read_the_environment(path, package):
+def test_no_import_circles():
+    """Also not through imports within functions: those are for heavy libraries."""
+    arrows = {
+        module: {name for name in imported_modules(path, package_of(module)) if name in MODULES} - {module}
+        for module, path in MODULES.items()
+    }
+    # A package is imported with each of its modules; what its __init__ imports from them is no circle.
+    arrows = {
+        module: {name for name in names if not module.startswith(f"{name}.")}
+        for module, names in arrows.items()
+    }
+    left = dict(arrows)
+    while free := [module for module, names in left.items() if not names & left.keys()]:
+        for module in free:
+            del left[module]
+    assert not left, f"import circles among {sorted(left)}"
+
+
+@pytest.mark.xfail(reason="the house is being rebuilt")
+def test_files_are_neither_tiny_nor_huge():
+    """One concept each: at most 350 lines, and more than one loop or one constant."""
+    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES.values()}
+    assert not {str(path): n for path, n in lines.items() if n > MOST_LINES}
+    small = {str(p): n for p, n in lines.items() if n < FEWEST_LINES and p.name != "__init__.py"}
+    assert not small
+    assert len(lines) <= MOST_FILES
+    assert len(list((PACKAGE / "runtime").glob("*.py"))) <= MOST_FILES_OF_RUNTIME
+
+
+@pytest.mark.xfail(reason="the house is being rebuilt")
+def test_file_names_are_made_of_the_words_of_the_field():
+    """A new word is added to `words.txt` on purpose, or not at all."""
+    known = set((ROOT / "tests" / "words.txt").read_text(encoding="utf-8").split())
+    used = {
+        word
+        for path in MODULES.values()
+        for part in path.relative_to(ROOT).with_suffix("").parts
+        for word in part.strip("_").split("_")
+    }
+    assert used <= known, f"not words of the field: {sorted(used - known)}"
+    assert known <= used, f"no file has them any more: {sorted(known - used)}"
+
+
+@in_each_module
+def test_only_the_sources_of_options_read_the_environment(module):
     """The processes that the demo starts may also be told there which network interface to use, and torch how
     to make a group."""
+    path = MODULES[module]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Attribute) and node.attr in {"environ", "getenv"}:
-            assert path.name in {"settings.py", "environment.py", "ranks.py", "nccl.py"}, (
-                f"{path}:{node.lineno}"
-            )
+            assert path.name in READ_ENVIRONMENT, f"{path}:{node.lineno}"
 
 
 def test_importing_the_package_is_quiet():

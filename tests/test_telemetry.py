@@ -11,10 +11,10 @@ import torch
 from prometheus_client import CollectorRegistry, generate_latest
 
 import eplb_plugin as eplb
-from eplb_plugin.metrics_server import MetricsServer
+from eplb_plugin.observability.prometheus import Telemetry, lower_bound_gap
+from eplb_plugin.observability.server import MetricsServer
 from eplb_plugin.planning.bounds import peak_lower_bound
 from eplb_plugin.runtime import rebalance as phases
-from eplb_plugin.telemetry import Telemetry, lower_bound_gap
 
 from .processes import run_ranks
 from .series import fetch, samples
@@ -151,7 +151,7 @@ def test_failures_are_counted_and_turning_itself_off_is_shown(monkeypatch):
 
 def test_a_rebalance_goes_on_when_its_figures_cannot_be_had(monkeypatch, caplog):
     balancer, registry = watched()
-    monkeypatch.setattr("eplb_plugin.telemetry.peak_lower_bound", lambda *_: 1 / 0)
+    monkeypatch.setattr("eplb_plugin.observability.prometheus.peak_lower_bound", lambda *_: 1 / 0)
     with caplog.at_level(logging.ERROR):
         reports = [run_interval(balancer) for _ in range(2)]
     assert not any(report.failed for report in reports)

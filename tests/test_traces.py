@@ -14,9 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eplb_plugin.errors import TraceError
-from eplb_plugin.folding import category_mix, decode_schedule, fold_decode, fold_prefill
-from eplb_plugin.traces import LoadTrace, TokenTrace, read_trace, save_load_trace
+from eplb_plugin.core.errors import TraceError
+from eplb_plugin.formats.loads import read_trace
+from eplb_plugin.formats.npz import save_load_trace
+from eplb_plugin.offline.token_replay import category_mix, decode_schedule, fold_decode, fold_prefill
+from eplb_plugin.offline.traces import LoadTrace, TokenTrace
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "traces"
 LOAD = np.arange(24, dtype=np.int32).reshape(2, 3, 4)
@@ -301,7 +303,7 @@ def test_prefill_packs_whole_requests_in_file_order(sizes, max_tokens):
 def test_folding_in_pieces_changes_nothing(monkeypatch):
     trace = tokens_of([5, 1, 7, 3])
     whole = fold_decode(trace, 4, steps=50, seed=3)
-    monkeypatch.setattr("eplb_plugin.folding._CHUNK_IDS", 40)
+    monkeypatch.setattr("eplb_plugin.offline.token_replay._CHUNK_IDS", 40)
     assert torch.equal(fold_decode(trace, 4, steps=50, seed=3).load, whole.load)
 
 

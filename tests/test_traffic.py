@@ -8,9 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from eplb_plugin.drift import topic_mix
-from eplb_plugin.errors import TraceError
-from eplb_plugin.traffic import PROFILES, TokenStream, TrafficProfile, generate, profile
+from eplb_plugin.core.errors import TraceError
+from eplb_plugin.offline.synthetic_traffic import (
+    PROFILES,
+    TokenStream,
+    TrafficProfile,
+    generate,
+    profile,
+    topic_mix,
+)
 
 
 def correlation(a, b):

@@ -19,7 +19,7 @@ from eplb_plugin import (
     count_moves,
     rank_loads,
 )
-from eplb_plugin.window import fold_steps
+from eplb_plugin.core.load import fold_steps
 
 
 @st.composite

@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 
 from eplb_plugin import AgreementError
-from eplb_plugin.integration import vllm_agreement
+from eplb_plugin.integration.vllm import agreement as vllm_agreement
 from tests.processes import run_ranks
 
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from eplb_plugin import ConfigError, PlannerOptions
-from eplb_plugin.integration.vllm_plugin import VllmOptions, vllm_options
+from eplb_plugin.integration.vllm.plugin import VllmOptions, vllm_options
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs" / "vllm.yaml"

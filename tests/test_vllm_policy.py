@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 
 import eplb_plugin as eplb
-from eplb_plugin.integration.engine_options import EngineOptions
-from eplb_plugin.integration.vllm_hook import VllmHookPolicy, has_hook
-from eplb_plugin.integration.vllm_policy import Interval, VllmPolicy
+from eplb_plugin.integration.common.options import EngineOptions
+from eplb_plugin.integration.vllm.hook import VllmHookPolicy, has_hook
+from eplb_plugin.integration.vllm.policy import Interval, VllmPolicy
 
 from .processes import run_ranks
 

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from eplb_plugin.integration.vllm_ring import RingKeeper
-from eplb_plugin.integration.vllm_window import fold_window
+from eplb_plugin.integration.vllm.ring import RingKeeper
+from eplb_plugin.integration.vllm.window import fold_window
 
 RING, SLOTS, EXPERTS, INTERVAL = 4, 6, 5, 4
 

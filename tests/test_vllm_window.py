@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eplb_plugin.integration.vllm_window import fold_window, no_window, sum_over_ranks
+from eplb_plugin.integration.vllm.window import fold_window, no_window, sum_over_ranks
 
 
 def by_loops(window, ids, num_logical, position, steps, snapshots):

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ..config import PlannerOptions, RebalancerOptions
-from ..errors import TraceError
-from ..metrics import balancedness
-from ..placement import Placement
-from ..traces import LoadTrace
+from ..config.options import PlannerOptions, RebalancerOptions
+from ..core.balancedness import balancedness
+from ..core.errors import TraceError
+from ..core.placement import Placement
+from ..offline.traces import LoadTrace
 from .cache import TrialCache
 from .machine import Cost, Machine
 from .trial import Setting, Trial, try_setting

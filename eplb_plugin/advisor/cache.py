@@ -10,11 +10,11 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from ..config import PlannerOptions, RebalancerOptions
-from ..errors import TraceError
-from ..files import written_whole
-from ..topology import Topology
-from ..traces import LoadTrace
+from ..config.options import PlannerOptions, RebalancerOptions
+from ..core.errors import TraceError
+from ..core.safe_files import written_whole
+from ..core.topology import Topology
+from ..offline.traces import LoadTrace
 from .trial import Setting, Trial
 
 __all__ = ["TrialCache"]

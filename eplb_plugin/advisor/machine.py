@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..errors import ConfigError
-from ..topology import Topology
+from ..core.errors import ConfigError
+from ..core.topology import Topology
 from .trial import Setting, Trial
 
 __all__ = ["Cost", "Machine"]

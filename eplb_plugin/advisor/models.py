@@ -10,8 +10,8 @@ from types import MappingProxyType
 import yaml
 from pydantic import Field
 
-from ..config import Options
-from ..errors import ConfigError
+from ..config.options import Options
+from ..core.errors import ConfigError
 
 __all__ = ["ModelPreset", "model_preset", "model_presets"]
 

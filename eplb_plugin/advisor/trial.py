@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from ..config import PlannerOptions, RebalancerOptions
-from ..migration import plan_migration
-from ..placement import Placement
-from ..simulation import PolicySetup, policy_setup, simulate
-from ..topology import Topology
-from ..traces import LoadTrace
+from ..config.options import PlannerOptions, RebalancerOptions
+from ..core.placement import Placement
+from ..core.topology import Topology
+from ..offline.simulation import PolicySetup, policy_setup, simulate
+from ..offline.traces import LoadTrace
+from ..runtime.weights.migration import plan_migration
 
 __all__ = ["Setting", "Trial", "try_setting"]
 

@@ -19,11 +19,11 @@ from ..advisor.cache import TrialCache
 from ..advisor.machine import Machine
 from ..advisor.models import ModelPreset, model_preset, model_presets
 from ..advisor.verdict import is_worth_it, verdict
-from ..environment import cache_folder
-from ..errors import ConfigError
-from ..settings import Settings
-from ..traces import LoadTrace
-from ..warmup import warmup
+from ..config.environment import cache_folder
+from ..config.sources import Settings
+from ..core.errors import ConfigError
+from ..offline.traces import LoadTrace
+from ..planning.warmup import warmup
 from . import arguments
 from .loading import load_for
 from .patience import compiling

@@ -9,10 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import ConfigError
-from ..settings import Settings, load_settings
-from ..simulation import POLICIES
-from ..traffic import PROFILES
+from ..config.sources import Settings, load_settings
+from ..core.errors import ConfigError
+from ..offline.simulation import POLICIES
+from ..offline.synthetic_traffic import PROFILES
 
 __all__ = [
     "AsJson",

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from ..formats.loads import LOAD_FORMATS, format_for_output, write_load
-from ..traces import LoadTrace
+from ..offline.traces import LoadTrace
 from . import arguments
 from .loading import load_for
 from .wording import counted

@@ -14,9 +14,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..integration.vllm_plugin import KEY
+from ..config.sources import CONFIG_VARIABLE, Settings, load_settings
+from ..integration.vllm.plugin import KEY
 from ..planning.backend import use_kernels
-from ..settings import CONFIG_VARIABLE, Settings, load_settings
 from .installation import EngineState, engine_states, package_versions
 from .patience import compiling
 from .selftest import SelfTest, self_test

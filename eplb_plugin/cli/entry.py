@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from ..errors import EplbError
+from ..core.errors import EplbError
 from .advise import advise
 from .convert import convert
-from .demo import demo
+from .demo.command import demo
 from .doctor import doctor
 from .plan import plan
 from .report import report

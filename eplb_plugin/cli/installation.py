@@ -9,13 +9,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..environment import allowed_plugins
-from ..errors import ConfigError
-from ..files import read_yaml
-from ..integration.sglang_options import ALGORITHM
-from ..integration.sglang_plugin import TESTED_VERSIONS
-from ..integration.vllm_plugin import KEY, TESTED, VllmOptions, vllm_options
-from ..settings import CONFIG_VARIABLE, read_section
+from ..config.environment import allowed_plugins
+from ..config.sources import CONFIG_VARIABLE, read_section
+from ..core.errors import ConfigError
+from ..core.safe_files import read_yaml
+from ..integration.sglang.options import ALGORITHM
+from ..integration.sglang.plugin import TESTED_VERSIONS
+from ..integration.vllm.plugin import KEY, TESTED, VllmOptions, vllm_options
 
 __all__ = ["EngineState", "engine_states", "package_versions"]
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ..config import SimulateOptions
-from ..errors import ConfigError, TraceError
-from ..folding import fold_decode, fold_prefill
-from ..formats.loads import LOAD_FORMATS
-from ..settings import Settings
-from ..topology import Topology
-from ..traces import LoadTrace, read_trace
-from ..traffic import PROFILES, generate
+from ..config.options import SimulateOptions
+from ..config.sources import Settings
+from ..core.errors import ConfigError, TraceError
+from ..core.topology import Topology
+from ..formats.loads import LOAD_FORMATS, read_trace
+from ..offline.synthetic_traffic import PROFILES, generate
+from ..offline.token_replay import fold_decode, fold_prefill
+from ..offline.traces import LoadTrace
 from .wording import COMMAND_LINE, counted
 
 __all__ = ["fit_interval", "load_for", "topology_for", "with_interval"]

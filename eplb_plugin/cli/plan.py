@@ -11,16 +11,16 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..files import check_output
+from ..core.balancedness import balancedness, rank_loads
+from ..core.load import fold_steps
+from ..core.placement import Placement
+from ..core.safe_files import check_output
+from ..core.topology import Topology
 from ..formats.placements import PLACEMENT_FORMATS, read_placement, write_placement
-from ..metrics import balancedness, rank_loads
-from ..placement import Placement
+from ..offline.traces import LoadTrace
 from ..planning.planner import Plan
 from ..planning.planner import plan as plan_placement
-from ..topology import Topology
-from ..traces import LoadTrace
-from ..warmup import warmup
-from ..window import fold_steps
+from ..planning.warmup import warmup
 from . import arguments
 from .convert import with_first_layer
 from .loading import load_for, topology_for

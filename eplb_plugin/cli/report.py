@@ -10,13 +10,13 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from ..errors import TraceError
-from ..files import check_output
+from ..core.errors import TraceError
+from ..core.safe_files import check_output
+from ..offline.simulation import policy_setup
+from ..planning.warmup import warmup
 from ..report.page import picture_set, write_page
 from ..report.replay import replay
 from ..report.style import pictures
-from ..simulation import policy_setup
-from ..warmup import warmup
 from . import arguments
 from .loading import fit_interval, load_for, topology_for, with_interval
 from .patience import compiling

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from ..config import PlannerOptions
-from ..metrics import balancedness, rank_loads
-from ..placement import Placement
+from ..config.options import PlannerOptions
+from ..core.balancedness import balancedness, rank_loads
+from ..core.placement import Placement
+from ..core.topology import Topology
+from ..offline.synthetic_traffic import generate
 from ..planning.planner import plan
-from ..topology import Topology
-from ..traffic import generate
 
 __all__ = ["SelfTest", "self_test"]
 

@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from ..simulation import SimulationResult, policy_setup
-from ..simulation import simulate as replay
-from ..topology import Topology
-from ..traces import LoadTrace
-from ..warmup import warmup
+from ..core.topology import Topology
+from ..offline.simulation import SimulationResult, policy_setup
+from ..offline.simulation import simulate as replay
+from ..offline.traces import LoadTrace
+from ..planning.warmup import warmup
 from . import arguments
 from .loading import fit_interval, load_for, topology_for
 from .patience import compiling

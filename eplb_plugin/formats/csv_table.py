@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import TraceError
-from ..files import MAX_TEXT_BYTES, read_bytes, written_whole
-from ..traces import LoadTrace, as_load
+from ..core.errors import TraceError
+from ..core.safe_files import MAX_TEXT_BYTES, read_bytes, written_whole
+from ..offline.traces import LoadTrace, as_load
 
 __all__ = ["read_csv", "write_csv"]
 

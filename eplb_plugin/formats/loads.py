@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from ..errors import TraceError
-from ..files import check_output
-from ..traces import LoadTrace, TokenTrace, read_npz_trace, save_load_trace
+from ..core.errors import TraceError
+from ..core.safe_files import check_output
+from ..offline.traces import LoadTrace, TokenTrace
 from .benchmark_json import read_benchmark_json, write_benchmark_json
 from .csv_table import read_csv, write_csv
+from .npz import MAX_BYTES, read_npz_trace, save_load_trace
 from .sglang_dump import read_sglang_dump, write_sglang_dump
 from .tensorrt_llm_statistics import (
     META_FILE,
@@ -22,7 +23,7 @@ from .tensorrt_llm_statistics import (
     write_tensorrt_llm_statistics,
 )
 
-__all__ = ["LOAD_FORMATS", "LoadFormat", "format_for_output", "recognise", "write_load"]
+__all__ = ["LOAD_FORMATS", "LoadFormat", "format_for_output", "read_trace", "recognise", "write_load"]
 
 
 @dataclass(frozen=True)
@@ -135,3 +136,19 @@ def write_load(path: Path, trace: LoadTrace, form: LoadFormat, top_k: int | None
     if top_k is None:
         raise TraceError(f"{path}: the format {form.name} names the experts per token: give --top-k")
     write_tensorrt_llm_statistics(path, trace, top_k)
+
+
+def read_trace(path: str | Path, max_bytes: int = MAX_BYTES) -> LoadTrace | TokenTrace:
+    """Read a trace of any format that `docs/formats.md` lists; which one follows from what is there.
+
+    Args:
+        path: a file or, for formats with a file per rank, a folder.
+        max_bytes: bound on the unpacked size.
+
+    Raises:
+        TraceError: the file is damaged, too large, of no known kind, or holds values that make no sense.
+    """
+    # The formats are made of the values above.
+    from ..formats.loads import recognise
+
+    return recognise(Path(path)).read(Path(path), max_bytes)

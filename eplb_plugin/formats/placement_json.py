@@ -8,10 +8,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ..errors import TraceError
-from ..files import MAX_TEXT_BYTES, read_bytes, written_whole
-from ..placement import Placement
-from ..topology import Topology
+from ..core.errors import TraceError
+from ..core.placement import Placement
+from ..core.safe_files import MAX_TEXT_BYTES, read_bytes, written_whole
+from ..core.topology import Topology
 from .schema import first_wrong
 
 __all__ = ["read_placement_json", "write_placement_json"]

@@ -9,10 +9,10 @@ from types import MappingProxyType
 
 import torch
 
-from ..errors import PlacementError, TopologyError, TraceError
-from ..files import MAX_TEXT_BYTES, read_bytes
-from ..placement import Placement
-from ..topology import Topology
+from ..core.errors import PlacementError, TopologyError, TraceError
+from ..core.placement import Placement
+from ..core.safe_files import MAX_TEXT_BYTES, read_bytes
+from ..core.topology import Topology
 from .placement_json import read_placement_json, write_placement_json
 from .sglang_location import read_sglang_location, write_sglang_location
 from .tensorrt_llm_config import read_tensorrt_llm_config, write_tensorrt_llm_config

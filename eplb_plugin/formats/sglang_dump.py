@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from ..errors import TraceError
-from ..files import written_whole
-from ..npz import MAX_BYTES
-from ..traces import MAX_COUNT, LoadTrace, as_load
+from ..core.errors import TraceError
+from ..core.safe_files import written_whole
+from ..offline.traces import MAX_COUNT, LoadTrace, as_load
+from .npz import MAX_BYTES
 from .torch_file import load_torch_file
 
 __all__ = ["read_sglang_dump", "write_sglang_dump"]

@@ -7,10 +7,10 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ..errors import TraceError
-from ..files import read_yaml, written_whole
-from ..placement import Placement
-from ..topology import Topology
+from ..core.errors import TraceError
+from ..core.placement import Placement
+from ..core.safe_files import read_yaml, written_whole
+from ..core.topology import Topology
 from .schema import first_wrong
 
 __all__ = ["read_tensorrt_llm_config", "write_tensorrt_llm_config"]

@@ -16,10 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from ..errors import TraceError
-from ..files import read_bytes
-from ..npz import MAX_BYTES
-from ..traces import LoadTrace, as_load
+from ..core.errors import TraceError
+from ..core.safe_files import read_bytes
+from ..offline.traces import LoadTrace, as_load
+from .npz import MAX_BYTES
 from .schema import first_wrong
 
 __all__ = [

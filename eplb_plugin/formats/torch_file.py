@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from ..errors import TraceError
-from ..npz import MAX_BYTES
+from ..core.errors import TraceError
+from .npz import MAX_BYTES
 
 __all__ = ["load_torch_file"]
 

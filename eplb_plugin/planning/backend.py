@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..config import PlannerOptions
+from ..config.options import PlannerOptions
 
 __all__ = ["use_kernels"]
 

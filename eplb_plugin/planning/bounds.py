@@ -6,7 +6,7 @@ from itertools import combinations
 
 import torch
 
-from ..topology import Topology
+from ..core.topology import Topology
 from .compiled import shared_bounds
 from .group_packings import MOST_PACKINGS, num_packings, packings
 from .replication import replica_slots, replicate

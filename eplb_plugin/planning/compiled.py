@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..topology import Topology
+from ..core.topology import Topology
 from .layer_threads import WORTH_THREADS_TO_SUM, over_layers
 
 __all__ = [

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..topology import Topology
+from ..core.topology import Topology
 from .compiled import count_shared, keep_slots
 from .exact import to_exact
 from .replication import replica_slots

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..topology import Topology
+from ..core.topology import Topology
 from .exact import to_exact
 
 __all__ = ["complete", "missing_experts"]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..errors import TopologyError
+from ..core.errors import TopologyError
 
 __all__ = ["items_per_pack", "lpt_packing"]
 

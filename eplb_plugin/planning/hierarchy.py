@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from ..topology import Topology
+from ..core.topology import Topology
 
 __all__ = ["Filler", "Packer", "effective_topology", "groups_within_nodes", "place_from_scratch"]
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..errors import TopologyError
-from ..topology import Topology
+from ..core.errors import TopologyError
+from ..core.topology import Topology
 
 __all__ = ["Living", "living_part"]
 

@@ -10,11 +10,11 @@ from functools import cached_property
 
 import torch
 
-from ..config import PlannerOptions
-from ..errors import ConfigError, LoadError, PlacementError, TopologyError
-from ..load import check_values, to_snapshots
-from ..placement import Placement, checked_ids
-from ..topology import Topology
+from ..config.options import PlannerOptions
+from ..core.errors import ConfigError, LoadError, PlacementError, TopologyError
+from ..core.load import check_values, to_snapshots
+from ..core.placement import Placement, checked_ids
+from ..core.topology import Topology
 from .backend import use_kernels
 from .bounds import peak_lower_bound
 from .distinct import part_repeats

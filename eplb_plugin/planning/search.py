@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ..config import PlannerOptions
-from ..load import sum_over_last
-from ..topology import Topology
+from ..config.options import PlannerOptions
+from ..core.load import sum_over_last
+from ..core.topology import Topology
 from .compiled import choose_nodes, grow, pack_rows, plan_from_scratch, step_peaks
 from .group_packings import MOST_PACKINGS, best_nodes, num_packings
 from .relabel import overlap_ranks

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ..load import sum_over_last
-from ..metrics import rank_loads
-from ..placement import Placement
-from ..topology import Topology
+from ..core.balancedness import rank_loads
+from ..core.load import sum_over_last
+from ..core.placement import Placement
+from ..core.topology import Topology
 from .compiled import keep_slots, step_peaks
 from .distinct import num_shared
 from .hierarchy import groups_within_nodes

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .caching import cached_njit
+from ..core.jit import cached_njit
 
 __all__ = ["count_shared", "keep_slots", "peak_loads"]
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..placement import Placement
+from ..core.placement import Placement
 from .replay import PolicyReplay, Replay
 from .style import MUTED, WIDTH, colour, pictures
 

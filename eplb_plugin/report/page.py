@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..files import written_whole
+from ..core.safe_files import written_whole
 from .figures import (
     balancedness_over_time,
     hottest_experts,

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from ..config import PlannerOptions, RebalancerOptions
-from ..metrics import balancedness, rank_loads
-from ..placement import Placement
-from ..simulation import PolicySetup, SimulationResult, policy_setup, simulate
-from ..topology import Topology
-from ..traces import LoadTrace
+from ..config.options import PlannerOptions, RebalancerOptions
+from ..core.balancedness import balancedness, rank_loads
+from ..core.placement import Placement
+from ..core.topology import Topology
+from ..offline.simulation import PolicySetup, SimulationResult, policy_setup, simulate
+from ..offline.traces import LoadTrace
 
 __all__ = ["PolicyReplay", "Replay", "replay"]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..errors import EplbError
+from ..core.errors import EplbError
 
 __all__ = ["MUTED", "WIDTH", "colour", "pictures"]
 

@@ -8,14 +8,14 @@ from functools import partial
 
 import torch
 
-from ..errors import EplbError, RankLostError, TransferError, UndecidedError
-from .hops import Hop
-from .layout import Layout
-from .pace import Pace
-from .parts import Parts
+from ..core.errors import EplbError, RankLostError, TransferError, UndecidedError
+from .context import Parts
+from .control.scheduling import Pace
 from .repair import Damage
-from .staging import Arrival
-from .transfer import Transfer
+from .weights.batching import Hop
+from .weights.layout import Layout
+from .weights.staging import Arrival
+from .weights.transfer import Transfer
 
 __all__ = ["Crossing"]
 

@@ -13,14 +13,14 @@ from functools import partial
 
 import torch
 
-from ..errors import AgreementError, EplbError, LoadError, RankLostError
-from ..metrics import balancedness
-from ..placement import Placement
+from ..core.balancedness import balancedness
+from ..core.errors import AgreementError, EplbError, LoadError, RankLostError
+from ..core.placement import Placement
 from ..planning.planner import plan
-from .collectives import fingerprint
-from .moving import Move
-from .pace import Pace
-from .parts import Parts
+from .context import Parts
+from .control.rank_group import fingerprint
+from .control.scheduling import Pace
+from .relocation import Move
 from .reports import RebalanceReport
 
 __all__ = ["PHASES", "Outcome", "Rebalance"]

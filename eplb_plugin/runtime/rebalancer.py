@@ -11,20 +11,20 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from ..config import PlannerOptions, RebalancerOptions
-from ..errors import EplbError, RankLostError, UndecidedError
-from ..placement import Placement
-from ..topology import Topology
-from ..warmup import warmup
-from .channels import Channels, Store
-from .collectives import RankGroup
-from .pace import Pace
+from ..config.options import PlannerOptions, RebalancerOptions
+from ..core.errors import EplbError, RankLostError, UndecidedError
+from ..core.placement import Placement
+from ..core.topology import Topology
+from ..planning.warmup import warmup
+from .background import Runner
+from .connections import Channels, Store
+from .control.rank_group import RankGroup
+from .control.scheduling import Pace
 from .rebalance import Rebalance
-from .registration import warn_unregistered
 from .replacing import with_weights_again
 from .reports import RebalanceObserver, RebalanceReport
-from .runner import Runner
-from .starting import Restore, start_up
+from .startup import Restore, start_up
+from .verify.unregistered import warn_unregistered
 
 __all__ = ["RebalanceReport", "Rebalancer"]
 

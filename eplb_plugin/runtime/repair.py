@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ..errors import TransferError
-from ..placement import Placement
-from .parts import Parts
-from .staging import Arrival
+from ..core.errors import TransferError
+from ..core.placement import Placement
+from .context import Parts
+from .weights.staging import Arrival
 
 __all__ = ["Damage"]
 

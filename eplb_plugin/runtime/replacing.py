@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..errors import TransferError
-from ..placement import Placement
-from .collectives import fingerprint
-from .fingerprints import ExpertFingerprints
-from .parts import Parts
-from .weights import ExpertWeights
+from ..core.errors import TransferError
+from ..core.placement import Placement
+from .context import Parts
+from .control.rank_group import fingerprint
+from .verify.fingerprints import ExpertFingerprints
+from .weights.expert_weights import ExpertWeights
 
 __all__ = ["with_weights_again"]
 

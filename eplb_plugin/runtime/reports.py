@@ -7,8 +7,8 @@ from typing import Protocol
 
 import torch
 
-from ..placement import Placement
-from ..topology import Topology
+from ..core.placement import Placement
+from ..core.topology import Topology
 
 __all__ = ["RebalanceObserver", "RebalanceReport"]
 

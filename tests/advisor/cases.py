@@ -7,7 +7,7 @@ from dataclasses import replace
 from eplb_plugin.advisor.advice import Advice, BackTest, Rated
 from eplb_plugin.advisor.machine import Cost, Machine
 from eplb_plugin.advisor.trial import Setting, Trial
-from eplb_plugin.config import PlannerOptions, RebalancerOptions
+from eplb_plugin.config.options import PlannerOptions, RebalancerOptions
 
 PLANNER, REBALANCER = PlannerOptions(), RebalancerOptions(history=2)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from eplb_plugin.traces import LoadTrace
-from eplb_plugin.traffic import generate
+from eplb_plugin.offline.synthetic_traffic import generate
+from eplb_plugin.offline.traces import LoadTrace
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,13 @@ from eplb_plugin.advisor import advice as advice_module
 from eplb_plugin.advisor.advice import advise, similarity
 from eplb_plugin.advisor.trial import Trial
 from eplb_plugin.advisor.verdict import is_worth_it, verdict
-from eplb_plugin.config import PlannerOptions
-from eplb_plugin.errors import TopologyError, TraceError
-from eplb_plugin.metrics import balancedness
-from eplb_plugin.placement import Placement
-from eplb_plugin.simulation import policy_setup, simulate
-from eplb_plugin.topology import Topology
-from eplb_plugin.traces import LoadTrace
+from eplb_plugin.config.options import PlannerOptions
+from eplb_plugin.core.balancedness import balancedness
+from eplb_plugin.core.errors import TopologyError, TraceError
+from eplb_plugin.core.placement import Placement
+from eplb_plugin.core.topology import Topology
+from eplb_plugin.offline.simulation import policy_setup, simulate
+from eplb_plugin.offline.traces import LoadTrace
 
 from .cases import PLANNER, REBALANCER, advice_of, machine_of, rated
 

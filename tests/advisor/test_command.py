@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from eplb_plugin.advisor.models import model_preset
 from eplb_plugin.cli import app, main
-from eplb_plugin.traces import save_load_trace
+from eplb_plugin.formats.npz import save_load_trace
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "traces"
 

@@ -12,13 +12,13 @@ from eplb_plugin.advisor.advice import advise
 from eplb_plugin.advisor.cache import TrialCache
 from eplb_plugin.advisor.models import model_preset, model_presets
 from eplb_plugin.advisor.trial import Setting, Trial, try_setting
-from eplb_plugin.config import PlannerOptions, RebalancerOptions
-from eplb_plugin.errors import ConfigError, TraceError
-from eplb_plugin.placement import Placement
-from eplb_plugin.simulation import PolicySetup, policy_setup, simulate
-from eplb_plugin.topology import Topology
-from eplb_plugin.traces import LoadTrace
-from eplb_plugin.traffic import PROFILES
+from eplb_plugin.config.options import PlannerOptions, RebalancerOptions
+from eplb_plugin.core.errors import ConfigError, TraceError
+from eplb_plugin.core.placement import Placement
+from eplb_plugin.core.topology import Topology
+from eplb_plugin.offline.simulation import PolicySetup, policy_setup, simulate
+from eplb_plugin.offline.synthetic_traffic import PROFILES
+from eplb_plugin.offline.traces import LoadTrace
 
 from .cases import PLANNER, REBALANCER, machine_of, rated
 

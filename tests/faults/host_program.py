@@ -20,8 +20,8 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from eplb_plugin.runtime.messages import Transport
-from eplb_plugin.runtime.transfer import Transfer
+from eplb_plugin.runtime.weights.transfer import Transfer
+from eplb_plugin.runtime.weights.transport import Transport
 from tests.faults.cluster import Seat, hear_errors
 from tests.faults.serving import Service, at_phases, once
 

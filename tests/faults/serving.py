@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 import eplb_plugin as eplb
 from eplb_plugin.integration.torch_moe import MoEConfig, MoEModel
-from eplb_plugin.runtime.collectives import fingerprint
+from eplb_plugin.runtime.control.rank_group import fingerprint
 from eplb_plugin.runtime.rebalance import Rebalance
 from eplb_plugin.runtime.rebalancer import Rebalancer, RebalanceReport
 from tests.faults.cluster import Seat

@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from eplb_plugin.runtime import repair
 from eplb_plugin.runtime.rebalancer import RebalanceReport
-from eplb_plugin.runtime.staging import Arrival
-from eplb_plugin.runtime.transfer import Transfer
+from eplb_plugin.runtime.weights.staging import Arrival
+from eplb_plugin.runtime.weights.transfer import Transfer
 from tests.faults.cluster import Seat, run_cluster
 from tests.faults.serving import SIZE, SLOTS_PER_RANK, SMALL, Service
 from tests.faults.table import Record

@@ -7,8 +7,8 @@ from unittest import mock
 
 import pytest
 
+from eplb_plugin.runtime.control.throttle import Rests
 from eplb_plugin.runtime.rebalance import PHASES
-from eplb_plugin.runtime.rests import Rests
 from tests.faults.cluster import Seat, run_cluster
 from tests.faults.serving import SIZE, Service, Survivor, at_phases, once
 from tests.faults.table import Record

@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 
-from eplb_plugin.runtime.decisions import Decisions
+from eplb_plugin.runtime.control.two_phase_commit import Decisions
 from tests.faults.cluster import Seat, run_cluster
 from tests.faults.serving import SMALL, Service
 

@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 
-from eplb_plugin.runtime.transfer import Transfer
+from eplb_plugin.runtime.weights.transfer import Transfer
 from tests.faults.cluster import Seat, run_cluster
 from tests.faults.serving import SIZE, Service, Survivor, at_phases, once
 from tests.faults.table import Record

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from eplb_plugin.runtime import rebalance as phases
-from eplb_plugin.runtime import transfer
-from eplb_plugin.runtime.collectives import RankGroup
-from eplb_plugin.runtime.fingerprints import ExpertFingerprints
-from eplb_plugin.runtime.staging import Staging
-from eplb_plugin.window import LoadWindow
+from eplb_plugin.runtime.control.rank_group import RankGroup
+from eplb_plugin.runtime.load_window import LoadWindow
+from eplb_plugin.runtime.verify.fingerprints import ExpertFingerprints
+from eplb_plugin.runtime.weights import transfer
+from eplb_plugin.runtime.weights.staging import Staging
 from tests.faults.cluster import Seat, run_cluster
 from tests.faults.serving import MOST, SIZE, Service
 from tests.faults.table import Record

@@ -8,7 +8,7 @@ import zipfile
 import torch
 
 from eplb_plugin.formats.loads import LOAD_FORMATS, write_load
-from eplb_plugin.traces import LoadTrace
+from eplb_plugin.offline.traces import LoadTrace
 
 LAYERS = (3, 4, 6)
 

@@ -8,8 +8,9 @@ import struct
 import pytest
 import torch
 
-from eplb_plugin.errors import TraceError
-from eplb_plugin.traces import LoadTrace, read_trace
+from eplb_plugin.core.errors import TraceError
+from eplb_plugin.formats.loads import read_trace
+from eplb_plugin.offline.traces import LoadTrace
 
 from .samples import (
     GOOD_PT,

@@ -12,8 +12,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from eplb_plugin.errors import TraceError
-from eplb_plugin.traces import read_trace
+from eplb_plugin.core.errors import TraceError
+from eplb_plugin.formats.loads import read_trace
 
 from .samples import (
     GOOD_PT,

@@ -8,10 +8,10 @@ import pytest
 import torch
 import yaml
 
-from eplb_plugin.errors import EplbError, PlacementError, TraceError
+from eplb_plugin.core.errors import EplbError, PlacementError, TraceError
+from eplb_plugin.core.placement import Placement
+from eplb_plugin.core.topology import Topology
 from eplb_plugin.formats.placements import PLACEMENT_FORMATS, read_placement, write_placement
-from eplb_plugin.placement import Placement
-from eplb_plugin.topology import Topology
 
 from .samples import (
     LAYERS,

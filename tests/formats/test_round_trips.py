@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from eplb_plugin.errors import TraceError
-from eplb_plugin.formats.loads import LOAD_FORMATS, format_for_output, recognise, write_load
-from eplb_plugin.traces import LoadTrace, read_trace
+from eplb_plugin.core.errors import TraceError
+from eplb_plugin.formats.loads import LOAD_FORMATS, format_for_output, read_trace, recognise, write_load
+from eplb_plugin.offline.traces import LoadTrace
 
 from .samples import (
     LAYERS,

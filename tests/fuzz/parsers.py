@@ -21,12 +21,12 @@ import torch
 import yaml
 from safetensors.numpy import save as safetensors
 
-from eplb_plugin.errors import EplbError
+from eplb_plugin.config.sources import default_yaml, load_settings
+from eplb_plugin.core.errors import EplbError
+from eplb_plugin.formats.loads import read_trace
 from eplb_plugin.formats.placements import read_placement
-from eplb_plugin.integration.sglang_options import parse_algorithm
-from eplb_plugin.integration.vllm_plugin import vllm_options
-from eplb_plugin.settings import default_yaml, load_settings
-from eplb_plugin.traces import read_trace
+from eplb_plugin.integration.sglang.options import parse_algorithm
+from eplb_plugin.integration.vllm.plugin import vllm_options
 
 MOST_BYTES = 64 * 2**20
 """What a parser may unpack here: enough for every valid start, little enough to notice who takes more."""

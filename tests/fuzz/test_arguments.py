@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import eplb_plugin as eplb
-from eplb_plugin.window import LoadWindow, fold_steps
+from eplb_plugin.core.load import fold_steps
+from eplb_plugin.runtime.load_window import LoadWindow
 
 from .effort import effort
 from .parsers import is_told

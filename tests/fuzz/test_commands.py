@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from eplb_plugin.cli import main
 from eplb_plugin.formats.loads import LOAD_FORMATS, write_load
-from eplb_plugin.traces import LoadTrace
-from eplb_plugin.warmup import warmup
+from eplb_plugin.offline.traces import LoadTrace
+from eplb_plugin.planning.warmup import warmup
 
 from .effort import effort
 from .parsers import PARSERS, odd

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eplb_plugin.traces import read_trace
+from eplb_plugin.formats.loads import read_trace
 
 from .effort import effort
 from .parsers import PARSERS, is_told, odd

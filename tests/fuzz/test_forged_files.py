@@ -12,14 +12,14 @@ import pytest
 import torch
 from safetensors.numpy import save as safetensors
 
-from eplb_plugin.errors import ConfigError, TraceError
-from eplb_plugin.folding import fold_decode, fold_prefill
-from eplb_plugin.formats.loads import LOAD_FORMATS, write_load
+from eplb_plugin.config.sources import load_settings
+from eplb_plugin.core.errors import ConfigError, TraceError
+from eplb_plugin.core.placement import Placement
+from eplb_plugin.core.topology import Topology
+from eplb_plugin.formats.loads import LOAD_FORMATS, read_trace, write_load
 from eplb_plugin.formats.placements import read_placement, write_placement
-from eplb_plugin.placement import Placement
-from eplb_plugin.settings import load_settings
-from eplb_plugin.topology import Topology
-from eplb_plugin.traces import LoadTrace, read_trace
+from eplb_plugin.offline.token_replay import fold_decode, fold_prefill
+from eplb_plugin.offline.traces import LoadTrace
 
 from .parsers import is_told
 

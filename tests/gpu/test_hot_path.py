@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import eplb_plugin as eplb
-from eplb_plugin.runtime.dispatch import DispatchTables
-from eplb_plugin.window import LoadWindow
+from eplb_plugin.dispatch.tables import DispatchTables
+from eplb_plugin.runtime.load_window import LoadWindow
 from tests.runtime.cases import random_placement
 
 LAYERS, LOGICAL, TOKENS, TOP_K = 3, 16, 64, 4

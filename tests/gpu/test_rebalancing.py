@@ -14,9 +14,9 @@ import torch.distributed as dist
 
 import eplb_plugin as eplb
 from eplb_plugin.integration.torch_moe import MoEModel
-from eplb_plugin.runtime import messages
-from eplb_plugin.runtime.messages import Transport
 from eplb_plugin.runtime.rebalancer import Rebalancer
+from eplb_plugin.runtime.weights import transport as messages
+from eplb_plugin.runtime.weights.transport import Transport
 from tests.gpu.one_gpu import nccl_group, share_the_gpu
 from tests.processes import RanksFailedError, run_ranks
 from tests.runtime.cases import wrong_rows

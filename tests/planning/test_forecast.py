@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eplb_plugin as eplb
+from eplb_plugin.offline.simulation import simulate
+from eplb_plugin.offline.synthetic_traffic import generate
 from eplb_plugin.planning import forecast
 from eplb_plugin.planning.forecast import _on_device, expected_load
 from eplb_plugin.planning.recency import condense
-from eplb_plugin.simulation import simulate
-from eplb_plugin.traffic import generate
 
 RECENCY = forecast._RECENCY
 

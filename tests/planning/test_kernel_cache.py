@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import eplb_plugin as eplb
-from eplb_plugin.planning import caching, forecast_kernels, table_kernels
+from eplb_plugin.core import jit
+from eplb_plugin.planning import forecast_kernels, table_kernels
 from eplb_plugin.planning.kernels import compiling, plan_layers
 
 FOLDER = Path(compiling.__file__).parent
@@ -38,11 +39,11 @@ def answer():
     return {answer}
 """
 CALL = """
-from planning.package.entrance import enter
+from tree.planning.package.entrance import enter
 print(enter(), sum(enter.stats.cache_hits.values()), sum(enter.stats.cache_misses.values()))
 """
 CACHED = """
-from .caching import cached_njit
+from .jit import cached_njit
 
 @cached_njit(nogil=True)
 def double(number):
@@ -76,11 +77,17 @@ def run(code: str, folder: Path, **environment: str) -> subprocess.CompletedProc
     )
 
 
+def copy_jit(tree: Path) -> None:
+    """`core/jit.py`, where modules of `planning/package` look for it."""
+    (tree / "core").mkdir()
+    shutil.copy(jit.__file__, tree / "core")
+
+
 def test_a_change_in_another_file_is_compiled_anew(tmp_path):
-    package = tmp_path / "planning" / "package"
+    package = tmp_path / "tree" / "planning" / "package"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
-    shutil.copy(caching.__file__, package.parent)
+    copy_jit(tmp_path / "tree")
     shutil.copy(FOLDER / "compiling.py", package)
     (package / "entrance.py").write_text(ENTRANCE)
     (package / "helper.py").write_text(HELPER.format(answer=1))
@@ -93,17 +100,17 @@ def test_a_change_in_another_file_is_compiled_anew(tmp_path):
 
 
 def test_the_digest_covers_every_file_of_the_kernels(tmp_path):
-    package = tmp_path / "planning" / "package"
+    package = tmp_path / "tree" / "planning" / "package"
     shutil.copytree(FOLDER, package, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(caching.__file__, package.parent)
+    copy_jit(tmp_path / "tree")
     (package / "__init__.py").write_text("")
     files = sorted(file.name for file in package.glob("*.py"))
     code = (
         "from pathlib import Path\n"
-        "from planning.package.compiling import _digest_of_sources as digest\n"
+        "from tree.planning.package.compiling import _digest_of_sources as digest\n"
         "digests = {digest()}\n"
         f"for name in {files}:\n"
-        "    with Path('planning', 'package', name).open('a') as file:\n"
+        "    with Path('tree', 'planning', 'package', name).open('a') as file:\n"
         "        file.write('#')\n"
         "    digests.add(digest())\n"
         "print(len(digests))\n"
@@ -125,7 +132,7 @@ def test_another_process_compiles_nothing(tmp_path):
 def test_without_a_folder_for_the_cache_functions_are_compiled_anew(tmp_path):
     package = tmp_path / "package"
     package.mkdir()
-    shutil.copy(caching.__file__, package)
+    shutil.copy(jit.__file__, package)
     (package / "functions.py").write_text(CACHED)
     # Nobody, not even root, can make a folder there.
     for nothing in (package / "__pycache__", tmp_path / "home"):
@@ -142,4 +149,4 @@ def test_without_a_folder_for_the_cache_functions_are_compiled_anew(tmp_path):
 
 def test_there_is_one_way_to_a_cache():
     root = Path(eplb.__file__).parent
-    assert [path.name for path in root.rglob("*.py") if "cache=True" in path.read_text()] == ["caching.py"]
+    assert [path.name for path in root.rglob("*.py") if "cache=True" in path.read_text()] == ["jit.py"]

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import eplb_plugin as eplb
-from eplb_plugin.simulation import simulate
-from eplb_plugin.traffic import generate
+from eplb_plugin.offline.simulation import simulate
+from eplb_plugin.offline.synthetic_traffic import generate
 
 
 @pytest.fixture(autouse=True)

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 import eplb_plugin as eplb
 from eplb_plugin.formats.placements import write_placement
+from eplb_plugin.offline.simulation import simulate
+from eplb_plugin.offline.traces import LoadTrace
 from eplb_plugin.planning import planner
 from eplb_plugin.planning.distinct import replace_repeats, shared_replicas
-from eplb_plugin.simulation import simulate
-from eplb_plugin.traces import LoadTrace
 from tests.planning.elastic_cases import check_plan, random_load, random_table
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import eplb_plugin as eplb
-from eplb_plugin.runtime.weights import byte_rows
+from eplb_plugin.runtime.weights.expert_weights import byte_rows
 
 
 def random_placement(layers: int, logical: int, slots: int, seed: int) -> eplb.Placement:

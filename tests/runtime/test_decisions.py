@@ -14,8 +14,8 @@ from unittest import mock
 import pytest
 import torch.distributed as dist
 
-from eplb_plugin.errors import UndecidedError
-from eplb_plugin.runtime.decisions import Decisions
+from eplb_plugin.core.errors import UndecidedError
+from eplb_plugin.runtime.control.two_phase_commit import Decisions
 
 LIMIT = 1.0
 

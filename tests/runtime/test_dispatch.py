@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eplb_plugin as eplb
-from eplb_plugin.runtime.dispatch import DispatchTables
+from eplb_plugin.dispatch.tables import DispatchTables
 from tests.runtime.cases import random_placement
 
 TOPOLOGY = eplb.Topology(num_ranks=4, num_slots=12)

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 
 import eplb_plugin as eplb
-from eplb_plugin.runtime.messages import Transport
 from eplb_plugin.runtime.rebalancer import Rebalancer
-from eplb_plugin.runtime.transfer import Transfer
+from eplb_plugin.runtime.weights.transfer import Transfer
+from eplb_plugin.runtime.weights.transport import Transport
 from tests.processes import run_ranks
 from tests.runtime.cases import fill, wrong_rows
 from tests.runtime.test_rebalancer import FAST, LAYERS, LOGICAL, make_weights, options, serve

@@ -13,16 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eplb_plugin as eplb
-from eplb_plugin.runtime import fingerprints, samples, word_sums
-from eplb_plugin.runtime.collectives import RankGroup
-from eplb_plugin.runtime.fingerprints import (
+from eplb_plugin.runtime.control.rank_group import RankGroup
+from eplb_plugin.runtime.verify import checksum as word_sums
+from eplb_plugin.runtime.verify import fingerprints, samples
+from eplb_plugin.runtime.verify.fingerprints import (
     Coverage,
     ExpertFingerprints,
     fingerprint_experts,
     fingerprint_rows,
 )
-from eplb_plugin.runtime.staging import Arrival
-from eplb_plugin.runtime.weights import ExpertWeights, byte_rows
+from eplb_plugin.runtime.weights.expert_weights import ExpertWeights, byte_rows
+from eplb_plugin.runtime.weights.staging import Arrival
 from tests.processes import run_ranks
 from tests.runtime.cases import fill, random_placement
 from tests.runtime.test_transfer import TENSORS, make_weights

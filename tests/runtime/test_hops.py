@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eplb_plugin as eplb
-from eplb_plugin.runtime.hops import plan_hops, staged_bytes
-from eplb_plugin.runtime.weights import ExpertWeights
+from eplb_plugin.runtime.weights.batching import plan_hops, staged_bytes
+from eplb_plugin.runtime.weights.expert_weights import ExpertWeights
 from tests.runtime.cases import random_placement
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eplb_plugin as eplb
-from eplb_plugin.migration import MigrationPlan, plan_migration
+from eplb_plugin.runtime.weights.migration import MigrationPlan, plan_migration
 from tests.runtime.cases import random_placement
 
 

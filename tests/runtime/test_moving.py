@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import eplb_plugin as eplb
-from eplb_plugin.runtime.messages import Message, Transport
-from eplb_plugin.runtime.moving import Move
-from eplb_plugin.runtime.pace import AtOnce
+from eplb_plugin.runtime.control.scheduling import AtOnce
 from eplb_plugin.runtime.rebalancer import Rebalancer
+from eplb_plugin.runtime.relocation import Move
+from eplb_plugin.runtime.weights.transport import Message, Transport
 from tests.processes import run_ranks
 from tests.runtime.cases import fill, wrong_rows
 
@@ -37,7 +37,7 @@ def fail_once(rank: int, place: str, name: str, hop: int) -> tuple[str, list[boo
     move = Move(balancer._parts, 1, now, SLOTS, AtOnce(), lambda phase: None)
     goal = start.physical_to_logical.flip(1)
 
-    owner = pkgutil.resolve_name(f"eplb_plugin.runtime.{place}")
+    owner = pkgutil.resolve_name(f"eplb_plugin.runtime.weights.{place}")
     works, calls, sent = getattr(owner, name), [0], [0]
 
     def fails(*arguments: object) -> object:

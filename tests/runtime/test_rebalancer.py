@@ -13,9 +13,9 @@ import eplb_plugin as eplb
 from eplb_plugin.planning.planner import plan
 from eplb_plugin.runtime import rebalance as phases
 from eplb_plugin.runtime import rebalancer as loop
-from eplb_plugin.runtime.collectives import RankGroup
-from eplb_plugin.runtime.messages import Message, Transport
+from eplb_plugin.runtime.control.rank_group import RankGroup
 from eplb_plugin.runtime.rebalancer import Rebalancer, RebalanceReport
+from eplb_plugin.runtime.weights.transport import Message, Transport
 from tests.processes import RanksFailedError, run_ranks
 from tests.runtime.cases import fill, wrong_rows
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from eplb_plugin.runtime.registration import unregistered_tensors, warn_unregistered
+from eplb_plugin.runtime.verify.unregistered import unregistered_tensors, warn_unregistered
 
 SLOTS = 9
 

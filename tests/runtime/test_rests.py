@@ -7,9 +7,9 @@ from unittest import mock
 
 import pytest
 
-from eplb_plugin.runtime import rests
-from eplb_plugin.runtime.pace import AtOnce, BetweenSteps
-from eplb_plugin.runtime.rests import Rests
+from eplb_plugin.runtime.control import throttle as rests
+from eplb_plugin.runtime.control.scheduling import AtOnce, BetweenSteps
+from eplb_plugin.runtime.control.throttle import Rests
 
 
 class Clock:

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eplb_plugin.runtime import samples
-from eplb_plugin.runtime.fingerprints import fingerprint_rows
+from eplb_plugin.runtime.verify import samples
+from eplb_plugin.runtime.verify.fingerprints import fingerprint_rows
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ import torch
 
 import eplb_plugin as eplb
 from eplb_plugin.integration.torch_moe import MoEConfig, MoEModel, expert_tensors
-from eplb_plugin.runtime.transfer import Transfer
+from eplb_plugin.runtime.weights.transfer import Transfer
 from tests.processes import run_ranks
 
 CONFIG = MoEConfig(vocab=64, num_topics=4, hidden=16, expert_hidden=24, num_layers=3, num_logical=12, top_k=3)

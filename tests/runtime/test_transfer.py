@@ -13,17 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eplb_plugin as eplb
-from eplb_plugin.migration import Sends
-from eplb_plugin.runtime import layout as layouts
-from eplb_plugin.runtime import weights as rows_of_weights
-from eplb_plugin.runtime.collectives import RankGroup
-from eplb_plugin.runtime.hops import Hop, plan_hops
-from eplb_plugin.runtime.layout import Layout
-from eplb_plugin.runtime.messages import Transport
-from eplb_plugin.runtime.rounds import cut, plan_rounds
-from eplb_plugin.runtime.staging import Arrival, Staging
-from eplb_plugin.runtime.transfer import Transfer
-from eplb_plugin.runtime.weights import ExpertWeights, byte_rows
+from eplb_plugin.runtime.control.rank_group import RankGroup
+from eplb_plugin.runtime.weights import expert_weights as rows_of_weights
+from eplb_plugin.runtime.weights import layout as layouts
+from eplb_plugin.runtime.weights.batching import Hop, plan_hops
+from eplb_plugin.runtime.weights.expert_weights import ExpertWeights, byte_rows
+from eplb_plugin.runtime.weights.layout import Layout
+from eplb_plugin.runtime.weights.migration import Sends
+from eplb_plugin.runtime.weights.rounds import cut, plan_rounds
+from eplb_plugin.runtime.weights.staging import Arrival, Staging
+from eplb_plugin.runtime.weights.transfer import Transfer
+from eplb_plugin.runtime.weights.transport import Transport
 from tests.processes import run_ranks
 from tests.runtime.cases import fill, random_placement, wrong_rows
 

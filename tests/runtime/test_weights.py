@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import eplb_plugin as eplb
-from eplb_plugin.runtime.weights import ExpertWeights, byte_rows
+from eplb_plugin.runtime.weights.expert_weights import ExpertWeights, byte_rows
 
 TOPOLOGY = eplb.Topology(num_ranks=2, num_slots=6)
 DTYPES = sorted(

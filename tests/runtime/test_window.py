@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
 import eplb_plugin as eplb
-from eplb_plugin.window import LoadWindow
+from eplb_plugin.runtime.load_window import LoadWindow
 
 
 def window(**changes: int) -> LoadWindow:

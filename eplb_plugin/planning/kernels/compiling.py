@@ -14,7 +14,7 @@ from typing import Any
 import numba
 from numba.extending import register_jitable
 
-from ..caching import cached_njit
+from ...core.jit import cached_njit
 
 __all__ = ["SOURCES", "compile_entrance"]
 

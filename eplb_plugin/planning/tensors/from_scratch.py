@@ -6,8 +6,8 @@ from functools import partial
 
 import torch
 
-from ...config import PlannerOptions
-from ...topology import Topology
+from ...config.options import PlannerOptions
+from ...core.topology import Topology
 from ..exact import to_exact
 from ..greedy import lpt_packing
 from ..hierarchy import place_from_scratch

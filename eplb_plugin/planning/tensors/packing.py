@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from ...config import PlannerOptions
-from ...load import check_values, to_snapshots, zero_if_bad
+from ...config.options import PlannerOptions
+from ...core.load import check_values, to_snapshots, zero_if_bad
 from ..backend import use_kernels
 from ..compiled import pack_rows
 from ..exact import to_exact

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import torch
 
-from ...config import PlannerOptions
-from ...load import check_values, zero_if_bad
-from ...placement import Placement
-from ...topology import Topology
+from ...config.options import PlannerOptions
+from ...core.load import check_values, zero_if_bad
+from ...core.placement import Placement
+from ...core.topology import Topology
 from ..distinct import shared_replicas
 from ..forecast import expected_load
 from ..living_ranks import Living

@@ -22,7 +22,8 @@ from sglang.srt.eplb.expert_location_updater import ExpertLocationUpdater
 from sglang.srt.plugins import load_plugins
 from sglang.srt.runtime_context import get_context, get_parallel
 
-from eplb_plugin.integration import sglang_balancer, sglang_plugin
+from eplb_plugin.integration.sglang import plugin as sglang_plugin
+from eplb_plugin.integration.sglang import policy as sglang_balancer
 from tests.engines.sglang.setups import Outcome, Setup
 
 DENSE_LAYERS = 1

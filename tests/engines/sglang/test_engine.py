@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from eplb_plugin.traces import save_load_trace
-from eplb_plugin.traffic import TrafficProfile, generate
+from eplb_plugin.formats.npz import save_load_trace
+from eplb_plugin.offline.synthetic_traffic import TrafficProfile, generate
 from tests.engines.sglang.engine_process import SMALL_ENGINE, run
 from tests.engines.sglang.tiny_model import EXPERTS, LAYERS, NEW_TOKENS
 

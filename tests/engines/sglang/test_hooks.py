@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from eplb_plugin import ConfigError
-from eplb_plugin.integration import sglang_plugin
-from eplb_plugin.integration.sglang_balancer import SglangBalancer
-from eplb_plugin.integration.sglang_weights import warn_unmoved
+from eplb_plugin.integration.sglang import plugin as sglang_plugin
+from eplb_plugin.integration.sglang.policy import SglangBalancer
+from eplb_plugin.integration.sglang.weights import warn_unmoved
 
 
 @pytest.fixture(scope="module", autouse=True)

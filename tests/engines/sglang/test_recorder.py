@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from eplb_plugin.traces import read_trace
+from eplb_plugin.formats.loads import read_trace
 from tests.engines.sglang.engine_process import SMALL_ENGINE, run
 from tests.engines.sglang.tiny_model import EXPERTS, LAYERS
 

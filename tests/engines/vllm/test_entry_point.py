@@ -13,8 +13,8 @@ from vllm.distributed.eplb.eplb_state import EplbState
 from vllm.v1.worker.worker_base import WorkerBase
 
 import eplb_plugin as eplb
-from eplb_plugin.integration import vllm_plugin
-from eplb_plugin.integration.vllm_state import missing_seams, warn_unmoved
+from eplb_plugin.integration.vllm import plugin as vllm_plugin
+from eplb_plugin.integration.vllm.seams import missing_seams, warn_unmoved
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +67,7 @@ def test_our_lines_come_out_as_vllms_do(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(ours, "parent", ours.parent)
     vllm_plugin._share_log()
-    assert logging.getLogger("eplb_plugin.integration.vllm_policy").parent is ours
+    assert logging.getLogger("eplb_plugin.integration.vllm.policy").parent is ours
     assert ours.parent is logging.getLogger("vllm")
 
 

@@ -8,7 +8,7 @@ def register():
     switch = os.environ.get("TEST_PLANNER_FAILS_WHEN")
     if switch is None:
         return
-    from eplb_plugin.integration.engine_planner import EnginePlanner
+    from eplb_plugin.integration.common.planner import EnginePlanner
 
     plan = EnginePlanner.plan
 

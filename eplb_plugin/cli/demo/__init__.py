@@ -1,0 +1,1 @@
+"""`eplb-plugin demo`: the whole loop on real processes."""

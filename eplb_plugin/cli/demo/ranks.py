@@ -1,0 +1,151 @@
+"""Starts one process per rank on this machine, and never waits for them without a limit."""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+import os
+import socket
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ...core.errors import EplbError
+
+__all__ = ["RankError", "run_ranks"]
+
+# Seconds that the other ranks get to say what happened to them once one has failed. Their reports tell
+# the rank that died first from those that only lost the connection to it.
+_GRACE = 3.0
+
+
+class RankError(EplbError, RuntimeError):
+    """A rank raised or died, or no rank said anything for too long; all of them were stopped."""
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """The last message of a rank: how it failed (the traceback), or None."""
+
+    failure: str | None
+
+
+def run_ranks(
+    body: Callable[..., None], num_ranks: int, args: tuple[Any, ...], *, time_limit: float
+) -> Iterator[tuple[int, Any]]:
+    """Run `body(rank, send, *args)` in `num_ranks` processes joined by gloo.
+
+    Args:
+        body: a function at the top of a module; whatever it gives to `send` is yielded here.
+        num_ranks: processes.
+        args: picklable, the same for each.
+        time_limit: seconds without a message of any rank until all are stopped; also how long a rank waits
+            for another.
+
+    Yields:
+        (rank, message) as they arrive. When it ends, all processes have.
+
+    Raises:
+        RankError: names the ranks that failed and how.
+    """
+    context = multiprocessing.get_context("spawn")
+    processes: list[BaseProcess] = []
+    receivers: dict[Connection, int] = {}
+    with tempfile.TemporaryDirectory(prefix="eplb-plugin-") as folder:
+        store = str(Path(folder) / "store")
+        try:
+            for rank in range(num_ranks):
+                receiver, sender = context.Pipe(duplex=False)
+                receivers[receiver] = rank
+                process: BaseProcess = context.Process(
+                    target=_enter, args=(sender, store, rank, num_ranks, time_limit, body, args), daemon=True
+                )
+                process.start()
+                processes.append(process)
+                # Only the child keeps it open, so that its death shows as the end of the pipe.
+                sender.close()
+            yield from _messages(receivers, processes, time_limit)
+        finally:
+            for process in processes:
+                process.join(0.5)
+                if process.is_alive():
+                    process.kill()
+                    process.join()
+            for receiver in receivers:
+                receiver.close()
+
+
+def _messages(
+    receivers: dict[Connection, int], processes: list[BaseProcess], time_limit: float
+) -> Iterator[tuple[int, Any]]:
+    waiting = dict(receivers)
+    died: dict[int, str] = {}
+    raised: dict[int, str] = {}
+    end_of_grace = None
+    while waiting:
+        left = time_limit if end_of_grace is None else max(0.0, end_of_grace - time.monotonic())
+        ready = wait(list(waiting), timeout=left)
+        if not ready:
+            break
+        for receiver in ready:
+            assert isinstance(receiver, Connection)
+            rank = waiting[receiver]
+            try:
+                message = receiver.recv()
+            except (EOFError, OSError):
+                processes[rank].join(1)
+                died[rank] = f"rank {rank} died with exit code {processes[rank].exitcode}"
+                message = _Ended(died[rank])
+            if not isinstance(message, _Ended):
+                yield rank, message
+                continue
+            del waiting[receiver]
+            if message.failure is not None:
+                end_of_grace = end_of_grace or time.monotonic() + _GRACE
+                if rank not in died:
+                    raised[rank] = f"rank {rank} failed: {message.failure.strip().splitlines()[-1]}"
+    if died or raised:
+        raise RankError("; ".join([*died.values(), *raised.values()]))
+    if waiting:
+        raise RankError(
+            f"ranks {sorted(waiting.values())} were still running, but none had got any further for "
+            f"{time_limit:g} s (demo.time_limit)"
+        )
+
+
+def _enter(
+    sender: Connection,
+    store: str,
+    rank: int,
+    num_ranks: int,
+    time_limit: float,
+    body: Callable[..., None],
+    args: tuple[Any, ...],
+) -> None:
+    # Several ranks share this machine's cores, and talk over its loopback.
+    torch.set_num_threads(1)
+    if any(name == "lo" for _, name in socket.if_nameindex()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    try:
+        dist.init_process_group(
+            "gloo",
+            store=dist.FileStore(store, num_ranks),  # type: ignore[attr-defined]
+            rank=rank,
+            world_size=num_ranks,
+            timeout=datetime.timedelta(seconds=time_limit),
+        )
+        body(rank, sender.send, *args)
+        dist.barrier()
+        dist.destroy_process_group()
+        sender.send(_Ended(None))
+    except BaseException:
+        sender.send(_Ended(traceback.format_exc()))

@@ -1,0 +1,1 @@
+"""Recorded and synthetic traffic, and replaying it."""

@@ -1,0 +1,191 @@
+"""Recorded loads and recorded expert choices: two frozen values."""
+
+from __future__ import annotations
+
+import reprlib
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..core.errors import TraceError
+
+__all__ = [
+    "MAX_CELLS",
+    "MAX_COUNT",
+    "LoadTrace",
+    "TokenTrace",
+    "as_load",
+]
+
+_Array = np.ndarray[Any, Any]
+MAX_COUNT = 2**53
+"""Counts above this are no longer exact as float64, in which planning computes."""
+
+MAX_CELLS = 2**31
+"""Most numbers of a load that is made of something else; a small file can stand for a large one."""
+
+# What follows from these numbers of a file takes memory in proportion to them, however small the file is.
+_MAX_LAYER = _MAX_EXPERTS = 2**16
+
+
+@dataclass(frozen=True, eq=False)
+class LoadTrace:
+    """The load of every step of a run.
+
+    Attributes:
+        load: [steps, layers, experts], tokens; int32, int64, float32 or float64, on the CPU.
+        name: where it comes from, for titles and errors.
+        layer_ids: the layer of the model that each row is of, rising; by default 0 and following. Engines
+            that number dense layers too need it.
+
+    Raises:
+        TraceError: wrong shape or dtype, no elements, NaN, infinite or negative values, or layers that do
+            not rise.
+    """
+
+    load: torch.Tensor
+    name: str = "load"
+    layer_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.load, torch.Tensor):
+            raise TraceError(f"{self.name}: load is a {type(self.load).__name__}, not a tensor")
+        if self.load.dim() != 3 or self.load.numel() == 0:
+            raise TraceError(
+                f"{self.name}: load has shape {tuple(self.load.shape)}, not [steps, layers, experts]"
+            )
+        if self.load.dtype not in (torch.int32, torch.int64, torch.float32, torch.float64):
+            raise TraceError(f"{self.name}: load has dtype {self.load.dtype}, not int32/64 or float32/64")
+        bad = ~(torch.isfinite(self.load) & (self.load >= 0))
+        if bool(bad.any()):
+            step, layer, expert = (int(x) for x in bad.nonzero()[0])
+            raise TraceError(
+                f"{self.name}: load of step {step}, layer {layer}, expert {expert} is "
+                f"{self.load[step, layer, expert].item()}; {int(bad.sum())} of {bad.numel()} values are "
+                "NaN, infinite or negative"
+            )
+        layer_ids = self.layer_ids or tuple(range(self.num_layers))
+        if len(layer_ids) != self.num_layers:
+            raise TraceError(f"{self.name}: {len(layer_ids)} layer_ids for {self.num_layers} layers")
+        if layer_ids[0] < 0 or any(a >= b for a, b in pairwise(layer_ids)):
+            raise TraceError(f"{self.name}: layer_ids {reprlib.repr(layer_ids)} do not rise from 0 or above")
+        if layer_ids[-1] >= _MAX_LAYER:
+            raise TraceError(f"{self.name}: layer_ids go up to {layer_ids[-1]}, not below {_MAX_LAYER}")
+        object.__setattr__(self, "layer_ids", layer_ids)
+
+    @property
+    def num_steps(self) -> int:
+        return self.load.shape[0]
+
+    @property
+    def num_layers(self) -> int:
+        return self.load.shape[1]
+
+    @property
+    def num_experts(self) -> int:
+        return self.load.shape[2]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenTrace:
+    """The experts that every token of some requests chose.
+
+    Attributes:
+        topk_ids: integer [tokens, layers, top_k], the chosen experts, in `0..num_experts-1`.
+        request: int64 [tokens], the request of each token; it never falls, and a request's tokens are in
+            the order in which they were computed.
+        category: text or integer [requests], the kind of each request.
+        num_experts: experts per layer.
+        name: where it comes from, for titles and errors.
+        first: int64 [requests + 1], derived: request `r` has the tokens `first[r]..first[r+1]-1`.
+
+    Raises:
+        TraceError: a wrong shape or dtype, an id out of range, or requests that are not sorted.
+    """
+
+    topk_ids: _Array
+    request: _Array
+    category: _Array
+    num_experts: int
+    name: str = "tokens"
+    first: _Array = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        ids, request, category = self.topk_ids, self.request, self.category
+        if ids.ndim != 3 or ids.size == 0 or ids.dtype.kind not in "iu":
+            raise TraceError(
+                f"{self.name}: topk_ids is {ids.dtype} {ids.shape}, not integers [tokens, layers, top_k]"
+            )
+        if request.shape != ids.shape[:1] or request.dtype.kind not in "iu":
+            raise TraceError(
+                f"{self.name}: request is {request.dtype} {request.shape}, not integers [{ids.shape[0]}]"
+            )
+        if category.ndim != 1 or category.dtype.kind not in "iuSU":
+            raise TraceError(
+                f"{self.name}: category is {category.dtype} {category.shape}, not text or integers [requests]"
+            )
+        if not 1 <= self.num_experts <= _MAX_EXPERTS:
+            raise TraceError(f"{self.name}: num_experts={self.num_experts} is outside 1..{_MAX_EXPERTS}")
+        self._check_range("topk_ids", ids, self.num_experts, "num_experts")
+        self._check_range("request", request, len(category), "requests in category")
+        request = request.astype(np.int64)
+        fall = np.flatnonzero(np.diff(request) < 0)
+        if fall.size:
+            token = int(fall[0]) + 1
+            raise TraceError(
+                f"{self.name}: request is not sorted: token {token} belongs to request {request[token]}, "
+                f"the token before it to {request[token - 1]}"
+            )
+        object.__setattr__(self, "request", request)
+        if ids.dtype.itemsize == 8:
+            # Sums with unsigned ones would become floats.
+            object.__setattr__(self, "topk_ids", ids.astype(np.int64))
+        object.__setattr__(self, "first", np.searchsorted(request, np.arange(len(category) + 1)))
+
+    def _check_range(self, name: str, values: _Array, bound: int, what: str) -> None:
+        if int(values.min()) >= 0 and int(values.max()) < bound:
+            return
+        place = tuple(int(x) for x in np.argwhere((values < 0) | (values >= bound))[0])
+        raise TraceError(
+            f"{self.name}: {name}[{', '.join(map(str, place))}]={int(values[place])} is outside "
+            f"0..{bound - 1} ({what}: {bound})"
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.topk_ids.shape[0])
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.topk_ids.shape[1])
+
+    @property
+    def top_k(self) -> int:
+        return int(self.topk_ids.shape[2])
+
+    @property
+    def lengths(self) -> _Array:
+        """int64 [requests], tokens of each request; a request may have none."""
+        return np.diff(self.first)
+
+
+def as_load(array: _Array, name: str) -> torch.Tensor:
+    """The array as one of the dtypes of LoadTrace, in native byte order; values stay what they are.
+
+    Raises:
+        TraceError: another dtype, or counts that planning could not compute with exactly.
+    """
+    if array.dtype.kind == "f" and array.dtype.itemsize <= 8:
+        dtype = np.float64 if array.dtype.itemsize == 8 else np.float32
+        return torch.from_numpy(array.astype(dtype))
+    if array.dtype.kind not in "iu":
+        raise TraceError(
+            f"{name}: load has dtype {array.dtype}, not an integer or a float of at most 64 bits"
+        )
+    peak = int(array.max()) if array.size else 0
+    if peak > MAX_COUNT:
+        raise TraceError(f"{name}: load has the value {peak}, above {MAX_COUNT}")
+    return torch.from_numpy(array.astype(np.int32 if peak < 2**31 and array.itemsize <= 4 else np.int64))

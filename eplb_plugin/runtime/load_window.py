@@ -1,0 +1,205 @@
+"""The load window: what every expert got in the recent steps, recorded without stalling the engine."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+
+from ..core.errors import LoadError
+from ..core.integers import checked_integer
+
+__all__ = ["LoadWindow"]
+
+_ID_DTYPES = (torch.int32, torch.int64)
+
+
+class LoadWindow:
+    """Counts the tokens of every expert, step by step, and keeps the recent intervals as snapshots.
+
+    The steps of an interval are folded into `snapshots` sums in time order. A finished interval is
+    taken out (`take`), summed over ranks by the caller, and put back (`push`) as history.
+
+    `record` and `step` issue device work only: they neither wait for the device nor, once a batch of
+    that size was seen (or announced with `reserve`), allocate anything, so they can be captured in a graph.
+    A larger batch gets larger buffers; those that it outgrows are kept, since graphs may write to them.
+
+    Args:
+        num_layers: MoE layers of the model.
+        num_logical: logical experts per layer.
+        interval: steps that the snapshots of one interval spread over.
+        snapshots: snapshots per interval, at most; fewer where the interval has fewer steps.
+        history: intervals kept.
+        device: where ids arrive and counts live.
+
+    Raises:
+        LoadError: a number is not an integer, or below 1.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_logical: int,
+        *,
+        interval: int,
+        snapshots: int = 32,
+        history: int = 4,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.num_layers = num_layers = checked_integer("num_layers", num_layers, LoadError)
+        self.num_logical = num_logical = checked_integer("num_logical", num_logical, LoadError)
+        self.interval = interval = checked_integer("interval", interval, LoadError)
+        snapshots = checked_integer("snapshots", snapshots, LoadError)
+        history = checked_integer("history", history, LoadError)
+        self._num_snapshots = min(snapshots, interval)
+        self._steps = 0  # of the interval under way, dummy steps included
+        self._history: deque[torch.Tensor] = deque(maxlen=history)
+        # Not inference tensors, whatever the mode of the caller: those refuse writes outside of it.
+        with torch.inference_mode(False):
+            # The step under way. Bin 0 takes what is not counted: ids of -1 and masked tokens.
+            self._step = torch.zeros(num_layers, num_logical + 1, dtype=torch.int64, device=device)
+            self._snapshots = torch.zeros(
+                self._num_snapshots, num_layers, num_logical, dtype=torch.int64, device=device
+            )
+            # One element read n times: the source of every scatter-add. As the addend of the shift it
+            # also spares the temporary that a Python number would cost.
+            self._one = torch.ones(1, dtype=torch.int64, device=device)
+            self._ids = torch.empty(0, dtype=torch.int64, device=device)
+            self._mask = torch.empty(0, dtype=torch.int64, device=device)
+            self._outgrown: list[torch.Tensor] = []  # captured graphs hold their addresses
+        self.device = self._step.device
+        self._bins = list(self._step.unbind(0))
+        self._counts = list(self._step[:, 1:].unbind(0))
+
+    def reserve(self, num_ids: int) -> None:
+        """Make room for batches of `num_ids` = tokens x top_k ids, before a graph is captured, say.
+
+        Sizes are powers of two, so all that was outgrown takes no more memory than what is in use.
+        """
+        if num_ids > self._ids.numel():
+            size = 1 << (num_ids - 1).bit_length()
+            self._outgrown += [self._ids, self._mask]
+            with torch.inference_mode(False):
+                self._ids = torch.empty(size, dtype=torch.int64, device=self.device)
+                self._mask = torch.empty(size, dtype=torch.int64, device=self.device)
+
+    def record(self, layer: int, expert_ids: torch.Tensor, valid: torch.Tensor | None = None) -> None:
+        """Count the tokens that one layer routed in the step under way.
+
+        Args:
+            layer: index of the MoE layer.
+            expert_ids: int32 or int64 [tokens, top_k] or [tokens], logical experts; -1 is not counted.
+            valid: bool [tokens], False for padding; None counts every token.
+
+        Raises:
+            LoadError: wrong shape, dtype, device or layer. Ids beyond the experts raise torch's index
+                error, on CUDA asynchronously.
+        """
+        self._check_layer(layer)
+        if expert_ids.dtype not in _ID_DTYPES or expert_ids.dim() not in (1, 2):
+            raise LoadError(
+                f"expert_ids is {expert_ids.dtype} {tuple(expert_ids.shape)}, "
+                "not int32 or int64 [tokens, top_k] or [tokens]"
+            )
+        self._check_device("expert_ids", expert_ids)
+        num_ids = expert_ids.numel()
+        if num_ids > self._ids.numel():
+            self.reserve(num_ids)
+        flat = self._ids[:num_ids]
+        shifted = flat.view(expert_ids.shape)
+        shifted.copy_(expert_ids).add_(self._one)
+        if valid is not None:
+            tokens = expert_ids.shape[0]
+            if valid.shape != (tokens,) or valid.dtype != torch.bool:
+                raise LoadError(f"valid is {valid.dtype} {tuple(valid.shape)}, not bool ({tokens},)")
+            self._check_device("valid", valid)
+            mask = self._mask[:tokens]
+            mask.copy_(valid)
+            shifted.mul_(mask if expert_ids.dim() == 1 else mask.unsqueeze(1))
+        self._bins[layer].scatter_add_(0, flat, self._one.expand(num_ids))
+
+    def record_counts(self, layer: int, counts: torch.Tensor) -> None:
+        """Add counts that the engine has already, integer [logical], tokens, to the step under way.
+
+        Values are not looked at, which would wait for the device. `plan` refuses a snapshot that is negative
+        when its steps and all ranks are summed.
+
+        Raises:
+            LoadError: wrong shape, dtype, device or layer.
+        """
+        self._check_layer(layer)
+        if counts.shape != (self.num_logical,) or counts.is_floating_point() or counts.dtype == torch.bool:
+            raise LoadError(
+                f"counts is {counts.dtype} {tuple(counts.shape)}, not integers ({self.num_logical},)"
+            )
+        self._check_device("counts", counts)
+        self._counts[layer].add_(counts)
+
+    def step(self, is_dummy: bool = False) -> None:
+        """End a step. What a dummy step recorded (warm-up, idle ranks) is dropped, but it counts as a step,
+        so that ranks with and without work reach the end of an interval together."""
+        if not is_dummy:
+            snapshot = min(self._steps * self._num_snapshots // self.interval, self._num_snapshots - 1)
+            self._snapshots[snapshot].add_(self._step[:, 1:])
+        self._step.zero_()
+        self._steps += 1
+
+    @property
+    def steps(self) -> int:
+        """Steps since the last `take`."""
+        return self._steps
+
+    def take(self) -> torch.Tensor:
+        """End the interval: its counts on this rank, int64 [snapshots, layers, logical] in time order.
+
+        Only snapshots that the steps so far reached are returned (none before the first step), so ranks
+        that step together get the same shape. The tensor belongs to the caller; counting starts anew.
+        """
+        # The snapshot of the last step, as `step` finds it, and those before it; before any step, none.
+        last = (self._steps - 1) * self._num_snapshots // self.interval
+        used = min(last + 1, self._num_snapshots)
+        taken = self._snapshots[:used].clone()
+        self._snapshots.zero_()
+        self._steps = 0
+        return taken
+
+    def push(self, interval_load: torch.Tensor) -> None:
+        """Add an interval summed over ranks, int64 [snapshots, layers, logical], to the history.
+
+        Values are not looked at, see `record_counts`.
+
+        Raises:
+            LoadError: another dtype, or its layers or experts are not the window's.
+        """
+        if interval_load.dtype != torch.int64:
+            raise LoadError(f"interval_load has dtype {interval_load.dtype}, not int64")
+        if interval_load.dim() != 3 or interval_load.shape[1:] != (self.num_layers, self.num_logical):
+            raise LoadError(
+                f"interval_load has shape {tuple(interval_load.shape)}, "
+                f"not [snapshots, {self.num_layers}, {self.num_logical}]"
+            )
+        if interval_load.shape[0]:
+            self._history.append(interval_load)
+
+    def load(self) -> torch.Tensor:
+        """The whole window, int64 [snapshots, layers, logical] in time order; no snapshots before the
+        first `push`."""
+        if not self._history:
+            return self._snapshots[:0]
+        return torch.cat(list(self._history))
+
+    def clear(self) -> None:
+        """Forget everything. Call it on all ranks alike, when the group changes for instance."""
+        self._history.clear()
+        self._snapshots.zero_()
+        self._step.zero_()
+        self._steps = 0
+
+    def _check_layer(self, layer: int) -> None:
+        if not 0 <= layer < self.num_layers:
+            raise LoadError(f"layer={layer} is outside 0..{self.num_layers - 1}")
+
+    def _check_device(self, name: str, tensor: torch.Tensor) -> None:
+        # A copy from another device would wait for the host.
+        if tensor.device != self.device:
+            raise LoadError(f"{name} is on {tensor.device}, the window on {self.device}")

@@ -1,0 +1,1 @@
+"""Are the weights the right ones?"""

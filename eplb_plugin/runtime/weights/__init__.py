@@ -1,0 +1,1 @@
+"""Expert weights: from placement to placement."""

@@ -1,0 +1,273 @@
+"""What has to be copied and sent to get from one placement to another: a pure function of the two."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ...core.errors import PlacementError
+from ...core.placement import Placement, checked_ids, slots_by_expert
+from ...core.topology import Topology
+
+__all__ = ["Arrivals", "Copies", "MigrationPlan", "Reloads", "Sends", "plan_migration"]
+
+_Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Copies:
+    """Copies from slot to slot of one rank; each field int64 [copies] on the CPU, in order of layer.
+
+    Attributes:
+        layer: layer of the copy.
+        rank: the rank that copies.
+        source_slot: slot (numbered over all ranks) that holds the expert before the migration.
+        slot: slot that gets it.
+        staged: bool; the source slot itself gets another expert, so read it before anything is written.
+    """
+
+    layer: torch.Tensor
+    rank: torch.Tensor
+    source_slot: torch.Tensor
+    slot: torch.Tensor
+    staged: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Sends:
+    """Transfers of one expert from rank to rank; each field int64 [sends] on the CPU, in order of layer.
+
+    Attributes:
+        layer: layer of the expert.
+        expert: the logical expert.
+        source_rank: the sending rank, which held the expert before.
+        source_slot: slot (numbered over all ranks) that it sends from.
+        rank: the receiving rank, which did not hold the expert before.
+    """
+
+    layer: torch.Tensor
+    expert: torch.Tensor
+    source_rank: torch.Tensor
+    source_slot: torch.Tensor
+    rank: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Arrivals:
+    """Where received experts go; an expert that fills several slots of a rank is sent to it once.
+
+    Attributes:
+        send: int64 [arrivals], index into the sends, rising.
+        slot: int64 [arrivals], slot (numbered over all ranks) that gets it.
+    """
+
+    send: torch.Tensor
+    slot: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Reloads:
+    """Slots whose expert no living rank holds, so that it has to come from the checkpoint; each field int64
+    [reloads] on the CPU, in order of layer and slot.
+
+    Attributes:
+        layer: layer of the expert.
+        expert: the logical expert.
+        slot: slot (numbered over all ranks) that gets it.
+    """
+
+    layer: torch.Tensor
+    expert: torch.Tensor
+    slot: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class MigrationPlan:
+    """Every slot that gets another expert appears once, in `copies`, `arrivals` or `reloads`; others stay
+    untouched, also those that become empty.
+
+    Attributes:
+        layers: int64 [changed layers], rising: the layers with any change.
+        copies: what a rank copies from itself.
+        sends: what ranks send to each other; together with the distinct (layer, rank, expert) of `reloads`
+            these are the moves between the two placements.
+        arrivals: the slots that the sends fill.
+        reloads: the slots that no rank can fill; none unless ranks failed.
+    """
+
+    layers: torch.Tensor
+    copies: Copies
+    sends: Sends
+    arrivals: Arrivals
+    reloads: Reloads
+
+    @property
+    def num_sends(self) -> int:
+        return self.sends.layer.numel()
+
+
+def plan_migration(
+    old: Placement | torch.Tensor,
+    new: Placement,
+    topology: Topology,
+    *,
+    active_ranks: Sequence[bool] | torch.Tensor | None = None,
+) -> MigrationPlan:
+    """Plan how the weights get from `old` to `new`.
+
+    A sender on the receiver's node is preferred; among those, the rank that sends least in that layer.
+    The same arguments give the same plan on every rank.
+
+    Args:
+        old: where the experts are, as a Placement or its int64 [layers, slots]; the tensor may have empty
+            slots (-1) and lack experts, as `current` of `plan` may.
+        new: where they shall be.
+        topology: nodes, ranks and slots.
+        active_ranks: bool [ranks], which ranks are alive; None is all of them. Nothing is taken from others.
+
+    Returns:
+        The plan, its tensors on the CPU.
+
+    Raises:
+        PlacementError: the placements differ in shape or experts, or their slots from the topology's; a slot
+            of a dead rank is to be filled. TopologyError: a malformed `active_ranks`.
+    """
+    if isinstance(old, Placement):
+        held, fits = old.physical_to_logical, old.num_logical == new.num_logical
+    else:
+        held, fits = checked_ids(old, new.num_logical), True
+    if not fits or held.shape != new.physical_to_logical.shape or new.num_slots != topology.num_slots:
+        described = old if isinstance(old, Placement) else f"a table {tuple(old.shape)}"
+        raise PlacementError(f"cannot migrate from {described} to {new} on {topology}")
+    rank_of_slot = topology.rank_of_slot().numpy()
+    alive = topology.living_ranks(active_ranks)
+    before = held.cpu().numpy()
+    after = new.physical_to_logical.cpu().numpy()
+    if not all(alive):
+        dead = ~np.array(alive)[rank_of_slot]
+        _check_empty(after, dead, rank_of_slot)
+        before = np.where(dead, -1, before)
+    changed = before != after
+    layer, slot = (changed & (after >= 0)).nonzero()  # sorted by layer, then slot
+    expert, rank = after[layer, slot], rank_of_slot[slot]
+    source = _local_source(before, changed, new.num_logical, topology)[layer, rank, expert]
+    holders = slots_by_expert(torch.from_numpy(before), new.num_logical).numpy()
+
+    here = source >= 0
+    copies = Copies(
+        layer=_tensor(layer[here]),
+        rank=_tensor(rank[here]),
+        source_slot=_tensor(source[here]),
+        slot=_tensor(slot[here]),
+        staged=torch.from_numpy((changed & (after >= 0))[layer[here], source[here]]),
+    )
+
+    reloads = holders[layer, expert, 0] < 0
+    away = ~here & ~reloads
+    key = (layer[away] * topology.num_ranks + rank[away]) * new.num_logical + expert[away]
+    unique, send = np.unique(key, return_inverse=True)
+    send_expert = unique % new.num_logical
+    send_rank = unique // new.num_logical % topology.num_ranks
+    send_layer = unique // (new.num_logical * topology.num_ranks)
+    source_slot = _choose_senders(
+        send_layer, send_rank, holders[send_layer, send_expert], len(before), topology
+    )
+    by_send = np.argsort(send.reshape(-1), kind="stable")
+    return MigrationPlan(
+        layers=_tensor(changed.any(1).nonzero()[0]),
+        copies=copies,
+        sends=Sends(
+            layer=_tensor(send_layer),
+            expert=_tensor(send_expert),
+            source_rank=_tensor(rank_of_slot[source_slot]),
+            source_slot=_tensor(source_slot),
+            rank=_tensor(send_rank),
+        ),
+        arrivals=Arrivals(send=_tensor(send.reshape(-1)[by_send]), slot=_tensor(slot[away][by_send])),
+        reloads=Reloads(
+            layer=_tensor(layer[reloads]), expert=_tensor(expert[reloads]), slot=_tensor(slot[reloads])
+        ),
+    )
+
+
+def _check_empty(after: _Ints, dead: npt.NDArray[np.bool_], rank_of_slot: _Ints) -> None:
+    wrong = np.argwhere((after >= 0) & dead)
+    if wrong.size:
+        layer, slot = wrong[0]
+        raise PlacementError(
+            f"layer {layer} gives expert {after[layer, slot]} to slot {slot} of rank {rank_of_slot[slot]}, "
+            "which active_ranks says is dead"
+        )
+
+
+def _local_source(
+    before: _Ints, changed: npt.NDArray[np.bool_], num_logical: int, topology: Topology
+) -> _Ints:
+    """[layers, ranks, logical]: a slot of the rank that holds the expert before, else -1.
+
+    A slot that keeps its expert is preferred, then the lowest: assignments in rising order of preference.
+    """
+    layers = before.shape[0]
+    # One more expert, for what empty slots hold.
+    source = np.full((layers, topology.num_ranks, num_logical + 1), -1, dtype=np.int64)
+    held = topology.by_rank(torch.from_numpy(before), -1).numpy()
+    dirty = topology.by_rank(torch.from_numpy(changed), True).numpy()
+    rows, ranks = np.ogrid[:layers, : topology.num_ranks]
+    first = np.array(topology.first_slots[:-1])
+    for only_kept in (False, True):
+        for i in reversed(range(topology.most_slots)):
+            at = (rows, ranks, held[:, :, i])
+            if only_kept:
+                source[at] = np.where(dirty[:, :, i], source[at], first + i)
+            else:
+                source[at] = first + i
+    return source[:, :, :num_logical]
+
+
+def _choose_senders(layer: _Ints, rank: _Ints, replicas: _Ints, num_layers: int, topology: Topology) -> _Ints:
+    """The slot that each send starts from.
+
+    Args:
+        layer, rank: [sends], layer and receiving rank, in order of layer.
+        replicas: [sends, max_replicas], slots that held the expert before, padded with -1.
+    """
+    if not layer.size:
+        return layer
+    rank_of_slot = topology.rank_of_slot().numpy()
+    senders = rank_of_slot[replicas]  # of the padding too, which `usable` tells apart
+    usable = replicas >= 0
+    near = usable & (senders // topology.ranks_per_node == (rank // topology.ranks_per_node)[:, None])
+    usable = np.where(near.any(1, keepdims=True), near, usable)
+    choices = usable.sum(1)
+    chosen: _Ints = replicas[np.arange(layer.size), usable.argmax(1)]
+
+    # Sends without a choice count first; the others then take the least busy sender, those with few
+    # choices first. Layers do not depend on each other, so each turn decides one send of every layer.
+    busy = np.zeros((num_layers, topology.num_ranks), dtype=np.int64)
+    forced = choices == 1
+    np.add.at(busy, (layer[forced], rank_of_slot[chosen[forced]]), 1)
+    open_sends = np.flatnonzero(~forced)
+    open_sends = open_sends[np.lexsort((choices[open_sends], layer[open_sends]))]
+    open_layer = layer[open_sends]
+    turn = np.arange(open_sends.size) - np.searchsorted(open_layer, open_layer)
+    by_turn = np.argsort(turn, kind="stable")
+    bounds = np.flatnonzero(np.diff(turn[by_turn], prepend=-1, append=-1))
+    for start, end in itertools.pairwise(bounds):
+        now = open_sends[by_turn[start:end]]
+        sender = senders[now]
+        # Ties go to another rank in each layer, so that low ranks do not send most over all layers.
+        tie = (sender - layer[now, None]) % topology.num_ranks
+        cost = busy[layer[now, None], sender] * topology.num_ranks + tie
+        best = np.where(usable[now], cost, np.iinfo(np.int64).max).argmin(1)
+        chosen[now] = replicas[now, best]
+        busy[layer[now], rank_of_slot[chosen[now]]] += 1
+    return chosen
+
+
+def _tensor(array: _Ints) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64))

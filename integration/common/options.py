@@ -1,0 +1,66 @@
+"""The options of the plugin in an engine, and what of them is in the package's own settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from pydantic import Field
+
+from ...config.options import Options, PlannerOptions
+from ...config.sources import load_settings
+
+__all__ = ["EngineOptions", "SHARED", "options_in_settings"]
+
+SHARED: Mapping[str, str] = MappingProxyType(
+    {
+        "snapshots": "rebalancer.snapshots",
+        "history": "rebalancer.history",
+        "metrics": "metrics.enabled",
+    }
+)
+"""Options of engines, beside those of the planner, that are settings too, and which."""
+
+
+class EngineOptions(Options):
+    """What an engine's configuration may say about the plugin; when to rebalance, the engine decides."""
+
+    planner: PlannerOptions = Field(default_factory=PlannerOptions)
+    """How placements are planned."""
+
+    snapshots: int = Field(32, ge=1, le=1024)
+    """Snapshots that the steps between two rebalances are folded into, at most."""
+
+    history: int = Field(4, ge=1, le=64)
+    """Intervals between rebalances that a plan is made from."""
+
+    check_agreement: bool = True
+    """Compare the plan between ranks before the engine acts on it: engines hang when ranks differ."""
+
+    metrics: bool = False
+    """Show what happens on the engine's own `/metrics`."""
+
+
+def options_in_settings(
+    path: str | Path | None = None, overrides: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The options of an engine that the file, the environment and `overrides` have, and defaults.
+
+    Args:
+        path: YAML file; None takes the one that EPLB_PLUGIN_CONFIG names, if any.
+        overrides: as for `load_settings`.
+
+    Returns:
+        Values for `EngineOptions`: `planner` as a dict, and those of `SHARED`.
+
+    Raises:
+        ConfigError: an unknown section or option, or a wrong value.
+    """
+    settings = load_settings(path, overrides).model_dump()
+    places = {name: place.split(".") for name, place in SHARED.items()}
+    return {
+        "planner": settings["planner"],
+        **{name: settings[section][option] for name, (section, option) in places.items()},
+    }

@@ -1,0 +1,161 @@
+"""vLLM's entry point: `register` is called in each of its processes, and acts where the plugin is enabled."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from importlib.metadata import version as version_of
+from typing import Any
+
+from ...config.environment import pass_on
+from ...config.sources import CONFIG_VARIABLE, ENV_PREFIX, read_section
+from ...core.errors import ConfigError
+from ..common.options import EngineOptions, options_in_settings
+from .agreement import announce
+from .policy import VllmPolicy
+from .seams import bind_policy, missing_seams
+
+__all__ = ["KEY", "TESTED", "VllmOptions", "register", "vllm_options"]
+
+_logger = logging.getLogger(__name__)
+
+KEY = "eplb_plugin"
+"""Where our options are, in vLLM's `additional_config` and in the configuration file."""
+
+TESTED = ("0.32",)
+"""The releases of vLLM that the tests run with."""
+
+_WRAPPED = "_eplb_plugin_wrapped"
+_RAY_PREFIXES = "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"  # what workers on Ray get, of their names
+_active: list[VllmPolicy] = []  # of this process, the newest last
+
+
+class VllmOptions(EngineOptions):
+    """The options under `eplb_plugin`."""
+
+    enabled: bool = False
+    """Whether vLLM plans with this plugin."""
+
+
+def vllm_options(additional_config: object) -> VllmOptions:
+    """The options that vLLM was started with.
+
+    Those under `eplb_plugin` in its `additional_config`, or else in the file, go over those of the
+    environment, and these over the file's other sections.
+
+    Raises:
+        ConfigError: an unknown option or a wrong value.
+    """
+    source, values = "additional_config", None
+    if isinstance(additional_config, Mapping):
+        values = additional_config.get(KEY)
+        for key in additional_config:
+            if key != KEY and str(key).lower().replace("-", "_") == KEY:
+                raise ConfigError(
+                    f"additional_config: {key!r} is not known; the plugin's options are in {KEY!r}"
+                )
+    if values is None:
+        source, values = CONFIG_VARIABLE, read_section(KEY)
+    if values is None:
+        values = {}
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{source}: {KEY} is {values!r}, not options with values")
+    settings = options_in_settings()
+    planner = values.get("planner", {})
+    if isinstance(planner, Mapping):
+        planner = {**settings["planner"], **planner}
+    try:
+        return VllmOptions(**{**settings, **values, "planner": planner})
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {KEY}: {error}") from None
+
+
+def register() -> None:
+    """Make vLLM's workers and its `EplbState` look for our options when they are made. It may be called more
+    than once.
+
+    Raises:
+        ConfigError: the configuration file or a variable is wrong; the start of vLLM ends with that.
+    """
+    vllm_options(None)
+    pass_on(ENV_PREFIX, _RAY_PREFIXES)
+    try:
+        from vllm.distributed.eplb.eplb_state import EplbState
+        from vllm.v1.worker.worker_base import WorkerBase
+    except ImportError as error:
+        _share_log()
+        _logger.error(
+            "eplb_plugin cannot be enabled, this vLLM lacks a class where it is known to be: %s", error
+        )
+        return
+    _after_init(EplbState, _enable)
+    _after_init(WorkerBase, _check_worker)
+
+
+def _after_init(owner: Any, then: Callable[[Any], None]) -> None:
+    """Have every new object of a class handed to `then`."""
+    original = owner.__init__
+    if hasattr(original, _WRAPPED):
+        return
+
+    @functools.wraps(original)
+    def init(made: Any, *args: Any, **kwargs: Any) -> None:
+        original(made, *args, **kwargs)
+        then(made)
+
+    setattr(init, _WRAPPED, True)
+    owner.__init__ = init
+
+
+def _check_worker(worker: Any) -> None:
+    """Say what would otherwise show in nothing: the plugin is enabled, and vLLM's load balancer is not."""
+    enabled = vllm_options(worker.vllm_config.additional_config).enabled
+    if enabled and not worker.vllm_config.parallel_config.enable_eplb and worker.rank == 0:
+        _share_log()
+        _logger.warning("eplb_plugin is enabled, but vLLM runs without --enable-eplb: no expert will move")
+
+
+def _enable(state: Any) -> None:
+    """Have this state plan with us, where the plugin is enabled and vLLM has what it needs."""
+    from vllm.config import get_current_vllm_config_or_none
+
+    config = get_current_vllm_config_or_none()
+    options = vllm_options(None if config is None else config.additional_config)
+    compare = announce(options.model_dump_json() if options.enabled else "")
+    if not options.enabled:
+        return
+    import vllm
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    _share_log()
+    missing = missing_seams(state)
+    if missing:
+        _logger.error(
+            "eplb_plugin is enabled, but vLLM %s lacks what it needs: %s. vLLM's own policy plans instead; "
+            "tested with vLLM %s",
+            vllm.__version__,
+            "; ".join(missing),
+            ", ".join(TESTED),
+        )
+        return
+    if ".".join(vllm.__version__.split(".")[:2]) not in TESTED:
+        _logger.warning("eplb_plugin was tested with vLLM %s, not %s", ", ".join(TESTED), vllm.__version__)
+    about = f"{version_of('eplb-plugin')} in vLLM {vllm.__version__}, options {options.model_dump_json()}"
+    bind_policy(state, options, about, _active.append, compare)
+    WorkerBase.eplb_plugin_report = _report
+
+
+def _share_log() -> None:
+    """Let our lines come out as vLLM's do, at the level and through the handlers that it configures."""
+    logging.getLogger(__name__.partition(".")[0]).parent = logging.getLogger("vllm")
+
+
+def _report(worker: Any) -> dict[str, Any]:
+    """`llm.collective_rpc("eplb_plugin_report")`: what this rank's policy did, as plain data."""
+    import vllm
+    from vllm.distributed.parallel_state import get_ep_group
+
+    rank = get_ep_group().rank_in_group
+    about = {"vllm": vllm.__version__, "plugin": version_of("eplb-plugin"), "rank": rank}
+    return {**about, **(_active[-1].report() if _active else {})}

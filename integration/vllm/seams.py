@@ -1,0 +1,269 @@
+"""All that is wrapped in one `EplbState` of vLLM: our policy in place of its own, and the snapshots."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ...core.topology import Topology
+from ...planning.backend import use_kernels
+from ...planning.warmup import warmup
+from ...runtime.verify.unregistered import warn_unregistered
+from ..common.options import EngineOptions
+from ..common.telemetry import engine_telemetry
+from .hook import VllmHookPolicy, has_hook
+from .policy import Interval, VllmPolicy
+from .ring import RingKeeper
+from .telemetry import count_steps, expert_bytes
+from .window import fold_window, no_window, sum_over_ranks
+
+__all__ = ["bind_policy", "missing_seams", "warn_unmoved"]
+
+_logger = logging.getLogger(__name__)
+
+_READ_OF_STATES = ("expert_load_window", "model_name", "physical_to_logical_map", "rebalanced")
+_READ_OF_MODELS = ("num_expert_groups", "num_logical_experts", "num_moe_layers", "num_physical_experts")
+
+
+def bind_policy(
+    state: Any,
+    options: EngineOptions,
+    about: str,
+    made: Callable[[VllmPolicy], object],
+    compare: Callable[[Sequence[int]], None],
+) -> None:
+    """Have `state` plan with our policy from its first model on. Only this object is changed, no class.
+
+    Args:
+        state: an `EplbState` without models.
+        options: of the planner and its window.
+        about: versions and options, for the log.
+        made: gets the policy when there is one.
+        compare: called with the ranks of the group once; raises where they were started otherwise.
+    """
+    from vllm.distributed import parallel_state
+
+    add_model = state.add_model
+    policy: VllmPolicy | None = None
+
+    # vLLM sets its own policy anew with every model that it adds.
+    @functools.wraps(add_model)
+    def add(*args: Any, **kwargs: Any) -> Any:
+        nonlocal policy
+        result = add_model(*args, **kwargs)
+        if policy is None:
+            compare(parallel_state.get_ep_group().ranks)
+            missing = _missing_fields(state)
+            if missing:
+                _logger.error(
+                    "eplb_plugin is enabled, but this vLLM's models lack what it reads: %s. vLLM's own "
+                    "policy plans instead",
+                    ", ".join(missing),
+                )
+                state.add_model = add_model
+                return result
+            policy = _make_policy(state, options)
+            made(policy)
+            policy.telemetry = engine_telemetry(options, _is_first_rank())
+            if policy.telemetry is not None:
+                count_steps(state, policy.telemetry)
+            _warm_up(state)
+        state.policy = policy
+        if _is_first_rank():
+            _say(state, options, about)
+            warn_unmoved(list(state.model_states.values())[-1].model)
+        if isinstance(policy, VllmHookPolicy):
+            for model_state in state.model_states.values():
+                model_state.policy_state = policy.create_state(model_state.model.num_moe_layers)
+        elif policy.telemetry is not None:
+            policy.telemetry.of(_names(state)[-1])
+        return result
+
+    state.add_model = add
+
+
+def warn_unmoved(model: Any) -> None:
+    """Warn of tensors that look like an expert's and that vLLM will not move; raises nothing."""
+    try:
+        experts = [getattr(layer, "routed_experts", layer) for layer in model.moe_layers]
+        warn_unregistered(experts, model.expert_weights, model.num_local_physical_experts)
+    except Exception:
+        _logger.exception("whether vLLM moves all weights of the experts could not be checked; it goes on")
+
+
+def missing_seams(state: Any) -> list[str]:
+    """What the plugin reads or wraps in vLLM and does not find, for the log; empty when all is there."""
+    from vllm.distributed import parallel_state
+    from vllm.distributed.eplb import policy as policies
+
+    abstract = getattr(policies, "AbstractEplbPolicy", None)
+    if abstract is None:
+        return ["policy.AbstractEplbPolicy"]
+    wanted: list[tuple[Any, str, tuple[str, ...]]] = [
+        (state, "EplbState", ("add_model", "model_states", "policy", "step")),
+        (parallel_state, "parallel_state", ("get_ep_group",)),
+    ]
+    if has_hook(abstract):
+        wanted.append((policies, "policy", ("EplbPlan",)))
+    else:
+        ring = ("rearrange", "expert_load_window_step", "expert_rearrangement_step_interval")
+        wanted += [(state, "EplbState", ring), (parallel_state, "parallel_state", ("get_eplb_group",))]
+    missing = [
+        f"{name}.{part}" for owner, name, parts in wanted for part in parts if not hasattr(owner, part)
+    ]
+    if not has_hook(abstract) and not missing:
+        taken = set(inspect.signature(VllmPolicy.rebalance_experts).parameters) - {"self"}
+        given = set(inspect.signature(abstract.rebalance_experts).parameters)
+        if taken != given:
+            missing.append(f"AbstractEplbPolicy.rebalance_experts({', '.join(sorted(taken))})")
+        if not {"is_profile", "rank_mapping"} <= set(inspect.signature(state.rearrange).parameters):
+            missing.append("EplbState.rearrange(is_profile, rank_mapping)")
+    return missing
+
+
+def _missing_fields(state: Any) -> list[str]:
+    """What the plugin reads of the models of a state and does not find, once one was added."""
+    from vllm.distributed.eplb import policy as policies
+
+    of_states = () if has_hook(policies.AbstractEplbPolicy) else _READ_OF_STATES
+    missing = []
+    for model_state in state.model_states.values():
+        missing += [f"EplbModelState.{name}" for name in of_states if not hasattr(model_state, name)]
+        missing += [f"model.{name}" for name in _READ_OF_MODELS if not hasattr(model_state.model, name)]
+    return missing
+
+
+def _make_policy(state: Any, options: EngineOptions) -> VllmPolicy:
+    from vllm.distributed import parallel_state
+    from vllm.distributed.eplb import policy as policies
+
+    speaks = _is_first_rank()
+    if has_hook(policies.AbstractEplbPolicy):
+        own = state.policy() if inspect.isclass(state.policy) else state.policy
+        return VllmHookPolicy(options, own, policies.EplbPlan, speaks)
+    # In the asynchronous mode only vLLM's own thread uses this group, and it calls the policy; in the
+    # synchronous mode only the main thread does, and it calls the policy. So all ranks agree in order.
+    policy = VllmPolicy(options, state.policy, lambda: parallel_state.get_eplb_group().cpu_group, speaks)
+    state.rearrange = _expecting(state, state.rearrange, policy, RingKeeper(state))
+    return policy
+
+
+def _warm_up(state: Any) -> None:
+    """Compile the planner."""
+    from vllm.distributed import parallel_state
+
+    model = next(iter(state.model_states.values())).model
+    started = time.perf_counter()
+    slots, groups = model.num_physical_experts, max(model.num_expert_groups, 1)
+    warmup(Topology(num_ranks=parallel_state.get_ep_group().world_size, num_slots=slots, num_groups=groups))
+    if _is_first_rank():
+        _logger.info("eplb_plugin: the planner was set up in %.1f s", time.perf_counter() - started)
+
+
+def _say(state: Any, options: EngineOptions, about: str) -> None:
+    """Say that we are there, for the model that was added last."""
+    from vllm.distributed import parallel_state
+
+    name, model = _names(state)[-1], list(state.model_states.values())[-1].model
+    compiled = options.planner.policy == "ensemble" and use_kernels(torch.zeros(0), options.planner, True)
+    _logger.info(
+        "eplb_plugin %s: plans %s %s by %s: %d layers, %d experts, %d slots, %d ranks",
+        about,
+        name,
+        "asynchronously" if state.is_async else "synchronously",
+        "compiled kernels" if compiled else "tensor operations",
+        model.num_moe_layers,
+        model.num_logical_experts,
+        model.num_physical_experts,
+        parallel_state.get_ep_group().world_size,
+    )
+
+
+def _expecting(
+    state: Any, rearrange: Callable[..., Any], policy: VllmPolicy, ring: RingKeeper
+) -> Callable[..., Any]:
+    """`rearrange`, with the snapshots of the window handed to the policy first."""
+    signature = inspect.signature(rearrange)
+
+    @functools.wraps(rearrange)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        if given.get("is_profile"):
+            policy.expect_profiling()
+            return rearrange(*args, **kwargs)
+        if given.get("rank_mapping") is not None or given.get("use_last_expert_load"):
+            policy.expect_scaling()
+        else:
+            ring.clear()
+            policy.expect(_intervals(state, policy.options))
+        result = rearrange(*args, **kwargs)
+        ring.rearranged()
+        return result
+
+    return wrapped
+
+
+def _intervals(state: Any, options: EngineOptions) -> list[Interval]:
+    """Each model's load since the last rearrangement, summed over the ranks. All ranks call it together."""
+    from vllm.distributed import parallel_state
+
+    models, names = list(state.model_states.values()), _names(state)
+    error: Exception | None = None
+    size = {"steps": state.expert_rearrangement_step_interval, "snapshots": options.snapshots}
+    try:
+        loads = [
+            fold_window(
+                model.expert_load_window,
+                model.physical_to_logical_map,
+                model.model.num_logical_experts,
+                position=state.expert_load_window_step,
+                **size,
+            )
+            for model in models
+        ]
+    except Exception as failure:
+        # The others are about to sum: they have to hear of it there.
+        error = failure
+        loads = [
+            no_window(model.expert_load_window, model.model.num_logical_experts, **size) for model in models
+        ]
+    group = parallel_state.get_ep_group().device_group
+    loads, failures = sum_over_ranks(
+        loads, error is not None, lambda load: dist.all_reduce(load, group=group)
+    )
+    # The main thread does not wait for the device; whoever plans does.
+    *on_host, failures = (load.to("cpu", non_blocking=True) for load in (*loads, failures))
+    ready = _arrival(loads[0].device)
+    return [
+        Interval(name, load, failures, ready, error, functools.partial(expert_bytes, model.model))
+        for name, load, model in zip(names, on_host, models, strict=True)
+    ]
+
+
+def _names(state: Any) -> list[str]:
+    """A name for each model: vLLM's, with a number where it has used that name before."""
+    names = [model.model_name for model in state.model_states.values()]
+    seen = [names[:n].count(name) for n, name in enumerate(names)]
+    return [f"{name} ({count})" if count else name for name, count in zip(names, seen, strict=True)]
+
+
+def _is_first_rank() -> bool:
+    from vllm.distributed import parallel_state
+
+    return bool(parallel_state.get_ep_group().rank_in_group == 0)
+
+
+def _arrival(device: torch.device) -> Callable[[], object]:
+    """Waits for the copies to the host that were started just before."""
+    if device.type == "cpu":
+        return lambda: None
+    event = torch.Event(device)
+    event.record()
+    return event.synchronize
