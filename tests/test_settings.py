@@ -76,13 +76,13 @@ def test_file_then_environment_then_command_line(tmp_path, monkeypatch):
     monkeypatch.setenv("EPLB_PLUGIN_PLANNER__SEED", "2")
     monkeypatch.setenv("EPLB_PLUGIN_DEMO__DRIFT", "0.25")
     monkeypatch.setenv("EPLB_PLUGIN_DEMO__LAYERS", "3")
-    monkeypatch.setenv("EPLB_PLUGIN_REBALANCER__LOCAL_FIRST", "true")
+    monkeypatch.setenv("EPLB_PLUGIN_REBALANCER__DISPATCH", "local_first")
     monkeypatch.setenv("EPLB_PLUGIN_SIMULATE__POLICIES", '["greedy"]')
     monkeypatch.setenv("EPLB_PLUGIN_SIMULATE__SLOTS", "null")
     settings = load_settings(path, {"demo.layers": 5, "demo.steps": None})
     assert (settings.planner.seed, settings.planner.num_candidates) == (2, 7)
     assert (settings.demo.drift, settings.demo.layers, settings.demo.steps) == (0.25, 5, 9)
-    assert settings.rebalancer.local_first is True
+    assert settings.rebalancer.dispatch == "local_first"
     assert settings.simulate.policies == ("greedy",)
     assert settings.simulate.slots is None
     assert settings.origins["planner.seed"] == "environment variable EPLB_PLUGIN_PLANNER__SEED"
@@ -213,7 +213,7 @@ def test_numbers_may_be_text_and_bools_are_for_switches():
     for make in made({"num_candidates": "7", "max_moves": "0", "move_price": "0.5"}):
         options = make()
         assert (options.num_candidates, options.max_moves, options.move_price) == (7, 0, 0.5)
-    assert RebalancerOptions(local_first=True).local_first
+    assert RebalancerOptions(dispatch="local_first").dispatch == "local_first"
 
 
 def test_a_model_within_another_is_told_once():

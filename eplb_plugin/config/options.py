@@ -172,8 +172,9 @@ class RebalancerOptions(Options):
     planning: Literal["leader", "sharded"] = "leader"
     """`leader`: rank 0 plans and broadcasts; `sharded`: every rank plans its share of the layers."""
 
-    local_first: bool = False
-    """Send a token to a replica on its own rank when there is one, instead of spreading evenly."""
+    dispatch: str = "even"
+    """Replica of each token. `even`: all replicas of the expert alike; `local_first`: those on the token's own
+    rank where there are any."""
 
     staging_mib: int = Field(256, ge=1)
     """Bound on the buffers that receive weights, in MiB per rank. A layer that needs more is switched over in

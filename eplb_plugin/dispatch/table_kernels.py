@@ -10,24 +10,35 @@ __all__ = ["list_replicas"]
 
 
 @cached_njit(nogil=True, fastmath=False, boundscheck=False)
-def list_replicas(slot_expert, first_local, end_local, slots, count):
-    """Write the slots of each expert in rising order, and how many they are.
+def list_replicas(slot_expert, first_near, end_near, slots, first, count):
+    """Write the slots of each expert, expert by expert and in rising order, and where they are.
 
     Args:
         slot_expert: int64 [layers, slots], -1 for an empty slot.
-        first_local, end_local: of an expert with any of these slots, only these are listed.
-        slots: int64 [layers, logical, replicas], filled with -1.
-        count: int64 [layers, logical], zeros.
+        first_near, end_near: of an expert with any replica in these slots, only those are listed.
+        slots: int64 [layers, slots + 1], filled with -1.
+        first: int64 [layers, logical]; written: index of the first slot of each expert in `slots`.
+        count: int64 [layers, logical], zeros; written: number of its slots.
     """
     num_layers, num_slots = slot_expert.shape
-    is_local = np.empty(count.shape[1], np.bool_)
+    num_logical = count.shape[1]
+    is_near = np.empty(num_logical, np.bool_)
+    end = np.empty(num_logical, np.int64)
     for layer in range(num_layers):
-        is_local[:] = False
-        for slot in range(first_local, end_local):
+        is_near[:] = False
+        for slot in range(first_near, end_near):
             if slot_expert[layer, slot] >= 0:
-                is_local[slot_expert[layer, slot]] = True
+                is_near[slot_expert[layer, slot]] = True
         for slot in range(num_slots):
             expert = slot_expert[layer, slot]
-            if expert >= 0 and (first_local <= slot < end_local or not is_local[expert]):
-                slots[layer, expert, count[layer, expert]] = slot
+            if expert >= 0 and (first_near <= slot < end_near or not is_near[expert]):
                 count[layer, expert] += 1
+        place = 0
+        for expert in range(num_logical):
+            first[layer, expert] = end[expert] = place
+            place += count[layer, expert]
+        for slot in range(num_slots):
+            expert = slot_expert[layer, slot]
+            if expert >= 0 and (first_near <= slot < end_near or not is_near[expert]):
+                slots[layer, end[expert]] = slot
+                end[expert] += 1

@@ -1,38 +1,45 @@
-"""Dispatch tables: which slot a token goes to, given the logical expert that its router chose."""
+"""The replicas of every logical expert, on the device, for whatever dispatch chooses among them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from ..core.errors import LoadError, PlacementError
+from ..core.errors import PlacementError
 from ..core.placement import Placement
 from ..core.topology import Topology
 
-__all__ = ["DispatchTables"]
-
-# The fractional part of the golden ratio in 32 bits. Its multiples fill [0, 1) about as evenly as any
-# sequence can, over runs of token indices as well as over every second, third or n-th one. An index modulo
-# the replica count would be exact on runs, but send all tokens to one replica where topics alternate.
-_GOLDEN = 0x9E3779B9
-_BITS = 32
+__all__ = ["LayerTables", "ReplicaTables"]
 
 
-class DispatchTables:
-    """The slots of every logical expert, on the device, in buffers that never change size or address.
+class LayerTables(NamedTuple):
+    """The tables of one layer, ready to be copied into those in force.
 
-    `update` writes in place, so captured graphs see the new placement at their next replay. The numbers that
-    spread tokens depend on the largest batch so far: a larger one gets new ones, and the old ones are kept as
-    they are, since graphs may read them.
+    Attributes:
+        slots: int64 [slots + 1]: the slots of expert 0, then those of expert 1, and so on; -1 behind them.
+        first: int64 [logical], index of the first slot of each expert in that row.
+        counts: int64 [logical], its slots.
+    """
+
+    slots: torch.Tensor
+    first: torch.Tensor
+    counts: torch.Tensor
+
+
+class ReplicaTables:
+    """The slots of all experts of a layer in one row, and the span of each expert within it.
+
+    The size does not depend on the replica counts: 58 layers of 256 experts in 288 slots take 0.4 MB. Buffers
+    keep size and address: captured graphs see a new placement at their next replay.
 
     Args:
-        placement: the placement in force; no token goes to an empty slot.
-        topology: gives the slots of this rank.
-        rank: this rank; each rank starts its tokens at another replica.
-        local_first: use the replicas on this rank alone for experts that have any here.
-        device: where ids arrive.
+        placement: the placement in force; empty slots are left out.
+        topology: number of slots.
+        near: slots preferred by this rank: an expert with replicas among them has no others here.
+        device: where expert ids arrive.
     """
 
     def __init__(
@@ -40,43 +47,41 @@ class DispatchTables:
         placement: Placement,
         topology: Topology,
         *,
-        rank: int = 0,
-        local_first: bool = False,
+        near: slice = slice(0, 0),
         device: torch.device | str = "cpu",
     ) -> None:
         placement.validate(topology)
-        self._topology = topology
-        self._rank = rank
-        self._local_first = local_first
-        self._shape = (placement.num_layers, placement.num_logical)
-        # No expert can ever have more replicas, since the others need a slot each.
-        self.max_replicas = topology.num_slots - placement.num_logical + 1
-        layers, logical = self._shape
-        # Not inference tensors, whatever the mode of the caller: those refuse writes outside of it.
+        self._near = near
+        self._num_slots = topology.num_slots
+        self._shape = layers, logical = placement.num_layers, placement.num_logical
+        # Inference tensors refuse writes outside of inference mode.
         with torch.inference_mode(False):
-            # Row 0 is for the id -1 (no expert), which goes to "slot" -1.
-            self._slots = torch.full((layers, logical + 1, self.max_replicas), -1, device=device)
+            self._slots = torch.full((layers, self._num_slots + 1), -1, device=device)
+            # Row 0 is the id -1, no expert: one "replica" in the last column, which stays -1.
+            self._first = torch.full((layers, logical + 1), self._num_slots, device=device)
             self._count = torch.ones((layers, logical + 1), dtype=torch.int64, device=device)
-            self._spread = torch.empty(0, dtype=torch.int64, device=device)
-            self._outgrown: list[torch.Tensor] = []  # captured graphs hold their addresses
         self.device = self._slots.device
         self.update(placement)
 
     @property
-    def logical_to_physical(self) -> torch.Tensor:
-        """int64 [layers, logical, max_replicas]: slots that this rank's tokens may go to, then -1."""
-        return self._slots[:, 1:]
-
-    @property
     def replica_count(self) -> torch.Tensor:
-        """int64 [layers, logical]: how many of those slots there are."""
+        """int64 [layers, logical]: replicas that the tokens of this rank may go to."""
         return self._count[:, 1:]
 
+    @property
+    def logical_to_physical(self) -> torch.Tensor:
+        """int64 [layers, logical, max replicas]: their slots, padded with -1. A copy, for inspection."""
+        first, count = self._first[:, 1:], self._count[:, 1:]
+        place = torch.arange(int(count.max()), device=self.device)
+        index = (first[:, :, None] + place).clamp(max=self._num_slots)
+        slots = self._slots[:, None].expand(-1, index.shape[1], -1).gather(2, index)
+        return torch.where(place < count[:, :, None], slots, -1)
+
     def update(self, placement: Placement, layers: Sequence[int] | None = None) -> None:
-        """Make the rows of `layers` (None: all) of `placement` visible to `physical`.
+        """Put the rows of `layers` (None: all) of `placement` in force.
 
         Raises:
-            PlacementError: the placement has other layers, experts or slots than the tables.
+            PlacementError: other layers, experts or slots than those of the tables.
         """
         if (placement.num_layers, placement.num_logical) != self._shape:
             raise PlacementError(f"{placement} does not fit tables of {self._shape} layers and experts")
@@ -86,82 +91,38 @@ class DispatchTables:
             for layer, tables in self.prepare(rows, layers).items():
                 self.write(layer, tables)
 
-    def prepare(
-        self, physical_to_logical: torch.Tensor, layers: Sequence[int]
-    ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-        """What `write` needs for each of `layers`, made ahead of time.
+    def prepare(self, physical_to_logical: torch.Tensor, layers: Sequence[int]) -> dict[int, LayerTables]:
+        """The tables of `layers`, made ahead of time for `write`.
 
         Args:
             physical_to_logical: int64 [len(layers), slots] on the CPU, -1 for an empty slot.
-            layers: which ones they are.
+            layers: the layer of each row.
 
         Raises:
-            PlacementError: it has other slots than the topology, other layers, experts that do not exist, or
-                no slot for an expert.
+            PlacementError: other slots or layers than the tables', experts out of range, or an expert without
+                a slot.
         """
         # Importing numba takes a while.
         from .table_kernels import list_replicas
 
         ids, logical = np.ascontiguousarray(physical_to_logical.numpy()), self._shape[1]
-        wanted = (len(layers), self._topology.num_slots)
+        wanted = (len(layers), self._num_slots)
         if ids.shape != wanted or ids.min() < -1 or ids.max() >= logical:
             raise PlacementError(
                 f"a placement of shape {ids.shape} with experts {ids.min()}..{ids.max()} does not fit "
                 f"{wanted[0]} layers of tables of {wanted[1]} slots and {logical} experts"
             )
-        slots = np.full((len(layers), logical, self.max_replicas), -1)
-        count = np.zeros((len(layers), logical), np.int64)
-        here = self._topology.slots_of_rank(self._rank) if self._local_first else slice(0, 0)
-        list_replicas(ids, here.start, here.stop, slots, count)
+        slots = np.full((len(layers), self._num_slots + 1), -1)
+        first, count = (np.zeros((len(layers), logical), np.int64) for _ in range(2))
+        list_replicas(ids, self._near.start, self._near.stop, slots, first, count)
         if not count.all():
             row, expert = np.argwhere(count == 0)[0]
             raise PlacementError(f"layer {layers[row]} has no slot for expert {expert} of {logical}")
-        tables = (torch.from_numpy(array).to(self.device) for array in (slots, count))
-        return dict(zip(layers, zip(*tables, strict=True), strict=True))
+        on_device = (torch.from_numpy(array).to(self.device) for array in (slots, first, count))
+        return dict(zip(layers, map(LayerTables, *on_device), strict=True))
 
-    def write(self, layer: int, rows: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Make what was prepared for a layer visible to `physical`: two copies on the device."""
-        slots, count = rows
-        self._slots[layer, 1:].copy_(slots)
-        self._count[layer, 1:].copy_(count)
-
-    def reserve(self, num_tokens: int) -> None:
-        """Make room for batches of `num_tokens`. Call it, or serve such a batch, before a graph is captured:
-        what is computed in a capture is not there until the first replay.
-
-        Sizes are powers of two, so all that was outgrown takes no more memory than what is in use.
-        """
-        if num_tokens > self._spread.numel():
-            size = 1 << (num_tokens - 1).bit_length()
-            start = self._rank * (1 << _BITS) // self._topology.num_ranks
-            self._outgrown.append(self._spread)
-            with torch.inference_mode(False):
-                token = torch.arange(size, dtype=torch.int64, device=self.device)
-                self._spread = (token * _GOLDEN + start) & ((1 << _BITS) - 1)
-
-    def physical(self, layer: int, expert_ids: torch.Tensor) -> torch.Tensor:
-        """Choose a replica for every token: by its index in the batch alone, evenly over the replicas.
-
-        Args:
-            layer: index of the MoE layer.
-            expert_ids: integer [tokens, top_k] or [tokens], logical experts; -1 stays -1.
-
-        Returns:
-            Slots, numbered over all ranks; shape and dtype of `expert_ids`.
-
-        Raises:
-            LoadError: wrong shape or layer. Ids beyond the experts raise torch's index error, on CUDA
-                asynchronously.
-        """
-        if expert_ids.dim() not in (1, 2) or not 0 <= layer < self._shape[0]:
-            raise LoadError(
-                f"expert_ids has shape {tuple(expert_ids.shape)} for layer {layer} of {self._shape[0]}, "
-                "not [tokens, top_k] or [tokens]"
-            )
-        tokens = expert_ids.shape[0]
-        self.reserve(tokens)
-        row = expert_ids.reshape(-1).to(torch.int64) + 1
-        count = self._count[layer].index_select(0, row).view(tokens, -1 if tokens else 0)
-        replica = ((self._spread[:tokens, None] * count) >> _BITS).view(-1)
-        slots = self._slots[layer].view(-1).index_select(0, row * self.max_replicas + replica)
-        return slots.view(expert_ids.shape).to(expert_ids.dtype)
+    def write(self, layer: int, tables: LayerTables) -> None:
+        """Put the prepared tables of one layer in force: three copies on the device."""
+        self._slots[layer].copy_(tables.slots)
+        self._first[layer, 1:].copy_(tables.first)
+        self._count[layer, 1:].copy_(tables.counts)

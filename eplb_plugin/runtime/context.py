@@ -10,7 +10,7 @@ import torch
 from ..config.options import PlannerOptions, RebalancerOptions
 from ..core.placement import Placement
 from ..core.topology import Topology
-from ..dispatch.tables import DispatchTables
+from ..dispatch.registry import Dispatch
 from .connections import Channels
 from .load_window import LoadWindow
 from .verify.fingerprints import ExpertFingerprints
@@ -40,6 +40,6 @@ class Parts:
     weights: ExpertWeights
     fingerprints: ExpertFingerprints | None
     staging: Staging
-    tables: DispatchTables
+    tables: Dispatch
     order: DeviceOrder
     switch: Callable[[int, torch.Tensor, tuple[torch.Tensor, torch.Tensor]], None]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -61,7 +62,7 @@ class Crossing:
         most = parts.channels.data.most
         self._layout = Layout(hop, parts.weights, parts.topology, rank, pace.piece, most)
         self._transfer = Transfer(self._layout)
-        self._tables: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._tables: Mapping[int, Any] = {}
         self._error: Exception | None = None
         self.bad: list[tuple[int, int]] = []
         self.moves = len(self._layout.moves)

@@ -183,7 +183,7 @@ class Rebalancer:
             self.window.record_counts(layer, counts)
 
     def physical(self, layer: int, expert_ids: torch.Tensor) -> torch.Tensor:
-        """The slots to send tokens to; see `DispatchTables.physical`. Hot path: device work only."""
+        """The slots to send tokens to; see `Dispatch.physical`. Hot path: device work only."""
         return self.tables.physical(layer, expert_ids)
 
     def step(self, is_dummy: bool = False) -> RebalanceReport | None:

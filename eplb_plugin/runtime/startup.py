@@ -12,7 +12,7 @@ from ..core.errors import LoadError, PlacementError, TransferError
 from ..core.load import as_snapshots
 from ..core.placement import Placement
 from ..core.topology import Topology
-from ..dispatch.tables import DispatchTables
+from ..dispatch.registry import find_dispatch
 from ..planning.elastic import complete, missing_experts
 from ..planning.hierarchy import effective_topology
 from .connections import Channels
@@ -61,6 +61,7 @@ def start_up(
             raise TransferError(f"weights of {len(weights)} layers were given, num_layers={num_layers}")
         if load is not None:
             as_snapshots(load)
+        find_dispatch(options.dispatch)
         return held, ExpertWeights(weights or [[]] * num_layers, topology)
 
     # What can be wrong on one rank is checked before anyone goes on.
@@ -88,9 +89,7 @@ def start_up(
         weights=registered,
         fingerprints=None,
         staging=Staging(options.staging_mib << 20),
-        tables=DispatchTables(
-            start, topology, rank=control.rank, local_first=options.local_first, device=device
-        ),
+        tables=find_dispatch(options.dispatch)(start, topology, rank=control.rank, device=device),
         order=DeviceOrder(registered.device or device),
         switch=lambda layer, row, tables: None,
     )

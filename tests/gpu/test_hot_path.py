@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import eplb_plugin as eplb
-from eplb_plugin.dispatch.tables import DispatchTables
+from eplb_plugin.dispatch.even import EvenDispatch
 from eplb_plugin.runtime.load_window import LoadWindow
 from tests.runtime.cases import random_placement
 
@@ -19,13 +19,13 @@ def ids(step: int) -> torch.Tensor:
     return torch.randint(-1, LOGICAL, (LAYERS, TOKENS, TOP_K), generator=generator)
 
 
-def both() -> list[tuple[LoadWindow, DispatchTables]]:
+def both() -> list[tuple[LoadWindow, EvenDispatch]]:
     """On the CPU, then on the GPU."""
     start = random_placement(LAYERS, LOGICAL, TOPOLOGY.num_slots, 0)
     return [
         (
             LoadWindow(LAYERS, LOGICAL, interval=4, snapshots=2, history=2, device=device),
-            DispatchTables(start, TOPOLOGY, rank=1, device=device),
+            EvenDispatch(start, TOPOLOGY, rank=1, device=device),
         )
         for device in ("cpu", "cuda")
     ]
@@ -82,6 +82,6 @@ def test_counts_and_slots_are_those_of_the_cpu(way: str) -> None:
 
 def test_updates_keep_their_addresses() -> None:
     _, (_, tables) = both()
-    before = tables.logical_to_physical.data_ptr(), tables.replica_count.data_ptr()
+    before = tables._slots.data_ptr(), tables._first.data_ptr(), tables._count.data_ptr()
     tables.update(random_placement(LAYERS, LOGICAL, TOPOLOGY.num_slots, 5))
-    assert (tables.logical_to_physical.data_ptr(), tables.replica_count.data_ptr()) == before
+    assert (tables._slots.data_ptr(), tables._first.data_ptr(), tables._count.data_ptr()) == before

@@ -29,9 +29,9 @@ def same(logits: torch.Tensor, expected: torch.Tensor) -> bool:
     return close and torch.equal(logits.argmax(-1), expected.argmax(-1))
 
 
-def serve(rank: int, size: int, local_first: bool) -> tuple[int, float, float]:
+def serve(rank: int, size: int, dispatch: str) -> tuple[int, float, float]:
     topology = eplb.Topology(num_ranks=size, num_slots=16)
-    options = eplb.RebalancerOptions(mode="sync", interval=4, history=1, local_first=local_first)
+    options = eplb.RebalancerOptions(mode="sync", interval=4, history=1, dispatch=dispatch)
     model = MoEModel(CONFIG, topology, options=options, planner=PLANNER)
     reference = MoEModel(CONFIG)
     moves, before, after = 0, 0.0, 0.0
@@ -49,9 +49,9 @@ def serve(rank: int, size: int, local_first: bool) -> tuple[int, float, float]:
     return moves, before, after
 
 
-@pytest.mark.parametrize(("size", "local_first"), [(2, True), (4, False)])
-def test_outputs_are_those_of_one_process(size: int, local_first: bool) -> None:
-    results = run_ranks(serve, size, size, local_first)
+@pytest.mark.parametrize(("size", "dispatch"), [(2, "local_first"), (4, "even")])
+def test_outputs_are_those_of_one_process(size: int, dispatch: str) -> None:
+    results = run_ranks(serve, size, size, dispatch)
     assert all(result == results[0] for result in results)
     moves, before, after = results[0]
     assert moves > 0

@@ -1,4 +1,4 @@
-"""Dispatch tables: right slots, even spreading, local replicas, and buffers that stay where they are."""
+"""Dispatch: right slots, even spreading, local replicas, and buffers that keep their addresses."""
 
 from __future__ import annotations
 
@@ -10,17 +10,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eplb_plugin as eplb
-from eplb_plugin.dispatch.tables import DispatchTables
+from eplb_plugin.dispatch.even import EvenDispatch
+from eplb_plugin.dispatch.registry import DISPATCHES, find_dispatch
 from tests.runtime.cases import random_placement
 
 TOPOLOGY = eplb.Topology(num_ranks=4, num_slots=12)
 
 
+def buffers(tables: EvenDispatch) -> list[torch.Tensor]:
+    return [tables._slots, tables._first, tables._count]
+
+
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 2**31), rank=st.integers(0, 3), local_first=st.booleans())
-def test_tokens_go_to_slots_that_hold_their_expert(seed: int, rank: int, local_first: bool) -> None:
+@given(seed=st.integers(0, 2**31), rank=st.integers(0, 3), name=st.sampled_from(sorted(DISPATCHES)))
+def test_tokens_go_to_slots_that_hold_their_expert(seed: int, rank: int, name: str) -> None:
     placement = random_placement(3, 7, 12, seed)
-    tables = DispatchTables(placement, TOPOLOGY, rank=rank, local_first=local_first)
+    tables = find_dispatch(name)(placement, TOPOLOGY, rank=rank)
     generator = torch.Generator().manual_seed(seed)
     for dtype in (torch.int32, torch.int64):
         ids = torch.randint(-1, 7, (20, 3), generator=generator).to(dtype)
@@ -30,7 +35,7 @@ def test_tokens_go_to_slots_that_hold_their_expert(seed: int, rank: int, local_f
             held = placement.physical_to_logical[layer][slots.clamp(min=0).long()].to(dtype)
             assert torch.equal(torch.where(ids >= 0, held, -1), ids)
             assert torch.equal(slots < 0, ids < 0)
-            if local_first:
+            if name == "local_first":
                 mine = placement.physical_to_logical[layer, TOPOLOGY.slots_of_rank(rank)]
                 has_local = torch.isin(ids, mine.to(dtype))
                 assert torch.equal(has_local, (slots // 3 == rank) & (slots >= 0))
@@ -43,7 +48,7 @@ def test_runs_and_strides_of_tokens_spread_evenly(replicas: int, stride: int) ->
     # The hot expert is chosen by every `stride`-th token, as when topics alternate in a batch.
     placement = eplb.Placement(torch.tensor([[0] * replicas + list(range(1, 13 - replicas))]), 13 - replicas)
     for rank in range(4):
-        tables = DispatchTables(placement, TOPOLOGY, rank=rank)
+        tables = EvenDispatch(placement, TOPOLOGY, rank=rank)
         for tokens in (10, 100, 1000):
             ids = torch.full((tokens * stride,), -1)
             ids[::stride] = 0
@@ -55,27 +60,26 @@ def test_runs_and_strides_of_tokens_spread_evenly(replicas: int, stride: int) ->
 def test_ranks_start_at_different_replicas() -> None:
     placement = eplb.Placement(torch.tensor([[0, 1, 2, 0, 3, 4, 0, 5, 6, 0, 7, 8]]), 9)
     first = [
-        int(DispatchTables(placement, TOPOLOGY, rank=rank).physical(0, torch.tensor([0])))
-        for rank in range(4)
+        int(EvenDispatch(placement, TOPOLOGY, rank=rank).physical(0, torch.tensor([0]))) for rank in range(4)
     ]
     assert sorted(first) == [0, 3, 6, 9]
 
 
 def test_local_replicas_share_among_themselves() -> None:
     placement = eplb.Placement(torch.tensor([[0, 0, 1, 0, 2, 3, 4, 5, 6, 7, 8, 0]]), 9)
-    tables = DispatchTables(placement, TOPOLOGY, rank=0, local_first=True)
+    tables = DISPATCHES["local_first"](placement, TOPOLOGY, rank=0)
     assert sorted(tables.physical(0, torch.zeros(8, dtype=torch.int64)).unique().tolist()) == [0, 1]
     assert tables.replica_count[0, 0] == 2
-    other = DispatchTables(placement, TOPOLOGY, rank=2, local_first=True)
+    other = DISPATCHES["local_first"](placement, TOPOLOGY, rank=2)
     assert sorted(other.physical(0, torch.zeros(50, dtype=torch.int64)).unique().tolist()) == [0, 1, 3, 11]
 
 
-@pytest.mark.parametrize("local_first", [False, True])
-def test_no_token_goes_to_an_empty_slot(local_first: bool) -> None:
+@pytest.mark.parametrize("name", sorted(DISPATCHES))
+def test_no_token_goes_to_an_empty_slot(name: str) -> None:
     # Rank 1 of three has failed; ranks differ in slots.
     topology = eplb.Topology(num_ranks=3, num_slots=7, rank_slots=(3, 2, 2))
     rows = torch.tensor([[0, 1, 2, -1, -1, 0, 1], [2, 0, 1, -1, -1, 2, 2]])
-    tables = DispatchTables(eplb.Placement(rows, 3), topology, rank=2, local_first=local_first)
+    tables = find_dispatch(name)(eplb.Placement(rows, 3), topology, rank=2)
     ids = torch.arange(3).repeat(20)
     for layer in range(2):
         slots = tables.physical(layer, ids)
@@ -84,26 +88,24 @@ def test_no_token_goes_to_an_empty_slot(local_first: bool) -> None:
         for expert in range(3):
             holders = set((rows[layer] == expert).nonzero()[:, 0].tolist())
             local = holders & {5, 6}
-            assert used[expert] == (local if local and local_first else holders)
+            assert used[expert] == (local if local and name == "local_first" else holders)
 
 
 def test_updates_are_in_place_and_only_for_the_given_layers() -> None:
     old, new = random_placement(3, 7, 12, 0), random_placement(3, 7, 12, 1)
     with torch.inference_mode():
-        tables = DispatchTables(old, TOPOLOGY)
-    where = (tables.logical_to_physical.data_ptr(), tables.replica_count.data_ptr())
+        tables = EvenDispatch(old, TOPOLOGY)
+    where = [buffer.data_ptr() for buffer in buffers(tables)]
     tables.update(new, [1])
     tables.update(new, [])
     mixed = old.with_layers(torch.tensor([1]), new)
-    assert (tables.logical_to_physical.data_ptr(), tables.replica_count.data_ptr()) == where
-    width = mixed.logical_to_physical.shape[2]
-    assert torch.equal(tables.logical_to_physical[:, :, :width], mixed.logical_to_physical)
-    assert (tables.logical_to_physical[:, :, width:] == -1).all()
+    assert [buffer.data_ptr() for buffer in buffers(tables)] == where
+    assert torch.equal(tables.logical_to_physical, mixed.logical_to_physical)
     assert torch.equal(tables.replica_count, mixed.replica_count)
 
 
 def test_a_larger_batch_leaves_what_a_graph_reads() -> None:
-    tables = DispatchTables(random_placement(3, 7, 12, 0), TOPOLOGY, rank=1)
+    tables = EvenDispatch(random_placement(3, 7, 12, 0), TOPOLOGY, rank=1)
     ids = torch.arange(300) % 7
     read = []  # what graphs captured for these batches would read: addresses, without a hold on the memory
     slots = []
@@ -123,7 +125,7 @@ def test_a_larger_batch_leaves_what_a_graph_reads() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    tables = DispatchTables(random_placement(3, 7, 12, 0), TOPOLOGY)
+    tables = EvenDispatch(random_placement(3, 7, 12, 0), TOPOLOGY)
     assert tables.physical(0, torch.empty(0, 2, dtype=torch.int64)).shape == (0, 2)
     with pytest.raises(eplb.LoadError, match="layer 3 of 3"):
         tables.physical(3, torch.tensor([0]))
@@ -142,3 +144,15 @@ def test_what_does_not_fit_is_refused() -> None:
     for expert in (-2, 7):
         with pytest.raises((IndexError, RuntimeError)):
             tables.physical(2, torch.tensor([expert]))
+
+
+def test_an_unknown_dispatch_is_named_with_those_there_are() -> None:
+    with pytest.raises(eplb.ConfigError, match="dispatch='nearest' is unknown; there are even, local_first"):
+        find_dispatch("nearest")
+
+
+def test_tables_take_memory_by_slots_not_by_replica_counts() -> None:
+    # 128 layers of 1,024 experts in 2,048 slots, where one expert could have 1,025 replicas.
+    topology = eplb.Topology(num_ranks=32, num_slots=2048)
+    tables = EvenDispatch(eplb.Placement.default(128, 1024, 2048), topology)
+    assert sum(8 * buffer.numel() for buffer in buffers(tables)) < 5 * 2**20
