@@ -18,7 +18,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import eplb_plugin
-from eplb_plugin.cli import app, arguments, main, patience
+from eplb_plugin.cli import app, arguments, console, main
 from eplb_plugin.cli.demo import command as demo_module
 from eplb_plugin.cli.loading import load_for
 from eplb_plugin.config.sources import Settings, load_settings
@@ -94,9 +94,9 @@ def test_without_a_terminal_a_long_silence_is_explained(monkeypatch):
         def cancel(self):
             self.state = "cancelled"
 
-    monkeypatch.setattr(patience, "Timer", Recorded)
+    monkeypatch.setattr(console, "Timer", Recorded)
     said = io.StringIO()
-    with patience.compiling(Console(file=said), "testing"):
+    with console.compiling(Console(file=said), "testing"):
         (timer,) = timers
         assert timer.state == "started"
         assert said.getvalue() == ""
@@ -105,7 +105,7 @@ def test_without_a_terminal_a_long_silence_is_explained(monkeypatch):
     assert timer.state == "cancelled"
     assert said.getvalue().count("\n") == 1
     assert "the first time it is compiled" in said.getvalue()
-    with patience.compiling(Console(file=said, force_terminal=True), "testing"):
+    with console.compiling(Console(file=said, force_terminal=True), "testing"):
         pass
     assert len(timers) == 1
 

@@ -25,9 +25,8 @@ from ..core.errors import ConfigError
 from ..offline.traces import LoadTrace
 from ..planning.warmup import warmup
 from . import arguments
+from .console import compiling, counted
 from .loading import load_for
-from .patience import compiling
-from .wording import counted
 
 __all__ = ["advise"]
 

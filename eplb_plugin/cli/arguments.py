@@ -64,7 +64,7 @@ Interval = Annotated[
 ]
 MovePrice = Annotated[
     float | None,
-    option("planner.move_price", "What each move has to gain, as a share of a slot's mean load; 0: nothing."),
+    option("planner.move_price", "Minimum gain of each transfer, as a share of the mean slot load; 0: free."),
 ]
 Policies = Annotated[
     list[str] | None,

@@ -11,8 +11,8 @@ from rich.console import Console
 from ..formats.loads import LOAD_FORMATS, format_for_output, write_load
 from ..offline.traces import LoadTrace
 from . import arguments
+from .console import counted
 from .loading import load_for
-from .wording import counted
 
 __all__ = ["convert", "with_first_layer"]
 

@@ -17,8 +17,8 @@ from rich.table import Table
 from ..config.sources import CONFIG_VARIABLE, Settings, load_settings
 from ..integration.vllm.plugin import KEY
 from ..planning.backend import use_kernels
+from .console import compiling
 from .installation import EngineState, engine_states, package_versions
-from .patience import compiling
 from .selftest import SelfTest, self_test
 
 __all__ = ["doctor"]

@@ -6,14 +6,14 @@ import os
 from pathlib import Path
 
 from ..config.options import SimulateOptions
-from ..config.sources import Settings
+from ..config.sources import COMMAND_LINE, Settings
 from ..core.errors import ConfigError, TraceError
 from ..core.topology import Topology
 from ..formats.loads import LOAD_FORMATS, read_trace
 from ..offline.synthetic_traffic import PROFILES, generate
 from ..offline.token_replay import fold_decode, fold_prefill
 from ..offline.traces import LoadTrace
-from .wording import COMMAND_LINE, counted
+from .console import counted
 
 __all__ = ["fit_interval", "load_for", "topology_for", "with_interval"]
 

@@ -22,10 +22,9 @@ from ..planning.planner import Plan
 from ..planning.planner import plan as plan_placement
 from ..planning.warmup import warmup
 from . import arguments
+from .console import compiling, counted
 from .convert import with_first_layer
 from .loading import load_for, topology_for
-from .patience import compiling
-from .wording import counted
 
 __all__ = ["plan"]
 

@@ -18,8 +18,8 @@ from ..report.page import picture_set, write_page
 from ..report.replay import replay
 from ..report.style import pictures
 from . import arguments
+from .console import compiling
 from .loading import fit_interval, load_for, topology_for, with_interval
-from .patience import compiling
 
 __all__ = ["report"]
 

@@ -16,9 +16,8 @@ from ..offline.simulation import simulate as replay
 from ..offline.traces import LoadTrace
 from ..planning.warmup import warmup
 from . import arguments
+from .console import compiling, counted
 from .loading import fit_interval, load_for, topology_for
-from .patience import compiling
-from .wording import counted
 
 __all__ = ["simulate"]
 

@@ -173,8 +173,8 @@ class RebalancerOptions(Options):
     """`leader`: rank 0 plans and broadcasts; `sharded`: every rank plans its share of the layers."""
 
     dispatch: str = "even"
-    """Replica of each token. `even`: all replicas of the expert alike; `local_first`: those on the token's own
-    rank where there are any."""
+    """Replica of each token. `even`: all replicas of the expert alike; `local_first`: those on the token's
+    own rank where there are any."""
 
     staging_mib: int = Field(256, ge=1)
     """Bound on the buffers that receive weights, in MiB per rank. A layer that needs more is switched over in

@@ -33,6 +33,7 @@ from .options import (
 )
 
 __all__ = [
+    "COMMAND_LINE",
     "CONFIG_VARIABLE",
     "Settings",
     "default_yaml",
@@ -44,6 +45,9 @@ ENV_PREFIX = "EPLB_PLUGIN_"
 ENV_DELIMITER = "__"
 CONFIG_VARIABLE = "EPLB_PLUGIN_CONFIG"
 """The environment variable that names the configuration file."""
+
+COMMAND_LINE = "command line"
+"""The command line, among the origins of options."""
 
 ADAPTER_SECTIONS = ("eplb_plugin",)
 """Sections of the file that belong to an engine's adapter, which reads and checks them itself."""
@@ -114,7 +118,7 @@ def load_settings(path: str | Path | None = None, overrides: Mapping[str, Any] |
     for key, value in (overrides or {}).items():
         if value is not None:
             section, _, option = key.partition(".")
-            _overlay(merged, origins, {section: {option: value}}, "command line")
+            _overlay(merged, origins, {section: {option: value}}, COMMAND_LINE)
     settings = Settings(**merged)  # type: ignore[arg-type]  # sections are validated into their models
     settings._origins = origins
     return settings

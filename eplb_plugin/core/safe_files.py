@@ -1,4 +1,4 @@
-"""Text and YAML from strangers, read up to a bound, and files that appear whole or not at all."""
+"""Files from strangers: bounded reading, schemas. Files of ours: written whole or not at all."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from .errors import TraceError
 
-__all__ = ["MAX_TEXT_BYTES", "check_output", "read_bytes", "read_yaml", "written_whole"]
+__all__ = ["MAX_TEXT_BYTES", "check_output", "first_wrong", "read_bytes", "read_yaml", "written_whole"]
 
 MAX_TEXT_BYTES = 512 * 2**20
 """Bound on the size of text files (JSON, YAML, CSV), which take a multiple of it in memory, in bytes."""
@@ -92,6 +94,20 @@ def _check_size(content: Any, path: str | Path, max_values: int) -> None:
             if count > max_values:
                 raise TraceError(f"{path}: holds more than the {max_values} values allowed")
             todo.extend(parts)
+
+
+def first_wrong(error: ValidationError) -> str:
+    """The first violation of a schema and its place, in one line.
+
+    Of a union, pydantic reports every type; the last one has the clearest message.
+    """
+    wrong = error.errors(include_url=False)
+    told = [
+        (".".join(str(part) for part in item["loc"] if part not in ("int", "float")), item["msg"])
+        for item in wrong
+    ]
+    place, message = [item for item in told if item[0] == told[0][0]][-1]
+    return f"{place}: {message}" if place else message
 
 
 def check_output(path: str | Path) -> None:

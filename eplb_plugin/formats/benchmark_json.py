@@ -9,9 +9,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..core.errors import TraceError
-from ..core.safe_files import MAX_TEXT_BYTES, read_bytes, written_whole
+from ..core.safe_files import MAX_TEXT_BYTES, first_wrong, read_bytes, written_whole
 from ..offline.traces import LoadTrace, as_load
-from .schema import first_wrong
 
 __all__ = ["read_benchmark_json", "write_benchmark_json"]
 

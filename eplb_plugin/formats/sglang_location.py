@@ -10,9 +10,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..core.errors import TraceError
 from ..core.placement import Placement
-from ..core.safe_files import MAX_TEXT_BYTES, read_bytes, written_whole
+from ..core.safe_files import MAX_TEXT_BYTES, first_wrong, read_bytes, written_whole
 from ..core.topology import Topology
-from .schema import first_wrong
 
 __all__ = ["read_sglang_location", "write_sglang_location"]
 

@@ -9,9 +9,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..core.errors import TraceError
 from ..core.placement import Placement
-from ..core.safe_files import read_yaml, written_whole
+from ..core.safe_files import first_wrong, read_yaml, written_whole
 from ..core.topology import Topology
-from .schema import first_wrong
 
 __all__ = ["read_tensorrt_llm_config", "write_tensorrt_llm_config"]
 

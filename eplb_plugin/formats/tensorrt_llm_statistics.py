@@ -17,10 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from ..core.errors import TraceError
-from ..core.safe_files import read_bytes
+from ..core.safe_files import first_wrong, read_bytes
 from ..offline.traces import LoadTrace, as_load
 from .npz import MAX_BYTES
-from .schema import first_wrong
 
 __all__ = [
     "META_FILE",

@@ -26,8 +26,7 @@ from ...offline.token_replay import category_mix, decode_schedule
 from ...offline.traces import LoadTrace
 from ...planning.warmup import warmup
 from ..arguments import AsJson, Config, option, settings_for
-from ..patience import compiling
-from ..wording import counted
+from ..console import compiling, counted
 from .outcome import DemoOutcome, DemoTally, IntervalOutcome
 from .ranks import RankError, run_ranks
 from .serving import IntervalRecord, MetricsReady, StepDone, model_config, serve

@@ -1,4 +1,4 @@
-"""What is shown while the planner is loaded, which takes over a minute where it has to be compiled first."""
+"""Output that several commands share: counted words, and a sign of life while kernels are compiled."""
 
 from __future__ import annotations
 
@@ -8,20 +8,26 @@ from threading import Timer
 
 from rich.console import Console
 
-__all__ = ["compiling"]
+__all__ = ["compiling", "counted"]
 
 _PATIENCE = 5.0
-"""Seconds of silence before a line is written where no terminal could show that something goes on."""
+"""Seconds of silence before the line on an output that is no terminal."""
+
+
+def counted(number: int, word: str) -> str:
+    """`1 step`, `2 steps`; for words whose plural ends in s."""
+    return f"{number} {word}{'' if number == 1 else 's'}"
 
 
 @contextmanager
 def compiling(console: Console, doing: str) -> Iterator[None]:
-    """Show what is going on while the block runs: on a terminal at once and until it ends, elsewhere by one
-    line, and only if it takes longer than loading a compiled planner does.
+    """Show progress while the block loads the planner, which is compiled the first time: over a minute.
+
+    A terminal shows a status at once. Any other output gets one line, and only after `_PATIENCE` seconds.
 
     Args:
         console: of standard error.
-        doing: what the block does, for terminals.
+        doing: text of the status.
     """
     if console.is_terminal:
         with console.status(f"{doing} (the first time, the planner is compiled)"):
