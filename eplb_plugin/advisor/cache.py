@@ -19,6 +19,8 @@ from .trial import Setting, Trial
 
 __all__ = ["TrialCache"]
 
+_RUN_BY_TRIALS = ("advisor", "core", "offline", "planning", "runtime/weights")
+
 
 class TrialCache:
     """A folder of trials.
@@ -81,11 +83,9 @@ class TrialCache:
 
 @cache
 def _code() -> str:
-    """A digest of all that a trial runs; a new version of the planner gives new trials."""
+    """A digest of all code that a trial runs: a new version of the planner gives new trials."""
     package = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
-    for path in sorted(
-        [*package.glob("*.py"), *(package / "planning").glob("*.py"), Path(__file__).with_name("trial.py")]
-    ):
+    for path in sorted(path for part in _RUN_BY_TRIALS for path in (package / part).rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()

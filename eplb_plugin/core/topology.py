@@ -44,12 +44,11 @@ class Topology:
         for name in ("num_nodes", "num_ranks", "num_slots", "num_groups"):
             value = checked_integer(name, getattr(self, name), TopologyError, most=_MOST)
             object.__setattr__(self, name, value)
-        if self.num_ranks % self.num_nodes:
-            raise TopologyError(f"num_ranks={self.num_ranks} is not divisible by num_nodes={self.num_nodes}")
+        _check_divides("num_ranks", self.num_ranks, "num_nodes", self.num_nodes)
         if self.rank_slots is not None:
             self._check_rank_slots(self.rank_slots)
-        if self.is_even and self.num_slots % self.num_ranks:
-            raise TopologyError(f"num_slots={self.num_slots} is not divisible by num_ranks={self.num_ranks}")
+        if self.is_even:
+            _check_divides("num_slots", self.num_slots, "num_ranks", self.num_ranks)
 
     def _check_rank_slots(self, given: Iterable[int]) -> None:
         try:
@@ -199,3 +198,11 @@ class Topology:
             for place in range(slots)
         ]
         return torch.tensor(places, device="cpu")
+
+
+def _check_divides(name: str, value: int, part_name: str, parts: int) -> None:
+    """TopologyError, with the nearest numbers that would divide, unless `parts` divides `value`."""
+    if value % parts:
+        below = value // parts * parts
+        right = f"{below} or {below + parts}" if below else f"{parts}"
+        raise TopologyError(f"{name}={value} is not divisible by {part_name}={parts}; {right} would be")
