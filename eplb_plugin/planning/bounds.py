@@ -7,8 +7,8 @@ from itertools import combinations
 import torch
 
 from ..core.topology import Topology
-from .compiled import shared_bounds
 from .group_packings import MOST_PACKINGS, num_packings, packings
+from .kernels.api import shared_bounds
 from .replication import replica_slots, replicate
 
 __all__ = ["peak_lower_bound"]
@@ -24,7 +24,7 @@ def peak_lower_bound(load: torch.Tensor, topology: Topology) -> torch.Tensor:
 
     Per snapshot the largest of: the mean rank load; the smallest T with sum over experts of
     ceil(load / T) <= slots, since some replica carries that much whatever the replica counts are; and what
-    ranks that share their experts cannot beat (`kernels.rank_bounds`).
+    ranks that share their experts cannot beat (`kernels.lower_bounds`).
 
     Where groups stay within nodes, the latter is that of the best packing of groups to nodes where there are
     few of them. Otherwise the mean rank load of the heaviest node however groups are packed, and that

@@ -7,8 +7,8 @@ import numpy.typing as npt
 import torch
 
 from ..core.topology import Topology
-from .compiled import count_shared, keep_slots
 from .exact import to_exact
+from .kernels.api import count_shared, keep_slots
 from .replication import replica_slots
 
 __all__ = ["num_shared", "part_repeats", "replace_repeats", "shared_replicas", "spread_over_ranks"]

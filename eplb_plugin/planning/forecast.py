@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .compiled import expect_loads
 from .exact import to_exact
+from .kernels.api import expect_loads
 from .recency import condense, weighted_bins
 
 __all__ = ["expected_load"]

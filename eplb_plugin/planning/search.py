@@ -7,8 +7,8 @@ import torch
 from ..config.options import PlannerOptions
 from ..core.load import sum_over_last
 from ..core.topology import Topology
-from .compiled import choose_nodes, grow, pack_rows, plan_from_scratch, step_peaks
 from .group_packings import MOST_PACKINGS, best_nodes, num_packings
+from .kernels.api import choose_nodes, grow, pack_rows, plan_from_scratch, step_peaks
 from .relabel import overlap_ranks
 
 __all__ = ["search_placement"]

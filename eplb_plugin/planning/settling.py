@@ -10,9 +10,9 @@ from ..core.balancedness import rank_loads
 from ..core.load import sum_over_last
 from ..core.placement import Placement
 from ..core.topology import Topology
-from .compiled import keep_slots, step_peaks
 from .distinct import num_shared
 from .hierarchy import groups_within_nodes
+from .kernels.api import keep_slots, step_peaks
 
 __all__ = ["Settled", "mean_balancedness", "settle"]
 

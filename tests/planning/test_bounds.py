@@ -10,8 +10,8 @@ import torch
 import eplb_plugin as eplb
 from eplb_plugin.planning import bounds
 from eplb_plugin.planning.bounds import _heaviest_node
-from eplb_plugin.planning.compiled import shared_bounds
 from eplb_plugin.planning.group_packings import MOST_PACKINGS, best_nodes, num_packings, packings
+from eplb_plugin.planning.kernels.api import shared_bounds
 
 
 def best_peak(load: list[float], rank_slots: tuple[int, ...]) -> float:

@@ -10,7 +10,14 @@ import pytest
 import torch
 
 import eplb_plugin as eplb
-from eplb_plugin.planning import forecast_kernels, kernels, layer_threads, table_kernels
+from eplb_plugin.planning.kernels import (
+    forecast,
+    group_to_node,
+    lower_bounds,
+    placement_tables,
+    plan_layers,
+    threads,
+)
 
 TOPOLOGY = eplb.Topology(num_ranks=8, num_slots=72)
 
@@ -24,7 +31,7 @@ def planned(load: torch.Tensor) -> torch.Tensor:
 def test_any_number_of_threads_gives_the_same_plan(monkeypatch, cores):
     load = torch.empty(8, 12, 64).log_normal_(3, 1, generator=torch.Generator().manual_seed(0))
     expected = planned(load)
-    monkeypatch.setattr(layer_threads, "_usable_cores", lambda: cores)
+    monkeypatch.setattr(threads, "_usable_cores", lambda: cores)
     assert torch.equal(planned(load), expected)
     found = []
     thread = threading.Thread(target=lambda: found.append(planned(load)))
@@ -34,23 +41,25 @@ def test_any_number_of_threads_gives_the_same_plan(monkeypatch, cores):
 
 
 def test_a_failure_in_any_chunk_is_raised(monkeypatch):
-    monkeypatch.setattr(layer_threads, "_usable_cores", lambda: 2)
+    monkeypatch.setattr(threads, "_usable_cores", lambda: 2)
 
     def work(first: int, last: int) -> None:
         raise RuntimeError(f"layers {first}..{last - 1}")
 
     with pytest.raises(RuntimeError, match="layers"):
-        layer_threads.over_layers(work, torch.ones(2, 64, 64))
+        threads.over_layers(work, torch.ones(2, 64, 64))
 
 
 def compiled_versions() -> dict[str, int]:
     """How often each function that Python calls was compiled or loaded."""
-    entrances = {
-        **{name: getattr(kernels, name) for name in kernels.__all__},
-        **{name: getattr(table_kernels, name) for name in ("peak_loads", "keep_slots", "count_shared")},
-        "expect_loads": forecast_kernels.expect_loads,
+    entry_points = {
+        **{name: getattr(placement_tables, name) for name in placement_tables.__all__},
+        "plan_layers": plan_layers.plan_layers,
+        "choose_nodes": group_to_node.choose_nodes,
+        "bound_rows": lower_bounds.bound_rows,
+        "expect_loads": forecast.expect_loads,
     }
-    return {name: len(function.signatures) for name, function in entrances.items()}
+    return {name: len(function.signatures) for name, function in entry_points.items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.float32, torch.float64])

@@ -1,4 +1,4 @@
-"""Counts and the first packing, from heaps, against scans that say what is meant."""
+"""Replica counts and LPT packings, from heaps, against scans as oracles."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eplb_plugin.planning.kernels.counts import _replicate
-from eplb_plugin.planning.kernels.hand_out import _hand_out
-from eplb_plugin.planning.kernels.regrow import _regrow
-from eplb_plugin.planning.kernels.set_apart import _counts_apart
+from eplb_plugin.planning.kernels.lpt_packing import pack_lpt
+from eplb_plugin.planning.kernels.replica_counts import apply_counts, greedy_counts
+from eplb_plugin.planning.kernels.single_load_plan import isolating_counts
 
 
 @st.composite
@@ -59,26 +58,26 @@ def scanned_packing(total, count, node, num_slots, num_ranks, ranks_per_node):
 @settings(max_examples=100, deadline=None)
 def test_heaps_choose_what_scans_choose(problem, bonus):
     total, node, in_force, *sizes = problem
-    count = _replicate(total, node, in_force, bonus, *sizes)
+    count = greedy_counts(total, node, in_force, bonus, *sizes)
     assert count.tolist() == scanned_counts(total, node, in_force, bonus, *sizes).tolist()
     packed = np.empty(sizes[0], np.int64)
     room = np.full(sizes[1], sizes[0] // sizes[1])
-    _hand_out(total, count, node, sizes[2], room, 0, 0, packed)
+    pack_lpt(total, count, node, sizes[2], room, 0, 0, packed)
     assert packed.tolist() == scanned_packing(total, count, node, *sizes).tolist()
 
 
 @given(problems(), st.integers(0, 2**20))
 @settings(max_examples=60, deadline=None)
-def test_regrowth_reaches_the_counts_and_moves_nothing_else(problem, seed):
+def test_new_counts_are_reached_and_nothing_else_moves(problem, seed):
     total, node, _, num_slots, *sizes = problem
     ones = np.ones(len(total), np.int64)
-    count = _replicate(total, node, ones, 1.0, num_slots, *sizes)
+    count = greedy_counts(total, node, ones, 1.0, num_slots, *sizes)
     before = np.empty(num_slots, np.int64)
-    _hand_out(total, count, node, sizes[1], np.full(sizes[0], num_slots // sizes[0]), 0, 0, before)
+    pack_lpt(total, count, node, sizes[1], np.full(sizes[0], num_slots // sizes[0]), 0, 0, before)
     other = np.random.default_rng(seed).lognormal(1, 1, len(total))
-    target = _replicate(other, node, count, 1.2, num_slots, *sizes)
+    target = greedy_counts(other, node, count, 1.2, num_slots, *sizes)
     after = before.copy()
-    _regrow(other, count, target, node, after, *sizes)
+    apply_counts(other, count, target, node, after, *sizes)
     assert np.bincount(after, minlength=len(total)).tolist() == target.tolist()
     # One slot for each replica that arrives, and one more where an expert makes room for it.
     arriving = np.maximum(target - count, 0).sum()
@@ -96,7 +95,7 @@ def test_regrowth_reaches_the_counts_and_moves_nothing_else(problem, seed):
     st.booleans(),
 )
 @settings(max_examples=200, deadline=None)
-def test_hot_experts_set_apart_have_one_replica_for_each_rank_together(
+def test_isolated_hot_experts_have_one_replica_for_each_rank_together(
     seed, ranks, spare, hot, without, to_lightest
 ):
     rng = np.random.default_rng(seed)
@@ -105,7 +104,7 @@ def test_hot_experts_set_apart_have_one_replica_for_each_rank_together(
     hot = min(hot, theirs)
     order = np.argsort(-total, kind="mergesort")
     slots = min(len(total) + spare, ranks + (len(total) - hot) * ranks)
-    count = _counts_apart(total, order, hot, slots, ranks, theirs, to_lightest)
+    count = isolating_counts(total, order, hot, slots, ranks, theirs, to_lightest)
     assert count.sum() == slots
     assert count.max() <= max(ranks, -(-slots // (len(total) - hot)))
     first, rest = order[:hot], order[hot:]

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eplb_plugin as eplb
-from eplb_plugin.planning.compiled import choose_nodes
 from eplb_plugin.planning.hierarchy import groups_within_nodes
+from eplb_plugin.planning.kernels.api import choose_nodes
 
 VACANT = -2
 

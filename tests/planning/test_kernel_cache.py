@@ -11,35 +11,35 @@ from pathlib import Path
 
 import eplb_plugin as eplb
 from eplb_plugin.core import jit
-from eplb_plugin.planning import forecast_kernels, table_kernels
-from eplb_plugin.planning.kernels import compiling, plan_layers
+from eplb_plugin.planning.kernels import compiling, forecast, placement_tables
+from eplb_plugin.planning.kernels.plan_layers import plan_layers
 
 FOLDER = Path(compiling.__file__).parent
 
-# An entrance as that of the kernels, and a function in another file that it has compiled in.
-ENTRANCE = """
-from .compiling import SOURCES, compile_entrance
+# An entry point as those of the kernels, and a function of another file that is compiled into it.
+ENTRY_POINT = """
+from .compiling import SOURCES, entry_point
 from .helper import answer
 
-def _entrance(sources):
-    @compile_entrance
+def _build(sources):
+    @entry_point
     def enter():
         _ = sources
         return answer()
 
     return enter
 
-enter = _entrance(SOURCES)
+enter = _build(SOURCES)
 """
 HELPER = """
-from .compiling import _compile
+from .compiling import jitable
 
-@_compile
+@jitable
 def answer():
     return {answer}
 """
 CALL = """
-from tree.planning.package.entrance import enter
+from tree.planning.package.entry import enter
 print(enter(), sum(enter.stats.cache_hits.values()), sum(enter.stats.cache_misses.values()))
 """
 CACHED = """
@@ -55,12 +55,12 @@ def triple(number):
 """
 WARMED = """
 import eplb_plugin as eplb
-from eplb_plugin.planning import forecast_kernels, table_kernels
-from eplb_plugin.planning.kernels import plan_layers
+from eplb_plugin.planning.kernels import forecast, placement_tables
+from eplb_plugin.planning.kernels.plan_layers import plan_layers
 eplb.warmup()
-passes = [getattr(module, name) for module in (forecast_kernels, table_kernels) for name in module.__all__]
-entrances = [plan_layers, *passes]
-print([(len(entrance.stats.cache_hits), len(entrance.stats.cache_misses)) for entrance in entrances])
+passes = [getattr(module, name) for module in (forecast, placement_tables) for name in module.__all__]
+entry_points = [plan_layers, *passes]
+print([(len(entry.stats.cache_hits), len(entry.stats.cache_misses)) for entry in entry_points])
 """
 
 
@@ -89,7 +89,7 @@ def test_a_change_in_another_file_is_compiled_anew(tmp_path):
     (package / "__init__.py").touch()
     copy_jit(tmp_path / "tree")
     shutil.copy(FOLDER / "compiling.py", package)
-    (package / "entrance.py").write_text(ENTRANCE)
+    (package / "entry.py").write_text(ENTRY_POINT)
     (package / "helper.py").write_text(HELPER.format(answer=1))
     assert printed(CALL, tmp_path) == "1 0 1"
     assert printed(CALL, tmp_path) == "1 1 0"
@@ -118,14 +118,14 @@ def test_the_digest_covers_every_file_of_the_kernels(tmp_path):
     assert printed(code, tmp_path) == str(1 + len(files))
 
 
-def test_the_entrance_closes_over_the_digest():
+def test_the_entry_point_closes_over_the_digest():
     (cell,) = plan_layers.py_func.__closure__
     assert cell.cell_contents == compiling.SOURCES == compiling._digest_of_sources()
 
 
 def test_another_process_compiles_nothing(tmp_path):
     eplb.warmup()
-    passes = [*forecast_kernels.__all__, *table_kernels.__all__]
+    passes = [*forecast.__all__, *placement_tables.__all__]
     assert printed(WARMED, tmp_path) == str([(1, 0)] * (1 + len(passes)))
 
 

@@ -11,11 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eplb_plugin.planning.kernels.smooth_changes import _best_change
-from eplb_plugin.planning.kernels.smooth_peak import _smooth_peak
-from eplb_plugin.planning.kernels.smooth_scratch import _new_scratch
-from eplb_plugin.planning.kernels.smooth_state import _cell, _start_search
-from eplb_plugin.planning.kernels.smooth_swaps import _best_swap
+from eplb_plugin.planning.kernels.snapshot_objective import smooth_peak
+from eplb_plugin.planning.kernels.snapshot_replicas import best_replica_change
+from eplb_plugin.planning.kernels.snapshot_state import interleaved, start_search
+from eplb_plugin.planning.kernels.snapshot_swaps import best_swap, new_scratch
 
 LEAST_GAIN = 2e-4
 SPREAD = 0.1
@@ -48,13 +47,13 @@ class Layer:
             for expert in set(ids[rank * self.capacity : (rank + 1) * self.capacity])
         )
 
-    def portion(self, count: np.ndarray | int) -> np.ndarray | float:
-        """What part of an expert's load each of `count` replicas counts as, steps varying."""
+    def fraction(self, count: np.ndarray | int) -> np.ndarray | float:
+        """Fraction of an expert's load that each of `count` replicas counts as, since steps vary."""
         return 1 / count + (SPREAD / count**2 if len(self.scaled) > 1 else 0.0)
 
     def loads(self, ids: np.ndarray) -> np.ndarray:
         """float64 [snapshots, ranks]."""
-        share = self.scaled.astype(np.float64) * self.portion(
+        share = self.scaled.astype(np.float64) * self.fraction(
             np.bincount(ids, minlength=self.scaled.shape[1])
         )
         return share[:, ids].reshape(len(self.scaled), self.num_ranks, self.capacity).sum(2)
@@ -91,13 +90,12 @@ def worth(gain: float, cost: int, price: float) -> float:
 
 @numba.njit(error_model="numpy")  # kernels can only be called from compiled code
 def choose(scaled, now, current, num_ranks, ranks_per_node, price, moves_left):
-    state = _start_search(scaled, now, current, num_ranks, ranks_per_node)
-    _smooth_peak(state)
-    heavy = state.heat.argmax()
-    capacity = now.shape[0] // num_ranks
-    scratch = _new_scratch(scaled.shape[0], scaled.shape[1], capacity, ranks_per_node)
-    swap = _best_swap(state, scratch, heavy, capacity, ranks_per_node, price, moves_left)
-    change = _best_change(state, scratch, heavy, capacity, ranks_per_node, price, moves_left, 0.0)
+    state = start_search(scaled, now, current, num_ranks, ranks_per_node)
+    smooth_peak(state)
+    heavy = state.weight.argmax()
+    scratch = new_scratch(scaled.shape[0], scaled.shape[1], state.capacity, ranks_per_node)
+    swap = best_swap(state, scratch, heavy, price, moves_left)
+    change = best_replica_change(state, scratch, heavy, price, moves_left, 0.0)
     return heavy, swap, change, state.slope, state.unit
 
 
@@ -107,7 +105,8 @@ def searched(layer: Layer, price: float, moves_left: int):
         layer.scaled, layer.now, layer.current, layer.num_ranks, layer.ranks_per_node, price, moves_left
     )
     slot_of = {
-        _cell.py_func(slot, layer.capacity, layer.ranks_per_node): slot for slot in range(len(layer.now))
+        interleaved.py_func(slot, layer.capacity, layer.ranks_per_node): slot
+        for slot in range(len(layer.now))
     }
     weight = slope.astype(np.float64) * unit.astype(np.float64) ** 16
     return heavy, swap, change, slot_of, weight
@@ -145,7 +144,7 @@ def test_the_best_swap_is_the_best_of_all(layer, price, moves_left):
 @given(layers(), st.sampled_from([0.0, 2.5e-4, 0.02]), st.sampled_from([0, 1, 1000]))
 @settings(max_examples=60, deadline=None)
 def test_the_best_change_is_the_best_of_all(layer, price, moves_left):
-    heavy, _, (expert, cell, cost), slot_of, weight = searched(layer, price, moves_left)
+    heavy, _, (expert, changed, cost), slot_of, weight = searched(layer, price, moves_left)
     loads = layer.loads(layer.now)
     count = np.bincount(layer.now, minlength=layer.scaled.shape[1])
     held = np.zeros((layer.scaled.shape[1], layer.num_ranks))
@@ -158,8 +157,8 @@ def test_the_best_change_is_the_best_of_all(layer, price, moves_left):
     best, values = 0.0, {}
     for x in layer.now[heavy * layer.capacity : (heavy + 1) * layer.capacity]:
         load_x = layer.scaled[:, x].astype(np.float64)
-        arrives = layer.portion(count[x] + 1)
-        fewer = arrives - layer.portion(count[x])
+        arrives = layer.fraction(count[x] + 1)
+        fewer = arrives - layer.fraction(count[x])
         relief = -sum(growth(r, load_x * fewer * held[x, r]) for r in range(layer.num_ranks) if held[x, r])
         # An expert whose own ranks gain less than the best change does is passed over.
         if worth(relief, -1, price) <= best:
@@ -171,8 +170,8 @@ def test_the_best_change_is_the_best_of_all(layer, price, moves_left):
             if count[y] < 2 or held[x, rank]:
                 continue
             load_y = layer.scaled[:, y].astype(np.float64)
-            leaves = layer.portion(count[y])
-            more = layer.portion(count[y] - 1) - leaves
+            leaves = layer.fraction(count[y])
+            more = layer.fraction(count[y] - 1) - leaves
             total = growth(
                 rank,
                 load_x * arrives - load_y * (leaves - (held[y, rank] - 1) * more),
@@ -189,9 +188,9 @@ def test_the_best_change_is_the_best_of_all(layer, price, moves_left):
                 continue
             values[x, slot] = worth(-total, moves, price), moves
             best = max(best, values[x, slot][0])
-    if cell < 0:
+    if changed < 0:
         assert best <= 2.1 * LEAST_GAIN
         return
-    chosen, moves = values[expert, slot_of[cell]]
+    chosen, moves = values[expert, slot_of[changed]]
     assert chosen == pytest.approx(best, rel=1e-3, abs=1e-5)
     assert cost == moves

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eplb_plugin as eplb
-from eplb_plugin.planning.compiled import keep_slots
+from eplb_plugin.planning.kernels.api import keep_slots
 from eplb_plugin.planning.settling import settle
 
 

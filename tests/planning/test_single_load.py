@@ -11,15 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eplb_plugin as eplb
-from eplb_plugin.planning.kernels import (
-    packing_bounds,
-    peak_changes,
-    peak_search,
-    peak_state,
-    peak_swaps,
-    plan_layers,
-    single_load,
-)
+from eplb_plugin.planning.kernels import single_load_search as search
+from eplb_plugin.planning.kernels import single_load_state as node_state
+from eplb_plugin.planning.kernels.lower_bounds import counts_bound
+from eplb_plugin.planning.kernels.plan_layers import Problem, plan_layers
+from eplb_plugin.planning.kernels.single_load_plan import plan_node
 
 LEAST_GAIN = 1e-5
 SLACK = 1e-4
@@ -36,11 +32,11 @@ def nodes(draw):
     held = np.concatenate([np.arange(experts), rng.integers(0, experts, room.sum() - experts)])
     rng.shuffle(held)
     weight = np.round(rng.lognormal(1, draw(st.sampled_from([0.5, 2.0])), experts), draw(st.integers(0, 3)))
-    node = peak_state._new_node(weight * ranks / max(weight.sum(), 1.0), room, capacity)
+    node = node_state.new_node(weight * ranks / max(weight.sum(), 1.0), room, capacity)
     node.expert[:] = -1
     for rank, items in enumerate(np.split(held, np.cumsum(room)[:-1])):
         node.expert[rank * capacity : rank * capacity + len(items)] = items
-    peak_state._enter_node(node, capacity)
+    node_state.refresh_node(node)
     return node, capacity
 
 
@@ -65,7 +61,7 @@ def check(node, capacity: int) -> None:
     assert node.order.tolist() == sorted(range(len(expected)), key=lambda rank: (node.load[rank], rank))
     assert (node.order[node.place] == np.arange(len(expected))).all()
     assert (np.diff(node.share.reshape(-1, capacity)) <= 0).all()
-    assert [len(rank) for rank in ranks_of(node.expert, capacity)] == node.room.tolist()
+    assert [len(rank) for rank in ranks_of(node.expert, capacity)] == node.rank_slots.tolist()
 
 
 @given(nodes())
@@ -85,16 +81,14 @@ def test_the_best_swap_is_within_the_slack_of_the_best_of_all(case):
             after[mine], after[other] = y, x
             after = loads(after, node.weight, capacity)
             best = min(best, max(after[heavy], after[rank]))
-    mine, other = peak_swaps._best_peak_swap(node, capacity, heavy)
+    mine, other = search.best_swap(node, heavy)
     if mine < 0:
         assert best == pytest.approx(node.load[heavy] - LEAST_GAIN, abs=1e-9)
         return
     partner = other // capacity
     assert node.expert[mine] not in held[partner]
     assert node.expert[other] not in held[heavy]
-    node.expert[mine], node.expert[other] = node.expert[other], node.expert[mine]
-    for rank in (heavy, partner):
-        peak_state._refresh_ranks(node, capacity, rank)
+    node_state.make_swap(node, mine, other)
     check(node, capacity)
     assert max(node.load[heavy], node.load[partner]) <= best + SLACK + 1e-9
 
@@ -104,14 +98,14 @@ def test_the_best_swap_is_within_the_slack_of_the_best_of_all(case):
 def test_a_change_lowers_the_peak_as_far_as_it_says(case):
     node, capacity = case
     heavy, before = int(node.order[-1]), node.load.max()
-    expert, slot = peak_changes._best_peak_change(node, capacity, heavy)
+    expert, slot = search.best_replica_change(node, heavy)
     if slot < 0:
         return
     held = ranks_of(node.expert, capacity)
     assert expert in held[heavy]
     assert expert not in held[slot // capacity]
-    foreseen = peak_changes._peak_after_change(node, capacity, expert, slot, np.empty(len(node.load)))
-    peak_changes._make_peak_change(node, capacity, expert, slot)
+    foreseen = search.peak_after_change(node, expert, slot, np.empty(len(node.load)))
+    node_state.make_replica_change(node, expert, slot)
     check(node, capacity)
     assert node.load.max() == pytest.approx(foreseen)
     assert node.load.max() < before - LEAST_GAIN / 2
@@ -122,7 +116,7 @@ def test_a_change_lowers_the_peak_as_far_as_it_says(case):
 def test_the_search_never_raises_the_peak_and_loses_no_expert(case):
     node, capacity = case
     before = node.load.max()
-    peak = peak_search._lower_node(node, capacity, 50, 1.0)
+    peak = search.lower_peak(node, 50, 1.0)
     check(node, capacity)
     assert peak == node.load.max() <= before + 1e-9
     assert (node.replicas > 0).all()
@@ -148,9 +142,7 @@ def test_no_packing_of_the_replicas_is_below_the_bound_of_the_counts(weight, ran
         max(sum(order[at : at + capacity]) for at in range(0, len(order), capacity))
         for order in itertools.permutations(share)
     )
-    bound = packing_bounds._counts_bound(
-        np.array(weight, np.float64), np.array(count, np.int64), np.full(ranks, capacity)
-    )
+    bound = counts_bound(np.array(weight, np.float64), np.array(count, np.int64), np.full(ranks, capacity))
     assert bound <= min(peaks) + 1e-9
 
 
@@ -161,19 +153,31 @@ def test_compiled_and_interpreted_search_agree():
     room, tolerance = np.full(4, 6), 5e-4
     compiled, interpreted = np.empty((2, 24), np.int64)
     none = np.empty((1, 0), np.int64)
-    plan_layers(
-        weight[None, None], 0, 1, 4, 4, room, np.zeros((1, 20), np.int64), none, none, 0.0, 0, 200, 4, 1,
-        tolerance, 0, compiled[None],
-    )  # fmt: skip
-    load = (weight * (4 / sum(weight))).astype(np.float32)  # as the entrance scales it
+    problem = Problem(
+        weight=weight[None, None],
+        expert_node=np.zeros((1, 20), np.int64),
+        current=none,
+        start=none,
+        rank_slots=room,
+        ranks_per_node=4,
+        price=0.0,
+        max_moves=0,
+        rounds=200,
+        candidates=4,
+        patience=1,
+        tolerance=tolerance,
+        seed=0,
+    )
+    plan_layers(problem, 0, 1, compiled[None])
+    load = (weight * (4 / sum(weight))).astype(np.float32)  # as `plan_layers` scales it
     target = max(1.0, float(load.sum(dtype=np.float64)) / 4) + tolerance
-    single_load._plan_node(load, 6, room, 200, target, 4, 1, tolerance, 0, interpreted)
+    plan_node(problem, load, room, target, interpreted)
     assert compiled.tolist() == interpreted.tolist()
 
 
 @pytest.mark.parametrize(("groups", "nodes", "ranks"), [(8, 4, 32), (8, 2, 16), (1, 1, 32)])
 def test_zipf_loads_are_planned_to_a_tenth_of_a_percent(groups, nodes, ranks, backend):
-    """The hottest experts get as many replicas as can be set apart, not as many as greedy counts say."""
+    """The hottest experts get as many replicas as can be isolated, not as many as greedy counts say."""
     if backend == "tensors":
         pytest.skip("has greedy counts")
     generator = torch.Generator().manual_seed(0)

@@ -12,9 +12,9 @@ import torch
 from ...config.options import PlannerOptions
 from ...core.load import check_values, to_snapshots, zero_if_bad
 from ..backend import use_kernels
-from ..compiled import pack_rows
 from ..exact import to_exact
 from ..greedy import items_per_pack, lpt_packing
+from ..kernels.api import pack_rows
 from .candidates import candidate_packings
 from .host_waits import look
 from .packing_batch import Packings

@@ -1,27 +1,26 @@
-"""Compiled passes over placements that take no decision: peaks, repeats, and slots that stay.
+"""Passes over placements that take no decision: peak rank loads, repeated experts, slots that stay.
 
-As in `kernels`, the interpreter lock is released, the cache is on disk, and every sum has a fixed order.
+All of it is in this file, so that numba's own key of the cache suffices.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from ..core.jit import cached_njit
+from .compiling import entry_point
 
 __all__ = ["count_shared", "keep_slots", "peak_loads"]
 
-_compile = cached_njit(nogil=True, fastmath=False, boundscheck=False)
 
-
-@_compile
+@entry_point
 def peak_loads(weight, slot_expert, first_slot, first, last, peaks):
-    """Write the peak rank load of layers `first..last-1` to float64 `peaks` [snapshots, layers].
+    """Write the peak rank load of each snapshot, for layers `first..last-1`.
 
     Args:
         weight: float64 [snapshots, layers, logical], tokens.
         slot_expert: int64 [layers, slots].
         first_slot: int64 [ranks + 1], the first slot of each rank, then the number of slots.
+        peaks: float64 [snapshots, layers], written.
     """
     num_snapshots, _, num_logical = weight.shape
     num_slots = slot_expert.shape[1]
@@ -32,7 +31,7 @@ def peak_loads(weight, slot_expert, first_slot, first, last, peaks):
         count[:] = 0.0
         for slot in range(num_slots):
             count[slot_expert[layer, slot]] += 1.0
-        # A division takes several times as long as a product, and there are snapshots times as many products.
+        # One division an expert, rather than one a snapshot: a product takes a fraction of its time.
         for expert in range(num_logical):
             part[expert] = 1.0 / count[expert] if count[expert] > 0.0 else 0.0
         for snapshot in range(num_snapshots):
@@ -47,10 +46,12 @@ def peak_loads(weight, slot_expert, first_slot, first, last, peaks):
             peaks[snapshot, layer] = highest
 
 
-@_compile
+@entry_point
 def count_shared(slot_expert, first_slot, num_logical, shared):
-    """Write to int64 `shared` [layers] how many slots repeat an expert of their rank; `slot_expert` and
-    `first_slot` are those of `peak_loads`."""
+    """Count the slots that repeat an expert of their rank, in `shared`, int64 [layers].
+
+    `slot_expert` and `first_slot` are as for `peak_loads`.
+    """
     seen = np.full(num_logical, -1, np.int64)
     shared[:] = 0
     for layer in range(slot_expert.shape[0]):
@@ -62,15 +63,15 @@ def count_shared(slot_expert, first_slot, num_logical, shared):
                 seen[slot_expert[layer, slot]] = name
 
 
-@_compile
+@entry_point
 def keep_slots(new, current, first_slot, num_logical, kept, moves, shared):
-    """Order the slots of each rank so that experts which it holds already keep theirs.
+    """Reorder the slots of each rank so that experts which stay keep their slots.
 
     Args:
         new, current: int64 [layers, slots], -1 in `current` for an empty slot.
         first_slot: int64 [ranks + 1], the first slot of each rank, then the number of slots.
-        kept: int64 [layers, slots], written: on each rank the experts of `new`.
-        moves: int64 [layers], written: experts that a rank gets and did not hold.
+        kept: int64 [layers, slots], written: `new` reordered.
+        moves: int64 [layers], written.
         shared: int64 [2, layers], written: slots of `new` and of `current` that repeat an expert of the rank.
     """
     num_layers = new.shape[0]
@@ -97,7 +98,7 @@ def keep_slots(new, current, first_slot, num_logical, kept, moves, shared):
                 if wanted[expert] > 0:
                     wanted[expert] -= 1
                     kept[layer, slot] = expert
-            # What arrives fills the free slots in order.
+            # Experts that arrive fill the free slots in order.
             free = begin
             for slot in range(begin, end):
                 expert = new[layer, slot]

@@ -1,26 +1,30 @@
-"""Which node each group of experts goes to, beside a placement in force: the heaviest node against moves."""
+"""Groups to nodes, for a placement in force: the heaviest node against the price of the moves."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from .compiling import SOURCES, _compile_in_place, compile_entrance
-from .limits import _VACANT
+from .compiling import SOURCES, entry_point, inlined
+from .replica_counts import VACANT
 
 __all__ = ["choose_nodes"]
 
-_LEAST_GROUP_GAIN = 1e-6  # as a share of the mean node load
+_LEAST_GROUP_GAIN = 1e-6  # as a fraction of the mean node load
 
 
-@_compile_in_place
+@inlined
 def _best_exchange(group_load, node_load, fee, node_of):
-    """The two groups of different nodes whose exchange lowers the heaviest node, summed over snapshots, and
-    the fees by most: (gain, group, other group).
+    """The best exchange of two groups of different nodes.
+
+    It gains most in the load of the heaviest node, summed over snapshots, plus the price of all moves.
 
     Args:
         group_load, node_load: float64 [groups, snapshots] and [nodes, snapshots].
-        fee: float64 [groups, nodes], what the moves cost that bring a group to a node.
+        fee: float64 [groups, nodes], price of the moves that bring a group to a node.
         node_of: int64 [groups].
+
+    Returns:
+        Gain, group, other group.
     """
     num_groups, num_snapshots = group_load.shape
     num_nodes = node_load.shape[0]
@@ -49,80 +53,89 @@ def _best_exchange(group_load, node_load, fee, node_of):
     return best, best_group, best_other
 
 
-@_compile_in_place
-def _count_held(slot_expert, group_size, node_slots, seen, there):
-    """Count the experts of each group that a node holds: int64 [groups, nodes], written."""
-    there[:] = 0
+@inlined
+def _count_experts(slot_expert, group_size, node_slots, seen, held):
+    """Count the experts of each group on each node, in `held`, int64 [groups, nodes]."""
+    held[:] = 0
     seen[:] = -1
     for slot in range(slot_expert.shape[0]):
         expert, node = slot_expert[slot], slot // node_slots
         if expert >= 0 and seen[expert] != node:
             seen[expert] = node
-            there[expert // group_size, node] += 1
+            held[expert // group_size, node] += 1
 
 
-@_compile_in_place
-def _locate(there, room, node_of):
-    """Write the node of each group, int64 [groups]: where it is, or, where groups span nodes or one has too
-    many of them, one after the other where most of it is; whether that was so."""
-    num_groups, num_nodes = there.shape
+@inlined
+def _locate(held, free, node_of):
+    """Write the node of each group to `node_of`, int64 [groups].
+
+    Where groups span nodes or fill them unevenly, each group in turn gets the node that holds most of it.
+
+    Args:
+        held: int64 [groups, nodes], experts of each group on each node.
+        free: int64 [nodes], scratch for groups that a node may still get.
+
+    Returns:
+        Whether groups span nodes or fill them unevenly.
+    """
+    num_groups, num_nodes = held.shape
     spans = False
-    room[:] = num_groups // num_nodes
+    free[:] = num_groups // num_nodes
     for group in range(num_groups):
-        node_of[group] = np.argmax(there[group])
-        room[node_of[group]] -= 1
+        node_of[group] = np.argmax(held[group])
+        free[node_of[group]] -= 1
         for node in range(num_nodes):
-            spans = spans or room[node] < 0 or (there[group, node] > 0 and node != node_of[group])
+            spans = spans or free[node] < 0 or (held[group, node] > 0 and node != node_of[group])
     if spans:
         node_of[:] = -1
-        room[:] = num_groups // num_nodes
+        free[:] = num_groups // num_nodes
         for _ in range(num_groups):
             chosen, place = -1, -1
             for group in range(num_groups):
                 for node in range(num_nodes):
-                    free = node_of[group] < 0 and room[node] > 0
-                    if free and (chosen < 0 or there[group, node] > there[chosen, place]):
+                    open_ = node_of[group] < 0 and free[node] > 0
+                    if open_ and (chosen < 0 or held[group, node] > held[chosen, place]):
                         chosen, place = group, node
             node_of[chosen] = place
-            room[place] -= 1
+            free[place] -= 1
     return spans
 
 
-def _entrance(sources):
-    @compile_entrance
-    def choose_nodes(weight, first, last, num_nodes, num_groups, price, held, start, expert_node):
-        """Choose for layers `first..last-1`, writing `expert_node` and, in part, `start`.
+def _build(sources):
+    @entry_point
+    def choose_nodes(weight, first, last, num_nodes, num_groups, price, current, start, expert_node):
+        """Choose the node of each group, for layers `first..last-1`.
 
-        A layer begins with its groups where they are, or, where they span nodes, where most of them is, and
-        exchanges groups as long as that lowers the heaviest node by more than the price of the moves. Where
-        groups span nodes, the slots of experts that have to leave their node become vacant in `start`.
+        Groups begin on the node that holds most of them. Exchanges follow as long as one lowers the load of
+        the heaviest node by more than the price of its moves. Where groups span nodes, the slots of experts
+        on other nodes than their group become vacant in `start`.
 
         Args:
             weight: float64 [snapshots, layers, logical], tokens times the weight of their snapshot.
             num_nodes, num_groups: the topology; nodes divide the groups.
-            price: what a move costs, as a share of the mean node load.
-            held: int64 [layers, slots], what is held now, -1 for an empty slot.
-            start: int64 [layers, slots], the placement to grow from; negative slots are left out.
+            price: of one move, as a fraction of the mean node load.
+            current: int64 [layers, slots], the placement in force, -1 for an empty slot.
+            start: int64 [layers, slots], where the search begins; negative slots are skipped; written.
             expert_node: int64 [layers, logical], written.
         """
-        _ = sources  # what is closed over belongs to the key of the cache
+        _ = sources  # numba adds values of the closure to the key of the cache
         num_snapshots, _, num_logical = weight.shape
         group_size = num_logical // num_groups
         node_slots = start.shape[1] // num_nodes
         node_of = np.empty(num_groups, np.int64)
-        room = np.empty(num_nodes, np.int64)
+        free = np.empty(num_nodes, np.int64)
         group_load = np.empty((num_groups, num_snapshots), np.float64)
         node_load = np.empty((num_nodes, num_snapshots), np.float64)
         fee = np.empty((num_groups, num_nodes), np.float64)
-        there = np.empty((num_groups, num_nodes), np.int64)
+        held = np.empty((num_groups, num_nodes), np.int64)
         seen = np.empty(num_logical, np.int64)
         for layer in range(first, last):
-            _count_held(start[layer], group_size, node_slots, seen, there)
-            spans = _locate(there, room, node_of)
-            _count_held(held[layer], group_size, node_slots, seen, there)
+            _count_experts(start[layer], group_size, node_slots, seen, held)
+            spans = _locate(held, free, node_of)
+            _count_experts(current[layer], group_size, node_slots, seen, held)
             for group in range(num_groups):
                 for node in range(num_nodes):
-                    fee[group, node] = price * (group_size - there[group, node])
+                    fee[group, node] = price * (group_size - held[group, node])
             total = 0.0
             for group in range(num_groups):
                 for snapshot in range(num_snapshots):
@@ -153,9 +166,9 @@ def _entrance(sources):
                 for slot in range(start.shape[1]):
                     expert = start[layer, slot]
                     if expert >= 0 and expert_node[layer, expert] != slot // node_slots:
-                        start[layer, slot] = _VACANT
+                        start[layer, slot] = VACANT
 
     return choose_nodes
 
 
-choose_nodes = _entrance(SOURCES)
+choose_nodes = _build(SOURCES)

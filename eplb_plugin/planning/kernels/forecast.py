@@ -1,34 +1,32 @@
-"""The compiled pass over a window that condenses it and moves it to what is expected next.
+"""The forecast: one pass over a window that condenses it and shifts it to the expected load.
 
-As in `kernels`, the interpreter lock is released, the cache is on disk, and every sum has a fixed order.
+All of it is in this file, so that numba's own key of the cache suffices.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from ..core.jit import cached_njit
+from .compiling import entry_point, jitted
 
 __all__ = ["expect_loads"]
 
-_compile = cached_njit(nogil=True, fastmath=False, boundscheck=False, error_model="numpy")
 _LANES = 16
-_LEAST_TOKENS = 1e-300  # what is too little to divide by is no better than nothing
+_LEAST_TOKENS = 1e-300  # a snapshot with fewer counts as empty: their inverse would overflow
 
 
-@_compile
+@entry_point
 def expect_loads(load, weights, bins, recency, persistence, decay, first, last, condensed):
-    """Sum the snapshots of each bin, weighted, for layers `first..last-1`, and move them to the mean that is
-    expected next, see `forecast.expected_load`.
+    """Sum the snapshots of each bin, weighted, and shift them to the forecast, for layers `first..last-1`.
 
-    One pass over the layer, and one of what it has found, while the layer is in the cache.
+    A layer stays in the CPU's cache for the pass over it and the one over its bins.
 
     Args:
         load: float64 [snapshots, layers, logical], tokens.
         weights: float64 [snapshots].
-        bins: int64 [snapshots], where each snapshot belongs.
-        recency, persistence, decay: as there.
-        condensed: float64 [bins, layers, logical], zeros; added to. What is moved below 0 is 0.
+        bins: int64 [snapshots], bin of each snapshot.
+        recency, persistence, decay: as for `api.expect_loads`.
+        condensed: float64 [bins, layers, logical], zeros; written. A load shifted below 0 is 0.
     """
     num_snapshots, _, num_logical = load.shape
     per_token = np.empty(num_snapshots, np.float64)
@@ -49,12 +47,16 @@ def expect_loads(load, weights, bins, recency, persistence, decay, first, last, 
                 condensed[place, layer, expert] = after if after > 0.0 else 0.0
 
 
-@_compile
+@jitted
 def _find_shift(load, layer, per_token, recency, persistence, decay, lanes, shift):
-    """Write the shares that a layer is moved by, float64 [logical]: from the mean of its condensed snapshots
-    to that of the window, and from there as far towards the moment as is no chance and lasts.
+    """Write the shift of each expert's share of the tokens, float64 [logical].
 
-    `per_token` is 1 / tokens of each snapshot, 0 of an empty one.
+    It leads from the mean of the condensed snapshots to that of the window, and from there towards the load
+    of the moment: by `persistence`, less the part of that change explained by chance (James-Stein shrinkage).
+
+    Args:
+        per_token: float64 [snapshots], 1 / tokens, 0 for an empty snapshot.
+        lanes: scratch of `_sum`.
     """
     num_snapshots, _, num_logical = load.shape
     whole = np.empty(num_snapshots, np.float64)
@@ -88,12 +90,14 @@ def _find_shift(load, layer, per_token, recency, persistence, decay, lanes, shif
         shift[expert] += lasts * change[expert]
 
 
-@_compile
+@jitted
 def _weigh(per_token, rate, weights):
-    """Write what a token of each snapshot weighs in the mean share of an expert, if each snapshot that is not
-    empty weighs `rate` of the next one; returns the variance of the mean where each snapshot's is 1.
+    """Write the weight of a token of each snapshot in the mean share of an expert.
 
-    The newest that is not empty weighs 1 before all is divided by the sum, however many empty ones follow.
+    Each snapshot weighs `rate` times the next one; empty ones are left out. Weights of snapshots add up to 1.
+
+    Returns:
+        Variance of the mean / variance of a snapshot.
     """
     in_all, squares, one = 0.0, 0.0, 1.0
     for snapshot in range(per_token.shape[0] - 1, -1, -1):
@@ -111,9 +115,9 @@ def _weigh(per_token, rate, weights):
     return squares / (in_all * in_all)
 
 
-@_compile
+@jitted
 def _sum(row, lanes):
-    """The sum of float64 `row`, in the fixed order of the partial sums in `lanes`, which is fast."""
+    """The sum of float64 `row` by partial sums in `lanes`: a fixed order that is also fast."""
     lanes[:] = 0.0
     whole = row.shape[0] - row.shape[0] % _LANES
     for begin in range(0, whole, _LANES):

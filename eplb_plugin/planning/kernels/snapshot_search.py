@@ -1,0 +1,228 @@
+"""The plan of one layer for several snapshots: a search that lowers their smooth peak."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .compiling import inlined, jitted
+from .lower_bounds import snapshots_bound
+from .lpt_packing import pack_lpt
+from .replica_counts import VACANT, apply_counts, greedy_counts
+from .snapshot_objective import smooth_peak
+from .snapshot_replicas import best_replica_change
+from .snapshot_state import interleaved, make_replica_change, make_swap, start_search
+from .snapshot_swaps import best_swap, new_scratch
+
+__all__ = ["plan_snapshots"]
+
+_TRIED_RANKS = 3  # heavy ranks that a round tries before the search ends
+_FIRST_ROUNDS = 15  # rounds after which the better of two starts is continued
+_HYSTERESIS = 1.5  # factor on the load of an expert that would lose a replica
+_LEAST_PROGRESS = 1e-5  # by which a candidate has to beat the best one
+
+
+@inlined
+def plan_snapshots(problem, layer, load, slot_expert):
+    """Plan one layer, from its start or, where the problem has none, from scratch.
+
+    Args:
+        problem: `plan_layers.Problem`.
+        load: float32 [snapshots, logical], scaled to a mean rank load of 1.
+        slot_expert: int64 [slots], written.
+    """
+    num_snapshots, num_logical = load.shape
+    total = np.zeros(num_logical, np.float64)
+    for snapshot in range(num_snapshots):
+        for expert in range(num_logical):
+            total[expert] += np.float64(load[snapshot, expert])
+    capacity = slot_expert.shape[0] // problem.rank_slots.shape[0]
+    scratch = new_scratch(num_snapshots, num_logical, capacity, problem.ranks_per_node)
+    if problem.start.shape[1] > 0:
+        state = _improve_start(problem, layer, load, total, scratch)
+    else:
+        state = _plan_from_scratch(problem, layer, load, total, scratch, slot_expert)
+    for slot in range(slot_expert.shape[0]):
+        slot_expert[slot] = state.expert[interleaved(slot, capacity, problem.ranks_per_node)]
+
+
+@inlined
+def _plan_from_scratch(problem, layer, load, total, scratch, packed):
+    """Improve LPT packings, the candidates, one after the other; the lowest smooth peak wins.
+
+    `packed`, int64 [slots], is scratch.
+    """
+    expert_node, rank_slots = problem.expert_node[layer], problem.rank_slots
+    num_ranks, ranks_per_node = rank_slots.shape[0], problem.ranks_per_node
+    none = np.zeros(total.shape[0], np.int64)
+    count = greedy_counts(total, expert_node, none, 1.0, rank_slots.sum(), num_ranks, ranks_per_node)
+    bound = max(1.0, snapshots_bound(load, count, rank_slots.min()))
+    pack_lpt(total, count, expert_node, ranks_per_node, rank_slots, 0, problem.seed, packed)
+    best = start_search(load, packed, packed, num_ranks, ranks_per_node)
+    best_value, failures = np.inf, 0
+    for candidate in range(problem.candidates):
+        state = best
+        if candidate > 0:
+            pack_lpt(total, count, expert_node, ranks_per_node, rank_slots, candidate, problem.seed, packed)
+            state = start_search(load, packed, packed, num_ranks, ranks_per_node)
+        value, _ = _lower_smooth_peak(problem, state, scratch, problem.rounds, np.inf)
+        failures = 0 if value < best_value - _LEAST_PROGRESS else failures + 1
+        if value < best_value:
+            best, best_value = state, value
+        if best_value <= bound + problem.tolerance or failures >= problem.patience:
+            break
+    return best
+
+
+@inlined
+def _improve_start(problem, layer, load, total, scratch):
+    """Improve the start by swaps and replica changes that earn the price of their moves.
+
+    There are two starts: the given one, and one with new replica counts and all experts on `expert_node`,
+    since single exchanges rarely lead to other counts. The counts in force get a bonus. After a few rounds
+    the start with the lower smooth peak plus price of moves is continued. A given start with vacant slots
+    takes the new counts at once.
+    """
+    start, current, expert_node = problem.start[layer], problem.current[layer], problem.expert_node[layer]
+    num_ranks, ranks_per_node = problem.rank_slots.shape[0], problem.ranks_per_node
+    num_slots = start.shape[0]
+    capacity = num_slots // num_ranks
+    in_force = np.zeros(total.shape[0], np.int64)
+    recounted = np.empty(num_slots, np.int64)
+    num_outside, num_vacant = 0, 0
+    for slot in range(num_slots):
+        expert = start[slot]
+        recounted[slot] = expert
+        if expert == VACANT:
+            num_vacant += 1
+        elif expert >= 0 and expert_node[expert] != slot // capacity // ranks_per_node:
+            recounted[slot] = VACANT
+            num_outside += 1
+        elif expert >= 0:
+            in_force[expert] += 1
+    count = greedy_counts(
+        total, expert_node, in_force, _HYSTERESIS, problem.rank_slots.sum(), num_ranks, ranks_per_node
+    )
+    num_added = 0
+    for expert in range(total.shape[0]):
+        num_added += max(0, count[expert] - in_force[expert])
+    has_other = num_vacant == 0 and 0 < num_added <= problem.max_moves
+    if num_vacant > 0 or has_other:
+        apply_counts(total, in_force, count, expert_node, recounted, num_ranks, ranks_per_node)
+    # The more promising start goes first: the other one is given up once it cannot catch up.
+    other_first = (
+        has_other
+        and num_outside == 0
+        and (_peak(total, count, recounted, capacity) < _peak(total, in_force, start, capacity))
+    )
+    given = recounted if num_vacant > 0 else start
+    best = start_search(load, given, current, num_ranks, ranks_per_node)
+    first, rounds = best, min(problem.rounds, _FIRST_ROUNDS)
+    best_value, done = np.inf, False
+    for attempt in range(3):
+        is_other = (attempt == 0) == other_first and attempt < 2
+        if (is_other and not has_other) or (attempt == 2 and done):
+            continue
+        state, rival = first, best_value
+        if is_other:
+            state = start_search(load, recounted, current, num_ranks, ranks_per_node)
+        elif attempt == 2:
+            state, rival = best, np.inf
+            state.failed[:] = False
+            state.stale[0] = False
+            rounds = problem.rounds - rounds
+        value, finished = _lower_smooth_peak(problem, state, scratch, rounds, rival)
+        value += problem.price * state.moves[0]
+        if is_other and state.moves[0] > problem.max_moves:
+            continue
+        if value < best_value or (value == best_value and not is_other):
+            best, best_value, done = state, value, finished
+    return best
+
+
+@inlined
+def _peak(total, count, slot_expert, capacity):
+    """The peak rank load of the loads of all snapshots together."""
+    peak = 0.0
+    for first in range(0, slot_expert.shape[0], capacity):
+        load = 0.0
+        for slot in range(first, first + capacity):
+            if slot_expert[slot] >= 0:
+                load += total[slot_expert[slot]] / count[slot_expert[slot]]
+        peak = max(peak, load)
+    return peak
+
+
+@jitted
+def _lower_smooth_peak(problem, state, scratch, rounds, rival):
+    """Lower the smooth peak by swaps and replica changes; a later call continues the search.
+
+    A round relieves the rank with the largest weight in the smooth peak, by the exchange with the highest net
+    gain. Skip rule: a rank without improving exchange is skipped until it changes. The search is given up
+    where it would not come below `rival` even if all rounds left gained as much as the best of the last
+    three.
+
+    Args:
+        problem: price and bound of moves, and tolerance.
+        rounds: most rounds.
+        rival: smooth peak plus price of moves of another start.
+
+    Returns:
+        The smooth peak; whether more rounds would change nothing.
+    """
+    num_ranks = state.failed.shape[0]
+    weight, failed, stale, moves = state.weight, state.failed, state.stale, state.moves
+    done = False
+    one, two, three = np.inf, np.inf, np.inf  # values before the last rounds
+    for number in range(rounds):
+        norm, peak = smooth_peak(state)
+        value = norm + problem.price * moves[0]
+        if number >= 3:
+            gain = max(three - two, two - one, one - value)
+            if value - gain * (rounds - number) > rival:
+                break
+        one, two, three = value, one, two
+        if peak <= 1.0 + problem.tolerance:
+            done = True
+            break
+        improved = False
+        for _ in range(_TRIED_RANKS):
+            heavy = num_ranks  # none; a literal would compile all callees once more
+            for rank in range(num_ranks):
+                if not failed[rank] and (heavy == num_ranks or weight[rank] > weight[heavy]):
+                    heavy = rank
+            if heavy == num_ranks:
+                break
+            if state.tried_at[heavy] != state.exchanges[0]:
+                improved = _relieve(state, scratch, heavy, problem.price, problem.max_moves - moves[0])
+                if improved:
+                    break
+                state.tried_at[heavy] = state.exchanges[0]
+            failed[heavy] = True
+        if not improved:
+            if not stale[0]:
+                done = True
+                break
+            failed[:] = False
+            stale[0] = False
+    return smooth_peak(state)[0], done
+
+
+@inlined
+def _relieve(state, scratch, heavy, price, moves_left):
+    """Make the best exchange for a heavy rank. Returns whether there was one that is worth a round."""
+    gain, slot, other, swap_moves = best_swap(state, scratch, heavy, price, moves_left)
+    expert, change_slot, change_moves = best_replica_change(state, scratch, heavy, price, moves_left, gain)
+    if change_slot >= 0:
+        make_replica_change(state, expert, change_slot)
+        state.moves[0] += change_moves
+        state.failed[:] = False
+        state.stale[0] = False
+    elif slot >= 0:
+        make_swap(state, slot, other)
+        state.moves[0] += swap_moves
+        state.failed[state.rank_of[other]] = False
+        state.stale[0] = True
+    else:
+        return False
+    state.exchanges[0] += 1
+    return True
