@@ -15,15 +15,15 @@ from ..core.errors import ConfigError, LoadError, PlacementError, TopologyError
 from ..core.load import check_values, to_snapshots
 from ..core.placement import Placement, checked_ids
 from ..core.topology import Topology
+from .active_ranks import Living, living_part
+from .adaptive.search import search_placement
+from .anti_affinity import part_repeats
 from .backend import use_kernels
-from .bounds import peak_lower_bound
-from .distinct import part_repeats
 from .elastic import complete, missing_experts
 from .forecast import expected_load
 from .hierarchy import effective_topology
-from .living_ranks import Living, living_part
-from .search import search_placement
-from .settling import settle
+from .lower_bounds import peak_lower_bound
+from .skip_rule import settle
 from .tensors.from_scratch import place_by_ensemble, place_greedily
 from .tensors.single_look import plan_with_one_look
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import eplb_plugin as eplb
 from eplb_plugin.planning import planner
-from eplb_plugin.planning.distinct import shared_replicas
+from eplb_plugin.planning.anti_affinity import shared_replicas
 from eplb_plugin.planning.elastic import complete, missing_experts
 from eplb_plugin.planning.hierarchy import groups_within_nodes
 from tests.planning.elastic_cases import check_plan, random_load, random_table

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import eplb_plugin as eplb
 from eplb_plugin.planning import planner
-from eplb_plugin.planning.distinct import shared_replicas
+from eplb_plugin.planning.anti_affinity import shared_replicas
 
 README_WEIGHT = torch.tensor(
     [

@@ -14,7 +14,7 @@ from eplb_plugin.formats.placements import write_placement
 from eplb_plugin.offline.simulation import simulate
 from eplb_plugin.offline.traces import LoadTrace
 from eplb_plugin.planning import planner
-from eplb_plugin.planning.distinct import replace_repeats, shared_replicas
+from eplb_plugin.planning.anti_affinity import replace_repeats, shared_replicas
 from tests.planning.elastic_cases import check_plan, random_load, random_table
 
 

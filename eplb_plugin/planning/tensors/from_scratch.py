@@ -11,7 +11,7 @@ from ...core.topology import Topology
 from ..exact import to_exact
 from ..greedy import lpt_packing
 from ..hierarchy import place_from_scratch
-from ..replication import replica_slots, replicate
+from ..replica_counts import replica_slots, replicate
 from .packing import best_packing
 
 __all__ = ["place_by_ensemble", "place_greedily"]

@@ -12,11 +12,11 @@ from ...config.options import PlannerOptions
 from ...core.load import check_values, zero_if_bad
 from ...core.placement import Placement
 from ...core.topology import Topology
-from ..distinct import shared_replicas
+from ..active_ranks import Living
+from ..anti_affinity import shared_replicas
 from ..forecast import expected_load
-from ..living_ranks import Living
-from ..replication import replica_slots
-from ..settling import Settled, mean_balancedness
+from ..replica_counts import replica_slots
+from ..skip_rule import Settled, mean_balancedness
 from .from_scratch import place_by_ensemble, place_greedily
 from .host_waits import look
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..core.topology import Topology
+from ...core.topology import Topology
 
 __all__ = ["overlap_ranks"]
 

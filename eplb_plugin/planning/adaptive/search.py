@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from ..config.options import PlannerOptions
-from ..core.load import sum_over_last
-from ..core.topology import Topology
-from .compiled import choose_nodes, grow, pack_rows, plan_from_scratch, step_peaks
-from .group_packings import MOST_PACKINGS, best_nodes, num_packings
-from .relabel import overlap_ranks
+from ...config.options import PlannerOptions
+from ...core.load import sum_over_last
+from ...core.topology import Topology
+from ..compiled import choose_nodes, grow, pack_rows, plan_from_scratch, step_peaks
+from ..groups_to_nodes import MOST_PACKINGS, best_nodes, num_packings
+from .rank_matching import overlap_ranks
 
 __all__ = ["search_placement"]
 

@@ -10,8 +10,8 @@ from ..core.balancedness import rank_loads
 from ..core.load import sum_over_last
 from ..core.placement import Placement
 from ..core.topology import Topology
+from .anti_affinity import num_shared
 from .compiled import keep_slots, step_peaks
-from .distinct import num_shared
 from .hierarchy import groups_within_nodes
 
 __all__ = ["Settled", "mean_balancedness", "settle"]

@@ -8,15 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eplb_plugin as eplb
-from eplb_plugin.planning import distinct
-from eplb_plugin.planning.distinct import (
+from eplb_plugin.planning import anti_affinity
+from eplb_plugin.planning.anti_affinity import (
     part_repeats,
     replace_repeats,
     shared_replicas,
     spread_over_ranks,
 )
 from eplb_plugin.planning.exact import to_exact
-from eplb_plugin.planning.replication import replica_slots
+from eplb_plugin.planning.replica_counts import replica_slots
 
 
 @st.composite
@@ -104,7 +104,7 @@ def test_exchanges_part_replicas_as_long_as_one_is_cheap_enough(case):
 
 def test_nothing_is_tried_where_ranks_hold_every_expert(monkeypatch):
     tried = []
-    monkeypatch.setattr(distinct, "_best_exchange", lambda *_: tried.append(1))
+    monkeypatch.setattr(anti_affinity, "_best_exchange", lambda *_: tried.append(1))
     topology = eplb.Topology(num_ranks=4, num_slots=4 * 32)
     ids = (torch.arange(4 * 32) % 8).expand(3, -1)
     # Rank 3 of the last layer lacks expert 7, which it could have for itself alone.

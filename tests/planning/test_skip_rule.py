@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import eplb_plugin as eplb
 from eplb_plugin.planning.compiled import keep_slots
-from eplb_plugin.planning.settling import settle
+from eplb_plugin.planning.skip_rule import settle
 
 
 @st.composite

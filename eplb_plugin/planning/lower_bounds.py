@@ -8,8 +8,8 @@ import torch
 
 from ..core.topology import Topology
 from .compiled import shared_bounds
-from .group_packings import MOST_PACKINGS, num_packings, packings
-from .replication import replica_slots, replicate
+from .groups_to_nodes import MOST_PACKINGS, num_packings, packings
+from .replica_counts import replica_slots, replicate
 
 __all__ = ["peak_lower_bound"]
 

@@ -9,7 +9,7 @@ import torch
 from ..core.topology import Topology
 from .compiled import count_shared, keep_slots
 from .exact import to_exact
-from .replication import replica_slots
+from .replica_counts import replica_slots
 
 __all__ = ["num_shared", "part_repeats", "replace_repeats", "shared_replicas", "spread_over_ranks"]
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eplb_plugin.planning.replication import replicate
+from eplb_plugin.planning.replica_counts import replicate
 
 
 def one_by_one(weight: list[int], num_slots: int, max_replicas: int) -> list[int]:
