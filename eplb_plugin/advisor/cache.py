@@ -85,7 +85,7 @@ def _code() -> str:
     package = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
     for path in sorted(
-        [*package.glob("*.py"), *(package / "planning").glob("*.py"), Path(__file__).with_name("trial.py")]
+        [*package.glob("*.py"), *(package / "planning").rglob("*.py"), Path(__file__).with_name("trial.py")]
     ):
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -1,103 +1,66 @@
-"""A planned placement meets the one in force: experts keep their slot, layers that gain too little stay."""
+"""The skip rule: layers that would gain too little stay, and experts that stay on a rank keep their slots."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from ..core.balancedness import rank_loads
 from ..core.load import sum_over_last
 from ..core.placement import Placement
 from ..core.topology import Topology
-from .anti_affinity import num_shared
 from .compiled import keep_slots, step_peaks
+from .elastic import held_slots
 from .hierarchy import groups_within_nodes
 
-__all__ = ["Settled", "mean_balancedness", "settle"]
+__all__ = ["Kept", "apply_skip_rule"]
 
 
-@dataclass(frozen=True)
-class Settled:
-    """What a plan comes to.
+class Kept(NamedTuple):
+    """A placement after the skip rule.
 
     Attributes:
         physical_to_logical: int64 [layers, slots].
-        balancedness: of the load that was planned from, mean over its snapshots.
-        moves: transfers of one expert's weights to one rank; 0 without a placement in force.
-        shared_replicas: replicas that sit on a rank beside another of the same expert.
+        moves: transfers of one expert's weights to one rank, over all layers.
+        shared_replicas: replicas on a rank beside another of the same expert, over all layers.
     """
 
     physical_to_logical: torch.Tensor
-    balancedness: float
     moves: int
     shared_replicas: int
 
 
-def settle(
-    load: torch.Tensor,
-    expected: torch.Tensor,
-    ids: torch.Tensor,
-    current: torch.Tensor | None,
-    topology: Topology,
-    min_gain: float,
-    start: torch.Tensor | None = None,
-) -> Settled:
-    """Reorder the slots of each rank so that experts which it holds already stay where they are, and leave
-    layers alone whose balancedness would rise by less than `min_gain`.
+def apply_skip_rule(
+    load: torch.Tensor, planned: torch.Tensor, current: Placement, topology: Topology, min_gain: float
+) -> Kept:
+    """Skip layers that would gain too little; in the others, experts that stay on a rank keep their slots.
 
-    What a layer gains is the rise of its mean rank load / peak rank load, both summed over the snapshots. A
-    layer that breaks a rule today, by groups that span nodes or by replicas that share a rank, does not stay.
+    The gain of a layer is the rise of mean rank load / peak rank load, both summed over the snapshots: from
+    0.900 to 0.901, it is 0.001. A layer is not skipped if it breaks a rule today: a group that spans nodes,
+    or more replicas that share a rank than planned.
 
     Args:
-        load: float64 [snapshots, layers, logical], what the balancedness is of.
-        expected: float64 [any snapshots, layers, logical], what the gain of a layer is of.
-        ids: int64 [layers, slots], the planned placement.
-        current: int64 [layers, slots], the placement in force, or None; where `start` is given it may have
-            empty slots (-1) and lack experts.
+        load: float64 [snapshots, layers, logical] on the CPU, the expected load.
+        planned: int64 [layers, slots] on the CPU.
+        current: the placement in force, completed, on the CPU.
         topology: as from `effective_topology`.
-        min_gain: the least rise, as a share.
-        start: int64 [layers, slots], `current` completed, for the layers that stay; None is `current`.
+        min_gain: least gain of a layer that changes.
     """
-    totals = sum_over_last(load)
-    if current is None:
-        peaks = _step_peaks(load, ids, topology)
-        shared = int(num_shared(ids, topology, load.shape[2]).sum())
-        return Settled(ids, float(mean_balancedness(totals, peaks, topology)), 0, shared)
     num_logical = load.shape[2]
-    on_host, moves, shared_after, shared_before = keep_slots(ids.cpu(), current.cpu(), topology, num_logical)
-    moves_before = torch.zeros_like(moves)
-    if start is not None:
-        _, moves_before, shared_before, _ = keep_slots(start.cpu(), current.cpu(), topology, num_logical)
-        current = start
-    ids = on_host.to(load.device)
-    after, before = (_step_peaks(expected, x, topology).sum(0) for x in (ids, current))
-    mean = sum_over_last(expected).sum(0) / topology.num_ranks
+    held, start = held_slots(current), current.physical_to_logical
+    ids, moves, shared, shared_held = keep_slots(planned, held, topology, num_logical)
+    # A layer that stays is completed all the same.
+    if held is start:
+        moves_start, shared_start = torch.zeros_like(moves), shared_held
+    else:
+        _, moves_start, shared_start, _ = keep_slots(start, held, topology, num_logical)
+
+    after, before = (step_peaks(load, x, topology).sum(0) for x in (ids, start))
+    mean = sum_over_last(load).sum(0) / topology.num_ranks
     gain = torch.where(mean > 0, mean / after - mean / before, 0.0)
-    stays = (gain < min_gain) & groups_within_nodes(current, num_logical, topology)
-    stays &= (shared_before <= shared_after).to(load.device)
-    stays_here = stays.cpu()
-    ids = torch.where(stays[:, None], current, ids)
-    peaks = _step_peaks(load, ids, topology)
-    return Settled(
-        ids,
-        float(mean_balancedness(totals, peaks, topology)),
-        int(torch.where(stays_here, moves_before, moves).sum()),
-        int(torch.where(stays_here, shared_before, shared_after).sum()),
+    stays = (gain < min_gain) & (shared_start <= shared) & groups_within_nodes(start, num_logical, topology)
+    return Kept(
+        torch.where(stays[:, None], start, ids),
+        int(torch.where(stays, moves_start, moves).sum()),
+        int(torch.where(stays, shared_start, shared).sum()),
     )
-
-
-def mean_balancedness(totals: torch.Tensor, step_peaks: torch.Tensor, topology: Topology) -> torch.Tensor:
-    """`metrics.balancedness`, from total loads and peak rank loads, both [snapshots, layers]: float64 of no
-    dimension, on their device."""
-    peaks = step_peaks.sum(1)
-    busy = peaks > 0
-    shares = torch.where(busy, totals.sum(1) / topology.num_ranks / peaks, 0.0)
-    return torch.where(busy.any(), shares.sum() / busy.sum(), 1.0)
-
-
-def _step_peaks(load: torch.Tensor, ids: torch.Tensor, topology: Topology) -> torch.Tensor:
-    """float64 [snapshots, layers]: the peak rank load, by the compiled kernel where that can be used."""
-    if load.device.type == "cpu":
-        return step_peaks(load, ids, topology)
-    return rank_loads(load, Placement(ids, load.shape[2]), topology).amax(2)

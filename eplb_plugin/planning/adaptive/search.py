@@ -1,112 +1,105 @@
-"""The default planner on the CPU: grow from the placement in force, or search from scratch and relabel."""
+"""The policy `adaptive`: priced exchanges from the placement in force, by compiled search."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 
 from ...config.options import PlannerOptions
 from ...core.load import sum_over_last
+from ...core.placement import Placement
 from ...core.topology import Topology
+from ..anti_affinity import set_replicas_apart
 from ..compiled import choose_nodes, grow, pack_rows, plan_from_scratch, step_peaks
+from ..elastic import held_slots
 from ..groups_to_nodes import MOST_PACKINGS, best_nodes, num_packings
-from .rank_matching import overlap_ranks
+from .rank_matching import match_ranks
 
-__all__ = ["search_placement"]
+__all__ = ["Adaptive"]
 
-_ROUNDS = 10  # compiled rounds for each of `PlannerOptions.refine_rounds`
+_ROUNDS = 200  # most exchanges of the search
+_TOLERANCE = 5e-4  # the search of a layer ends when its peak is this close to the lower bound
+_CANDIDATES = 128  # plans from scratch of a single load, and packings of its groups
+_PATIENCE = 1  # candidates in a row that may fail to improve on the best
 _GROUP_PATIENCE = 8  # the same for packing groups of a single load: few items, and all else depends on it
-_GROUP_DISCOUNT = 0.5  # measured: what a group gains lasts longer than what an expert gains
-_PATIENCE = 1  # candidates from scratch that may fail to improve on the best
+_GROUP_DISCOUNT = 0.5  # measured: the gain of moving a group lasts longer than that of an expert
+_SEED = 0
 
 
-def search_placement(
-    load: torch.Tensor,
-    topology: Topology,
-    options: PlannerOptions,
-    current: torch.Tensor | None,
-    start: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Plan with the compiled kernels.
+@dataclass(frozen=True)
+class Adaptive:
+    """Makes the exchanges to the placement in force that earn their price, groups between nodes first.
 
-    With a placement in force, exchanges that earn their price are made to it, one after the other, those of
-    whole groups between nodes first. A layer is planned from scratch where there is none, and, when moves are
-    free, where that gives the lower peak; its ranks are then named for the most overlap.
-
-    Args:
-        load: float64 [snapshots, layers, logical] on the CPU, weighted by snapshot.
-        topology: as from `effective_topology`.
-        options: effort, price and bound of moves.
-        current: int64 [layers, slots] on the CPU, or None; where `start` is given it may have empty slots
-            (-1) and lack experts.
-        start: int64 [layers, slots] on the CPU, `current` completed; None is `current`.
-
-    Returns:
-        physical_to_logical: int64 [layers, slots].
+    A layer is planned from scratch where nothing is in force. With `move_price` 0 and no `max_moves`, it also
+    is where that gives the lower peak; ranks are then matched for the most overlap.
     """
-    if current is None:
-        return _from_scratch(load, topology, options)
-    if start is None:
-        start = current
-    price = _GROUP_DISCOUNT * _price_of_move(topology, options)
-    node, start = choose_nodes(load, topology, current, start, price=price)
-    ids = _grow(load, topology, options, current, start, node)
-    if options.move_price == 0 and options.max_moves is None:
-        fresh = overlap_ranks(_from_scratch(load, topology, options), current, topology)
-        peaks = [step_peaks(load, x, topology).sum(0) for x in (fresh, ids)]
-        ids = torch.where((peaks[0] < peaks[1])[:, None], fresh, ids)
-    return ids
+
+    options: PlannerOptions
+
+    def __call__(self, window: torch.Tensor, topology: Topology, current: Placement | None) -> Placement:
+        load = window.cpu()
+        held = start = None
+        if current is None:
+            ids = _from_scratch(load, topology)
+        else:
+            held, start = held_slots(current).cpu(), current.physical_to_logical.cpu()
+            ids = self._from_placement(load, topology, held, start)
+        ids = set_replicas_apart(ids, load, topology, held, self.options.max_moves)
+        return Placement(ids, load.shape[2])
+
+    def _from_placement(
+        self, load: torch.Tensor, topology: Topology, held: torch.Tensor, start: torch.Tensor
+    ) -> torch.Tensor:
+        """int64 [layers, slots]; so are `held` and `start`, the placement before and after its completion."""
+        options = self.options
+        # The kernels take the price as a fraction of the mean rank load.
+        price = options.move_price / (topology.num_slots / topology.num_ranks)
+        node, start = choose_nodes(load, topology, held, start, price=_GROUP_DISCOUNT * price)
+        most = topology.num_slots if options.max_moves is None else options.max_moves
+        ids = grow(
+            load, topology, held, start, node,
+            price=price, max_moves=most, rounds=_ROUNDS, tolerance=_TOLERANCE,
+        )  # fmt: skip
+        if options.move_price == 0 and options.max_moves is None:
+            fresh = match_ranks(_from_scratch(load, topology), held, topology)
+            ids = _better(fresh, ids, load, topology)
+        return ids
 
 
-def _grow(
-    load: torch.Tensor,
-    topology: Topology,
-    options: PlannerOptions,
-    current: torch.Tensor,
-    start: torch.Tensor,
-    node: torch.Tensor,
-) -> torch.Tensor:
-    return grow(
-        load,
-        topology,
-        current,
-        start,
-        node,
-        price=_price_of_move(topology, options),
-        max_moves=topology.num_slots if options.max_moves is None else options.max_moves,
-        rounds=_ROUNDS * options.refine_rounds,
-        tolerance=options.tolerance,
-    )
-
-
-def _price_of_move(topology: Topology, options: PlannerOptions) -> float:
-    """As a share of the mean rank load."""
-    return options.move_price / (topology.num_slots / topology.num_ranks)
-
-
-def _from_scratch(load: torch.Tensor, topology: Topology, options: PlannerOptions) -> torch.Tensor:
-    rounds = _ROUNDS * options.refine_rounds
-    node = _expert_nodes(load, topology, options)
+def _from_scratch(load: torch.Tensor, topology: Topology) -> torch.Tensor:
+    """int64 [layers, slots] of a load, float64 [snapshots, layers, logical]."""
+    node = _expert_nodes(load, topology)
     ids = plan_from_scratch(
         load,
         topology,
         node,
-        rounds=rounds,
-        # Of several snapshots, further candidates gain 0.1 to 0.2 % on these and nothing on the next ones.
-        candidates=options.num_candidates if load.shape[0] == 1 else 1,
+        rounds=_ROUNDS,
+        # With several snapshots, further candidates gain 0.1 to 0.2 % on these and nothing on the next ones.
+        candidates=_CANDIDATES if load.shape[0] == 1 else 1,
         patience=_PATIENCE,
-        tolerance=options.tolerance,
-        seed=options.seed,
+        tolerance=_TOLERANCE,
+        seed=_SEED,
     )
     if not topology.is_even:
-        # Handing out by load alone gives a rank of many slots too much, which takes other counts to mend.
-        free = options.model_copy(update={"move_price": 0.0, "max_moves": None})
-        grown = _grow(load, topology, free, ids, ids, node)
-        before, after = (step_peaks(load, x, topology).sum(0) for x in (ids, grown))
-        ids = torch.where((after < before)[:, None], grown, ids)
+        # LPT packing gives a rank of many slots too much load, which other replica counts mend.
+        grown = grow(
+            load, topology, ids, ids, node,
+            price=0.0, max_moves=topology.num_slots, rounds=_ROUNDS, tolerance=_TOLERANCE,
+        )  # fmt: skip
+        ids = _better(grown, ids, load, topology)
     return ids
 
 
-def _expert_nodes(load: torch.Tensor, topology: Topology, options: PlannerOptions) -> torch.Tensor:
+def _better(
+    ids: torch.Tensor, otherwise: torch.Tensor, load: torch.Tensor, topology: Topology
+) -> torch.Tensor:
+    """Of each layer the placement with the lower peak rank load, summed over the snapshots."""
+    first, second = (step_peaks(load, x, topology).sum(0) for x in (ids, otherwise))
+    return torch.where((first < second)[:, None], ids, otherwise)
+
+
+def _expert_nodes(load: torch.Tensor, topology: Topology) -> torch.Tensor:
     """Pack groups to nodes: int64 [layers, logical], the node of each expert."""
     num_snapshots, num_layers, num_logical = load.shape
     if topology.num_nodes == 1:
@@ -118,10 +111,10 @@ def _expert_nodes(load: torch.Tensor, topology: Topology, options: PlannerOption
     node, _ = pack_rows(
         group_load,
         topology.num_nodes,
-        rounds=_ROUNDS * options.refine_rounds,
-        candidates=options.num_candidates,
+        rounds=_ROUNDS,
+        candidates=_CANDIDATES,
         patience=_GROUP_PATIENCE if num_snapshots == 1 else _PATIENCE,
-        tolerance=options.tolerance,
-        seed=options.seed,
+        tolerance=_TOLERANCE,
+        seed=_SEED,
     )
     return node.repeat_interleave(group_size, dim=1)
