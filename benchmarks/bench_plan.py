@@ -1,10 +1,10 @@
-"""Planning time and peak load of the policies, side by side in one run: plans of one summed load, and the
-full plan as the online loop makes it, from 128 snapshots and the placement in force.
+"""Planning time and peak rank load of every policy, side by side.
 
     python benchmarks/bench_plan.py [--repeat 9]
 
-Prints a table and, as the last line, one JSON object. vLLM's default policy takes part after
-`make bench-peers`. Where there is a GPU, plans of one load that is on it are timed too.
+Plans one summed load, and the full plan of the online loop: 128 snapshots and the placement in force.
+Prints tables and, as the last line, one JSON object. vLLM's default policy takes part after
+`make bench-peers`. With a GPU, plans of a load on it are timed too.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 import eplb_plugin as eplb
+from eplb_plugin.planning.policies import POLICIES
 
 # layers, experts, slots, groups, nodes, ranks
 SIZES = [
@@ -29,7 +30,7 @@ SIZES = [
     (94, 128, 160, 1, 2, 16),
     (60, 384, 448, 1, 8, 64),
 ]
-PAUSE = 0.02  # seconds before each plan: threads that torch has woken for the one before spin for a while
+PAUSE = 0.02  # seconds before each plan: threads that torch woke for the one before spin for a while
 Planner = Callable[[torch.Tensor, eplb.Topology], torch.Tensor]
 
 
@@ -59,7 +60,7 @@ def measure(planners: dict[str, Planner], repeat: int) -> list[dict[str, object]
         topology = eplb.Topology(num_nodes=nodes, num_ranks=ranks, num_slots=slots, num_groups=groups)
         for name, draw in (("lognormal", lognormal), ("zipf", zipf)):
             load = draw(layers, experts)
-            # Interleaved, so that whatever else the machine does hits all of them alike.
+            # Interleaved, so that other load of the machine affects all policies equally.
             times: dict[str, list[float]] = {policy: [] for policy in planners}
             peaks = {}
             for _ in range(repeat):
@@ -138,51 +139,40 @@ def measure_full(repeat: int) -> list[dict[str, object]]:
 
 
 def measure_on_gpu(repeat: int) -> list[dict[str, object]]:
-    """One summed load on the GPU: planned there by tensors, and, beside it, copied to the host and planned by
-    the kernels. A plan ends when the host has its numbers; its maps stay on the GPU."""
+    """Plans of one summed load on the GPU: `adaptive` copies it to the host, `ensemble` packs on the GPU."""
     rows: list[dict[str, object]] = []
     for layers, experts, slots, groups, nodes, ranks in SIZES:
         topology = eplb.Topology(num_nodes=nodes, num_ranks=ranks, num_slots=slots, num_groups=groups)
         load = lognormal(layers, experts)
         on_gpu = load.cuda()
-        jobs: dict[str, Callable[[], eplb.Placement]] = {
-            "tensors, on the GPU": lambda load=on_gpu, topology=topology: eplb.plan(load, topology).placement,
-            "kernels, on the host": lambda load=on_gpu, topology=topology: (
-                eplb.plan(load.cpu(), topology).placement
-            ),
-        }
-        times: dict[str, list[float]] = {name: [] for name in jobs}
-        peaks = {}
-        for turn in range(repeat + 2):
-            for name, job in jobs.items():
+        for policy in ("adaptive", "ensemble"):
+            planner, times = ours(policy), []
+            for turn in range(repeat + 2):
                 torch.cuda.synchronize()
                 began = time.perf_counter()
-                placement = job()
-                passed = time.perf_counter() - began
+                ids = planner(on_gpu, topology).cpu()
                 if turn > 1:  # the first ones load what the GPU runs
-                    times[name].append(passed)
-                ids = placement.physical_to_logical.cpu()
-                peaks[name] = eplb.rank_loads(load, eplb.Placement(ids, experts), topology).amax(2)
-        rows += [
-            {
-                "size": [layers, experts, slots, groups, nodes, ranks],
-                "planner": name,
-                "plan_ms": statistics.median(times[name]) * 1e3,
-                "peak_over_mean": float(peaks[name].mean() / load.sum(1).div(ranks).mean()),
-            }
-            for name in jobs
-        ]
+                    times.append(time.perf_counter() - began)
+            peak = eplb.rank_loads(load, eplb.Placement(ids, experts), topology).amax(2)
+            rows.append(
+                {
+                    "size": [layers, experts, slots, groups, nodes, ranks],
+                    "policy": policy,
+                    "plan_ms": statistics.median(times) * 1e3,
+                    "peak_over_mean": float(peak.mean() / load.sum(1).div(ranks).mean()),
+                }
+            )
     return rows
 
 
 def show_on_gpu(console: Console, rows: list[dict[str, object]]) -> None:
     table = Table(title=f"Planning from one load on {torch.cuda.get_device_name()}")
-    for column in ("size", "planner", "ms", "peak/mean"):
-        table.add_column(column, no_wrap=True, justify="left" if column in ("size", "planner") else "right")
+    for column in ("size", "policy", "ms", "peak/mean"):
+        table.add_column(column, no_wrap=True, justify="left" if column in ("size", "policy") else "right")
     for row in rows:
         table.add_row(
             " ".join(map(str, row["size"])),
-            str(row["planner"]),
+            str(row["policy"]),
             f"{row['plan_ms']:.1f}",
             f"{row['peak_over_mean']:.4f}",
         )
@@ -209,7 +199,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=9)
     repeat = parser.parse_args().repeat
     eplb.warmup()
-    planners: dict[str, Planner] = {"greedy": ours("greedy"), "ensemble": ours("ensemble")}
+    planners: dict[str, Planner] = {policy: ours(policy) for policy in POLICIES}
     if peers.available():
         planners["vLLM default"] = theirs
     rows = measure(planners, repeat)

@@ -3,10 +3,9 @@
     python benchmarks/bench_policies.py [--quick] [--seeds 6] [--plot docs/tradeoff.png]
 
 Replays traces offline: every interval is planned from the steps before it and scored on the steps after it.
-Uses the real traces in ../shared/traces where they are, the package's generator always, and the policies
-of vLLM and vllm-ascend after `make bench-peers`. Prints a table per trace, one of means where there are
-several seeds, and, last, one line of JSON. One seed of a trace varies by a third of a point with anything
-that changes.
+Uses the package's generator, the real traces in ../shared/traces if present, and the policies of vLLM and
+vllm-ascend after `make bench-peers`. Prints a table per trace, a table of means with several seeds, and one
+line of JSON. The balancedness of one seed varies by a third of a point with any change.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from rich.table import Table
 
 import eplb_plugin as eplb
 from eplb_plugin.formats.loads import read_trace
-from eplb_plugin.offline.simulation import PolicySetup, SimulationResult, policy_setup, simulate
+from eplb_plugin.offline.simulation import POLICIES, PolicySetup, SimulationResult, policy_setup, simulate
 from eplb_plugin.offline.synthetic_traffic import generate
 from eplb_plugin.offline.token_replay import fold_decode, fold_prefill
 from eplb_plugin.offline.traces import LoadTrace, TokenTrace
@@ -81,18 +80,16 @@ def cases(console: Console, quick: bool, seed: int = 0) -> Iterator[Case]:
 
 
 def policies(num_nodes: int) -> list[PolicySetup]:
-    """Made anew for each trace, since some keep a history of their own; those that know no nodes only where
-    there is one."""
+    """All policies, made anew for each trace, because some keep a history. Peers that know no nodes take part
+    only where there is one."""
 
-    def scratch(window: torch.Tensor, topology: eplb.Topology, current: eplb.Placement) -> eplb.Placement:
+    def scratch(
+        window: torch.Tensor, topology: eplb.Topology, current: eplb.Placement | None
+    ) -> eplb.Placement:
         return eplb.plan(window, topology).placement
 
-    ours = [
-        policy_setup("static"),
-        policy_setup("greedy"),
-        PolicySetup("ensemble from scratch", scratch),
-        PolicySetup("eplb-plugin", policy_setup("ensemble").policy),
-    ]
+    ours = [policy_setup(name) for name in POLICIES]
+    ours.append(PolicySetup("adaptive from scratch", scratch))
     if not peers.available():
         return ours
     default = PolicySetup("vLLM default", peers.vllm_default, snapshots=1, history=1)
@@ -109,7 +106,7 @@ def policies(num_nodes: int) -> list[PolicySetup]:
 
 def priced(price: float) -> PolicySetup:
     options = eplb.PlannerOptions(move_price=price)
-    return PolicySetup(f"price {price}", policy_setup("ensemble", options).policy)
+    return PolicySetup(f"price {price}", policy_setup("adaptive", options).policy)
 
 
 def settled_share(result: SimulationResult, case: Case) -> float:
@@ -189,9 +186,7 @@ def plot(path: Path, case: Case, rows: list[dict[str, object]]) -> None:
     curve = [simulate(case.trace, case.topology, priced(price), case.interval) for price in PRICES]
     figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=150)
     share = [100 * result.moved_share for result in curve]
-    axes.plot(
-        share, [r.balancedness for r in curve], "o-", color="#0072b2", label="eplb-plugin, by move_price"
-    )
+    axes.plot(share, [r.balancedness for r in curve], "o-", color="#0072b2", label="adaptive, by move_price")
     for price, x, result in zip(PRICES, share, curve, strict=True):
         axes.annotate(
             f"{price:g}", (x, result.balancedness), textcoords="offset points", xytext=(4, -12), fontsize=7
@@ -199,7 +194,7 @@ def plot(path: Path, case: Case, rows: list[dict[str, object]]) -> None:
     colours = ("#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#888888")
     marks = iter(zip("sD^vPX*", colours, strict=True))
     for row in rows:
-        if row["policy"] in ("eplb-plugin", "static", "ensemble from scratch"):
+        if row["policy"] in ("adaptive", "static", "adaptive from scratch"):
             continue
         mark, colour = next(marks)
         axes.plot(

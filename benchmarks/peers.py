@@ -48,7 +48,8 @@ class FlashLB:
         self._policy: object | None = None
         self._snapshots = 0
 
-    def __call__(self, window: torch.Tensor, topology: Topology, current: Placement) -> Placement:
+    def __call__(self, window: torch.Tensor, topology: Topology, current: Placement | None) -> Placement:
+        assert current is not None
         with _stand_ins(topology):
             module = importlib.import_module("vllm_ascend.eplb.core.policy.policy_flashlb")
             # Its buffer has the length of the first window that it sees.
@@ -65,7 +66,8 @@ class FlashLB:
 class SwiftBalancer:
     """vllm-ascend's SwiftBalancer: at most one exchange per pair of ranks."""
 
-    def __call__(self, window: torch.Tensor, topology: Topology, current: Placement) -> Placement:
+    def __call__(self, window: torch.Tensor, topology: Topology, current: Placement | None) -> Placement:
+        assert current is not None
         with _stand_ins(topology):
             module = importlib.import_module("vllm_ascend.eplb.core.policy.policy_swift_balancer")
             table, workload = _per_slot(window.sum(0, keepdim=True), topology, current)

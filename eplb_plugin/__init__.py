@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from .config.options import MetricsOptions, PlannerOptions, RebalancerOptions
+from .config.options import EnsembleOptions, MetricsOptions, PlannerOptions, RebalancerOptions
 from .core.balancedness import balancedness, count_moves, rank_loads
 from .core.errors import (
     AgreementError,
@@ -19,8 +19,8 @@ from .core.errors import (
 from .core.placement import Placement
 from .core.topology import Topology
 from .observability.server import MetricsServer, serve_metrics
+from .planning.ensemble.packing import balanced_packing
 from .planning.planner import Plan, plan, rebalance_experts
-from .planning.tensors.packing import balanced_packing
 from .planning.warmup import warmup
 from .runtime.rebalancer import Rebalancer, RebalanceReport
 from .runtime.regroup import regroup
@@ -33,6 +33,7 @@ __all__ = [
     "plan",
     "Plan",
     "PlannerOptions",
+    "EnsembleOptions",
     "warmup",
     # values
     "Topology",

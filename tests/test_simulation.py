@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eplb_plugin.config.options import PlannerOptions
+from eplb_plugin.config.options import EnsembleOptions, PlannerOptions
 from eplb_plugin.core.balancedness import balancedness, count_moves
-from eplb_plugin.core.errors import PlacementError, TopologyError, TraceError
+from eplb_plugin.core.errors import ConfigError, PlacementError, TopologyError, TraceError
 from eplb_plugin.core.load import fold_steps
 from eplb_plugin.core.placement import Placement
 from eplb_plugin.core.topology import Topology
@@ -96,8 +96,8 @@ def test_greedy_plans_from_the_last_interval_and_forgets(trace):
         assert part.balancedness == pytest.approx(balancedness(ahead, expected.placement, TOPOLOGY))
 
 
-def test_ensemble_starts_from_the_placement_in_force(trace):
-    result = simulate(trace, TOPOLOGY, "ensemble", 20, snapshots=4, history=2)
+def test_adaptive_starts_from_the_placement_in_force(trace):
+    result = simulate(trace, TOPOLOGY, "adaptive", 20, snapshots=4, history=2)
     current, past = Placement.default(3, 32, 40), []
     for part in result.intervals:
         past.append(fold_steps(trace.load[part.first_step - 20 : part.first_step], 4))
@@ -111,14 +111,19 @@ def test_balancing_pays_on_skewed_traffic(trace):
     results = {name: simulate(trace, TOPOLOGY, name, 20) for name in POLICIES}
     assert results["greedy"].balancedness > results["static"].balancedness + 0.1
     assert results["ensemble"].balancedness > results["static"].balancedness + 0.1
-    assert results["ensemble"].moved_share < results["greedy"].moved_share
+    assert results["adaptive"].balancedness > results["static"].balancedness + 0.1
+    assert results["adaptive"].moved_share < results["greedy"].moved_share
 
 
 def test_the_planner_gets_its_options(trace):
-    options = PlannerOptions(seed=5, num_candidates=3)
-    setup = policy_setup("ensemble", options)
-    window = trace.load[:20].double()
-    current = Placement.default(3, 32, 40)
+    window, current = trace.load[:20].double(), Placement.default(3, 32, 40)
+    options = PlannerOptions(max_moves=3)
+    setup = policy_setup("adaptive", options)
+    assert setup.policy(window, TOPOLOGY, current) == plan(window, TOPOLOGY, current, options).placement
+    packer = EnsembleOptions(seed=5, num_candidates=3)
+    # Planning from scratch, it cannot keep the bound of moves of the others.
+    setup = policy_setup("ensemble", PlannerOptions(max_moves=3, ensemble=packer))
+    options = PlannerOptions(policy="ensemble", ensemble=packer)
     assert setup.policy(window, TOPOLOGY, current) == plan(window, TOPOLOGY, current, options).placement
 
 
@@ -152,7 +157,7 @@ def test_what_cannot_be_simulated(trace):
         simulate(trace, TOPOLOGY, "static", 0)
     with pytest.raises(TraceError, match="history=0"):
         simulate(trace, TOPOLOGY, "static", 20, history=0)
-    with pytest.raises(TraceError, match="no policy 'best'; there are static, greedy, ensemble"):
+    with pytest.raises(ConfigError, match="no policy 'best'; there are static, adaptive, ensemble, greedy"):
         simulate(trace, TOPOLOGY, "best", 20)
     with pytest.raises(TopologyError, match="num_slots=28"):
         simulate(trace, Topology(num_ranks=4, num_slots=28), "static", 20)
@@ -162,15 +167,15 @@ def test_what_cannot_be_simulated(trace):
 
 
 def test_an_idle_trace_is_balanced():
-    result = simulate(LoadTrace(torch.zeros(4, 2, 8)), Topology(num_ranks=2, num_slots=8), "ensemble", 2)
+    result = simulate(LoadTrace(torch.zeros(4, 2, 8)), Topology(num_ranks=2, num_slots=8), "adaptive", 2)
     assert result.balancedness == 1
     assert result.moved_share == 0
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="no recorded traces beside the repository")
-def test_the_ensemble_is_not_below_greedy_on_real_traffic():
+def test_adaptive_is_not_below_greedy_on_real_traffic():
     folded = fold_decode(read_trace(REAL / "gpt_oss_20b_decode_tokens.npz"), 256, steps=1024)
     topology = Topology(num_ranks=8, num_slots=40)
-    greedy, ensemble = (simulate(folded, topology, name, 256) for name in ("greedy", "ensemble"))
-    assert ensemble.balancedness >= greedy.balancedness
-    assert ensemble.moved_share < 0.3 * greedy.moved_share
+    greedy, adaptive = (simulate(folded, topology, name, 256) for name in ("greedy", "adaptive"))
+    assert adaptive.balancedness >= greedy.balancedness
+    assert adaptive.moved_share < 0.3 * greedy.moved_share

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 import eplb_plugin as eplb
 from eplb_plugin.observability.prometheus import Telemetry, lower_bound_gap
 from eplb_plugin.observability.server import MetricsServer
-from eplb_plugin.planning.bounds import peak_lower_bound
+from eplb_plugin.planning.lower_bounds import peak_lower_bound
 from eplb_plugin.runtime import rebalance as phases
 
 from .processes import run_ranks

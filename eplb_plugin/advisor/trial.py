@@ -75,11 +75,12 @@ def try_setting(
     Raises:
         TraceError: the load is too short for the interval.
     """
-    options = planner.model_copy(update={"move_price": setting.move_price, "policy": "ensemble"})
-    setup = policy_setup("ensemble", options)
+    options = planner.model_copy(update={"move_price": setting.move_price, "policy": "adaptive"})
+    setup = policy_setup("adaptive", options)
     counts: list[tuple[int, int, int]] = []
 
-    def watch(window: torch.Tensor, topology: Topology, current: Placement) -> Placement:
+    def watch(window: torch.Tensor, topology: Topology, current: Placement | None) -> Placement:
+        assert current is not None
         placement = setup.policy(window, topology, current)
         counts.append(_transfers(current, placement, topology))
         return placement

@@ -16,7 +16,6 @@ from rich.table import Table
 
 from ..config.sources import CONFIG_VARIABLE, Settings, load_settings
 from ..integration.vllm.plugin import KEY
-from ..planning.backend import use_kernels
 from .console import compiling
 from .installation import EngineState, engine_states, package_versions
 from .selftest import SelfTest, self_test
@@ -43,7 +42,7 @@ def doctor(
     settings = load_settings(config)
     with compiling(Console(stderr=True), "testing"):
         versions, engines = package_versions(), engine_states(config)
-        backend, tested = _backend(settings), self_test(settings.planner)
+        tested = self_test(settings.planner)
     options = _options(settings) | _engine_options(engines, config)
     problems = [*tested.problems, *(line for engine in engines for line in engine.problems)]
     if as_json:
@@ -51,14 +50,13 @@ def doctor(
             "python": platform.python_version(),
             "packages": versions,
             "engines": [asdict(engine) for engine in engines],
-            "backend": backend,
             "self_test": asdict(tested),
             "options": {name: asdict(option) for name, option in options.items()},
             "problems": problems,
         }
         print(json.dumps(content))
     else:
-        _show(Console(), versions, engines, backend, tested, options, problems)
+        _show(Console(), versions, engines, tested, options, problems)
     if problems:
         raise typer.Exit(1)
 
@@ -67,7 +65,6 @@ def _show(
     console: Console,
     versions: dict[str, str | None],
     engines: list[EngineState],
-    backend: str,
     tested: SelfTest,
     options: dict[str, _Option],
     problems: list[str],
@@ -83,7 +80,6 @@ def _show(
             rows.append(("", f"plugin: {engine.plugin}"))
     console.print(_table("Engines", rows))
     rows = [
-        ("backend", backend),
         (
             "self-test",
             f"{'failed' if tested.problems else 'passed'}: balancedness {tested.before:.3f} to "
@@ -119,16 +115,6 @@ def _table(title: str, rows: list[tuple[str, str]]) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
-
-
-def _backend(settings: Settings) -> str:
-    """What would plan, for a load on the processor and, where there is one, on an accelerator."""
-    kernels, tensors = "compiled kernels (numba)", "tensors (torch)"
-    host = kernels if use_kernels(torch.zeros(1, 1, 1), settings.planner) else tensors
-    if not torch.cuda.is_available():
-        return host
-    grown = kernels if use_kernels(torch.zeros(1, 1, 1, device="cuda"), settings.planner, True) else tensors
-    return f"{host}; for loads on the accelerator {tensors} at first, then {grown}"
 
 
 def _options(settings: Settings) -> dict[str, _Option]:

@@ -20,6 +20,7 @@ from ..formats.placements import PLACEMENT_FORMATS, read_placement, write_placem
 from ..offline.traces import LoadTrace
 from ..planning.planner import Plan
 from ..planning.planner import plan as plan_placement
+from ..planning.policies import policy_for
 from ..planning.warmup import warmup
 from . import arguments
 from .console import compiling, counted
@@ -38,13 +39,13 @@ def plan(
     nodes: arguments.Nodes = None,
     groups: arguments.Groups = None,
     current: Annotated[
-        Path | None, typer.Option(help="Placement in force, of any format: plan from it, with few moves.")
+        Path | None, typer.Option(help="Placement in force, of any format, to plan from with few moves.")
     ] = None,
     form: Annotated[
         str, typer.Option("--format", help=f"Format to write: {', '.join(PLACEMENT_FORMATS)}.")
     ] = "json",
     first_layer: Annotated[
-        int | None, typer.Option(help="Layer of the model that the load's first row is of (DeepSeek-V3: 3).")
+        int | None, typer.Option(help="Model layer of the first row of the load (DeepSeek-V3: 3).")
     ] = None,
     mode: arguments.Mode = None,
     batch: arguments.Batch = None,
@@ -52,14 +53,19 @@ def plan(
     steps: arguments.Steps = None,
     drift: arguments.Drift = None,
     seed: arguments.Seed = None,
+    forecast: Annotated[
+        bool,
+        typer.Option(
+            "--forecast",
+            help="Plan for the load to expect next, by planner.snapshot_decay and planner.persistence. "
+            "Without it neither has any effect, and all of the recording counts equally.",
+        ),
+    ] = False,
     config: arguments.Config = None,
 ) -> None:
-    """Plan a placement offline and write it for SGLang, TensorRT-LLM or another program.
-
-    All of the recording counts alike, unless the configuration sets planner.snapshot_decay or
-    planner.persistence.
-    """
+    """Plan a placement offline and write it for SGLang, TensorRT-LLM or another program."""
     settings = arguments.settings_for(context)
+    policy_for(settings.planner)
     check_output(output)
     errors = Console(stderr=True)
     with errors.status("reading the load"):
@@ -67,10 +73,8 @@ def plan(
     topology = topology_for(trace, settings.simulate)
     in_force = None if current is None else read_placement(current, trace.num_experts, trace.layer_ids)
     window = fold_steps(trace.load, settings.rebalancer.snapshots * settings.rebalancer.history)
-    # A plan for what comes next weighs recent snapshots more; one for a whole recording does not.
-    alike = {"snapshot_decay": 1.0, "persistence": 0.0}
-    unset = {name: value for name, value in alike.items() if f"planner.{name}" not in settings.origins}
-    options = settings.planner.model_copy(update=unset)
+    equally = {"snapshot_decay": 1.0, "persistence": 0.0}
+    options = settings.planner if forecast else settings.planner.model_copy(update=equally)
     with compiling(errors, "planning"):
         warmup()
         made = plan_placement(window, topology, in_force, options)
@@ -84,7 +88,7 @@ def _table(
     trace: LoadTrace, window: torch.Tensor, topology: Topology, made: Plan, in_force: Placement | None
 ) -> Table:
     before = in_force or Placement.default(trace.num_layers, trace.num_experts, topology.num_slots)
-    # Of the recorded steps themselves: what a mean over snapshots hides is what makes ranks wait.
+    # Of single steps: ranks wait for peaks that a mean over snapshots hides.
     steps = trace.load
     peak = float(rank_loads(window, made.placement, topology).amax(2).mean(0).sum())
     bound = float(made.lower_bound.sum())
@@ -101,8 +105,8 @@ def _table(
     table.add_row(f"balancedness of {start}", f"{balancedness(steps, before, topology):.4f}")
     table.add_row("balancedness of the plan", f"{balancedness(steps, made.placement, topology):.4f}")
     table.add_row("peak rank load above the lower bound", f"{peak / bound - 1 if bound else 0:.2%}")
-    cells = trace.num_layers * topology.num_slots
-    moves = f"{made.moves} ({made.moves / cells:.1%} of the slots)" if in_force else "none: a new start"
+    share = made.moves / (trace.num_layers * topology.num_slots)
+    moves = f"{made.moves} ({share:.1%} of the slots)" if in_force else "none: a new start"
     table.add_row("experts to move", moves)
     table.add_row("planning", f"{1000 * made.seconds:.1f} ms")
     return table

@@ -41,7 +41,7 @@ def simulate(
     config: arguments.Config = None,
     as_json: arguments.AsJson = False,
 ) -> None:
-    """Replay a load offline: what would each policy have gained, and what would it have moved?"""
+    """Compare policies offline on a load: the balancedness that each reaches, and its moves."""
     settings = arguments.settings_for(context)
     setups = [policy_setup(name, settings.planner) for name in settings.simulate.policies]
     errors = Console(stderr=True)

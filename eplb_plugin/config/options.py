@@ -12,7 +12,6 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
-    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DemoOptions",
+    "EnsembleOptions",
     "MetricsOptions",
     "Options",
     "PlannerOptions",
@@ -97,60 +97,53 @@ class Options(BaseModel):
         return value
 
 
-class PlannerOptions(Options):
-    """How a placement is planned."""
-
-    policy: Literal["ensemble", "greedy"] = "ensemble"
-    """`ensemble`: many candidates, refined; `greedy`: the plain algorithm that engines use today."""
+class EnsembleOptions(Options):
+    """The ensemble packer, of the policy `ensemble` and of `balanced_packing`."""
 
     objective: Literal["peak", "spread"] = "peak"
     """What packing minimises: the load of the heaviest pack, or heaviest minus lightest."""
 
     num_candidates: int = Field(128, ge=1, le=4096)
-    """Candidate packings per row; 1 is LPT alone."""
-
-    refine_rounds: int = Field(20, ge=0, le=1000)
-    """Effort of refinement. The compiled search makes at most ten times as many exchanges; the tensor version
-    makes a fifth as many rounds of swaps between all packs, and up to that many of single swaps."""
-
-    tolerance: float = Field(5e-4, ge=0, lt=1)
-    """The compiled search is finished with a row when its peak is within this share of the lower bound."""
-
-    move_price: float = Field(0.009, ge=0, allow_inf_nan=False)
-    """What an exchange has to lower the peak by for each of its moves, as a share of the mean load of a slot.
-    With 0 moves are free and a placement from scratch is tried too. Replicas that share a rank are parted at
-    any price."""
-
-    max_moves: int | None = Field(None, ge=0, le=2**31)
-    """Most moves per layer and rebalance; None leaves it to the price. What fills empty slots, or gives a
-    slot to an expert that has none, is done whatever the bound, and counts. A layer whose placement in force
-    breaks the hierarchical policy is brought to fit it whatever that takes. Not with the policy `greedy` or
-    the objective `spread`, which plan from scratch and cannot keep it."""
-
-    min_gain: float = Field(0.002, ge=0, lt=1)
-    """Skip rule: a layer whose predicted balancedness rises by less than this stays as it is."""
-
-    snapshot_decay: float = Field(0.975, gt=0, le=1)
-    """Weight of a snapshot relative to the next one in time; 1 weighs all alike."""
-
-    persistence: float = Field(0.7, ge=0, le=1)
-    """How much of the difference between the load of the moment and the mean of the window is expected to
-    last while a plan is in force: 0 is none of it, 1 all."""
+    """Candidate packings of each row; the best 16 are refined. 1: longest processing time first alone."""
 
     memory_mib: int = Field(256, ge=1)
-    """Bound on the scratch memory of packing, in MiB; more work is done in slices."""
+    """Bound on the scratch memory of packing, in MiB. Rows are packed in slices that fit."""
 
     seed: int = Field(0, ge=0, lt=2**32)
-    """Seed of the candidates' noise. The same seed and load give the same plan everywhere."""
+    """Seed of the candidates' noise. The same seed and load give the same packing everywhere."""
 
-    @model_validator(mode="after")
-    def _refuse_a_bound_that_cannot_be_kept(self) -> Self:
-        if self.max_moves is not None and (self.policy == "greedy" or self.objective == "spread"):
-            name = "policy='greedy'" if self.policy == "greedy" else "objective='spread'"
-            raise PydanticCustomError(
-                "bound_of_moves", f"max_moves={self.max_moves} cannot be kept: {name} plans from scratch"
-            )
-        return self
+
+class PlannerOptions(Options):
+    """How a placement is planned."""
+
+    policy: str = "adaptive"
+    """`adaptive`: exchanges from the placement in force; `ensemble`: from scratch, by the vectorized ensemble
+    packer; `greedy`: from scratch, by the algorithm of today's engines."""
+
+    move_price: float = Field(0.009, ge=0, allow_inf_nan=False)
+    """`adaptive`: minimum reduction of the peak rank load for each expert transferred, as a fraction of the
+    mean slot load. Higher: fewer transfers. 0: transfers are free, and a plan from scratch is tried too.
+    Setting apart replicas that share a rank costs nothing."""
+
+    max_moves: int | None = Field(None, ge=0, le=2**31)
+    """`adaptive`: most experts transferred per layer and rebalance; null: no bound. Filling empty slots,
+    placing lost experts and bringing the groups of a layer into one node each may exceed it, and count. The
+    other policies refuse it, since they plan from scratch."""
+
+    min_gain: float = Field(0.002, ge=0, lt=1)
+    """Skip rule: a layer keeps its placement if its predicted balancedness rises by less. 0.002: from 0.900
+    to less than 0.902."""
+
+    snapshot_decay: float = Field(0.975, gt=0, le=1)
+    """Weight of a snapshot relative to the next one in time; 1 weighs all equally."""
+
+    persistence: float = Field(0.7, ge=0, le=1)
+    """Forecast: the fraction of the difference between the load of the moment and the mean of the window that
+    is expected to last. 0 plans for the mean, 1 for the moment."""
+
+    ensemble: EnsembleOptions = EnsembleOptions()
+    """`ensemble`: the packer. `objective`: peak or spread; `num_candidates`: candidate packings of each row;
+    `memory_mib`: bound on scratch memory, in MiB; `seed` of the candidates' noise."""
 
 
 class RebalancerOptions(Options):
@@ -224,7 +217,7 @@ class SimulateOptions(Options):
     groups: int = Field(1, ge=1)
     """Groups of experts per layer."""
 
-    policies: tuple[str, ...] = Field(("static", "greedy", "ensemble"), min_length=1)
+    policies: tuple[str, ...] = Field(("static", "greedy", "adaptive"), min_length=1)
     """Policies to compare."""
 
     mode: Literal["decode", "prefill"] = "decode"

@@ -9,7 +9,7 @@ from .load import as_snapshots
 from .placement import Placement
 from .topology import Topology
 
-__all__ = ["balancedness", "count_moves", "rank_loads"]
+__all__ = ["balancedness", "balancedness_of_peaks", "count_moves", "rank_loads"]
 
 
 def rank_loads(load: torch.Tensor, placement: Placement, topology: Topology) -> torch.Tensor:
@@ -50,11 +50,17 @@ def balancedness(load: torch.Tensor, placement: Placement, topology: Topology) -
     if placement.has_empty_slots or not topology.is_even:
         filled = topology.by_rank(placement.physical_to_logical >= 0, False).any(2).any(0)
         loads = loads[:, :, filled.to(loads.device)]
-    peak = loads.amax(2).sum(1)
-    busy = peak > 0
-    if not bool(busy.any()):
-        return 1.0
-    return float((loads.mean(2).sum(1)[busy] / peak[busy]).mean())
+    return balancedness_of_peaks(loads.mean(2), loads.amax(2))
+
+
+def balancedness_of_peaks(mean: torch.Tensor, peak: torch.Tensor) -> float:
+    """Balancedness from the mean and the peak rank load, both float64 [snapshots, layers], tokens.
+
+    Two layers of mean 10 and 20 and peak 15 and 25: 30 / 40 = 0.75.
+    """
+    means, peaks = mean.sum(1), peak.sum(1)
+    busy = peaks > 0
+    return float((means[busy] / peaks[busy]).mean()) if bool(busy.any()) else 1.0
 
 
 def count_moves(old: Placement, new: Placement, topology: Topology) -> torch.Tensor:

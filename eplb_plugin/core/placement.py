@@ -35,24 +35,7 @@ class Placement:
         # Looking for the experts without a slot takes memory for each of them.
         if self._num_logical > _MOST_EXPERTS * self.num_slots:
             raise PlacementError(f"{self.num_slots} slots are far too few for that many experts")
-        self._max_replicas: int | None = None
         self.validate()
-
-    @classmethod
-    def known_valid(cls, physical_to_logical: torch.Tensor, num_logical: int, max_replicas: int) -> Placement:
-        """A placement that its maker knows to keep every rule, without another look at it: on a GPU a look
-        waits for the device.
-
-        Args:
-            physical_to_logical: int64 [layers, slots], contiguous; not copied.
-            num_logical: logical experts per layer.
-            max_replicas: the most replicas that any expert has.
-        """
-        placement = cls.__new__(cls)
-        placement._num_logical = num_logical
-        placement._physical_to_logical = physical_to_logical
-        placement._max_replicas = max_replicas
-        return placement
 
     @classmethod
     def default(cls, num_layers: int, num_logical: int, num_slots: int) -> Placement:
@@ -97,7 +80,7 @@ class Placement:
     @cached_property
     def logical_to_physical(self) -> torch.Tensor:
         """int64 [layers, logical, max_replicas]: the slots of each expert in rising order, then -1."""
-        return slots_by_expert(self._physical_to_logical, self.num_logical, self._max_replicas)
+        return slots_by_expert(self._physical_to_logical, self.num_logical)
 
     def to(self, device: torch.device | str) -> Placement:
         """The same placement with its tables on `device`."""
@@ -175,15 +158,12 @@ def checked_ids(physical_to_logical: torch.Tensor, num_logical: int) -> torch.Te
     return ids
 
 
-def slots_by_expert(
-    physical_to_logical: torch.Tensor, num_logical: int, max_replicas: int | None = None
-) -> torch.Tensor:
+def slots_by_expert(physical_to_logical: torch.Tensor, num_logical: int) -> torch.Tensor:
     """The slots of each expert in rising order, then -1: int64 [layers, logical, max_replicas].
 
     Args:
         physical_to_logical: int64 [layers, slots], -1 for an empty slot; experts may be missing.
         num_logical: logical experts per layer.
-        max_replicas: the most slots that any expert has; None to look, which waits for a GPU.
     """
     layers, num_slots = physical_to_logical.shape
     count = _count(physical_to_logical, num_logical)
@@ -192,7 +172,7 @@ def slots_by_expert(
     empty = num_slots - count.sum(1, keepdim=True)
     first = torch.cat([torch.zeros_like(empty), empty + count.cumsum(1) - count], dim=1)
     replica = torch.arange(num_slots, device=slots.device) - first.gather(1, by_expert + 1)
-    width = max(1, int(count.max()) if max_replicas is None else max_replicas)
+    width = max(1, int(count.max()))
     spare = num_logical * width
     place = torch.where(by_expert < 0, spare, by_expert * width + replica)
     table = torch.full((layers, spare + 1), -1, device=slots.device)

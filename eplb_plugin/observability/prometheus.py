@@ -13,8 +13,8 @@ from ..core.balancedness import rank_loads
 from ..core.load import as_snapshots
 from ..core.placement import Placement
 from ..core.topology import Topology
-from ..planning.bounds import peak_lower_bound
 from ..planning.hierarchy import effective_topology
+from ..planning.lower_bounds import peak_lower_bound
 from ..runtime.reports import RebalanceReport
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Replaying a recorded load offline: what would a policy have gained, and what would it have moved?"""
+"""Simulation: a recorded load, replayed offline under a policy, with its balancedness and its moves."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Protocol
 
 import torch
 
 from ..config.options import PlannerOptions
 from ..core.balancedness import balancedness, count_moves
-from ..core.errors import PlacementError, TraceError
+from ..core.errors import ConfigError, PlacementError, TraceError
 from ..core.load import as_snapshots, fold_steps
 from ..core.placement import Placement
 from ..core.topology import Topology
 from ..planning.planner import plan
+from ..planning.policies import POLICIES as PLANNER_POLICIES
+from ..planning.policies import Policy
 from .traces import LoadTrace
 
 __all__ = [
     "POLICIES",
     "IntervalResult",
-    "Policy",
     "PolicySetup",
     "SimulationResult",
     "policy_setup",
@@ -31,26 +31,13 @@ __all__ = [
 ]
 
 
-class Policy(Protocol):
-    """Anything that plans. It is called once per interval, in time order."""
-
-    def __call__(self, window: torch.Tensor, topology: Topology, current: Placement) -> Placement:
-        """The placement for the next interval.
-
-        Args:
-            window: float64 [snapshots, layers, logical] in time order, tokens.
-            topology: nodes, ranks, slots and groups.
-            current: the placement in force.
-        """
-
-
 @dataclass(frozen=True)
 class PolicySetup:
-    """A policy and how much of the past it looks at.
+    """A policy and the window that it plans from.
 
     Attributes:
-        name: what results are called by.
-        policy: the callable that plans.
+        name: the name of its results.
+        policy: called once per interval, in time order, with the recorded window and the placement in force.
         snapshots: snapshots per interval; None takes what `simulate` was given.
         history: intervals of the window; None takes what `simulate` was given.
     """
@@ -63,15 +50,15 @@ class PolicySetup:
 
 @dataclass(frozen=True)
 class IntervalResult:
-    """What one rebalance brought.
+    """One rebalance and the steps after it.
 
     Attributes:
-        first_step: first step that the new placement was in force.
+        first_step: first step with the new placement in force.
         steps: steps until the next rebalance, or the end of the trace.
         balancedness: mean over those steps.
-        predicted: balancedness of the new placement on the window that it was planned from.
+        predicted: balancedness of the new placement on its window.
         moves: transfers of one expert's weights to one rank.
-        plan_ms: time that planning took, in milliseconds.
+        plan_ms: planning time, in milliseconds.
     """
 
     first_step: int
@@ -84,13 +71,13 @@ class IntervalResult:
 
 @dataclass(frozen=True)
 class SimulationResult:
-    """What a policy did to a trace.
+    """A trace under a policy.
 
     Attributes:
         policy: its name.
         balancedness: mean over all steps after the first interval.
         moved_share: mean over the rebalances of moves / (layers * slots).
-        plan_ms: median time to plan, in milliseconds.
+        plan_ms: median planning time, in milliseconds.
         intervals: one entry per rebalance.
     """
 
@@ -114,23 +101,23 @@ def simulate(
 ) -> SimulationResult:
     """Rebalance every `interval` steps of `trace` and score each placement on the steps that follow it.
 
-    The first interval runs on the default placement and is not scored, so that all policies are compared
-    on the same steps. The last interval may be shorter than the others.
+    The first interval runs on the default placement and is not scored: all policies are compared on the same
+    steps. The last interval may be shorter than the others.
 
     Args:
         trace: the load of every step.
         topology: nodes, ranks, slots and groups.
-        policy: a name of `POLICIES`, or a policy of one's own.
+        policy: a name of `POLICIES`, or a policy of your own.
         interval: steps between two rebalances.
         snapshots: snapshots that each interval is folded into, at most.
         history: intervals that the window spans, at most.
-        planner: options of the planner, for the policies of that name.
+        planner: options of the planner, for policies given by name.
         progress: called with (rebalances done, rebalances in all) after each.
 
     Raises:
-        TraceError: the trace is not longer than one interval, a number is below 1, or there is no policy of
-            that name. TopologyError: more experts than slots. PlacementError: the policy returned a
-            placement that does not fit.
+        TraceError: the trace is not longer than one interval, or a number is below 1. ConfigError: an unknown
+            policy. TopologyError: more experts than slots. PlacementError: the placement of the policy does
+            not fit.
     """
     for name, value in (("interval", interval), ("snapshots", snapshots), ("history", history)):
         if value < 1:
@@ -169,11 +156,11 @@ def simulate(
         if progress is not None:
             progress(len(results), len(starts))
     scored = sum(item.steps for item in results)
-    cells = trace.num_layers * topology.num_slots
+    slots = trace.num_layers * topology.num_slots
     return SimulationResult(
         policy=setup.name,
         balancedness=sum(item.balancedness * item.steps for item in results) / scored,
-        moved_share=statistics.fmean(item.moves / cells for item in results),
+        moved_share=statistics.fmean(item.moves / slots for item in results),
         plan_ms=statistics.median(item.plan_ms for item in results),
         intervals=tuple(results),
     )
@@ -182,49 +169,54 @@ def simulate(
 def policy_setup(name: str, planner: PlannerOptions | None = None) -> PolicySetup:
     """The policy called `name`, with the options of the planner.
 
+    Policies that plan from scratch ignore `max_moves`, so that one configuration serves a comparison.
+
     Raises:
-        TraceError: there is none; the message lists them.
+        ConfigError: there is none; the message lists them.
     """
-    try:
-        make = POLICIES[name]
-    except KeyError:
-        raise TraceError(f"no policy {name!r}; there are {', '.join(POLICIES)}") from None
-    return make(planner or PlannerOptions())
+    if name not in POLICIES:
+        raise ConfigError(f"no policy {name!r}; there are {', '.join(POLICIES)}")
+    return POLICIES[name](name, planner or PlannerOptions())
 
 
-def _static(options: PlannerOptions) -> PolicySetup:
+def _static(name: str, options: PlannerOptions) -> PolicySetup:
     """The placement that engines start from, for ever."""
 
-    def keep(window: torch.Tensor, topology: Topology, current: Placement) -> Placement:
-        return current
+    def keep(window: torch.Tensor, topology: Topology, current: Placement | None) -> Placement:
+        return current or Placement.default(window.shape[1], window.shape[2], topology.num_slots)
 
-    return PolicySetup("static", keep)
+    return PolicySetup(name, keep)
 
 
-def _greedy(options: PlannerOptions) -> PolicySetup:
-    """What engines do today: plan from the summed load of the last interval, whatever is in force."""
-    options = options.model_copy(update={"policy": "greedy"})
+def _as_engines_do(name: str, options: PlannerOptions) -> PolicySetup:
+    """Plan from the summed load of the last interval, whatever is in force."""
+    options = options.model_copy(update={"policy": name, "max_moves": None})
 
-    def forget(window: torch.Tensor, topology: Topology, current: Placement) -> Placement:
+    def forget(window: torch.Tensor, topology: Topology, current: Placement | None) -> Placement:
         return plan(window.sum(0), topology, None, options).placement
 
-    return PolicySetup("greedy", forget, snapshots=1, history=1)
+    return PolicySetup(name, forget, snapshots=1, history=1)
 
 
-def _ensemble(options: PlannerOptions) -> PolicySetup:
-    """What the online loop does: plan from the whole window, starting from the placement in force."""
-    options = options.model_copy(update={"policy": "ensemble"})
+def _as_the_online_loop_does(name: str, options: PlannerOptions) -> PolicySetup:
+    """Plan from the whole window and the placement in force."""
+    bound = options.max_moves if PLANNER_POLICIES[name].keeps_max_moves else None
+    options = options.model_copy(update={"policy": name, "max_moves": bound})
 
-    def follow(window: torch.Tensor, topology: Topology, current: Placement) -> Placement:
+    def follow(window: torch.Tensor, topology: Topology, current: Placement | None) -> Placement:
         return plan(window, topology, current, options).placement
 
-    return PolicySetup("ensemble", follow)
+    return PolicySetup(name, follow)
 
 
-POLICIES: Mapping[str, Callable[[PlannerOptions], PolicySetup]] = MappingProxyType(
-    {"static": _static, "greedy": _greedy, "ensemble": _ensemble}
+POLICIES: Mapping[str, Callable[[str, PlannerOptions], PolicySetup]] = MappingProxyType(
+    {
+        "static": _static,
+        **dict.fromkeys(PLANNER_POLICIES, _as_the_online_loop_does),
+        "greedy": _as_engines_do,
+    }
 )
-"""The policies that have a name; each entry takes the options of the planner."""
+"""The policies of the planner, and `static`, by their names."""
 
 
 def _check_shape(name: str, placement: Placement, current: Placement) -> None:

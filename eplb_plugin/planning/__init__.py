@@ -1,1 +1,7 @@
-"""From a load to a placement."""
+"""From a load and a topology to a placement.
+
+`planner.plan` is the entrance: it checks, leaves out dead ranks, forecasts, completes the placement in force,
+asks a policy, and applies the skip rule. `policies` names the policies: `adaptive/`, `ensemble/` and
+`greedy`. The compiled search is in `kernels/`. All of it is pure: the same input gives the same plan on every
+rank.
+"""

@@ -1,4 +1,4 @@
-"""Complete a placement that lost slots or experts, because ranks failed or joined, with the fewest moves."""
+"""Complete a placement that lacks slots or experts after ranks failed or joined, with the fewest moves."""
 
 from __future__ import annotations
 
@@ -6,13 +6,42 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ..core.placement import Placement
 from ..core.topology import Topology
 from .exact import to_exact
 
-__all__ = ["complete", "missing_experts"]
+__all__ = ["CompletedPlacement", "complete", "complete_placement", "held_slots", "missing_experts"]
 
 _Ints = npt.NDArray[np.int64]
 _Floats = npt.NDArray[np.float64]
+
+
+class CompletedPlacement(Placement):
+    """A placement in force whose empty slots and missing experts were filled, to plan from.
+
+    Attributes:
+        held: int64 [layers, slots], the table before completion, -1 for an empty slot. Moves are counted from
+            it: the weights of what was filled in have to be transferred, wherever it ends.
+    """
+
+    def __init__(self, physical_to_logical: torch.Tensor, num_logical: int, held: torch.Tensor) -> None:
+        super().__init__(physical_to_logical, num_logical)
+        self.held = held
+
+
+def held_slots(placement: Placement) -> torch.Tensor:
+    """int64 [layers, slots]: the experts that ranks hold, without those of a completion."""
+    return placement.held if isinstance(placement, CompletedPlacement) else placement.physical_to_logical
+
+
+def complete_placement(
+    held: torch.Tensor, num_logical: int, load: torch.Tensor, topology: Topology
+) -> Placement:
+    """`held`, int64 [layers, slots], as a placement; completed where slots are empty or experts missing. The
+    arguments are those of `complete`."""
+    if bool((held < 0).any()) or missing_experts(held, num_logical):
+        return CompletedPlacement(complete(held, load, topology), num_logical, held)
+    return Placement(held, num_logical)
 
 
 def missing_experts(ids: torch.Tensor, num_logical: int) -> tuple[tuple[int, int], ...]:
@@ -23,12 +52,13 @@ def missing_experts(ids: torch.Tensor, num_logical: int) -> tuple[tuple[int, int
 
 
 def complete(ids: torch.Tensor, load: torch.Tensor, topology: Topology) -> torch.Tensor:
-    """Give every missing expert a slot and every empty slot an expert; all that is held stays if it can.
+    """Give every missing expert a slot and every empty slot an expert; what is held stays where possible.
 
-    Missing experts, the heaviest first, go to empty slots of the lightest ranks, and where none is left in
-    place of the surplus replica whose loss raises the peak least. Empty slots that remain get the replicas
-    that bring rank loads closest together. Groups stay within nodes where `ids` has them there, no more than
-    its share on each; the layer is completed globally otherwise, and its groups are brought together later.
+    Missing experts, the heaviest first, go to empty slots of the lightest ranks. Without an empty slot, an
+    expert replaces the surplus replica whose loss raises the peak least. The remaining empty slots get the
+    replicas that minimise the sum of squared rank loads. Groups stay within nodes if `ids` has them there, no
+    more than its share on each node. Otherwise the layer is completed globally; the policy brings its groups
+    together.
 
     Args:
         ids: int64 [layers, slots] on the CPU, -1 for an empty slot.
@@ -48,11 +78,11 @@ def complete(ids: torch.Tensor, load: torch.Tensor, topology: Topology) -> torch
 
 
 class _Layer:
-    """One layer on its way to completeness. `row` [slots] is written in place."""
+    """One layer while it is completed. `row`, int64 [slots], is written in place."""
 
     def __init__(self, row: _Ints, weight: _Floats, topology: Topology) -> None:
         self.row = row
-        # Without load there is still a choice to make: as if all weighed alike.
+        # Without any load, all experts weigh the same.
         self.weight = weight if weight.any() else np.ones_like(weight)
         self.rank = topology.rank_of_slot().numpy()
         self.num_ranks = topology.num_ranks
@@ -97,14 +127,16 @@ class _Layer:
         return np.bincount(self.rank, share, self.num_ranks).astype(np.float64, copy=False)
 
     def _least_needed(self, expert: int, near: npt.NDArray[np.bool_]) -> int:
-        """The slot of a surplus replica whose change to `expert` leaves the lowest peak; among equals, the
-        lowest peak of the ranks that it touches."""
+        """The slot of the surplus replica whose change to `expert` leaves the lowest peak.
+
+        Ties go to the lowest peak among the ranks that the change affects.
+        """
         slot = np.flatnonzero(near & (self.count[self.row] > 1))
         old, rank, each = self.row[slot], self.rank[slot], np.arange(slot.size)
         weight, count = self.weight[old], self.count[old]
         left = self.held[:, old].T.copy()
         left[each, rank] -= 1
-        # Shares by replicas that stay, less what all of them weigh now.
+        # Load of the replicas that stay, less the load of all of them now.
         change = left * (weight / (count - 1))[:, None] - self.held[:, old].T * (weight / count)[:, None]
         change[each, rank] += self.weight[expert]
         after = self._rank_loads() + change
@@ -121,7 +153,7 @@ class _Layer:
         # A rank of more slots than experts has to repeat some.
         useful = lacking if lacking.any() else fits
         load = self._rank_loads()
-        # Each replica there is gives up this much, and that is what the ranks with one weigh.
+        # Load that each present replica gives up, and total load of the ranks that hold one.
         relief = self.weight / (self.count * (self.count + 1))
         filled = self.row >= 0
         weighs = np.bincount(self.row[filled], load[self.rank[filled]], len(self.weight))
@@ -134,9 +166,8 @@ class _Layer:
 
 
 def _expert_nodes(row: _Ints, num_logical: int, topology: Topology) -> _Ints | None:
-    """The node of each expert, int64 [logical], by where the rest of its group is; groups of which nothing is
-    left go to the nodes with the fewest. None where groups span nodes or a node has more than its share of
-    them, as one has that stood in for another."""
+    """The node of each expert, int64 [logical], which is that of its group; lost groups go to the nodes with
+    the fewest groups. None where groups span nodes, or a node has more groups than its share."""
     if topology.num_nodes == 1:
         return np.zeros(num_logical, np.int64)
     group_size = num_logical // topology.num_groups

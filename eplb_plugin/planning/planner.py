@@ -1,4 +1,4 @@
-"""`plan`: from a load and a topology to a placement, with what it promises and what it costs."""
+"""`plan`: the frame around every policy, from a load and a topology to a checked, measured placement."""
 
 from __future__ import annotations
 
@@ -11,26 +11,24 @@ from functools import cached_property
 import torch
 
 from ..config.options import PlannerOptions
+from ..core.balancedness import balancedness_of_peaks
 from ..core.errors import ConfigError, LoadError, PlacementError, TopologyError
-from ..core.load import check_values, to_snapshots
+from ..core.load import as_snapshots, sum_over_last
 from ..core.placement import Placement, checked_ids
 from ..core.topology import Topology
-from .backend import use_kernels
-from .bounds import peak_lower_bound
-from .distinct import part_repeats
-from .elastic import complete, missing_experts
+from .active_ranks import ActivePart, active_part
+from .elastic import complete_placement, missing_experts
 from .forecast import expected_load
 from .hierarchy import effective_topology
-from .living_ranks import Living, living_part
-from .search import search_placement
-from .settling import settle
-from .tensors.from_scratch import place_by_ensemble, place_greedily
-from .tensors.single_look import plan_with_one_look
+from .kernels.api import count_shared, step_peaks
+from .lower_bounds import peak_lower_bound
+from .policies import policy_for
+from .skip_rule import apply_skip_rule
 
 __all__ = ["Plan", "plan", "rebalance_experts"]
 
 _logger = logging.getLogger(__name__)
-_told_global: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
+_warned: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
 
 
 @dataclass(frozen=True)
@@ -38,15 +36,15 @@ class Plan:
     """A planned placement.
 
     Attributes:
-        placement: what to put where; the slots of dead ranks are empty (-1).
-        balancedness: predicted, of the load that was planned from, mean over its snapshots; of living ranks.
-        moves: transfers of one expert's weights to one rank that lead from `current` to the placement; 0
-            when no placement in force was given.
-        seconds: time that planning took.
-        hierarchical: whether groups were kept within nodes; False also when the numbers did not allow it.
-        shared_replicas: replicas that sit on a rank beside another of the same expert, over all layers.
-        lost: (layer, expert) pairs, in rising order, that no living rank holds in `current`. They have slots
-            in the placement, but their weights have to come from the checkpoint; all else has a source.
+        placement: on the device of the load; the slots of dead ranks are empty (-1).
+        balancedness: predicted for the given load, mean over its snapshots, of living ranks.
+        moves: transfers of one expert's weights to one rank, from `current` to the placement; 0 without
+            `current`.
+        seconds: planning time.
+        hierarchical: whether groups were kept within nodes; False where the numbers do not allow it.
+        shared_replicas: replicas on a rank beside another of the same expert, over all layers.
+        lost: (layer, expert) pairs, in rising order, that no living rank holds in `current`. The placement
+            has slots for them, but their weights have to come from the checkpoint.
     """
 
     placement: Placement
@@ -61,13 +59,12 @@ class Plan:
 
     @cached_property
     def lower_bound(self) -> torch.Tensor:
-        """float64 [layers], tokens: no placement has a lower peak rank load (mean over the snapshots) on the
-        living ranks.
+        """float64 [layers], tokens: no placement on the living ranks has a lower peak rank load.
 
-        Compare it with the peak of `rank_loads` to see how much could be gained at most. It is computed
-        when it is asked for, since that takes longer than planning.
+        A mean over the snapshots. A peak of 102 with a bound of 100 is at most 2 % above the optimum. It is
+        computed on first use, which takes longer than planning.
         """
-        return peak_lower_bound(self._load, self._topology)
+        return peak_lower_bound(self._load, self._topology).to(self.placement.device)
 
 
 def plan(
@@ -81,23 +78,20 @@ def plan(
     """Plan a placement of every layer for a load. A pure function: same input, same plan, everywhere.
 
     Args:
-        load: [layers, logical] or [snapshots, layers, logical] in time order, tokens; integer or float.
+        load: [layers, logical] or [snapshots, layers, logical] in time order, tokens; integer or float, on
+            any device.
         topology: nodes, ranks, slots and groups.
-        current: the placement in force, as a Placement or its int64 [layers, slots]; experts that stay on
-            a rank keep their slot. Slots may be empty (-1), those of a rank that has just joined, say; with
-            those or with `active_ranks` the tensor may also lack experts, see `Plan.lost`. The policy
-            `greedy` and the objective `spread` plan from scratch all the same, and know no `move_price`.
-        options: policy, effort and seed.
-        active_ranks: bool [ranks], which ranks are alive; None is all of them. The slots of the others are
-            left empty, and what `current` has there is gone.
-
-    Returns:
-        The plan, its tensors on the device of `load`.
+        current: the placement in force, as a Placement or its int64 [layers, slots]. Experts that stay on a
+            rank keep their slot. Slots may be empty (-1), as on a rank that has just joined; the tensor may
+            then also lack experts, as with `active_ranks`: see `Plan.lost`.
+        options: policy and its options.
+        active_ranks: bool [ranks], True for living ranks; None: all are alive. Dead ranks get empty slots,
+            and `current` is ignored there.
 
     Raises:
-        LoadError: a malformed load. TopologyError: more experts than living slots, a malformed mask, or the
-        objective `spread` where ranks differ in slots. PlacementError: `current` does not fit the load or the
-        topology.
+        LoadError: a malformed load. TopologyError: more experts than living slots, a malformed mask, or a
+        topology that the policy cannot plan. PlacementError: `current` does not fit the load or the topology.
+        ConfigError: an unknown policy, or a bound that it cannot keep.
     """
     started = time.perf_counter()
     if not isinstance(topology, Topology):
@@ -105,39 +99,36 @@ def plan(
     if options is not None and not isinstance(options, PlannerOptions):
         raise ConfigError(f"options are a {type(options).__name__}, not PlannerOptions")
     options = options or PlannerOptions()
-    snapshots = to_snapshots(load)
+    policy = policy_for(options)
+    snapshots = as_snapshots(load).cpu()
     num_logical = snapshots.shape[2]
-    living = living_part(topology, active_ranks, num_logical)
-    usable = effective_topology(living.topology, num_logical)
-    hierarchical = usable.num_nodes == topology.num_nodes and living.topology.is_hierarchical(num_logical)
+    active = active_part(topology, active_ranks, num_logical)
+    usable = effective_topology(active.topology, num_logical)
+    hierarchical = usable.num_nodes == topology.num_nodes and active.topology.is_hierarchical(num_logical)
     if not hierarchical:
-        _tell_global(topology, living, num_logical)
-    if options.objective == "spread" and not usable.is_even:
-        raise TopologyError(f"objective='spread' plans ranks with equal slots only, not {usable.rank_slots}")
+        _warn_of_global_plan(topology, active, num_logical)
 
+    expected = expected_load(snapshots, options.snapshot_decay, options.persistence)
+    in_force: Placement | None = None
     lost: tuple[tuple[int, int], ...] = ()
-    if current is None and _by_tensors(snapshots, usable, options):
-        placement, settled = plan_with_one_look(snapshots, usable, living, options)
+    if current is not None:
+        held = active.compact(_checked_current(current, snapshots, topology, active_ranks is not None))
+        lost = missing_experts(held, num_logical)
+        in_force = complete_placement(held, num_logical, expected, usable)
+    placed = policy(expected.to(load.device), usable, in_force)
+    ids = _checked_result(placed, options.policy, snapshots, usable)
+    if in_force is None:
+        moves, shared = 0, int(count_shared(ids, usable, num_logical).sum())
     else:
-        check_values(snapshots)
-        current_ids = _check_current(current, snapshots, topology, active_ranks is not None)
-        start = None
-        expected = expected_load(snapshots, options.snapshot_decay, options.persistence)
-        if current_ids is not None:
-            current_ids = living.compact(current_ids)
-            lost = missing_experts(current_ids, num_logical)
-            if lost or bool((current_ids < 0).any()):
-                start = complete(current_ids.cpu(), expected.cpu(), usable).to(snapshots.device)
-        ids = _placed(snapshots, expected, usable, options, current_ids, start)
-        settled = settle(snapshots, expected, ids, current_ids, usable, options.min_gain, start)
-        placement = Placement(living.expand(settled.physical_to_logical), num_logical)
+        ids, moves, shared = apply_skip_rule(expected, ids, in_force, usable, options.min_gain)
+    mean = sum_over_last(snapshots) / usable.num_ranks
     return Plan(
-        placement=placement,
-        balancedness=settled.balancedness,
-        moves=settled.moves,
+        placement=Placement(active.expand(ids).to(load.device), num_logical),
+        balancedness=balancedness_of_peaks(mean, step_peaks(snapshots, ids, usable)),
+        moves=moves,
         seconds=time.perf_counter() - started,
         hierarchical=hierarchical,
-        shared_replicas=settled.shared_replicas,
+        shared_replicas=shared,
         lost=lost,
         _load=snapshots,
         _topology=usable,
@@ -153,7 +144,7 @@ def rebalance_experts(
     *,
     current: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The function of that name that engines call, answered by `plan` with default options.
+    """The function of that name that engines call, by `plan` with default options.
 
     Args:
         weight: [layers, logical] or [snapshots, layers, logical], tokens.
@@ -178,42 +169,11 @@ def rebalance_experts(
     return placement.physical_to_logical, placement.logical_to_physical, placement.replica_count
 
 
-def _by_tensors(
-    load: torch.Tensor, topology: Topology, options: PlannerOptions, has_current: bool = False
-) -> bool:
-    """Whether a plan is made by tensor operations, on the device of the load."""
-    if options.policy == "greedy":
-        return True
-    # The ensemble on tensors packs ranks with equal slots only.
-    return topology.is_even and not use_kernels(load, options, has_current)
-
-
-def _placed(
-    load: torch.Tensor,
-    expected: torch.Tensor,
-    topology: Topology,
-    options: PlannerOptions,
-    current: torch.Tensor | None,
-    start: torch.Tensor | None,
+def _checked_current(
+    current: Placement | torch.Tensor, load: torch.Tensor, topology: Topology, elastic: bool
 ) -> torch.Tensor:
-    """int64 [layers, slots], a placement by the policy of `options`."""
-    if options.policy == "greedy":
-        return place_greedily(load, topology)
-    if _by_tensors(load, topology, options, current is not None):
-        return place_by_ensemble(expected, topology, options)
-    cpu_load = expected.cpu()
-    held, begin = (None if x is None else x.cpu() for x in (current, start))
-    ids = search_placement(cpu_load, topology, options, held, begin)
-    return part_repeats(ids, cpu_load, topology, held, options.max_moves).to(load.device)
-
-
-def _check_current(
-    current: Placement | torch.Tensor | None, load: torch.Tensor, topology: Topology, elastic: bool
-) -> torch.Tensor | None:
-    """`current` as int64 [layers, slots] on the device of `load`; experts may be missing where it has empty
-    slots or where `elastic`."""
-    if current is None:
-        return None
+    """`current` as int64 [layers, slots] on the CPU. It may lack experts if it has empty slots, or if
+    `elastic`."""
     num_layers, num_logical = load.shape[1:]
     if isinstance(current, Placement):
         ids, experts = current.physical_to_logical, current.num_logical
@@ -230,22 +190,37 @@ def _check_current(
         raise PlacementError(
             f"the placement in force has {ids.shape[1]} slots, the topology {topology.num_slots}"
         )
-    return ids.to(load.device)
+    return ids.cpu()
 
 
-def _tell_global(topology: Topology, living: Living, num_logical: int) -> None:
-    """Say once per combination that the hierarchical policy does not fit."""
+def _checked_result(
+    placement: Placement, policy: str, load: torch.Tensor, topology: Topology
+) -> torch.Tensor:
+    """The placement of a policy as int64 [layers, slots] on the CPU."""
+    wanted = (*load.shape[1:], topology.num_slots)
+    if (placement.num_layers, placement.num_logical, placement.num_slots) != wanted:
+        raise PlacementError(
+            f"policy {policy!r} returned {placement}, not {wanted[0]} layers, {wanted[1]} experts in "
+            f"{wanted[2]} slots"
+        )
+    if placement.has_empty_slots:
+        raise PlacementError(f"policy {policy!r} left slots empty")
+    return placement.physical_to_logical.cpu()
+
+
+def _warn_of_global_plan(topology: Topology, active: ActivePart, num_logical: int) -> None:
+    """Log once for each combination of numbers that the hierarchical policy does not fit."""
     numbers = (topology.num_nodes, topology.num_groups, num_logical)
     divides = topology.num_groups % topology.num_nodes == 0 and num_logical % topology.num_groups == 0
-    key = (numbers, living.rank_slots if divides else ())
-    if key in _told_global:
+    key = (numbers, active.rank_slots if divides else ())
+    if key in _warned:
         return
-    _told_global.add(key)
+    _warned.add(key)
     if divides:
         _logger.warning(
             "planning globally: the %d nodes differ in the slots of their living ranks: %s",
             topology.num_nodes,
-            living.rank_slots,
+            active.rank_slots,
         )
         return
     level = logging.WARNING if topology.num_groups > 1 else logging.INFO

@@ -136,7 +136,7 @@ def hottest_experts(replay: Replay, policy: PolicyReplay) -> Figure:
         place = np.arange(len(rows))
         axis.barh(place, total, color="#cfcfcf", height=0.72, label="all its tokens")
         axis.barh(
-            place, total / replicas, color=colour("ensemble", 0), height=0.36, label="each replica's part"
+            place, total / replicas, color=colour("adaptive", 0), height=0.36, label="each replica's part"
         )
         for index, number in enumerate(replicas):
             label = "1 replica" if number == 1 else f"{number} replicas"

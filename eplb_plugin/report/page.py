@@ -107,7 +107,7 @@ def picture_set(replay: Replay) -> Iterator[Picture]:
 
 def chosen_policy(replay: Replay) -> PolicyReplay:
     """The policy that the pictures of single placements show: the package's own, else the last one."""
-    return next((item for item in replay.policies if item.result.policy == "ensemble"), replay.policies[-1])
+    return next((item for item in replay.policies if item.result.policy == "adaptive"), replay.policies[-1])
 
 
 def write_page(path: str | Path, sections: list[tuple[Replay, list[Picture]]]) -> None:

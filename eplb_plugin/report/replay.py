@@ -82,7 +82,7 @@ def replay(
         progress: told the policy, rebalances done and rebalances in all.
 
     Raises:
-        TraceError: an unknown policy, or a load that is too short for the interval.
+        TraceError: a load that is too short for the interval. ConfigError: an unknown policy.
         TopologyError, PlacementError: the numbers do not fit together.
     """
     results = []
@@ -111,7 +111,7 @@ def _kept(setup: PolicySetup) -> tuple[PolicySetup, list[Placement]]:
     """The policy, and the list that every placement it makes is put into."""
     placements: list[Placement] = []
 
-    def keep(window: torch.Tensor, topology: Topology, current: Placement) -> Placement:
+    def keep(window: torch.Tensor, topology: Topology, current: Placement | None) -> Placement:
         placements.append(setup.policy(window, topology, current))
         return placements[-1]
 

@@ -16,7 +16,7 @@ WIDTH = 4.8
 MUTED = "#6b6b6b"
 
 # Okabe and Ito's palette; what the package does is the strongest of them.
-_NAMED = {"static": "#999999", "greedy": "#E69F00", "ensemble": "#0072B2"}
+_NAMED = {"static": "#999999", "greedy": "#E69F00", "adaptive": "#0072B2"}
 _OTHERS = ("#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 _RC: Any = {
     "font.size": 9.5,

@@ -15,6 +15,7 @@ from ..config.options import PlannerOptions, RebalancerOptions
 from ..core.errors import EplbError, RankLostError, UndecidedError
 from ..core.placement import Placement
 from ..core.topology import Topology
+from ..planning.policies import policy_for
 from ..planning.warmup import warmup
 from .background import Runner
 from .connections import Channels, Store
@@ -101,6 +102,7 @@ class Rebalancer:
         group_of_engine = RankGroup(group, device, alone=alone)
         unfit: EplbError | None = None
         try:
+            policy_for(self.planner)
             topology.check_experts(num_logical)
             group_of_engine.check_topology(topology)
         except EplbError as error:
@@ -152,7 +154,7 @@ class Rebalancer:
         self._replacing = False
         self._told_failure = False
         # Ranks that plan compile the planner now, so that the first rebalance does not wait for it.
-        if self.planner.policy == "ensemble" and (self.rank == 0 or self.options.planning == "sharded"):
+        if self.rank == 0 or self.options.planning == "sharded":
             warmup()
 
     @property

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 
 from ...core.topology import Topology
-from ...planning.backend import use_kernels
 from ...planning.warmup import warmup
 from ...runtime.verify.unregistered import warn_unregistered
 from ..common.options import EngineOptions
@@ -172,13 +171,12 @@ def _say(state: Any, options: EngineOptions, about: str) -> None:
     from vllm.distributed import parallel_state
 
     name, model = _names(state)[-1], list(state.model_states.values())[-1].model
-    compiled = options.planner.policy == "ensemble" and use_kernels(torch.zeros(0), options.planner, True)
     _logger.info(
-        "eplb_plugin %s: plans %s %s by %s: %d layers, %d experts, %d slots, %d ranks",
+        "eplb_plugin %s: plans %s %s by policy %s: %d layers, %d experts, %d slots, %d ranks",
         about,
         name,
         "asynchronously" if state.is_async else "synchronously",
-        "compiled kernels" if compiled else "tensor operations",
+        options.planner.policy,
         model.num_moe_layers,
         model.num_logical_experts,
         model.num_physical_experts,

@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 
 import eplb_plugin as eplb
 from eplb_plugin.planning import planner
-from eplb_plugin.planning.distinct import shared_replicas
+from eplb_plugin.planning.anti_affinity import shared_replicas
 from eplb_plugin.planning.elastic import complete, missing_experts
 from eplb_plugin.planning.hierarchy import groups_within_nodes
+from eplb_plugin.planning.policies import POLICIES
 from tests.planning.elastic_cases import check_plan, random_load, random_table
 
-FEW = eplb.PlannerOptions(num_candidates=4)
-NOTHING_PAYS = eplb.PlannerOptions(min_gain=0.99, num_candidates=4)
+NOTHING_PAYS = eplb.PlannerOptions(min_gain=0.99)
+FEW_CANDIDATES = eplb.EnsembleOptions(num_candidates=4)
 
 
 @st.composite
@@ -43,12 +44,12 @@ def failures(draw) -> tuple[eplb.Topology, int, list[bool], torch.Tensor, int]:
     return topology, experts, alive, table, seed
 
 
-@given(failures(), st.integers(1, 3), st.sampled_from(["ensemble", "greedy"]), st.booleans())
+@given(failures(), st.integers(1, 3), st.sampled_from(["adaptive", "ensemble", "greedy"]), st.booleans())
 @settings(max_examples=50, deadline=None)
 def test_rules_hold_whoever_fails(case, snapshots, policy, priced):
     topology, experts, alive, table, seed = case
     load = random_load(snapshots, 2, experts, seed=seed + 1)
-    options = eplb.PlannerOptions(num_candidates=4, policy=policy, move_price=0.0025 if priced else 0)
+    options = eplb.PlannerOptions(policy=policy, move_price=0.0025 if priced else 0, ensemble=FEW_CANDIDATES)
     check_plan(load, topology, eplb.plan(load, topology, table, options, active_ranks=alive), table, alive)
     check_plan(load, topology, eplb.plan(load, topology, None, options, active_ranks=alive), None, alive)
 
@@ -68,10 +69,8 @@ def test_completing_changes_no_more_slots_than_it_has_to(case):
 
 @given(failures(), st.integers(1, 3))
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
-def test_exchanges_beyond_a_plain_fill_pay(backend, case, snapshots):
+def test_exchanges_beyond_a_plain_fill_pay(case, snapshots):
     topology, experts, alive, table, seed = case
-    if backend == "tensors":
-        pytest.skip("plans from scratch")
     # Without the hierarchical policy, which plans anew what breaks it.
     topology = eplb.Topology(num_ranks=topology.num_ranks, num_slots=topology.num_slots)
     load = random_load(snapshots, 2, experts, seed=seed + 1)
@@ -98,26 +97,25 @@ def test_balance_after_a_failure_is_near_that_of_a_plan_from_scratch(experts, pe
     topology = eplb.Topology(num_ranks=ranks, num_slots=ranks * per_rank)
     drift = random_load(8, 6, experts, seed=1, sigma=0.2)
     load = random_load(1, 6, experts, sigma=0.8) * drift
-    before = eplb.plan(load, topology, None, FEW).placement
+    before = eplb.plan(load, topology).placement
     alive = [rank not in dead for rank in range(ranks)]
-    planned = eplb.plan(load, topology, before, FEW, active_ranks=alive)
+    planned = eplb.plan(load, topology, before, active_ranks=alive)
     check_plan(load, topology, planned, before.physical_to_logical, alive)
     compact = eplb.Topology(num_ranks=sum(alive), num_slots=sum(alive) * per_rank)
-    assert planned.balancedness >= eplb.plan(load, compact, None, FEW).balancedness - 0.025
+    assert planned.balancedness >= eplb.plan(load, compact).balancedness - 0.025
 
 
 @pytest.mark.parametrize(("experts", "per_rank", "old", "new"), [(64, 20, 4, 6), (128, 10, 15, 16)])
-def test_balance_after_joining_is_near_that_of_a_plan_from_scratch(backend, experts, per_rank, old, new):
+def test_balance_after_joining_is_near_that_of_a_plan_from_scratch(experts, per_rank, old, new):
     load = random_load(1, 6, experts, sigma=0.8) * random_load(8, 6, experts, seed=1, sigma=0.2)
-    before = eplb.plan(load, eplb.Topology(num_ranks=old, num_slots=old * per_rank), None, FEW).placement
+    before = eplb.plan(load, eplb.Topology(num_ranks=old, num_slots=old * per_rank)).placement
     topology = eplb.Topology(num_ranks=new, num_slots=new * per_rank)
     table = torch.nn.functional.pad(before.physical_to_logical, (0, (new - old) * per_rank), value=-1)
-    planned = eplb.plan(load, topology, table, FEW)
+    planned = eplb.plan(load, topology, table)
     check_plan(load, topology, planned, table)
     assert planned.lost == ()
-    assert planned.balancedness >= eplb.plan(load, topology, None, FEW).balancedness - 0.025
-    if backend == "kernels":
-        assert planned.moves <= 3 * 6 * (new - old) * per_rank
+    assert planned.balancedness >= eplb.plan(load, topology).balancedness - 0.025
+    assert planned.moves <= 3 * 6 * (new - old) * per_rank
 
 
 def test_failures_one_after_the_other_and_back_again():
@@ -188,7 +186,7 @@ def test_a_mask_of_all_ranks_changes_nothing():
 
 
 def test_nodes_that_stay_alike_keep_their_groups(caplog, monkeypatch):
-    monkeypatch.setattr(planner, "_told_global", set())
+    monkeypatch.setattr(planner, "_warned", set())
     topology = eplb.Topology(num_nodes=2, num_ranks=8, num_slots=48, num_groups=4)
     load = random_load(2, 16)
     first = eplb.plan(load, topology)
@@ -238,9 +236,10 @@ def test_a_node_that_comes_back_gets_its_groups(ranks, slots, groups, experts):
     assert groups_within_nodes(planned.placement.physical_to_logical, experts, topology).all()
 
 
-@pytest.mark.parametrize("options", [None, eplb.PlannerOptions(objective="spread", num_candidates=4)])
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("zero", [True, False])
-def test_no_load_and_the_other_objective(options, zero):
+def test_every_policy_plans_around_dead_ranks_with_and_without_load(policy, zero):
+    options = eplb.PlannerOptions(policy=policy)
     topology = eplb.Topology(num_ranks=4, num_slots=16)
     load = torch.zeros(2, 8) if zero else random_load(2, 8)
     table = random_table(2, 8, 16, 0.4, 0)

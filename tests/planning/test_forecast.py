@@ -13,10 +13,16 @@ import eplb_plugin as eplb
 from eplb_plugin.offline.simulation import simulate
 from eplb_plugin.offline.synthetic_traffic import generate
 from eplb_plugin.planning import forecast
-from eplb_plugin.planning.forecast import _on_device, expected_load
-from eplb_plugin.planning.recency import condense
+from eplb_plugin.planning.forecast import expected_load, weighted_bins
 
 RECENCY = forecast._RECENCY
+
+
+def condense(load, decay):
+    """The weighted sum of the snapshots of each bin: [bins, layers, logical]."""
+    weights, bins = weighted_bins(load.shape[0], decay)
+    weighted = load * torch.tensor(weights, dtype=torch.float64)[:, None, None]
+    return load.new_zeros(max(bins) + 1, *load.shape[1:]).index_add_(0, torch.tensor(bins), weighted)
 
 
 def mean_share(layer, rate):
@@ -79,20 +85,10 @@ def random_window(snapshots, layers, experts, seed=0):
 @pytest.mark.parametrize("persistence", [0.0, 0.7, 1.0])
 @pytest.mark.parametrize("decay", [1.0, 0.9])
 @pytest.mark.parametrize("snapshots", [2, 3, 20, 32])
-def test_both_versions_compute_what_is_written_out(snapshots, decay, persistence):
+def test_the_kernel_computes_what_is_written_out(snapshots, decay, persistence):
     load = random_window(snapshots, 4, 9)
     slow = expected_slowly(load.tolist(), decay, persistence)
-    compiled, tensors = expected_load(load, decay, persistence), _on_device(load, decay, persistence)
-    torch.testing.assert_close(compiled, slow)
-    check_but_for_the_unit(tensors[:, :-1], slow[:, :-1])
-    assert not tensors[:, -1].any()
-
-
-def check_but_for_the_unit(tensors, expected):
-    """The version for GPUs scales each layer by a power of two."""
-    unit = tensors.sum((0, 2), keepdim=True) / expected.sum((0, 2), keepdim=True)
-    assert torch.equal(unit.log2().round(decimals=6), unit.log2().round())
-    torch.testing.assert_close(tensors / unit, expected)
+    torch.testing.assert_close(expected_load(load, decay, persistence), slow)
 
 
 @pytest.mark.parametrize("idle", [1, 20, 740, 3000])
@@ -100,9 +96,8 @@ def test_idle_snapshots_at_the_end_change_nothing_of_the_forecast(idle):
     load = torch.randint(50, 100, (60, 2, 9), generator=torch.Generator().manual_seed(0)).double()
     padded = torch.nn.functional.pad(load, (0, 0, 0, 0, 0, idle))
     padded[-1, 1] = 70  # the other layer is not idle to the end
-    compiled, tensors = expected_load(padded, 1.0, 0.7), _on_device(padded, 1.0, 0.7)
-    check_but_for_the_unit(tensors, compiled)
-    torch.testing.assert_close(compiled[:, 0].sum(0), expected_load(load, 1.0, 0.7)[:, 0].sum(0))
+    found, wanted = (expected_load(x, 1.0, 0.7)[:, 0].sum(0) for x in (padded, load))
+    torch.testing.assert_close(found, wanted)
     assert eplb.plan(padded, eplb.Topology(num_ranks=3, num_slots=12)).balancedness > 0.9
 
 
@@ -122,6 +117,35 @@ def test_long_windows_are_condensed_first():
         lasts = lasting(rows, 0.7)
         wanted = [w + lasts * (m - w) - a for w, m, a in zip(whole, moment, aged, strict=True)]
         torch.testing.assert_close(shift[0, layer], torch.tensor(wanted, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.95, 0.5])
+@pytest.mark.parametrize("snapshots", [1, 2, 31, 32, 33, 40, 63, 65, 128, 200])
+def test_bins_keep_the_weighted_sum_and_the_order_of_time(snapshots, decay):
+    load = torch.arange(1, snapshots + 1, dtype=torch.float64)[:, None, None].expand(-1, 2, 3)
+    condensed = condense(load, decay)
+    weighted = load * torch.tensor([decay**age for age in reversed(range(snapshots))])[:, None, None]
+    torch.testing.assert_close(condensed.sum(0), weighted.sum(0))
+    assert 1 <= condensed.shape[0] <= min(32, snapshots)
+    # Each bin is a run of snapshots, and the runs follow each other.
+    ends = condensed[:, 0, 0].cumsum(0)
+    sums = weighted[:, 0, 0].cumsum(0)
+    assert all(bool(torch.isclose(sums, end).any()) for end in ends)
+    # None weighs more than two shares of the whole.
+    share = sum(decay**age for age in range(snapshots)) / min(32, snapshots)
+    ones = condense(torch.ones(snapshots, 1, 1, dtype=torch.float64), decay).flatten()
+    assert ones.max() <= max(1.0, 2 * share)
+
+
+def test_a_window_without_decay_is_cut_evenly():
+    assert condense(torch.ones(128, 1, 1, dtype=torch.float64), 1.0).flatten().tolist() == [4.0] * 32
+    short = torch.rand(32, 2, 3, dtype=torch.float64)
+    assert torch.equal(condense(short, 1.0), short)
+
+
+def test_snapshots_weigh_less_the_older_they_are():
+    condensed = condense(torch.ones(3, 1, 1, dtype=torch.float64), 0.5)
+    assert condensed.flatten().tolist() == [0.25, 0.5, 1.0]
 
 
 def test_a_window_that_counts_alike_stays_as_it_is():
@@ -164,14 +188,12 @@ def test_no_load_makes_anything_but_a_load(rows, idle, decay, persistence):
     assert (moved >= 0).all()
 
 
-def test_planning_for_what_is_expected_is_worth_it(backend):
-    if backend == "tensors":
-        pytest.skip("plans from scratch")
+def test_planning_for_what_is_expected_is_worth_it():
     # Topics that come and go; both scored on steps that no plan has seen.
     trace = generate("glm-5.2", layers=4, experts=64, steps=1024, drift=1.5, period=768, seed=3)
     topology = eplb.Topology(num_ranks=8, num_slots=72)
     expecting, remembering = (
-        simulate(trace, topology, "ensemble", 128, planner=eplb.PlannerOptions(persistence=share))
+        simulate(trace, topology, "adaptive", 128, planner=eplb.PlannerOptions(persistence=share))
         for share in (0.7, 0.0)
     )
     assert expecting.balancedness > remembering.balancedness + 0.005
@@ -182,8 +204,7 @@ def test_an_expert_that_is_getting_hot_gets_replicas_before_it_is_hot_on_the_mea
     load[:, 0, 0] += torch.linspace(0, 400, 32, dtype=torch.float64)
     topology = eplb.Topology(num_ranks=8, num_slots=16)
     of_the_mean, of_the_moment = (
-        eplb.plan(load, topology, options=eplb.PlannerOptions(persistence=share, num_candidates=16))
-        for share in (0.0, 1.0)
+        eplb.plan(load, topology, options=eplb.PlannerOptions(persistence=share)) for share in (0.0, 1.0)
     )
     last = load[-1:]
     peaks = [

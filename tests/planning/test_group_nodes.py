@@ -17,12 +17,6 @@ from eplb_plugin.planning.kernels.api import choose_nodes
 VACANT = -2
 
 
-@pytest.fixture(autouse=True)
-def _only_with_kernels(backend):
-    if backend == "tensors":
-        pytest.skip("plans from scratch")
-
-
 @st.composite
 def cases(draw):
     """A load, a topology, and a placement that has its groups within nodes or not."""

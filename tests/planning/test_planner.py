@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eplb_plugin as eplb
-from eplb_plugin.planning import planner
-from eplb_plugin.planning.distinct import shared_replicas
+from eplb_plugin.planning import planner, policies
+from eplb_plugin.planning.anti_affinity import shared_replicas
+from eplb_plugin.planning.policies import POLICIES, policy_for
 
 README_WEIGHT = torch.tensor(
     [
@@ -18,6 +19,7 @@ README_WEIGHT = torch.tensor(
     ]
 )
 GREEDY = eplb.PlannerOptions(policy="greedy")
+ENSEMBLE = eplb.PlannerOptions(policy="ensemble")
 
 
 def random_load(*shape: int, seed: int = 0, sigma: float = 1.0) -> torch.Tensor:
@@ -69,13 +71,15 @@ def check_rules(load: torch.Tensor, topology: eplb.Topology, planned: eplb.Plan)
     assert planned.balancedness == pytest.approx(eplb.balancedness(load, planned.placement, topology))
 
 
-@given(topologies(), st.integers(1, 3), st.integers(0, 3), st.integers(0, 2**20), st.booleans())
-@settings(max_examples=80, deadline=None)
-def test_rules_hold_over_random_topologies(case, layers, snapshots, seed, greedy):
+@given(
+    topologies(), st.integers(1, 3), st.integers(0, 3), st.integers(0, 2**20), st.sampled_from([*POLICIES])
+)
+@settings(max_examples=120, deadline=None)
+def test_rules_hold_over_random_topologies(case, layers, snapshots, seed, policy):
     topology, experts = case
     shape = (layers, experts) if snapshots == 0 else (snapshots, layers, experts)
     load = random_load(*shape, seed=seed)
-    options = GREEDY if greedy else eplb.PlannerOptions(num_candidates=6)
+    options = eplb.PlannerOptions(policy=policy, ensemble=eplb.EnsembleOptions(num_candidates=6))
     check_rules(load, topology, eplb.plan(load, topology, options=options))
 
 
@@ -83,10 +87,9 @@ def test_rules_hold_over_random_topologies(case, layers, snapshots, seed, greedy
 @settings(max_examples=40, deadline=None)
 def test_moves_and_slots_follow_the_placement_in_force(case, seed):
     topology, experts = case
-    options = eplb.PlannerOptions(num_candidates=4)
-    old = eplb.plan(random_load(2, experts, seed=seed), topology, options=options).placement
+    old = eplb.plan(random_load(2, experts, seed=seed), topology).placement
     load = random_load(2, experts, seed=seed + 1)
-    planned = eplb.plan(load, topology, old, options)
+    planned = eplb.plan(load, topology, old)
     check_rules(load, topology, planned)
     moves = 0
     for before, after in zip(old.physical_to_logical, planned.placement.physical_to_logical, strict=True):
@@ -98,7 +101,7 @@ def test_moves_and_slots_follow_the_placement_in_force(case, seed):
                 kept = sum(a == b == expert for a, b in zip(was, now, strict=True))
                 assert kept == min(was.count(expert), now.count(expert))
     assert planned.moves == moves
-    again = eplb.plan(load, topology, planned.placement.physical_to_logical, options)
+    again = eplb.plan(load, topology, planned.placement.physical_to_logical)
     assert again.balancedness >= planned.balancedness - 1e-12
 
 
@@ -120,26 +123,32 @@ def test_rebalance_experts_is_a_drop_in():
     assert torch.equal(aligned, phy2log)
 
 
-@pytest.mark.parametrize("sigma", [0.5, 1.0])
+@pytest.mark.parametrize("policy", ["adaptive", "ensemble"])
+@pytest.mark.parametrize("sigma", [0.5, 1.0, None])
 @pytest.mark.parametrize(
     ("experts", "slots", "groups", "nodes", "ranks"),
-    [(64, 80, 8, 4, 16), (64, 72, 1, 1, 8), (64, 96, 1, 1, 48), (128, 160, 1, 2, 16)],
+    [(64, 80, 8, 4, 16), (64, 72, 1, 1, 8), (64, 96, 1, 1, 48), (128, 160, 1, 2, 16), (64, 72, 8, 4, 8)],
 )
-def test_the_ensembles_mean_peak_is_not_above_that_of_greedy(experts, slots, groups, nodes, ranks, sigma):
+def test_the_mean_peak_is_not_above_that_of_greedy(experts, slots, groups, nodes, ranks, sigma, policy):
     topology = eplb.Topology(num_nodes=nodes, num_ranks=ranks, num_slots=slots, num_groups=groups)
-    load = random_load(12, experts, sigma=sigma)
-    peaks = [
-        eplb.rank_loads(load, eplb.plan(load, topology, options=options).placement, topology).amax(2).mean()
-        for options in (None, GREEDY)
-    ]
-    assert peaks[0] <= peaks[1] * (1 + 1e-9)
+    # Without sigma by Zipf's law.
+    load = random_load(12, experts, sigma=sigma) if sigma else 1e5 / random_load(12, experts).argsort().add(1)
+    plans = [eplb.plan(load, topology, options=eplb.PlannerOptions(policy=x)) for x in (policy, "greedy")]
+    peaks = [eplb.rank_loads(load, x.placement, topology).amax(2).mean() for x in plans]
+    # Of two slots a rank, greedy gives both to one expert here and there, which no other policy may.
+    allowance = 0.005 if policy == "ensemble" and slots == 2 * ranks else 1e-6
+    assert peaks[0] <= peaks[1] * (1 + allowance)
+    assert plans[0].shared_replicas <= plans[1].shared_replicas
 
 
-def test_layers_are_planned_independently():
-    topology = eplb.Topology(num_ranks=4, num_slots=20)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_layers_are_planned_independently(policy):
+    topology, options = eplb.Topology(num_ranks=4, num_slots=20), eplb.PlannerOptions(policy=policy)
     load = random_load(3, 6, 16, seed=4)
-    whole = eplb.plan(load, topology).placement.physical_to_logical
-    parts = [eplb.plan(load[:, i : i + 1], topology).placement.physical_to_logical for i in range(6)]
+    whole = eplb.plan(load, topology, None, options).placement.physical_to_logical
+    parts = [
+        eplb.plan(load[:, i : i + 1], topology, None, options).placement.physical_to_logical for i in range(6)
+    ]
     assert torch.equal(whole, torch.cat(parts))
 
 
@@ -175,12 +184,13 @@ def test_the_default_device_of_torch_is_not_used(numbers):
         made = [
             eplb.plan(load, topology),
             eplb.plan(load, topology, options=GREEDY),
+            *([eplb.plan(load, topology, options=ENSEMBLE)] if topology.is_even else []),
             eplb.plan(load, topology, current),
             eplb.plan(load, topology, current, eplb.PlannerOptions(move_price=0)),
             eplb.plan(load, topology, current, active_ranks=alive),
         ]
         tensors = [tensor for x in made for tensor in (x.placement.physical_to_logical, x.lower_bound)]
-        return [*tensors, *eplb.balanced_packing(load, 4)]
+        return [*tensors, *eplb.balanced_packing(load[0], 4)]
 
     expected = plans()
     with torch.device("meta"):
@@ -200,7 +210,7 @@ def test_replicas_share_a_rank_only_where_they_must():
 
 
 def test_where_groups_do_not_divide_the_result_says_so(caplog, monkeypatch):
-    monkeypatch.setattr(planner, "_told_global", set())
+    monkeypatch.setattr(planner, "_warned", set())
     topology = eplb.Topology(num_nodes=3, num_ranks=6, num_slots=24, num_groups=7)
     with caplog.at_level("WARNING", "eplb_plugin"):
         first = eplb.plan(random_load(1, 14), topology)
@@ -261,19 +271,76 @@ def test_zero_loads_give_a_valid_placement(load):
             "4 slots, the topology 6",
         ),
         (
-            lambda: eplb.PlannerOptions(max_moves=7, policy="greedy"),
+            lambda: policy_for(eplb.PlannerOptions(max_moves=7, policy="greedy")),
             eplb.ConfigError,
             "max_moves=7 cannot be kept: policy='greedy' plans from scratch",
         ),
         (
-            lambda: eplb.PlannerOptions(max_moves=7, objective="spread"),
+            lambda: eplb.plan(
+                torch.ones(1, 4),
+                eplb.Topology(num_ranks=2, num_slots=4),
+                options=eplb.PlannerOptions(max_moves=7, policy="ensemble"),
+            ),
             eplb.ConfigError,
-            "objective='spread' plans",
+            "policy='ensemble' plans from scratch",
         ),
-        (lambda: eplb.PlannerOptions(num_candidates=0), eplb.ConfigError, "num_candidates"),
+        (
+            lambda: policy_for(eplb.PlannerOptions(policy="magic")),
+            eplb.ConfigError,
+            "policy='magic' is unknown; there are adaptive, ensemble, greedy",
+        ),
+        (lambda: eplb.EnsembleOptions(num_candidates=0), eplb.ConfigError, "num_candidates"),
         (lambda: eplb.PlannerOptions(candidates=3), eplb.ConfigError, "candidates"),
     ],
 )
 def test_bad_input_names_the_numbers(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.fixture
+def add_policy(monkeypatch):
+    def add(name, policy):
+        known = {**POLICIES, name: policies.Registration(lambda options: policy)}
+        monkeypatch.setattr(policies, "POLICIES", known)
+        return eplb.PlannerOptions(policy=name, min_gain=0)
+
+    return add
+
+
+def test_a_policy_gets_what_its_contract_says(add_policy):
+    called = []
+
+    def turn(window, topology, current):
+        called.append((window, topology, current))
+        return eplb.Placement.default(window.shape[1], window.shape[2], topology.num_slots)
+
+    topology = eplb.Topology(num_nodes=3, num_ranks=6, num_slots=24, num_groups=7)
+    options = add_policy("turn", turn)
+    held = eplb.Placement.default(2, 14, 24).physical_to_logical.clone()
+    held[:, 13] = -1  # expert 13, whose only slot this is, and a whole rank
+    alive = [True] * 5 + [False]
+    planned = eplb.plan(random_load(40, 2, 14), topology, held, options, active_ranks=alive)
+    window, usable, current = called[0]
+    # 40 snapshots fill 31 of the 32 bins.
+    assert (window.shape, window.dtype) == ((31, 2, 14), torch.float64)
+    assert (usable.num_ranks, usable.num_slots, usable.num_nodes) == (5, 20, 1)
+    assert not current.has_empty_slots
+    assert torch.equal(current.held, held[:, :20])
+    assert planned.lost == ((0, 13), (1, 13))
+    assert (planned.placement.physical_to_logical[:, 20:] == -1).all()
+    eplb.plan(random_load(2, 14), topology, options=options)
+    assert called[1][2] is None
+
+
+@pytest.mark.parametrize(
+    ("placement", "message"),
+    [
+        (eplb.Placement.default(1, 4, 4), r"policy 'odd' returned .* not 1 layers, 4 experts in 6 slots"),
+        (eplb.Placement(torch.tensor([[0, 1, 2, 3, -1, 0]]), 4), "policy 'odd' left slots empty"),
+    ],
+)
+def test_what_a_policy_returns_is_checked(add_policy, placement, message):
+    options = add_policy("odd", lambda window, topology, current: placement)
+    with pytest.raises(eplb.PlacementError, match=message):
+        eplb.plan(torch.ones(1, 4), eplb.Topology(num_ranks=2, num_slots=6), options=options)

@@ -10,12 +10,6 @@ from eplb_plugin.offline.simulation import simulate
 from eplb_plugin.offline.synthetic_traffic import generate
 
 
-@pytest.fixture(autouse=True)
-def _grown(backend):
-    if backend == "tensors":
-        pytest.skip("plans from scratch")
-
-
 def changing_load(seed: int = 0) -> torch.Tensor:
     return torch.empty(8, 3, 64).log_normal_(0, 1.2, generator=torch.Generator().manual_seed(seed))
 
@@ -26,7 +20,7 @@ TOPOLOGY = eplb.Topology(num_ranks=8, num_slots=72)
 def test_the_dearer_moves_are_the_fewer_there_are():
     trace = generate("glm-5.2", layers=3, experts=64, steps=512, drift=1.5, period=256)
     results = [
-        simulate(trace, TOPOLOGY, "ensemble", 64, planner=eplb.PlannerOptions(move_price=price))
+        simulate(trace, TOPOLOGY, "adaptive", 64, planner=eplb.PlannerOptions(move_price=price))
         for price in (0.001, 0.007, 0.03, 0.2, 5.0)
     ]
     shares = [result.moved_share for result in results]

@@ -14,7 +14,7 @@ from eplb_plugin.formats.placements import write_placement
 from eplb_plugin.offline.simulation import simulate
 from eplb_plugin.offline.traces import LoadTrace
 from eplb_plugin.planning import planner
-from eplb_plugin.planning.distinct import replace_repeats, shared_replicas
+from eplb_plugin.planning.anti_affinity import replace_repeats, shared_replicas
 from tests.planning.elastic_cases import check_plan, random_load, random_table
 
 
@@ -42,12 +42,12 @@ def cases(draw) -> tuple[eplb.Topology, int, int]:
     return uneven(*rank_slots, num_nodes=nodes, num_groups=groups), experts, draw(st.integers(0, 2**20))
 
 
-@given(cases(), st.integers(1, 3), st.sampled_from(["ensemble", "greedy"]), st.booleans())
+@given(cases(), st.integers(1, 3), st.sampled_from(["adaptive", "greedy"]), st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_rules_hold_whatever_slots_ranks_have(case, snapshots, policy, priced):
     topology, experts, seed = case
     load = random_load(snapshots, 2, experts, seed=seed)
-    options = eplb.PlannerOptions(num_candidates=4, policy=policy, move_price=0.0025 if priced else 0)
+    options = eplb.PlannerOptions(policy=policy, move_price=0.0025 if priced else 0)
     first = eplb.plan(load, topology, options=options)
     check_plan(load, topology, first)
     if first.hierarchical and topology.num_groups > 1:
@@ -150,15 +150,15 @@ def test_what_needs_even_ranks_says_so(tmp_path):
     for wrong in (lambda: topology.slots_per_rank, lambda: topology.slots_per_node):
         with pytest.raises(eplb.TopologyError, match=r"rank_slots=\(3, 1\)"):
             wrong()
-    with pytest.raises(eplb.TopologyError, match=r"'spread' .* not \(3, 1\)"):
-        eplb.plan(load, topology, options=eplb.PlannerOptions(objective="spread"))
+    with pytest.raises(eplb.TopologyError, match=r"'ensemble' .* not \(3, 1\)"):
+        eplb.plan(load, topology, options=eplb.PlannerOptions(policy="ensemble"))
     placement = eplb.plan(load, topology).placement
     with pytest.raises(eplb.TopologyError, match=r"no format .* rank_slots=\(3, 1\)"):
         write_placement(tmp_path / "a.json", placement, (0,), topology, "json")
 
 
 def test_nodes_that_differ_are_planned_globally_and_say_so(caplog, monkeypatch):
-    monkeypatch.setattr(planner, "_told_global", set())
+    monkeypatch.setattr(planner, "_warned", set())
     topology = uneven(4, 4, 6, 2, num_nodes=2, num_groups=2)
     with caplog.at_level("INFO", "eplb_plugin"):
         planned = [eplb.plan(random_load(1, 12), topology) for _ in range(2)]
@@ -179,6 +179,6 @@ def test_repeats_become_replicas_of_others():
 def test_the_simulator_and_the_warmup_take_uneven_ranks():
     topology = uneven(5, 3, 4)
     trace = LoadTrace((random_load(1, 2, 8) * random_load(24, 2, 8, seed=1, sigma=0.1)).to(torch.int64))
-    result = simulate(trace, topology, "ensemble", 8, snapshots=2)
+    result = simulate(trace, topology, "adaptive", 8, snapshots=2)
     assert result.balancedness > simulate(trace, topology, "static", 8).balancedness
     eplb.warmup(topology)

@@ -1,4 +1,4 @@
-"""What meets a placement in force: slots that stay, moves that are counted, layers that are left alone."""
+"""The skip rule: slots that stay, moves that are counted, layers that are left alone."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eplb_plugin as eplb
+from eplb_plugin.planning.elastic import complete_placement
 from eplb_plugin.planning.kernels.api import keep_slots
-from eplb_plugin.planning.settling import settle
+from eplb_plugin.planning.skip_rule import apply_skip_rule
 
 
 @st.composite
@@ -47,9 +48,19 @@ def test_a_layer_that_breaks_a_rule_does_not_stay():
     # Expert 0 sits twice on rank 0 in layer 0; layer 1 is as good as the plan.
     current = torch.tensor([[0, 0, 1, 2], [0, 1, 0, 2]])
     planned = torch.tensor([[0, 1, 0, 2], [1, 0, 2, 0]])
-    settled = settle(load, load, planned, current, topology, 0.9)
-    assert settled.physical_to_logical.tolist() == [[0, 1, 0, 2], [0, 1, 0, 2]]
-    assert settled.moves == 2
-    assert settled.shared_replicas == 0
-    placement = eplb.Placement(settled.physical_to_logical, 3)
-    assert settled.balancedness == eplb.balancedness(load, placement, topology)
+    kept = apply_skip_rule(load, planned, eplb.Placement(current, 3), topology, 0.9)
+    assert kept.physical_to_logical.tolist() == [[0, 1, 0, 2], [0, 1, 0, 2]]
+    assert kept.moves == 2
+    assert kept.shared_replicas == 0
+
+
+def test_a_layer_that_stays_is_completed_all_the_same():
+    topology = eplb.Topology(num_ranks=2, num_slots=4)
+    load = torch.ones(1, 1, 3, dtype=torch.float64)
+    held = torch.tensor([[0, 1, 2, -1]])
+    current = complete_placement(held, 3, load, topology)
+    other = torch.tensor([[2, 1, 0, 1]])
+    kept = apply_skip_rule(load, other, current, topology, 0.9)
+    assert torch.equal(kept.physical_to_logical, current.physical_to_logical)
+    # The empty slot of the second rank gets an expert.
+    assert kept.moves == 1

@@ -1,4 +1,4 @@
-"""The ranks that can hold experts, as a topology of their own: planning never sees a rank that is dead."""
+"""The active ranks as a topology of their own: policies never see a dead rank."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch
 from ..core.errors import TopologyError
 from ..core.topology import Topology
 
-__all__ = ["Living", "living_part"]
+__all__ = ["ActivePart", "active_part"]
 
 
 @dataclass(frozen=True)
-class Living:
-    """What is left of a topology.
+class ActivePart:
+    """The part of a topology that can hold experts.
 
     Attributes:
-        topology: of the ranks that are alive and have slots, in their order; of one node where nodes are left
-            with different numbers of ranks.
-        spans: the slots of each of them among all; None where nothing is missing.
-        rank_slots: slots that each rank of the whole topology has to give, 0 for a dead one.
+        topology: of the ranks that are alive and have slots, in their order. It has one node if the nodes
+            differ in active ranks.
+        spans: the slots of each active rank in the whole topology; None if all ranks are active.
+        rank_slots: usable slots of each rank of the whole topology, 0 for a dead one.
         num_slots: slots over all ranks, dead ones included.
     """
 
@@ -31,11 +31,11 @@ class Living:
     num_slots: int
 
     def compact(self, ids: torch.Tensor) -> torch.Tensor:
-        """[layers, slots] over all ranks to [layers, living slots]."""
+        """[layers, slots] over all ranks to [layers, active slots]."""
         return ids if self.spans is None else torch.cat([ids[:, span] for span in self.spans], dim=1)
 
     def expand(self, ids: torch.Tensor) -> torch.Tensor:
-        """[layers, living slots] to [layers, slots] over all ranks, -1 on those that are dead."""
+        """[layers, active slots] to [layers, slots] over all ranks, -1 on dead ranks."""
         if self.spans is None:
             return ids
         every = ids.new_full((ids.shape[0], self.num_slots), -1)
@@ -47,11 +47,10 @@ class Living:
         return every
 
 
-def living_part(
+def active_part(
     topology: Topology, active_ranks: Sequence[bool] | torch.Tensor | None, num_logical: int
-) -> Living:
-    """Leave out the ranks that `active_ranks` (bool [ranks], None for all alive) names dead or that have no
-    slots.
+) -> ActivePart:
+    """Leave out ranks that are dead by `active_ranks` (bool [ranks], None: all are alive) or have no slots.
 
     Raises:
         TopologyError: a malformed mask, no rank left, or fewer slots than `num_logical` experts.
@@ -63,7 +62,7 @@ def living_part(
     )
     kept = [rank for rank, slots in enumerate(rank_slots) if slots]
     if len(kept) == topology.num_ranks:
-        return Living(topology, None, rank_slots, topology.num_slots)
+        return ActivePart(topology, None, rank_slots, topology.num_slots)
     num_slots = sum(rank_slots)
     if num_slots < num_logical:
         raise TopologyError(
@@ -81,4 +80,4 @@ def living_part(
         rank_slots=tuple(rank_slots[rank] for rank in kept),
     )
     spans = tuple(topology.slots_of_rank(rank) for rank in kept)
-    return Living(left, spans, rank_slots, topology.num_slots)
+    return ActivePart(left, spans, rank_slots, topology.num_slots)

@@ -8,15 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eplb_plugin as eplb
-from eplb_plugin.planning import distinct
-from eplb_plugin.planning.distinct import (
-    part_repeats,
+from eplb_plugin.planning import anti_affinity
+from eplb_plugin.planning.anti_affinity import (
+    exchange_repeats,
     replace_repeats,
+    set_replicas_apart,
     shared_replicas,
-    spread_over_ranks,
 )
 from eplb_plugin.planning.exact import to_exact
-from eplb_plugin.planning.replication import replica_slots
+from eplb_plugin.planning.replica_counts import count_replicas
 
 
 @st.composite
@@ -84,7 +84,7 @@ def test_a_repeat_is_replaced_by_what_leaves_the_lowest_peak(case):
 @settings(max_examples=60, deadline=None)
 def test_exchanges_part_replicas_as_long_as_one_is_cheap_enough(case):
     topology, ids, load = case
-    spread = spread_over_ranks(ids, load / replica_slots(ids, load.shape[2]), topology)
+    spread = exchange_repeats(ids, load / count_replicas(ids, load.shape[2]), topology)
     for layer, (before, after) in enumerate(zip(ids, spread, strict=True)):
         limit = 1.01 * peak_of(load[:, layer], before, topology)
         assert torch.equal(before.sort().values, after.sort().values)
@@ -104,14 +104,14 @@ def test_exchanges_part_replicas_as_long_as_one_is_cheap_enough(case):
 
 def test_nothing_is_tried_where_ranks_hold_every_expert(monkeypatch):
     tried = []
-    monkeypatch.setattr(distinct, "_best_exchange", lambda *_: tried.append(1))
+    monkeypatch.setattr(anti_affinity, "_best_exchange", lambda *_: tried.append(1))
     topology = eplb.Topology(num_ranks=4, num_slots=4 * 32)
     ids = (torch.arange(4 * 32) % 8).expand(3, -1)
     # Rank 3 of the last layer lacks expert 7, which it could have for itself alone.
     ids = ids.clone()
     ids[2, 96:] %= 7
     load = torch.ones(1, 3, 8, dtype=torch.float64)
-    assert torch.equal(spread_over_ranks(ids, load / replica_slots(ids, 8), topology), ids)
+    assert torch.equal(exchange_repeats(ids, load / count_replicas(ids, 8), topology), ids)
     assert not tried
     assert torch.equal(replace_repeats(ids, load, topology)[:2], ids[:2])
 
@@ -121,6 +121,6 @@ def test_an_expert_that_every_rank_has_gives_its_second_slot_to_another(bound, r
     topology = eplb.Topology(num_ranks=2, num_slots=6)
     ids = torch.tensor([[0, 0, 1, 0, 2, 3]])
     load = torch.tensor([[[3.0, 1.0, 1.0, 1.0]]], dtype=torch.float64)
-    parted = part_repeats(ids, load, topology, ids, bound)
+    parted = set_replicas_apart(ids, load, topology, ids, bound)
     assert int(shared_replicas(parted, topology).sum()) == repeats
     assert peak_of(load[:, 0], parted[0], topology) == 3

@@ -1,4 +1,4 @@
-"""Put replicas of one expert on distinct ranks, by changes that hardly raise the peak."""
+"""Anti-affinity: replicas of one expert on distinct ranks, where that hardly raises the peak rank load."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from ..core.topology import Topology
 from .exact import to_exact
 from .kernels.api import count_shared, keep_slots
-from .replication import replica_slots
+from .replica_counts import count_replicas
 
-__all__ = ["num_shared", "part_repeats", "replace_repeats", "shared_replicas", "spread_over_ranks"]
+__all__ = ["exchange_repeats", "replace_repeats", "set_replicas_apart", "shared_replicas"]
 
 _PEAK_ALLOWANCE = 0.01  # an exchange may raise the peak by this share
 _SENTINEL = torch.inf
@@ -27,53 +27,49 @@ def shared_replicas(physical_to_logical: torch.Tensor, topology: Topology) -> to
     return topology.from_ranks(torch.empty_like(repeated).scatter_(2, order, repeated))
 
 
-def num_shared(physical_to_logical: torch.Tensor, topology: Topology, num_logical: int) -> torch.Tensor:
-    """How many slots `shared_replicas` names: int64 [layers], on the device of the placement."""
-    if physical_to_logical.device.type == "cpu":
-        return count_shared(physical_to_logical, topology, num_logical)
-    return shared_replicas(physical_to_logical, topology).sum(1)
-
-
-def part_repeats(
+def set_replicas_apart(
     physical_to_logical: torch.Tensor,
     load: torch.Tensor,
     topology: Topology,
-    current: torch.Tensor | None,
-    max_moves: int | None,
+    current: torch.Tensor | None = None,
+    max_moves: int | None = None,
 ) -> torch.Tensor:
-    """Part replicas that share a rank in every layer where that is cheap, and within the bound of moves.
+    """Set replicas that share a rank apart, where that is cheap and within the bound of moves.
+
+    First by exchanges (`exchange_repeats`), then by other replica counts (`replace_repeats`).
 
     Args:
         physical_to_logical: int64 [layers, slots] on the CPU.
         load: float64 [snapshots, layers, logical] on the CPU.
         topology: as from `effective_topology`.
-        current: int64 [layers, slots] on the CPU, what moves are counted from, -1 for an empty slot, or None.
-        max_moves: a layer stays as it is where it would get more moves than it has and than this; None is no
-            bound.
+        current: int64 [layers, slots] on the CPU, the placement that moves are counted from, -1 for an empty
+            slot; None without one.
+        max_moves: bound on the moves of a layer. A layer stays as it is where it would exceed both the bound
+            and its own moves; None is no bound.
 
     Returns:
         int64 [layers, slots].
     """
     num_logical = load.shape[2]
-    layers = num_shared(physical_to_logical, topology, num_logical).nonzero()[:, 0]
+    layers = count_shared(physical_to_logical, topology, num_logical).nonzero()[:, 0]
     if not layers.numel():
         return physical_to_logical
     some, exact = physical_to_logical[layers], to_exact(load[:, layers])
-    parted = spread_over_ranks(some, exact / replica_slots(some, num_logical), topology)
-    parted = replace_repeats(parted, exact, topology)
+    apart = exchange_repeats(some, exact / count_replicas(some, num_logical), topology)
+    apart = replace_repeats(apart, exact, topology)
     if current is not None and max_moves is not None:
-        before, after = (keep_slots(x, current[layers], topology, num_logical)[1] for x in (some, parted))
-        parted = torch.where((after <= before.clamp(min=max_moves))[:, None], parted, some)
-    return physical_to_logical.index_copy(0, layers, parted)
+        before, after = (keep_slots(x, current[layers], topology, num_logical)[1] for x in (some, apart))
+        apart = torch.where((after <= before.clamp(min=max_moves))[:, None], apart, some)
+    return physical_to_logical.index_copy(0, layers, apart)
 
 
-def spread_over_ranks(
+def exchange_repeats(
     physical_to_logical: torch.Tensor, share: torch.Tensor, topology: Topology
 ) -> torch.Tensor:
-    """Exchange slots between ranks of a node until no rank holds an expert twice, as far as that is cheap.
+    """Exchange slots between ranks of a node until no rank holds an expert twice, where that is cheap.
 
-    One exchange per layer and round, always the one with the lowest peak. It may not raise a layer's peak
-    by more than 1 % over the peak at the start; where none such exists the better balance is kept.
+    One exchange for each layer and round, the one with the lowest peak rank load after it. No exchange may
+    raise the peak of a layer by more than 1 % over its start: from 100 to at most 101 tokens.
 
     Args:
         physical_to_logical: int64 [layers, slots].
@@ -81,12 +77,12 @@ def spread_over_ranks(
         topology: as from `effective_topology`.
 
     Returns:
-        int64 [layers, slots]; check it with `shared_replicas`.
+        int64 [layers, slots]; `shared_replicas` names the repeats that are left.
     """
     result = physical_to_logical.clone()
     repeated = _exchangeable(result, topology, share.shape[2])
     layers = repeated.any(1).nonzero()[:, 0]
-    limit = _peak(result, share, topology) * (1 + _PEAK_ALLOWANCE)
+    limit = _rank_loads(result, share, topology).amax(2).sum(0) * (1 + _PEAK_ALLOWANCE)
     given_up = torch.zeros_like(repeated)
     while layers.numel():
         ids, pending = result[layers], (repeated & ~given_up)[layers]
@@ -98,7 +94,7 @@ def spread_over_ranks(
         result[row, mine], result[row, theirs] = result[row, theirs], result[row, mine]
         if row.numel():
             repeated = _exchangeable(result, topology, share.shape[2])
-            # A new arrangement may allow what was impossible before, but never adds repeats.
+            # An exchange never adds repeats, and may make others possible.
             given_up[row] = False
         layers = (repeated & ~given_up).any(1).nonzero()[:, 0]
     return result
@@ -107,11 +103,10 @@ def spread_over_ranks(
 def replace_repeats(
     physical_to_logical: torch.Tensor, load: torch.Tensor, topology: Topology
 ) -> torch.Tensor:
-    """Give slots that repeat an expert of their rank to experts of the node that the rank lacks.
+    """Give slots that repeat an expert of their rank to other experts of the node, which the rank lacks.
 
-    Counts may be such that no exchange puts every replica on a rank of its own, above all where ranks differ
-    in slots. As with exchanges, the peak of a layer may rise by 1 %, and the expert that leaves it lowest is
-    taken.
+    For replica counts that no exchange can spread over distinct ranks. As with exchanges, the peak rank load
+    of a layer may rise by 1 %, and the expert with the lowest peak afterwards is taken.
 
     Args:
         physical_to_logical: int64 [layers, slots] on the CPU.
@@ -153,7 +148,7 @@ def replace_repeats(
 def _loads_after_replacing(
     loads: _Floats, held: _Floats, weight: _Floats, rank: int, old: int, new: _Ints
 ) -> _Floats:
-    """The rank loads after one of the replicas of `old` on `rank` has become one of each of `new` in turn:
+    """The rank loads after a replica of `old` on `rank` became a replica of each of `new` in turn: float64
     [snapshots, new, ranks].
 
     Args:
@@ -172,14 +167,14 @@ def _loads_after_replacing(
 
 
 def _movable(repeated: torch.Tensor, topology: Topology, num_logical: int) -> torch.Tensor:
-    """Those of `repeated`, bool [layers, slots], whose rank lacks an expert of its node."""
+    """The slots in `repeated`, bool [layers, slots], whose rank lacks an expert of its node."""
     held = topology.by_rank(~repeated, False).sum(2)
     lacks = held < num_logical // topology.num_nodes
     return repeated & lacks[:, topology.rank_of_slot(repeated.device)]
 
 
 def _exchangeable(ids: torch.Tensor, topology: Topology, num_logical: int) -> torch.Tensor:
-    """`shared_replicas` whose rank lacks an expert of its node, and whose expert another rank lacks."""
+    """`shared_replicas` on a rank that lacks an expert of its node, of an expert that another rank lacks."""
     repeated = shared_replicas(ids, topology)
     node = topology.rank_of_slot(ids.device) // topology.ranks_per_node
     place = node * num_logical + ids
@@ -190,22 +185,18 @@ def _exchangeable(ids: torch.Tensor, topology: Topology, num_logical: int) -> to
 
 
 def _rank_loads(ids: torch.Tensor, share: torch.Tensor, topology: Topology) -> torch.Tensor:
+    """float64 [snapshots, layers, ranks], of the load of one replica of each expert."""
     placed = share.gather(2, ids.expand(share.shape[0], -1, -1))
     return topology.by_rank(placed, 0.0).sum(3)
-
-
-def _peak(ids: torch.Tensor, share: torch.Tensor, topology: Topology) -> torch.Tensor:
-    """Sum over snapshots of the peak rank load: float64 [layers]."""
-    return _rank_loads(ids, share, topology).amax(2).sum(0)
 
 
 def _best_exchange(
     ids: torch.Tensor, share: torch.Tensor, slot: torch.Tensor, topology: Topology
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each layer the slot to exchange with `slot` [layers]: (peak after it, or infinity; that slot).
+    """The best partner of `slot` [layers] for an exchange: the peak after it (or infinity), and its slot.
 
-    The partner lies on another rank of the node that lacks the expert of `slot`, and holds an expert that
-    the rank of `slot` lacks, so that every exchange removes a repeat and adds none.
+    The partner lies on another rank of the node, which lacks the expert of `slot`. Its expert is one that the
+    rank of `slot` lacks. So every exchange removes a repeat and adds none.
     """
     layers, num_slots = ids.shape
     row = torch.arange(layers, device=ids.device)

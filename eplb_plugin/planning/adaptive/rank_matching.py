@@ -1,22 +1,20 @@
-"""Name the ranks of a new placement so that it overlaps most with the placement in force."""
+"""Match the ranks of a new placement to those in force, for the most overlap."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-from ..core.topology import Topology
+from ...core.topology import Topology
 
-__all__ = ["overlap_ranks"]
+__all__ = ["match_ranks"]
 
 
-def overlap_ranks(
-    physical_to_logical: torch.Tensor, current: torch.Tensor, topology: Topology
-) -> torch.Tensor:
+def match_ranks(physical_to_logical: torch.Tensor, current: torch.Tensor, topology: Topology) -> torch.Tensor:
     """Exchange whole ranks within nodes, then whole nodes, for the fewest moves from `current`.
 
-    Ranks of a node with the same slots do the same work under any names, and so do nodes, so this changes no
-    peak. Each is an assignment problem, solved exactly (the algorithm of Jonker and Volgenant, in scipy).
+    Ranks of a node with equal slots are interchangeable, and so are nodes: no peak changes. Both are
+    assignment problems, solved exactly (Jonker and Volgenant, in scipy).
 
     Args:
         physical_to_logical: int64 [layers, slots] on the CPU, the new placement.
@@ -26,7 +24,7 @@ def overlap_ranks(
     Returns:
         int64 [layers, slots].
     """
-    # scipy takes a while to import, and only plans from scratch need it.
+    # scipy is slow to import, and only plans from scratch need it.
     from scipy.optimize import linear_sum_assignment
 
     nodes, width = topology.num_nodes, topology.ranks_per_node
@@ -34,7 +32,7 @@ def overlap_ranks(
     result = np.empty_like(new)
     num_logical = int(max(new.max(), old.max())) + 1
     capacity = np.array(topology.slots_by_rank[:width])
-    # Worse than any overlap: ranks that differ in slots cannot exchange them.
+    # Worse than any overlap: ranks with different slots are not interchangeable.
     penalty = np.where(capacity[:, None] == capacity, 0, -topology.num_slots)
     for layer in range(new.shape[0]):
         kept = _held(old[layer], num_logical) @ _held(new[layer], num_logical).T

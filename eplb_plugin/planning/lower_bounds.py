@@ -7,9 +7,9 @@ from itertools import combinations
 import torch
 
 from ..core.topology import Topology
-from .group_packings import MOST_PACKINGS, num_packings, packings
+from .groups_to_nodes import MOST_PACKINGS, num_packings, packings
 from .kernels.api import shared_bounds
-from .replication import replica_slots, replicate
+from .replica_counts import count_replicas, replicate
 
 __all__ = ["peak_lower_bound"]
 
@@ -125,6 +125,6 @@ def _hottest_replica(load: torch.Tensor, num_slots: int) -> torch.Tensor:
     Greedy replication attains that smallest T: giving a slot to the hottest replica's expert is never wrong.
     """
     rows = load.flatten(0, -2)
-    count = replica_slots(replicate(rows, num_slots)[:, 0], load.shape[-1])
+    count = count_replicas(replicate(rows, num_slots), load.shape[-1])
     hottest: torch.Tensor = (rows / count).amax(1).view(load.shape[:-1])
     return hottest

@@ -1,4 +1,4 @@
-"""All packings of groups to nodes, where there are few, and the best of them."""
+"""Packing groups to nodes by trying all packings, where there are few."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOST_PACKINGS = 128  # that are all tried: 105 of eight groups to four nodes, 35
 
 
 def packings(num_groups: int, num_nodes: int) -> Iterator[tuple[tuple[int, ...], ...]]:
-    """Every way to split groups evenly, whatever the order of the nodes: the groups of each node."""
+    """Every even split of the groups, regardless of the order of the nodes: the groups of each node."""
 
     def split(left: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], ...]]:
         if not left:
@@ -31,7 +31,7 @@ def packings(num_groups: int, num_nodes: int) -> Iterator[tuple[tuple[int, ...],
 
 
 def num_packings(num_groups: int, num_nodes: int) -> int:
-    """How many `packings` there are."""
+    """The number of `packings`: 105 of eight groups to four nodes."""
     size, count = num_groups // num_nodes, 1
     for left in range(num_groups, 0, -size):
         count *= comb(left - 1, size - 1)
@@ -39,10 +39,10 @@ def num_packings(num_groups: int, num_nodes: int) -> int:
 
 
 def best_nodes(group_load: torch.Tensor, num_nodes: int) -> torch.Tensor:
-    """The packing with the lowest sum, over the snapshots, of the heaviest node.
+    """The packing with the lowest load of the heaviest node, summed over the snapshots.
 
     Args:
-        group_load: float64 [snapshots, layers, groups] on the CPU; `num_packings` of them is small.
+        group_load: float64 [snapshots, layers, groups] on the CPU.
         num_nodes: nodes; divides the groups.
 
     Returns:
@@ -52,7 +52,7 @@ def best_nodes(group_load: torch.Tensor, num_nodes: int) -> torch.Tensor:
     loads = group_load.numpy()
     heaviest = np.zeros((*loads.shape[:2], len(members)))
     for of_node in members.transpose(1, 2, 0):
-        # One group after the other: a product of matrices adds up in another order on another machine.
+        # Group by group: the order of the sums in a matrix product depends on the machine.
         total = np.zeros_like(heaviest)
         for groups in of_node:
             total += loads[:, :, groups]
@@ -65,5 +65,5 @@ def best_nodes(group_load: torch.Tensor, num_nodes: int) -> torch.Tensor:
 
 @lru_cache(maxsize=16)
 def _all_members(num_groups: int, num_nodes: int) -> np.ndarray[tuple[int, int, int], np.dtype[np.int64]]:
-    """int64 [packings, nodes, groups of a node], which groups each node has."""
+    """int64 [packings, nodes, groups of a node]: the groups of each node."""
     return np.array(list(packings(num_groups, num_nodes)), np.int64)

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import eplb_plugin as eplb
-from eplb_plugin.planning import bounds
-from eplb_plugin.planning.bounds import _heaviest_node
-from eplb_plugin.planning.group_packings import MOST_PACKINGS, best_nodes, num_packings, packings
+from eplb_plugin.planning import lower_bounds
+from eplb_plugin.planning.groups_to_nodes import MOST_PACKINGS, best_nodes, num_packings, packings
 from eplb_plugin.planning.kernels.api import shared_bounds
+from eplb_plugin.planning.lower_bounds import _heaviest_node
 
 
 def best_peak(load: list[float], rank_slots: tuple[int, ...]) -> float:
@@ -114,7 +114,9 @@ def test_a_hot_expert_is_bounded_by_the_slots_that_other_groups_leave():
 @pytest.mark.parametrize(("groups", "nodes"), [(8, 4), (10, 2), (14, 7), (12, 12), (1, 1)])
 def test_few_packings_are_tried_and_slice_by_slice(groups, nodes, monkeypatch):
     tried = []
-    monkeypatch.setattr(bounds, "packings", lambda *n: tried.append(len(list(packings(*n)))) or packings(*n))
+    monkeypatch.setattr(
+        lower_bounds, "packings", lambda *n: tried.append(len(list(packings(*n)))) or packings(*n)
+    )
     topology = eplb.Topology(num_nodes=nodes, num_ranks=nodes, num_slots=nodes * 30, num_groups=groups)
     generator = torch.Generator().manual_seed(groups)
     load = torch.empty(9, 2, groups * 3).log_normal_(0, 3, generator=generator)
@@ -124,7 +126,7 @@ def test_few_packings_are_tried_and_slice_by_slice(groups, nodes, monkeypatch):
     assert all(number <= MOST_PACKINGS for number in tried)
     assert bool(tried) == (nodes > 1 and num_packings(groups, nodes) <= MOST_PACKINGS)
     for rows in (1, 5, 10):
-        monkeypatch.setattr(bounds, "_ROWS_AT_ONCE", rows)
+        monkeypatch.setattr(lower_bounds, "_ROWS_AT_ONCE", rows)
         torch.testing.assert_close(
-            bounds.peak_lower_bound(load.double(), topology), planned.lower_bound, rtol=1e-14, atol=0
+            lower_bounds.peak_lower_bound(load.double(), topology), planned.lower_bound, rtol=1e-14, atol=0
         )

@@ -1,0 +1,1 @@
+"""The policy `adaptive`: exchanges from the placement in force, by compiled search."""
