@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from eplb_plugin.cli import app
 from eplb_plugin.config.options import PlannerOptions, RebalancerOptions
 from eplb_plugin.core.balancedness import balancedness, rank_loads
-from eplb_plugin.core.errors import EplbError, TraceError
+from eplb_plugin.core.errors import ConfigError, EplbError, TraceError
 from eplb_plugin.core.placement import Placement
 from eplb_plugin.core.topology import Topology
 from eplb_plugin.formats.npz import save_load_trace
@@ -252,7 +252,7 @@ def test_without_matplotlib_it_says_what_to_install(monkeypatch, tmp_path):
 
 
 def test_wrong_policies_and_places_are_told(tmp_path, done):
-    with pytest.raises(TraceError, match="no policy 'best'"):
+    with pytest.raises(ConfigError, match="no policy 'best'"):
         run("report", "gpt-oss-20b", "-o", tmp_path / "out.html", "--policy", "best")
     with pytest.raises(TraceError, match="cannot be written"):
         write_page(tmp_path / "no folder" / "out.html", [(done, [])])
