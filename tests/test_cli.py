@@ -28,7 +28,7 @@ from eplb_plugin.offline.synthetic_traffic import generate
 from eplb_plugin.offline.traces import LoadTrace
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "traces"
-ALL = ["--policy", "static", "--policy", "greedy", "--policy", "ensemble"]
+ALL = ["--policy", "static", "--policy", "greedy", "--policy", "adaptive"]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def last_json(result):
 def test_simulate_compares_policies(load_file):
     result = run("simulate", load_file, "--ranks", 4, "--slots", 40, "--interval", 10, *ALL, "--json")
     rows = last_json(result)
-    assert [row["policy"] for row in rows] == ["static", "greedy", "ensemble"]
+    assert [row["policy"] for row in rows] == ["static", "greedy", "adaptive"]
     for row in rows:
         assert 0 < row["balancedness"] <= 1
         assert 0 <= row["moved_share"] <= 1
@@ -111,7 +111,7 @@ def test_without_a_terminal_a_long_silence_is_explained(monkeypatch):
 
 
 def test_the_price_of_moves_can_be_given(load_file):
-    common = [load_file, "--ranks", 4, "--interval", 10, "--policy", "ensemble", "--json"]
+    common = [load_file, "--ranks", 4, "--interval", 10, "--policy", "adaptive", "--json"]
     (free,) = last_json(run("simulate", *common, "--move-price", 0))
     (dear,) = last_json(run("simulate", *common, "--move-price", 1e6))
     assert dear["moved_share"] == 0 < free["moved_share"]
@@ -133,7 +133,7 @@ def test_every_default_is_in_the_help():
             assert parameter.show_default == (False if default is None else shown), parameter.name
     help_text = " ".join(run("simulate", "--help").stdout.replace("│", " ").split())
     assert "[default: (8)]" in help_text
-    assert "[default: (static, greedy, ensemble)]" in help_text
+    assert "[default: (static, greedy, adaptive)]" in help_text
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_simulate_reads_a_configuration_file(tmp_path, load_file):
         (["nowhere.npz"], "nowhere.npz: no such file"),
         (["gpt-oss"], "gpt-oss: no such file, and no traffic profile; there are kimi-k2.5, deepseek-v3"),
         ([""], "the name of the load is empty"),
-        (["deepseek-v3", "--policy", "best"], "no policy 'best'; there are static, greedy, ensemble"),
+        (["deepseek-v3", "--policy", "best"], "no policy 'best'; there are static, adaptive, ensemble, greedy"),
         (["deepseek-v3", "--ranks", "0"], "--ranks: Input should be greater than or equal to 1 (got 0)"),
         (["deepseek-v3", "--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
         (["gpt-oss-20b", "--steps", "8", "--interval", "8"], "has 8 steps: with --interval 8 none are left"),

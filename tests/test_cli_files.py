@@ -99,7 +99,7 @@ def test_plan_writes_what_the_library_plans(tmp_path, load_file, form, name):
     run("plan", load_file, "--ranks", 8, "--slots", 40, "-o", start, "--config", _write(tmp_path, "greedy"))
     in_force = read_placement(start, 32, trace.layer_ids)
     out = run(
-        "plan", load_file, *shape, "-o", path, "--current", start, "--config", _write(tmp_path, "ensemble")
+        "plan", load_file, *shape, "-o", path, "--current", start, "--config", _write(tmp_path, "adaptive")
     )
     written = read_placement(path, 32, trace.layer_ids)
     moves = int(count_moves(in_force, written, topology).sum())
@@ -113,18 +113,19 @@ def _write(folder, policy):
     return path
 
 
-def test_a_whole_recording_counts_alike_unless_configured(tmp_path, load_file):
+def test_the_forecast_is_asked_for_and_options_count_wherever_they_come_from(tmp_path, load_file):
     shape = ["--ranks", 8, "--slots", 40]
     trace, topology = read_trace(load_file), Topology(num_ranks=8, num_slots=40)
     window = fold_steps(trace.load, 64)
-    config = tmp_path / "c.yaml"
-    config.write_text("planner: {snapshot_decay: 0.5}")
-    other = tmp_path / "o.yaml"
-    other.write_text("planner: {persistence: 0.8}")
+    config, defaults = tmp_path / "c.yaml", tmp_path / "d.yaml"
+    config.write_text("planner: {snapshot_decay: 0.5, persistence: 0.8}")
+    defaults.write_text("planner: {snapshot_decay: 0.975, persistence: 0.7}")
     for decay, persistence, extra in (
         (1.0, 0.0, []),
-        (0.5, 0.0, ["--config", config]),
-        (1.0, 0.8, ["--config", other]),
+        (1.0, 0.0, ["--config", config]),
+        (0.975, 0.7, ["--forecast"]),
+        (0.975, 0.7, ["--forecast", "--config", defaults]),
+        (0.5, 0.8, ["--forecast", "--config", config]),
     ):
         run("plan", load_file, *shape, "-o", tmp_path / "p.json", *extra)
         options = PlannerOptions(snapshot_decay=decay, persistence=persistence)

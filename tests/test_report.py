@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from eplb_plugin.cli import app
 from eplb_plugin.config.options import PlannerOptions, RebalancerOptions
 from eplb_plugin.core.balancedness import balancedness, rank_loads
-from eplb_plugin.core.errors import EplbError, TraceError
+from eplb_plugin.core.errors import ConfigError, EplbError, TraceError
 from eplb_plugin.core.placement import Placement
 from eplb_plugin.core.topology import Topology
 from eplb_plugin.formats.npz import save_load_trace
@@ -29,7 +29,7 @@ from eplb_plugin.report.replay import replay
 
 TOPOLOGY = Topology(num_ranks=4, num_slots=36)
 OPTIONS = RebalancerOptions(interval=8, history=2)
-POLICIES = ("static", "greedy", "ensemble")
+POLICIES = ("static", "greedy", "adaptive")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
@@ -97,7 +97,7 @@ def test_balancedness_and_moves_over_time(done):
         if name != "static":
             np.testing.assert_array_equal(lines[f"{name}, predicted"].get_ydata(), item.predicted)
     axis = figures.moves_over_time(done).axes[0]
-    assert [line.get_label() for line in axis.lines] == ["greedy", "ensemble"]
+    assert [line.get_label() for line in axis.lines] == ["greedy", "adaptive"]
     moves = [100 * part.moves / (3 * 36) for part in done.policies[2].result.intervals]
     np.testing.assert_allclose(axis.lines[1].get_ydata(), moves)
     assert "%" in axis.get_ylabel()
@@ -153,7 +153,7 @@ def test_the_same_replay_gives_the_same_pictures(done):
 def test_layers_without_load_do_not_matter(trace):
     load = trace.load.clone()
     load[:, 0] = 0
-    done = replay(LoadTrace(load), TOPOLOGY, ("ensemble",), PlannerOptions(), OPTIONS)
+    done = replay(LoadTrace(load), TOPOLOGY, ("adaptive",), PlannerOptions(), OPTIONS)
     assert done.mean_rank_loads(done.policies[0])[0].isnan().all()
     assert len(list(picture_set(done))) == 5
 
@@ -229,7 +229,7 @@ def run(*args):
 
 def test_the_command_writes_the_page_and_pictures(tmp_path, trace):
     save_load_trace(tmp_path / "load.npz", trace)
-    shape = ["--ranks", 4, "--slots", 36, "--policy", "static", "--policy", "ensemble"]
+    shape = ["--ranks", 4, "--slots", 36, "--policy", "static", "--policy", "adaptive"]
     out = tmp_path / "out.html"
     result = run("report", tmp_path / "load.npz", "-o", out, "--png", tmp_path / "png", *shape)
     assert result.exit_code == 0, result.output
@@ -252,7 +252,7 @@ def test_without_matplotlib_it_says_what_to_install(monkeypatch, tmp_path):
 
 
 def test_wrong_policies_and_places_are_told(tmp_path, done):
-    with pytest.raises(TraceError, match="no policy 'best'"):
+    with pytest.raises(ConfigError, match="no policy 'best'"):
         run("report", "gpt-oss-20b", "-o", tmp_path / "out.html", "--policy", "best")
     with pytest.raises(TraceError, match="cannot be written"):
         write_page(tmp_path / "no folder" / "out.html", [(done, [])])

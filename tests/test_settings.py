@@ -71,40 +71,40 @@ def test_the_default_file_says_what_the_models_say():
 
 def test_file_then_environment_then_command_line(tmp_path, monkeypatch):
     path = write(
-        tmp_path / "a.yaml", "planner: {seed: 1, num_candidates: 7}\ndemo: {steps: 9}\nsimulate: {slots: 40}"
+        tmp_path / "a.yaml", "planner: {max_moves: 1, min_gain: 0.5}\ndemo: {steps: 9}\nsimulate: {slots: 40}"
     )
-    monkeypatch.setenv("EPLB_PLUGIN_PLANNER__SEED", "2")
+    monkeypatch.setenv("EPLB_PLUGIN_PLANNER__MAX_MOVES", "2")
     monkeypatch.setenv("EPLB_PLUGIN_DEMO__DRIFT", "0.25")
     monkeypatch.setenv("EPLB_PLUGIN_DEMO__LAYERS", "3")
     monkeypatch.setenv("EPLB_PLUGIN_REBALANCER__DISPATCH", "local_first")
     monkeypatch.setenv("EPLB_PLUGIN_SIMULATE__POLICIES", '["greedy"]')
     monkeypatch.setenv("EPLB_PLUGIN_SIMULATE__SLOTS", "null")
     settings = load_settings(path, {"demo.layers": 5, "demo.steps": None})
-    assert (settings.planner.seed, settings.planner.num_candidates) == (2, 7)
+    assert (settings.planner.max_moves, settings.planner.min_gain) == (2, 0.5)
     assert (settings.demo.drift, settings.demo.layers, settings.demo.steps) == (0.25, 5, 9)
     assert settings.rebalancer.dispatch == "local_first"
     assert settings.simulate.policies == ("greedy",)
     assert settings.simulate.slots is None
-    assert settings.origins["planner.seed"] == "environment variable EPLB_PLUGIN_PLANNER__SEED"
-    assert settings.origins["planner.num_candidates"] == str(path)
+    assert settings.origins["planner.max_moves"] == "environment variable EPLB_PLUGIN_PLANNER__MAX_MOVES"
+    assert settings.origins["planner.min_gain"] == str(path)
     assert settings.origins["demo.layers"] == "command line"
 
 
 def test_the_section_of_an_adapter_is_left_to_it(tmp_path, monkeypatch):
     path = tmp_path / "mine.yaml"
-    path.write_text("eplb_plugin: {enabled: true}\nplanner: {seed: 3}")
-    assert load_settings(path).origins == {"planner.seed": str(path)}
+    path.write_text("eplb_plugin: {enabled: true}\nplanner: {max_moves: 3}")
+    assert load_settings(path).origins == {"planner.max_moves": str(path)}
     monkeypatch.setenv("EPLB_PLUGIN_CONFIG", str(path))
     assert read_section("eplb_plugin") == {"enabled": True}
     assert read_section("nothing") is None
 
 
 def test_the_environment_names_the_file(tmp_path, monkeypatch):
-    path = write(tmp_path / "a.yaml", "planner: {seed: 1}")
-    other = write(tmp_path / "b.yaml", "planner: {seed: 2}")
+    path = write(tmp_path / "a.yaml", "planner: {max_moves: 1}")
+    other = write(tmp_path / "b.yaml", "planner: {max_moves: 2}")
     monkeypatch.setenv("EPLB_PLUGIN_CONFIG", str(path))
-    assert load_settings().planner.seed == 1
-    assert load_settings(other).planner.seed == 2
+    assert load_settings().planner.max_moves == 1
+    assert load_settings(other).planner.max_moves == 2
     monkeypatch.setenv("EPLB_PLUGIN_CONFIG", str(tmp_path / "none.yaml"))
     with pytest.raises(ConfigError, match=r"none\.yaml: no such file"):
         load_settings()
@@ -117,17 +117,18 @@ def test_an_empty_file_changes_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("plan: {seed: 1}", "unknown section 'plan'; there are planner, rebalancer"),
+        ("plan: {max_moves: 1}", "unknown section 'plan'; there are planner, rebalancer"),
         ("planner: {sede: 1}", "unknown option planner.sede; planner has policy"),
-        ("planner: {seed: -1}", r"seed: Input should be greater than or equal to 0 \(got -1\)"),
-        ("planner: {policy: best}", "'ensemble' or 'greedy'"),
-        ("planner: {seed: 1.5}", "seed: "),
+        ("planner: {max_moves: -1}", r"max_moves: Input should be greater than or equal to 0 \(got -1\)"),
+        ("planner: {ensemble: {seed: -1}}", r"EnsembleOptions: seed: Input should be greater .* \(got -1\)"),
+        ("planner: {ensemble: {sede: 1}}", r"EnsembleOptions: sede: Extra inputs are not permitted"),
+        ("planner: {max_moves: 1.5}", "max_moves: "),
         ("planner: 5", "section 'planner' holds 5"),
         ("planner:", "section 'planner' holds None"),
         ("planner: {1: 2}", "has the option 1, not a name"),
         ("5: {a: 1}", "section 5 holds"),
         ("- planner", "holds a list"),
-        ("planner: {seed: ", "not YAML"),
+        ("planner: {max_moves: ", "not YAML"),
         ("planner: !!python/object/apply:os.getcwd []", "not YAML"),
     ],
 )
@@ -142,11 +143,11 @@ def test_wrong_files_are_told_by_name(tmp_path, text, message):
     ("name", "value", "message"),
     [
         ("EPLB_PLUGIN_PLANNER__SEDE", "1", "unknown option planner.sede"),
-        ("EPLB_PLUGIN_PLAN__SEED", "1", "unknown section 'plan'"),
+        ("EPLB_PLUGIN_PLAN__MAX_MOVES", "1", "unknown section 'plan'"),
         ("EPLB_PLUGIN_SEED", "1", "unknown; options are set as"),
         ("EPLB_PLUGIN_PLANNER", '{"seed": 1}', "unknown; options are set as"),
-        ("EPLB_PLUGIN_PLANNER__SEED__X", "1", "unknown; options are set as"),
-        ("EPLB_PLUGIN_PLANNER__SEED", "many", r"seed: .*\(got 'many'\)"),
+        ("EPLB_PLUGIN_PLANNER__MAX_MOVES__X", "1", "unknown; options are set as"),
+        ("EPLB_PLUGIN_PLANNER__MAX_MOVES", "many", r"max_moves: .*\(got 'many'\)"),
         ("EPLB_PLUGIN_DEMO__RANKS", "0", r"ranks: .*\(got '0'\)"),
         ("EPLB_PLUGIN_SIMULATE__POLICIES", "greedy", "write lists as JSON"),
     ],
@@ -159,16 +160,16 @@ def test_wrong_variables_are_told_by_name(monkeypatch, name, value, message):
 
 
 def test_a_wrong_value_is_blamed_on_the_origin_that_set_it(tmp_path, monkeypatch):
-    path = write(tmp_path / "a.yaml", "planner: {seed: 1}")
-    monkeypatch.setenv("EPLB_PLUGIN_PLANNER__NUM_CANDIDATES", "4")
-    with pytest.raises(ConfigError, match=r"^command line: section planner: .*tolerance"):
-        load_settings(path, {"planner.tolerance": 2})
+    path = write(tmp_path / "a.yaml", "planner: {max_moves: 1}")
+    monkeypatch.setenv("EPLB_PLUGIN_PLANNER__MIN_GAIN", "0.4")
+    with pytest.raises(ConfigError, match=r"^command line: section planner: .*persistence"):
+        load_settings(path, {"planner.persistence": 2})
 
 
 def test_making_settings_reads_no_environment(monkeypatch):
-    monkeypatch.setenv("EPLB_PLUGIN_PLANNER__SEED", "2")
+    monkeypatch.setenv("EPLB_PLUGIN_PLANNER__MAX_MOVES", "2")
     monkeypatch.setenv("EPLB_PLUGIN_NONSENSE", "2")
-    assert Settings().planner.seed == 0
+    assert Settings().planner.max_moves is None
 
 
 def test_importing_the_package_ignores_the_environment():
@@ -188,10 +189,10 @@ def made(values):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"seed": -1}, r"seed: Input should be greater than or equal to 0 \(got -1\)"),
+        ({"max_moves": -1}, r"max_moves: Input should be greater than or equal to 0 \(got -1\)"),
         ({"sede": 1}, r"sede: Extra inputs are not permitted \(got 1\)"),
         ({"max_moves": True}, r"max_moves: Input should not be a bool \(got True\)"),
-        ({"num_candidates": True}, r"num_candidates: Input should not be a bool \(got True\)"),
+        ({"min_gain": True}, r"min_gain: Input should not be a bool \(got True\)"),
         ({"move_price": False}, r"move_price: Input should not be a bool \(got False\)"),
     ],
 )
@@ -210,20 +211,20 @@ def test_what_holds_no_values_is_told():
 
 
 def test_numbers_may_be_text_and_bools_are_for_switches():
-    for make in made({"num_candidates": "7", "max_moves": "0", "move_price": "0.5"}):
+    for make in made({"min_gain": "0.7", "max_moves": "0", "move_price": "0.5"}):
         options = make()
-        assert (options.num_candidates, options.max_moves, options.move_price) == (7, 0, 0.5)
+        assert (options.min_gain, options.max_moves, options.move_price) == (0.7, 0, 0.5)
     assert RebalancerOptions(dispatch="local_first").dispatch == "local_first"
 
 
 def test_a_model_within_another_is_told_once():
-    with pytest.raises(ConfigError, match=r"^EngineOptions: planner: PlannerOptions: seed: [^:]*$"):
-        EngineOptions(planner={"seed": -1})
+    with pytest.raises(ConfigError, match=r"^EngineOptions: planner: PlannerOptions: max_moves: [^:]*$"):
+        EngineOptions(planner={"max_moves": -1})
 
 
 def test_settings_are_frozen():
     settings = load_settings()
     with pytest.raises(ValueError, match="frozen"):
-        settings.planner = PlannerOptions(seed=3)
+        settings.planner = PlannerOptions(max_moves=3)
     with pytest.raises(TypeError):
-        settings.origins["planner.seed"] = "me"
+        settings.origins["planner.max_moves"] = "me"

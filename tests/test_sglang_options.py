@@ -61,14 +61,14 @@ def test_metrics_are_enabled_like_the_other_options(monkeypatch):
 
 def test_the_command_line_goes_over_the_environment_and_the_file(tmp_path, monkeypatch):
     path = tmp_path / "options.yaml"
-    path.write_text("planner: {seed: 1, num_candidates: 7, move_price: 0.5}\nrebalancer: {history: 9}\n")
-    monkeypatch.setenv("EPLB_PLUGIN_PLANNER__NUM_CANDIDATES", "8")
-    monkeypatch.setenv("EPLB_PLUGIN_PLANNER__SEED", "2")
-    options = parse_algorithm(f"ensemble:config={path},seed=3")
-    assert options.planner == PlannerOptions(seed=3, num_candidates=8, move_price=0.5)
+    path.write_text("planner: {max_moves: 1, min_gain: 0.7, move_price: 0.5}\nrebalancer: {history: 9}\n")
+    monkeypatch.setenv("EPLB_PLUGIN_PLANNER__MIN_GAIN", "0.8")
+    monkeypatch.setenv("EPLB_PLUGIN_PLANNER__MAX_MOVES", "2")
+    options = parse_algorithm(f"ensemble:config={path},max_moves=3")
+    assert options.planner == PlannerOptions(max_moves=3, min_gain=0.8, move_price=0.5)
     assert options.history == 9
     monkeypatch.setenv("EPLB_PLUGIN_CONFIG", str(path))
-    assert parse_algorithm("ensemble").planner == PlannerOptions(seed=2, num_candidates=8, move_price=0.5)
+    assert parse_algorithm("ensemble").planner == PlannerOptions(max_moves=2, min_gain=0.8, move_price=0.5)
 
 
 def test_the_example_is_read():

@@ -36,21 +36,21 @@ def test_vllms_argument_is_taken_instead_of_the_files_section(tmp_path, monkeypa
 def test_they_go_over_the_environment_and_that_over_the_files_other_sections(tmp_path, monkeypatch):
     path = tmp_path / "vllm.yaml"
     path.write_text(
-        "planner: {seed: 3, move_price: 0.1, max_moves: 9}\nrebalancer: {history: 7, snapshots: 5}\n"
+        "planner: {min_gain: 0.3, move_price: 0.1, max_moves: 9}\nrebalancer: {history: 7, snapshots: 5}\n"
         "metrics: {enabled: true}\n"
     )
     monkeypatch.setenv("EPLB_PLUGIN_CONFIG", str(path))
     monkeypatch.setenv("EPLB_PLUGIN_PLANNER__MOVE_PRICE", "0.2")
-    monkeypatch.setenv("EPLB_PLUGIN_PLANNER__SEED", "4")
-    given = {"eplb_plugin": {"enabled": True, "snapshots": 6, "planner": {"seed": 5}}}
+    monkeypatch.setenv("EPLB_PLUGIN_PLANNER__MIN_GAIN", "0.4")
+    given = {"eplb_plugin": {"enabled": True, "snapshots": 6, "planner": {"min_gain": 0.5}}}
     assert vllm_options(given) == VllmOptions(
         enabled=True,
         snapshots=6,
         history=7,
         metrics=True,
-        planner=PlannerOptions(seed=5, move_price=0.2, max_moves=9),
+        planner=PlannerOptions(min_gain=0.5, move_price=0.2, max_moves=9),
     )
-    assert vllm_options({}).planner == PlannerOptions(seed=4, move_price=0.2, max_moves=9)
+    assert vllm_options({}).planner == PlannerOptions(min_gain=0.4, move_price=0.2, max_moves=9)
     monkeypatch.setenv("EPLB_PLUGIN_BOGUS__X", "1")
     with pytest.raises(ConfigError, match="EPLB_PLUGIN_BOGUS__X"):
         vllm_options(given)
@@ -102,4 +102,4 @@ def test_the_documentation_has_every_option_with_its_default():
     defaults = VllmOptions().model_dump(mode="json")
     planner = {f"planner.{name}": value for name, value in defaults.pop("planner").items()}
     for name, value in (defaults | planner).items():
-        assert table[f"`{name}`"] == yaml.safe_dump(value).splitlines()[0], name
+        assert table[f"`{name}`"] == yaml.safe_dump(value, default_flow_style=True).splitlines()[0], name

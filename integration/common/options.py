@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ...config.options import Options, PlannerOptions
 from ...config.sources import load_settings
+from ...planning.policies import policy_for
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["EngineOptions", "SHARED", "options_in_settings"]
 
@@ -41,6 +45,11 @@ class EngineOptions(Options):
 
     metrics: bool = False
     """Show what happens on the engine's own `/metrics`."""
+
+    @model_validator(mode="after")
+    def _refuse_unfit_policy(self) -> Self:
+        policy_for(self.planner)
+        return self
 
 
 def options_in_settings(

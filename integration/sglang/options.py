@@ -11,7 +11,8 @@ __all__ = ["ALGORITHM", "OPTIONS", "is_ours", "parse_algorithm"]
 ALGORITHM = "ensemble"
 """The name of this package's planner among SGLang's algorithms."""
 
-_SETTINGS = {name: f"planner.{name}" for name in PlannerOptions.model_fields}
+# A nested section does not fit after the colon: the packer of `ensemble` is configured by the file.
+_SETTINGS = {name: f"planner.{name}" for name in PlannerOptions.model_fields if name != "ensemble"}
 _SETTINGS |= SHARED
 _LONGEST = 200
 

@@ -43,7 +43,7 @@ def test_predictions_are_what_simulate_measures(steady):
     first, second = halves(steady)
     best = advice.best.setting
     topology = Topology(num_nodes=2, num_ranks=4, num_slots=best.slots)
-    setup = policy_setup("ensemble", PlannerOptions(move_price=best.move_price))
+    setup = policy_setup("adaptive", PlannerOptions(move_price=best.move_price))
     assert (
         advice.back_test.predicted == simulate(first, topology, setup, best.interval, history=2).balancedness
     )

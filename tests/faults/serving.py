@@ -23,7 +23,7 @@ SMALL = MoEConfig(vocab=64, num_topics=4, hidden=16, expert_hidden=24, num_layer
 SIZE = 3
 SLOTS_PER_RANK = 6
 # Moves are free and no gain is too small, so that nearly every rebalance moves something.
-PLANNER = eplb.PlannerOptions(num_candidates=8, refine_rounds=4, min_gain=0, move_price=0)
+PLANNER = eplb.PlannerOptions(min_gain=0, move_price=0)
 INTERVAL = 4
 MOST = 12  # rebalances until one does what a test is about
 AT_ONCE = 2.0  # seconds that a step may take, on a busy machine, when there is nothing to do in it

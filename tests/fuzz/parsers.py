@@ -233,8 +233,8 @@ PARSERS = {
         load_settings,
         (
             default_yaml().encode(),
-            b"planner: {seed: 1, move_price: 0.5}\nsimulate: {policies: [greedy]}\n",
-            b"eplb_plugin: {enabled: true, planner: {seed: 1}}\n",
+            b"planner: {max_moves: 1, move_price: 0.5}\nsimulate: {policies: [greedy]}\n",
+            b"eplb_plugin: {enabled: true, planner: {max_moves: 1}}\n",
         ),
         YAML_WORDS,
     ),
@@ -247,7 +247,7 @@ PARSERS = {
     "additional": Parser(
         "additional",
         _read_additional_config,
-        (b'{"eplb_plugin": {"enabled": true, "planner": {"move_price": 0.05, "seed": 1}, "history": 3}}',),
+        (b'{"eplb_plugin": {"enabled": true, "planner": {"max_moves": 1}, "history": 3}}',),
         JSON_WORDS,
     ),
 }

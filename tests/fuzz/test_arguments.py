@@ -73,8 +73,7 @@ def test_plans(load, current, slots, ranks, nodes, groups):
 
     def make():
         topology = eplb.Topology(num_nodes=nodes, num_ranks=ranks, num_slots=slots, num_groups=groups)
-        options = eplb.PlannerOptions(num_candidates=2)
-        made = eplb.plan(load, topology, current, options)
+        made = eplb.plan(load, topology, current)
         assert 0 < made.balancedness <= 1 + 1e-9
         assert eplb.rank_loads(load, made.placement, topology).shape[2] == ranks
 
@@ -87,7 +86,7 @@ def test_plans(load, current, slots, ranks, nodes, groups):
 @given(weight=ANYTHING, packs=st.integers(-1, 5))
 def test_packing(weight, packs):
     def make():
-        pack, place = eplb.balanced_packing(weight, packs, eplb.PlannerOptions(num_candidates=2))
+        pack, place = eplb.balanced_packing(weight, packs, eplb.EnsembleOptions(num_candidates=2))
         items = weight.shape[-1]
         for row in (pack * (items // packs) + place).tolist():
             assert sorted(row) == list(range(items))
@@ -140,7 +139,7 @@ def test_steps_whose_sums_are_large(snapshots):
     assert float(folded.sum()) == 7 * 2 * 3 * 65504
 
 
-OPTIONS = [eplb.PlannerOptions, eplb.RebalancerOptions, eplb.MetricsOptions]
+OPTIONS = [eplb.EnsembleOptions, eplb.PlannerOptions, eplb.RebalancerOptions, eplb.MetricsOptions]
 ODD = st.recursive(
     st.none()
     | st.booleans()

@@ -68,11 +68,17 @@ def check(load, topology, current, options):
     return made
 
 
-@pytest.mark.parametrize("policy", ["ensemble", "greedy"])
-@pytest.mark.parametrize("objective", ["peak", "spread"])
+SPREAD = eplb.EnsembleOptions(objective="spread", num_candidates=4)
+OPTIONS = {
+    **{policy: eplb.PlannerOptions(policy=policy) for policy in ("adaptive", "ensemble", "greedy")},
+    "spread": eplb.PlannerOptions(policy="ensemble", ensemble=SPREAD),
+}
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
 @pytest.mark.parametrize("name", LOADS)
-def test_odd_loads(name, objective, policy):
-    options = eplb.PlannerOptions(policy=policy, objective=objective, num_candidates=4)
+def test_odd_loads(name, kind):
+    options = OPTIONS[kind]
     for nodes, ranks, slots, groups, experts in SHAPES:
         topology = eplb.Topology(num_nodes=nodes, num_ranks=ranks, num_slots=slots, num_groups=groups)
         current = eplb.Placement.default(LAYERS, experts, slots)
@@ -82,8 +88,8 @@ def test_odd_loads(name, objective, policy):
             check(load, topology, current, options)
             if name in EVEN and slots % experts == 0:
                 assert made.balancedness == pytest.approx(1)
-            if policy == "ensemble":
-                plain = eplb.plan(load, topology, None, options.model_copy(update={"policy": "greedy"}))
+            if kind != "greedy":
+                plain = eplb.plan(load, topology, None, OPTIONS["greedy"])
                 assert made.balancedness >= plain.balancedness - 0.05
 
 
@@ -93,16 +99,15 @@ def test_snapshots_as_different_as_can_be():
     for snapshot in range(30):
         load[snapshot, :, snapshot % 8] = 10.0 ** (snapshot - 15)
     for current in (None, eplb.Placement.default(LAYERS, 8, 12)):
-        for policy, objective in itertools.product(("ensemble", "greedy"), ("peak", "spread")):
-            options = eplb.PlannerOptions(policy=policy, objective=objective, num_candidates=4)
+        for options in OPTIONS.values():
             check(load, topology, current, options)
 
 
-@pytest.mark.parametrize("policy", ["ensemble", "greedy"])
+@pytest.mark.parametrize("policy", ["adaptive", "ensemble", "greedy"])
 def test_two_thousand_slots_on_a_thousand_ranks(policy):
     topology = eplb.Topology(num_ranks=1024, num_slots=2048)
     load = torch.arange(LAYERS * 1500, dtype=torch.float64).view(LAYERS, 1500)
-    options = eplb.PlannerOptions(policy=policy, num_candidates=1, refine_rounds=2)
+    options = eplb.PlannerOptions(policy=policy, ensemble=eplb.EnsembleOptions(num_candidates=1))
     made = eplb.plan(load, topology, None, options)
     made.placement.validate(topology)
     assert made.balancedness > 0.5

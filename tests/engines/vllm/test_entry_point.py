@@ -85,7 +85,10 @@ def test_a_file_enables_it_and_vllms_arguments_go_over_the_file(tmp_path, monkey
     [
         ({"enabled": True, "histroy": 2}, "histroy"),
         ({"enabled": True, "history": 0}, "history"),
-        ({"enabled": True, "planner": {"policy": "magic"}}, "policy: Input should be 'ensemble' or 'greedy'"),
+        (
+            {"enabled": True, "planner": {"policy": "magic"}},
+            "policy='magic' is unknown; there are adaptive, ensemble, greedy",
+        ),
         ({"enabled": "perhaps"}, "enabled"),
         ("on", "not options with values"),
     ],
