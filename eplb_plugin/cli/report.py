@@ -1,4 +1,4 @@
-"""`eplb-plugin report`: what recorded loads look like before and after, as one HTML file."""
+"""`eplb-plugin report`: recorded loads before and after balancing, as one HTML file with pictures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..offline.simulation import policy_setup
 from ..planning.warmup import warmup
 from ..report.page import picture_set, write_page
 from ..report.replay import replay
-from ..report.style import pictures
+from ..report.style import picture
 from . import arguments
 from .console import compiling
 from .loading import fit_interval, load_for, topology_for, with_interval
@@ -32,7 +32,7 @@ def report(
         list[str], typer.Argument(help="Recorded loads of any format, token traces, or traffic profiles.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file to write.")],
-    png: Annotated[Path | None, typer.Option(help="Folder for the pictures as single PNG files.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Folder for the pictures as PNG files.")] = None,
     ranks: arguments.Ranks = None,
     slots: arguments.Slots = None,
     nodes: arguments.Nodes = None,
@@ -47,7 +47,7 @@ def report(
     steps: arguments.Steps = None,
     config: arguments.Config = None,
 ) -> None:
-    """Show recorded loads before and after balancing: one HTML file with pictures, and each as a PNG."""
+    """Write an HTML file with pictures of recorded loads before and after balancing."""
     settings = arguments.settings_for(context)
     if "rebalancer.interval" not in settings.origins:
         settings = with_interval(settings, _INTERVAL)
@@ -56,8 +56,8 @@ def report(
     check_output(output)
     if png is not None and png.exists() and not png.is_dir():
         raise TraceError(f"{png}: exists and is not a folder")
-    with pictures():
-        pass  # so that a missing matplotlib is told before anything takes time
+    with picture(1):
+        pass  # an early error if matplotlib is missing
     errors = Console(stderr=True)
     sections = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -68,7 +68,7 @@ def report(
             fitting = fit_interval(settings, load)
             topology = topology_for(load, fitting.simulate)
             bar.update(task, description=f"{source}: loading the planner")
-            # A terminal has the bar.
+            # On a terminal, the bar shows that work is going on.
             with nullcontext() if errors.is_terminal else compiling(errors, ""):
                 warmup()
             done = replay(
@@ -89,9 +89,9 @@ def report(
     console.print(f"{output}: written", highlight=False, soft_wrap=True)
     if png is not None:
         for index, (_, drawn) in enumerate(sections):
-            for picture in drawn:
-                path = png / f"{f'{index + 1}_' if len(sections) > 1 else ''}{picture.key}.png"
-                _write(path, picture.png)
+            for item in drawn:
+                path = png / f"{f'{index + 1}_' if len(sections) > 1 else ''}{item.key}.png"
+                _write(path, item.png)
                 console.print(f"{path}: written", highlight=False, soft_wrap=True)
 
 
