@@ -50,10 +50,10 @@ class Trial(BaseModel):
     """Mean moves of the later rebalances, or the moves of a single rebalance."""
 
     busiest_within: float
-    """Mean transfers within the node of the rank that sends or receives the most, over the same rebalances."""
+    """Mean transfers within the node of the rank with the most, over the same rebalances."""
 
     busiest_between: float
-    """Mean transfers between nodes of the rank that sends or receives the most."""
+    """Mean transfers between nodes of the rank with the most."""
 
 
 def try_setting(

@@ -34,8 +34,8 @@ def verdict(advice: Advice, num_experts: int) -> list[str]:
         said.append(_why_not(advice))
     if best.cost.transfer_share > _BUSY_LINKS:
         said.append(
-            f"Transfers keep the busiest links busy {best.cost.transfer_share:.0%} of the time. If the network "
-            "has other work, choose a longer interval or a higher move_price."
+            f"Transfers keep the busiest links busy {best.cost.transfer_share:.0%} of the time. If the "
+            "network has other work, choose a longer interval or a higher move_price."
         )
     # Adding 0 turns -0.0 into 0.0.
     missed = round(100 * (test.measured - test.predicted), 1) + 0.0
