@@ -48,7 +48,7 @@ def option(place: str, *names: str, meaning: str | None = None) -> Any:
     """The command-line option of the setting `place` (`section.option`).
 
     Args:
-        place: the setting; help and default are those of it.
+        place: the setting with the help and the default.
         names: flags, if not the name of the parameter.
         meaning: another help text.
     """

@@ -23,8 +23,8 @@ from ...core.errors import EplbError
 
 __all__ = ["RankError", "run_ranks"]
 
-# Seconds for the reports of the other ranks after a failure: the first rank to die and the ranks that only
-# lost their connection to it must be told apart.
+# Seconds for the reports of the other ranks after a failure. The reports tell the dead rank from ranks that
+# only lost their connection to it.
 _GRACE = 3.0
 
 

@@ -25,14 +25,6 @@ __all__ = [
     "model_config",
     "serve",
 ]
-    "Comparison",
-    "IntervalRecord",
-    "MetricsReady",
-    "StepDone",
-    "compare_outputs",
-    "model_config",
-    "serve",
-]
 
 # Float32 sums of a few hundred terms in another order differ by about 1e-5 of their size.
 _RELATIVE, _ABSOLUTE = 1e-4, 1e-3
