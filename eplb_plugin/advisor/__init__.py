@@ -1,1 +1,1 @@
-"""Is it worth it, and with which settings? What a recorded load says about traffic that is still to come."""
+"""Advice from a recorded load: is balancing worth it, with which settings, and how reliable is that?"""

@@ -1,4 +1,4 @@
-"""The sweep: which setting is best on the first half of a load, and does it hold on the second?"""
+"""The sweep: the best setting on the first half of a load, back-tested on the second half."""
 
 from __future__ import annotations
 
@@ -19,17 +19,16 @@ from .trial import Setting, Trial, try_setting
 __all__ = ["LEAST_STEPS", "Advice", "BackTest", "Rated", "advise", "busy_layers", "similarity"]
 
 LEAST_STEPS = 16
-"""Steps that a load needs to be split and still have something to plan from and to score."""
+"""Minimum number of steps of a load: both halves need steps to plan from and steps to score."""
 
 SAFE_ERROR = 0.02
-"""Difference between predicted and measured balancedness up to which a prediction counts as safe."""
+"""Maximum difference between predicted and measured balancedness of a safe prediction."""
 
 SAFE_SIMILARITY = 0.8
-"""Correlation of the two halves' loads above which the mix of traffic counts as the same."""
+"""Minimum correlation between the loads of the two halves for the same mix of traffic."""
 
-# What more replicas have to bring, and what more moves, to be preferred.
-_WORTH_MEMORY = 0.02
-_WORTH_MOVES = 0.005
+_WORTH_MEMORY = 0.02  # minimum relative gain of a setting with more slots
+_WORTH_MOVES = 0.005  # minimum relative gain of a setting with more moves
 _REDUNDANT_PER_RANK = (0, 1, 2, 4)
 _INTERVALS_PER_HALF = (16, 8, 4)
 _PRICES = (0.25, 4.0)
@@ -37,15 +36,15 @@ _PRICES = (0.25, 4.0)
 
 @dataclass(frozen=True)
 class Rated:
-    """A setting, and what it means for a model on a machine.
+    """A setting with its gain and cost for a model on a machine.
 
     Attributes:
         setting: slots, interval and price.
-        trial: what it came to on the first half.
-        speedup: of the MoE layers against never rebalancing, no redundant experts: they take as long as
-            their fullest rank.
-        cost: of moves and replicas.
-        net: the speed-up as if the engine stood still while weights move.
+        trial: its trial on the first half.
+        speedup: of the MoE layers, over no rebalancing and no redundant experts. The peak rank load is the
+            time of a layer.
+        cost: cost of moves and replicas.
+        net: `speedup` if the engine stopped during transfers: a lower bound.
     """
 
     setting: Setting
@@ -57,13 +56,13 @@ class Rated:
 
 @dataclass(frozen=True)
 class BackTest:
-    """Whether the prediction held.
+    """The best setting of the first half, on the second half.
 
     Attributes:
         predicted: balancedness of the best setting on the first half.
-        measured: on the second half, replayed in the same way.
-        static: on the second half, never rebalanced.
-        similarity: of the two halves' loads: the median over layers of their correlation over experts.
+        measured: balancedness of the same setting on the second half.
+        static: balancedness of the second half without rebalancing.
+        similarity: correlation over experts between the loads of the halves, median over layers.
     """
 
     predicted: float
@@ -77,20 +76,20 @@ class BackTest:
 
     @property
     def safe(self) -> bool:
-        """Whether the prediction may be trusted for traffic that is still to come."""
+        """Whether the prediction is reliable for future traffic."""
         return self.same_traffic and abs(self.predicted - self.measured) <= SAFE_ERROR
 
 
 @dataclass(frozen=True)
 class Advice:
-    """What to do.
+    """The result of the sweep.
 
     Attributes:
-        static: balancedness of the first half when nothing is ever rebalanced, without redundant experts.
-        rated: every setting tried, in the order tried.
-        best: one of them.
-        back_test: how the best one does on the second half.
-        cached: trials that had been made before.
+        static: balancedness of the first half without rebalancing and redundant experts.
+        rated: all settings, in order of trial.
+        best: the recommended one of them.
+        back_test: the best setting on the second half.
+        cached: number of trials from the cache.
     """
 
     static: float
@@ -112,23 +111,23 @@ def advise(
     cache: TrialCache | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Advice:
-    """Sweep redundant experts and intervals, then prices at the best of them, then test the best one.
+    """Sweep redundant experts and intervals, then the price of moves, and back-test the best setting.
 
     Args:
-        trace: the load; its first half is swept, its second half tests.
+        trace: the load. Settings are tried on its first half; the second half is the back-test.
         machine: ranks, links and the size of an expert.
-        planner: how placements are planned.
-        rebalancer: its snapshots and history are the window.
-        redundant: redundant experts to try; by default none (or what it takes to divide evenly), and one,
-            two and four more per rank, up to half of the experts.
-        intervals: steps between rebalances to try; by default three that fit the load.
-        prices: of moves to try; by default that of `planner`, a quarter and four times of it.
-        cache: trials made before.
-        progress: told the trials done and the trials in all.
+        planner: options of the planner.
+        rebalancer: options of the window: snapshots and history.
+        redundant: numbers of redundant experts. By default 0, 1, 2 and 4 per rank, at most half as many as
+            experts, each rounded up to slots that the ranks divide.
+        intervals: steps between rebalances; by default a 16th, an 8th and a quarter of a half.
+        prices: prices of a move; by default the price of `planner`, times 1, 1/4 and 4.
+        cache: earlier trials.
+        progress: called with (trials done, trials in all).
 
     Raises:
-        TraceError: the load is too short, or half of it for an interval; or half of it has no tokens.
-        TopologyError: the numbers do not fit together.
+        TraceError: a half of the load has no tokens, or is too short for an interval.
+        TopologyError: the numbers contradict each other.
     """
     cache = cache or TrialCache(None)
     half = trace.num_steps // 2
@@ -186,14 +185,14 @@ def advise(
 
 
 def similarity(one: torch.Tensor, other: torch.Tensor) -> float:
-    """How alike two loads are: the median over layers of the correlation over experts of their sums.
+    """Correlation over experts between two loads summed over steps, median over layers.
 
     Args:
         one, other: [steps, layers, logical], tokens.
 
     Returns:
-        1 for the same proportions; about 0 for unrelated kinds of traffic. Layers where an expert is no
-        different from another, or without load, do not count; 1 if none does.
+        1 for the same proportions, about 0 for unrelated traffic. Layers without load or with equal load of
+        all experts are ignored; 1 if all are.
     """
     rows = torch.stack([load.sum(0, dtype=torch.float64) for load in (one, other)])
     rows = rows - rows.mean(2, keepdim=True)
@@ -205,7 +204,7 @@ def similarity(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def busy_layers(trace: LoadTrace) -> int:
-    """Layers with experts: engines record dense layers as rows of zeros."""
+    """Number of layers with load: engines record dense layers as rows of zeros."""
     return int((trace.load != 0).any(2).any(0).sum())
 
 
@@ -215,7 +214,7 @@ def _part(trace: LoadTrace, steps: slice) -> LoadTrace:
 
 def _redundant(experts: int, ranks: int) -> list[int]:
     even = -(-experts // ranks) * ranks - experts
-    # Half as many slots again as there are experts is more than anybody spends memory on.
+    # Nobody spends memory on more than one redundant expert for two experts.
     return [
         even + extra * ranks for extra in _REDUNDANT_PER_RANK if extra == 0 or 2 * extra * ranks <= experts
     ]
@@ -228,7 +227,7 @@ def _static(trace: LoadTrace, machine: Machine) -> float:
 
 
 def _best(rated: Sequence[Rated]) -> Rated:
-    """Fewer slots unless more of them pay, then fewer moves unless more of them do."""
+    """The fewest slots within 2% of the best net speed-up, then the fewest moves within 0.5%."""
     top = max(item.net for item in rated)
     slots = min(item.setting.slots for item in rated if item.net >= top * (1 - _WORTH_MEMORY))
     rest = [item for item in rated if item.setting.slots == slots]

@@ -1,4 +1,4 @@
-"""Trials that were made before, kept in a folder: a trial is a pure function of what its key is made of."""
+"""Cache of trials in a folder. A trial is a pure function of the parts of its key."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class TrialCache:
     """A folder of trials.
 
     Args:
-        folder: is made when the first trial is kept; None keeps nothing.
+        folder: created with the first trial; None disables the cache.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -41,7 +41,7 @@ class TrialCache:
         planner: PlannerOptions,
         rebalancer: RebalancerOptions,
     ) -> str:
-        """What tells this trial from any other: the load, the numbers, and the code that plans."""
+        """Digest of the load, the topology, the options and the code of a trial."""
         about = {
             "load": [str(trace.load.dtype), list(trace.load.shape)],
             "topology": dataclasses.asdict(topology),
@@ -55,7 +55,7 @@ class TrialCache:
         return digest.hexdigest()
 
     def get(self, key: str) -> Trial | None:
-        """The trial with this key; a file that cannot be read counts as none."""
+        """The trial of a key, or None. An unreadable file is ignored: the trial is repeated."""
         if self._folder is None:
             return None
         try:
@@ -66,10 +66,10 @@ class TrialCache:
         return trial
 
     def put(self, key: str, trial: Trial) -> None:
-        """Keep a trial.
+        """Store a trial.
 
         Raises:
-            TraceError: the folder cannot be written to.
+            TraceError: the folder cannot be written.
         """
         if self._folder is None:
             return
@@ -83,7 +83,7 @@ class TrialCache:
 
 @cache
 def _code() -> str:
-    """A digest of all code that a trial runs: a new version of the planner gives new trials."""
+    """Digest of all code of a trial: a new version of the planner repeats the trials."""
     package = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
     for path in sorted(path for part in _RUN_BY_TRIALS for path in (package / part).rglob("*.py")):

@@ -1,4 +1,4 @@
-"""What moves and replicas cost on a machine, for experts of a given size."""
+"""Cost of moves and replicas on a machine, for experts of a given size."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["Cost", "Machine"]
 
 @dataclass(frozen=True)
 class Cost:
-    """What a setting costs.
+    """Cost of a setting.
 
     Attributes:
-        bytes_per_hour: weights sent over all ranks.
-        transfer_seconds: of one rebalance, on the links of the busiest rank.
-        transfer_share: of the time between two rebalances in which that rank's links carry weights.
-        replica_bytes: memory per rank that redundant experts take.
+        bytes_per_hour: transferred weights, over all ranks.
+        transfer_seconds: transfer time of one rebalance, on the links of the busiest rank.
+        transfer_share: `transfer_seconds` as a share of the time between two rebalances.
+        replica_bytes: memory of redundant experts, per rank.
     """
 
     bytes_per_hour: float
@@ -34,15 +34,15 @@ class Machine:
 
     Attributes:
         ranks: ranks of the group.
-        nodes: nodes that they are spread over.
-        groups: groups of experts per layer.
+        nodes: nodes of the group.
+        groups: groups of logical experts per layer.
         bytes_per_expert: size of one expert's weights.
-        bandwidth: of a rank within its node, in bytes per second in each direction.
-        node_bandwidth: of a rank to other nodes, the same.
+        bandwidth: of a rank within its node, in bytes per second and direction.
+        node_bandwidth: of a rank to other nodes, in bytes per second and direction.
         step_seconds: duration of an engine step.
 
     Raises:
-        ConfigError: a size, bandwidth or duration is not above 0.
+        ConfigError: a size, bandwidth or duration is not above 0 or not finite.
     """
 
     ranks: int
@@ -59,15 +59,19 @@ class Machine:
                 raise ConfigError(f"{name}={getattr(self, name)} is not above 0")
 
     def topology(self, slots: int) -> Topology:
-        """The group with this many slots.
+        """The group with `slots` slots.
 
         Raises:
-            TopologyError: the numbers do not fit together.
+            TopologyError: the numbers contradict each other.
         """
         return Topology(num_nodes=self.nodes, num_ranks=self.ranks, num_slots=slots, num_groups=self.groups)
 
     def cost(self, trial: Trial, setting: Setting, num_experts: int, num_layers: int) -> Cost:
-        """What a setting costs in the long run, its first rebalance left out."""
+        """Cost of a setting, without its first rebalance from the default placement.
+
+        Example: 10 transfers of 10 MB over 400 GB/s take 0.25 ms; with 100 steps of 40 ms between two
+        rebalances, that is a share of 0.006%.
+        """
         between = setting.interval * self.step_seconds
         size = self.bytes_per_expert
         seconds = size * (trial.busiest_within / self.bandwidth + trial.busiest_between / self.node_bandwidth)

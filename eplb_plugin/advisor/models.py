@@ -1,4 +1,4 @@
-"""The models of `configs/models.yaml`: how many experts they have, and how large one is."""
+"""The models of `configs/models.yaml`: number and size of their experts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ModelPreset(Options):
     """The shape of a model's experts."""
 
     source: str
-    """Where the numbers are from."""
+    """Source of the numbers."""
 
     layers: int = Field(ge=1)
     """MoE layers."""
@@ -32,7 +32,7 @@ class ModelPreset(Options):
     """Experts per token."""
 
     groups: int = Field(ge=1)
-    """Groups of experts, 1 where routing is not group-limited."""
+    """Groups of logical experts; 1 without group-limited routing."""
 
     hidden: int = Field(ge=1)
     """Size of the residual stream."""
@@ -41,11 +41,11 @@ class ModelPreset(Options):
     """Inner size of each expert."""
 
     bits_per_weight: float = Field(gt=0)
-    """Bits that a weight takes, its share of the scales included."""
+    """Bits of a weight, including its share of the scales."""
 
     @property
     def bytes_per_expert(self) -> float:
-        """Size of one expert's weights: gate, up and down projection."""
+        """Size of the gate, up and down projections of one expert."""
         return 3 * self.hidden * self.expert_hidden * self.bits_per_weight / 8
 
 
@@ -54,7 +54,7 @@ def model_presets() -> Mapping[str, ModelPreset]:
     """All presets, by name.
 
     Raises:
-        ConfigError: the file is missing or wrong.
+        ConfigError: the file is missing or malformed.
     """
     package = Path(__file__).resolve().parents[1]
     # Inside the package in a wheel, beside it in a checkout.
@@ -67,10 +67,10 @@ def model_presets() -> Mapping[str, ModelPreset]:
 
 
 def model_preset(name: str) -> ModelPreset:
-    """The preset called `name`.
+    """The preset `name`.
 
     Raises:
-        ConfigError: there is none; the message lists them.
+        ConfigError: unknown name; the message lists the known ones.
     """
     try:
         return model_presets()[name]

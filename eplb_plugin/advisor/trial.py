@@ -1,4 +1,4 @@
-"""One setting, tried on one load: what it brings on steps that planning has not seen, and what it moves."""
+"""Trial of one setting on one load: balancedness on the steps after each plan, and moves."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Setting", "Trial", "try_setting"]
 
 @dataclass(frozen=True)
 class Setting:
-    """What an operator can choose.
+    """The choices of an operator.
 
     Attributes:
         slots: physical experts over all ranks.
@@ -33,7 +33,7 @@ class Setting:
 
 
 class Trial(BaseModel):
-    """What a setting came to. Sizes are in experts, so that nothing depends on how large one is."""
+    """The result of a setting. Transfers are counted in experts: the cache serves experts of any size."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -41,19 +41,19 @@ class Trial(BaseModel):
     """Mean over the steps after the first interval."""
 
     rebalances: int
-    """How many there were."""
+    """Number of rebalances."""
 
     first_moves: int
-    """Moves of the first rebalance, which leaves the placement that the engine starts with."""
+    """Moves of the first rebalance, from the engine's default placement."""
 
     moves: float
-    """Mean moves of each later rebalance; of the first one where it is the only one."""
+    """Mean moves of the later rebalances, or the moves of a single rebalance."""
 
     busiest_within: float
-    """The same of the rank that sends or receives most within its node."""
+    """Mean transfers within the node of the rank with the most, over the same rebalances."""
 
     busiest_between: float
-    """The same of the rank that sends or receives most to or from other nodes."""
+    """Mean transfers between nodes of the rank with the most."""
 
 
 def try_setting(
@@ -68,12 +68,12 @@ def try_setting(
     Args:
         trace: the load.
         topology: nodes, ranks and groups, with the slots of the setting.
-        setting: interval and price replace those of the options.
-        planner: how placements are planned.
-        rebalancer: its snapshots and history are the window.
+        setting: its interval and price replace the options.
+        planner: options of the planner.
+        rebalancer: options of the window: snapshots and history.
 
     Raises:
-        TraceError: the load is too short for the interval.
+        TraceError: the load has at most one interval.
     """
     options = planner.model_copy(update={"move_price": setting.move_price, "policy": "adaptive"})
     setup = policy_setup("adaptive", options)
@@ -105,7 +105,7 @@ def try_setting(
 
 
 def _transfers(old: Placement, new: Placement, topology: Topology) -> tuple[int, int, int]:
-    """Experts sent: in all, by or to the busiest rank within its node, and the same between nodes."""
+    """Number of transfers: in all, of the busiest rank within its node, of the busiest rank between nodes."""
     sends = plan_migration(old, new, topology).sends
     within = sends.source_rank // topology.ranks_per_node == sends.rank // topology.ranks_per_node
 

@@ -1,4 +1,4 @@
-"""The advice in plain words: worth it or not, and why."""
+"""The advice in sentences: worth it or not, and why."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BUSY_LINKS = 0.05
 
 
 def is_worth_it(advice: Advice) -> bool:
-    """Whether the MoE layers gain enough, on the half that tests as on the one that was swept."""
+    """Whether the MoE layers gain at least 5% on both halves."""
     return _gain(advice) >= _WORTH
 
 
@@ -34,10 +34,10 @@ def verdict(advice: Advice, num_experts: int) -> list[str]:
         said.append(_why_not(advice))
     if best.cost.transfer_share > _BUSY_LINKS:
         said.append(
-            f"Moving weights keeps the busiest links busy {best.cost.transfer_share:.0%} of the time: choose "
-            "a longer interval or a higher move_price if the network is needed for other things."
+            f"Transfers keep the busiest links busy {best.cost.transfer_share:.0%} of the time. If the "
+            "network has other work, choose a longer interval or a higher move_price."
         )
-    # Rounded to what is printed; adding 0 makes a zero of a negative zero.
+    # Adding 0 turns -0.0 into 0.0.
     missed = round(100 * (test.measured - test.predicted), 1) + 0.0
     said.append(
         f"Predicted from the first half of the load: balancedness {test.predicted:.3f}; measured on the "
@@ -53,13 +53,13 @@ def verdict(advice: Advice, num_experts: int) -> list[str]:
         )
     else:
         said.append(
-            "The prediction is unsafe: it missed by more than 2 points though the mix hardly changed."
+            "The prediction is unsafe: it missed by more than 2 points although the mix hardly changed."
         )
     return said
 
 
 def _gain(advice: Advice) -> float:
-    """The net speed-up, of the worse half."""
+    """The net speed-up of the worse half."""
     best, test = advice.best, advice.back_test
     return min(best.net, test.measured / test.static * max(0.0, 1 - best.cost.transfer_share))
 
@@ -68,7 +68,7 @@ def _why_not(advice: Advice) -> str:
     if advice.static > 1 / _WORTH:
         return f"The load is even as it is: balancedness {advice.static:.3f} without balancing."
     if advice.best.speedup >= _WORTH > advice.best.net:
-        return "What balancing gains is lost to moving weights: the links are too slow for these experts."
+        return "Transfers cost more than balancing gains: the links are too slow for these experts."
     if not advice.back_test.same_traffic:
         return "The traffic changes faster than placements can follow it."
     return "Hot experts change from step to step, or there are too few slots to spread them."

@@ -1,4 +1,4 @@
-"""`eplb-plugin report`: what recorded loads look like before and after, as one HTML file."""
+"""`eplb-plugin report`: recorded loads before and after balancing, as one HTML file with pictures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from ..core.errors import TraceError
 from ..core.safe_files import check_output
@@ -16,10 +15,10 @@ from ..offline.simulation import policy_setup
 from ..planning.warmup import warmup
 from ..report.page import picture_set, write_page
 from ..report.replay import replay
-from ..report.style import pictures
+from ..report.style import picture
 from . import arguments
-from .console import compiling
-from .loading import fit_interval, load_for, topology_for, with_interval
+from .console import compiling, progress_bar
+from .loading import fit_interval, load_for, topology_for
 
 __all__ = ["report"]
 
@@ -32,7 +31,7 @@ def report(
         list[str], typer.Argument(help="Recorded loads of any format, token traces, or traffic profiles.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file to write.")],
-    png: Annotated[Path | None, typer.Option(help="Folder for the pictures as single PNG files.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Folder for the pictures as PNG files.")] = None,
     ranks: arguments.Ranks = None,
     slots: arguments.Slots = None,
     nodes: arguments.Nodes = None,
@@ -47,28 +46,27 @@ def report(
     steps: arguments.Steps = None,
     config: arguments.Config = None,
 ) -> None:
-    """Show recorded loads before and after balancing: one HTML file with pictures, and each as a PNG."""
+    """Write an HTML file with pictures of recorded loads before and after balancing."""
     settings = arguments.settings_for(context)
     if "rebalancer.interval" not in settings.origins:
-        settings = with_interval(settings, _INTERVAL)
+        settings = settings.replaced("rebalancer.interval", _INTERVAL)
     for name in settings.simulate.policies:
         policy_setup(name, settings.planner)
     check_output(output)
     if png is not None and png.exists() and not png.is_dir():
         raise TraceError(f"{png}: exists and is not a folder")
-    with pictures():
-        pass  # so that a missing matplotlib is told before anything takes time
+    with picture(1):
+        pass  # an early error if matplotlib is missing
     errors = Console(stderr=True)
     sections = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=errors, transient=True) as bar:
+    with progress_bar(errors) as bar:
         for source in traces:
             task = bar.add_task(f"{source}: reading", total=None)
             load = load_for(source, settings, alone=len(traces) == 1)
             fitting = fit_interval(settings, load)
             topology = topology_for(load, fitting.simulate)
             bar.update(task, description=f"{source}: loading the planner")
-            # A terminal has the bar.
+            # On a terminal, the bar shows that work is going on.
             with nullcontext() if errors.is_terminal else compiling(errors, ""):
                 warmup()
             done = replay(
@@ -89,9 +87,9 @@ def report(
     console.print(f"{output}: written", highlight=False, soft_wrap=True)
     if png is not None:
         for index, (_, drawn) in enumerate(sections):
-            for picture in drawn:
-                path = png / f"{f'{index + 1}_' if len(sections) > 1 else ''}{picture.key}.png"
-                _write(path, picture.png)
+            for item in drawn:
+                path = png / f"{f'{index + 1}_' if len(sections) > 1 else ''}{item.key}.png"
+                _write(path, item.png)
                 console.print(f"{path}: written", highlight=False, soft_wrap=True)
 
 

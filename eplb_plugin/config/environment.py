@@ -1,4 +1,4 @@
-"""What the environment says beside the options: folders, plugins engines load, what workers get of it."""
+"""Environment variables beside the options: folders, allowed plugins, variables for workers."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ __all__ = ["allowed_plugins", "cache_folder", "metrics_folder", "pass_on"]
 
 
 def cache_folder() -> Path:
-    """Where results that can be computed again are kept: under XDG_CACHE_HOME, else under ~/.cache."""
+    """Folder of reproducible results: in XDG_CACHE_HOME, by default in ~/.cache."""
     base = os.environ.get("XDG_CACHE_HOME")
-    # Relative paths are to be ignored, says the specification of that variable.
+    # By the XDG specification, relative paths are ignored.
     folder = Path(base) if base and Path(base).is_absolute() else Path.home() / ".cache"
     return folder / "eplb-plugin"
 
 
 def metrics_folder() -> Path | None:
-    """Where the processes of an engine put their series for its server to read; None: nowhere."""
+    """Folder of the series that the processes of an engine share with its metrics server, if any."""
     folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
     return Path(folder) if folder else None
 
 
 def allowed_plugins(variable: str, *, empty_is_all: bool) -> tuple[str, ...] | None:
-    """The plugins that an engine's variable allows, as a list with commas; None where it allows all.
+    """The plugins in the comma-separated list of an engine's variable; None if all are allowed.
 
     Args:
         variable: VLLM_PLUGINS or SGLANG_PLUGINS.
-        empty_is_all: whether an empty value is taken as if it were not set.
+        empty_is_all: whether an empty value counts as unset.
     """
     value = os.environ.get(variable)
     if value is None or (empty_is_all and not value.strip()):
@@ -36,11 +36,11 @@ def allowed_plugins(variable: str, *, empty_is_all: bool) -> tuple[str, ...] | N
 
 
 def pass_on(prefix: str, variable: str) -> None:
-    """Where there are variables with a prefix, add it to those that an engine copies to its workers.
+    """Let an engine copy the variables with `prefix`, if there are any, to its workers.
 
     Args:
-        prefix: of names.
-        variable: the engine's list of prefixes, with commas.
+        prefix: prefix of the variables' names.
+        variable: the engine's comma-separated list of such prefixes.
     """
     if any(name.startswith(prefix) for name in os.environ):
         known = filter(None, os.environ.get(variable, "").split(","))

@@ -1,8 +1,10 @@
-"""The options of every part: frozen pydantic models that refuse unknown keys."""
+"""The options of all parts: frozen pydantic models without unknown keys. Docstrings are the option help."""
 
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import (
@@ -28,7 +30,6 @@ __all__ = [
     "PlannerOptions",
     "RebalancerOptions",
     "SimulateOptions",
-    "config_error",
 ]
 
 
@@ -36,14 +37,14 @@ _shorten = reprlib.Repr()
 _shorten.maxstring = _shorten.maxother = 120
 
 
-def config_error(source: str, error: ValidationError) -> ConfigError:
-    """The pydantic error as one line per wrong option, `source` naming where the values came from."""
+def _config_error(source: str, error: ValidationError) -> ConfigError:
+    """A pydantic error as a ConfigError of one line; `source` names the origin of the values."""
     lines = []
     for item in error.errors():
         where = ".".join(str(p) if str(p).isidentifier() else _shown(p) for p in item["loc"])
         told: object = f"{item['msg']} (got {_shown(item['input'])})"
         inner = item.get("ctx", {}).get("error")
-        if isinstance(inner, ConfigError):  # a model within has said it all, or this very model
+        if isinstance(inner, ConfigError):  # of a nested model, or of this very model: complete already
             if not where:
                 return inner
             told = inner
@@ -51,8 +52,16 @@ def config_error(source: str, error: ValidationError) -> ConfigError:
     return ConfigError(f"{source}: " + "; ".join(lines))
 
 
+@contextmanager
+def _config_errors(model: type[BaseModel]) -> Iterator[None]:
+    try:
+        yield
+    except ValidationError as error:
+        raise _config_error(model.__name__, error) from None
+
+
 def _shown(value: object) -> str:
-    """The value on one line of bounded length, whatever it is."""
+    """The value on one line of at most 120 characters or so."""
     try:
         return _shorten.repr(value)
     except ValueError:  # Python refuses to print integers of thousands of digits
@@ -60,33 +69,27 @@ def _shown(value: object) -> str:
 
 
 class Options(BaseModel):
-    """Base of all option models. A wrong value raises ConfigError, from Python, a mapping or JSON;
-    `model_copy` and `model_construct` are pydantic's own, which check nothing.
+    """Base of all option models. A wrong value raises ConfigError, from Python, a mapping or JSON.
 
-    Numbers may be text, as in environment variables. A bool is no number.
+    Numbers may be text, as in environment variables; a bool is not a number. `model_copy` and
+    `model_construct` are pydantic's own and check nothing.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     def __init__(self, **values: Any) -> None:
-        try:
+        with _config_errors(type(self)):
             super().__init__(**values)
-        except ValidationError as error:
-            raise config_error(type(self).__name__, error) from None
 
     @classmethod
     def model_validate(cls, *arguments: Any, **options: Any) -> Self:
-        try:
+        with _config_errors(cls):
             return super().model_validate(*arguments, **options)
-        except ValidationError as error:
-            raise config_error(cls.__name__, error) from None
 
     @classmethod
     def model_validate_json(cls, *arguments: Any, **options: Any) -> Self:
-        try:
+        with _config_errors(cls):
             return super().model_validate_json(*arguments, **options)
-        except ValidationError as error:
-            raise config_error(cls.__name__, error) from None
 
     @field_validator("*", mode="before")
     @classmethod
@@ -147,112 +150,112 @@ class PlannerOptions(Options):
 
 
 class RebalancerOptions(Options):
-    """How the online loop runs."""
+    """The online loop."""
 
     mode: Literal["async", "sync"] = "async"
-    """`async`: plan and move weights in the background while the model serves, switch over between steps;
-    `sync`: do all of it within the step that ends an interval."""
+    """`async`: plan and transfer in the background while the model serves, and switch between steps. `sync`:
+    do all of it within the last step of an interval."""
 
     interval: int = Field(1000, ge=1)
     """Steps between two rebalances."""
 
     snapshots: int = Field(32, ge=1, le=1024)
-    """Snapshots that an interval is folded into (fewer where the interval has fewer steps)."""
+    """Maximum number of snapshots of an interval. Example: 1000 steps make 32 snapshots of 31 or 32 steps."""
 
     history: int = Field(4, ge=1, le=64)
-    """Intervals that the window spans; a plan is made from all of them."""
+    """Intervals in the window of a plan."""
 
     planning: Literal["leader", "sharded"] = "leader"
-    """`leader`: rank 0 plans and broadcasts; `sharded`: every rank plans its share of the layers."""
+    """`leader`: rank 0 plans and broadcasts. `sharded`: each rank plans a share of the layers."""
 
     dispatch: str = "even"
-    """Replica of each token. `even`: all replicas of the expert alike; `local_first`: those on the token's
-    own rank where there are any."""
+    """Replica of each token. `even`: all replicas of the expert equally. `local_first`: replicas on the
+    token's own rank, if there are any."""
 
     staging_mib: int = Field(256, ge=1)
-    """Bound on the buffers that receive weights, in MiB per rank. A layer that needs more is switched over in
-    several steps, each of which is a valid placement."""
+    """Bound on the receive buffers of weights, in MiB per rank. A larger layer switches in several steps;
+    after each of them the placement is valid."""
 
     commit_layers: int = Field(1, ge=1)
-    """Layers that switch over in one step when `mode` is `async`."""
+    """Mode `async`: layers that switch in one step."""
 
     background_share: float = Field(0.05, gt=0, le=1)
-    """Share of a core's time that the background of `mode: async` takes on average, so that no step pays for
-    more than a small piece of a rebalance; a rebalance takes longer accordingly. 1 is no bound."""
+    """Mode `async`: maximum share of a CPU core for background work, on average; 1 is no bound. Lower:
+    shorter pauses of steps, longer rebalances. Example: with 0.05, 100 ms of work take 2 s."""
 
     time_limit: float = Field(30.0, gt=0, le=3600)
-    """Seconds that a rank waits for the others in each phase. After that balancing is turned off, and the
-    placement in force stays."""
+    """Time limit of each phase, in seconds. A rank that waits longer turns balancing off; the placement in
+    force stays."""
 
     verify: Literal["off", "sampled", "all"] = "sampled"
-    """What is compared with the fingerprints of the weights when an expert has moved: nothing, some bytes of
-    every tensor, or every byte."""
+    """Comparison of moved weights with their fingerprints: none, some bytes of each tensor, or all bytes."""
 
 
 class MetricsOptions(Options):
-    """Figures for Prometheus, served by the first rank. In vLLM and SGLang, the engine serves them."""
+    """Prometheus metrics, served by the first rank. In vLLM and SGLang the engine serves them."""
 
     enabled: bool = False
-    """Whether there are any."""
+    """Whether to serve metrics."""
 
     host: str = Field("127.0.0.1", min_length=1)
-    """Address to answer on; 0.0.0.0 is reachable from other machines, without a password."""
+    """Address to listen on. 0.0.0.0 is reachable from other machines, without a password."""
 
     port: int = Field(9400, ge=0, le=65535)
-    """Port to answer on; 0 takes one that is free."""
+    """Port to listen on; 0 takes a free port."""
 
 
 class SimulateOptions(Options):
-    """What `eplb-plugin simulate` replays. Its window is that of the `rebalancer` section."""
+    """Offline replay of a load. Its window is set in the section `rebalancer`."""
 
     ranks: int = Field(8, ge=1, le=2**16)
-    """Ranks of the expert-parallel group."""
+    """Ranks (GPUs) of the expert-parallel group."""
 
     slots: int | None = Field(None, ge=1, le=2**20)
-    """Physical experts over all ranks; null: room for all experts and one spare slot per rank."""
+    """Physical experts over all ranks; by default one spare slot per rank."""
 
     nodes: int = Field(1, ge=1)
-    """Nodes that the ranks are spread over."""
+    """Nodes, with equally many ranks each."""
 
     groups: int = Field(1, ge=1)
-    """Groups of experts per layer."""
+    """Groups of logical experts per layer; 1 without group-limited routing."""
 
     policies: tuple[str, ...] = Field(("static", "greedy", "adaptive"), min_length=1)
     """Policies to compare."""
 
     mode: Literal["decode", "prefill"] = "decode"
-    """How a token trace becomes steps."""
+    """Token traces: replay as steps of decode or of prefill."""
 
     batch: int = Field(256, ge=1, le=2**20)
     """Decode: requests in flight."""
 
     max_tokens: int = Field(2048, ge=1)
-    """Prefill: most tokens of one step."""
+    """Prefill: maximum number of tokens of a step."""
 
     steps: int | None = Field(None, ge=1, le=2**24)
-    """Decode and generated traffic: steps; null: eight intervals. Prefill takes the file as it is."""
+    """Decode and generated traffic: steps; by default eight intervals."""
 
     tokens_per_step: int = Field(2048, ge=1, le=2**24)
-    """Generated traffic: tokens of each step."""
+    """Generated traffic: tokens of a step."""
 
     topics: int = Field(4, ge=1, le=1024)
-    """Generated traffic: kinds of requests."""
+    """Generated traffic: number of topics, or kinds of requests."""
 
     drift: float = Field(1.5, ge=0, le=10)
-    """Decode and generated traffic: how strongly the mix of topics changes; 0 keeps it."""
+    """Decode and generated traffic: drift of the topic mix. 0: none; 1: clear; 3: one topic dominates at a
+    time."""
 
     period: float = Field(4096, ge=1)
-    """Decode and generated traffic: typical steps from one high of a topic to the next."""
+    """Decode and generated traffic: typical number of steps between two highs of a topic."""
 
     seed: int = Field(0, ge=0, lt=2**32)
-    """Decode and generated traffic: seed of all draws."""
+    """Decode and generated traffic: seed of all random draws."""
 
 
 class DemoOptions(Options):
-    """What `eplb-plugin demo` serves. Its `interval` is its own, and its background does not rest."""
+    """The demo. Its interval replaces that of `rebalancer`, and its background work is not throttled."""
 
     ranks: int = Field(4, ge=1, le=64)
-    """Processes, one for each rank."""
+    """Ranks, one process each."""
 
     layers: int = Field(4, ge=1)
     """MoE layers of the model."""
@@ -273,31 +276,31 @@ class DemoOptions(Options):
     """Inner size of each expert."""
 
     topics: int = Field(8, ge=1, le=1024)
-    """Kinds of requests; with a trace, its categories take their place."""
+    """Number of topics, or kinds of requests; a trace has its own."""
 
     drift: float = Field(1.5, ge=0, le=10)
-    """How strongly the mix of topics changes; 0 keeps it."""
+    """Drift of the topic mix. 0: none; 1: clear; 3: one topic dominates at a time."""
 
     period: float = Field(192, ge=1)
-    """Typical steps from one high of a topic to the next."""
+    """Typical number of steps between two highs of a topic."""
 
     steps: int = Field(192, ge=2)
-    """Batches that each rank serves."""
+    """Steps, with one batch per rank each."""
 
     tokens: int = Field(128, ge=1)
-    """Tokens of each batch, per rank."""
+    """Tokens of a batch, per rank."""
 
     interval: int = Field(24, ge=1)
     """Steps between two rebalances."""
 
     trace: str | None = None
-    """Token trace (`.npz`) whose categories of requests drive the topics; null draws them."""
+    """Token trace (`.npz`) whose categories of requests are the topics; by default topics are generated."""
 
     mode: Literal["decode", "prefill"] = "decode"
-    """With a trace: replay requests in flight, or take its tokens in file order."""
+    """With a trace: replay requests in flight (decode), or its tokens in file order (prefill)."""
 
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of the model and of the traffic."""
 
     time_limit: float = Field(180, gt=0)
-    """Seconds without progress of any rank after which a demo is stopped; it may take any time in all."""
+    """Seconds without progress of any rank until the demo is stopped. The total time is unlimited."""

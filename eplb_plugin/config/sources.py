@@ -1,25 +1,18 @@
-"""Where options come from: the configuration file, then the environment, then the command line, each over the
-last."""
+"""Sources of options, the last one wins: defaults, configuration file, environment, command line."""
 
 from __future__ import annotations
 
+import json
 import os
 import reprlib
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_origin
 
 import yaml
 from pydantic import PrivateAttr
-from pydantic_settings import (
-    BaseSettings,
-    EnvSettingsSource,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    SettingsError,
-)
 
 from ..core.errors import ConfigError, TraceError
 from ..core.safe_files import read_yaml
@@ -47,10 +40,10 @@ CONFIG_VARIABLE = "EPLB_PLUGIN_CONFIG"
 """The environment variable that names the configuration file."""
 
 COMMAND_LINE = "command line"
-"""The command line, among the origins of options."""
+"""Origin of the options of the command line."""
 
 ADAPTER_SECTIONS = ("eplb_plugin",)
-"""Sections of the file that belong to an engine's adapter, which reads and checks them itself."""
+"""Sections of the file for the adapter of an engine, which validates them itself."""
 
 _MAX_BYTES = 2**20
 _MAX_VALUES = 10_000
@@ -58,16 +51,8 @@ _MAX_VALUES = 10_000
 Sections: TypeAlias = dict[str, dict[str, Any]]
 
 
-class Settings(BaseSettings):
-    """The options of every part. Making one reads nothing: `load_settings` does."""
-
-    model_config = SettingsConfigDict(
-        env_prefix=ENV_PREFIX,
-        env_nested_delimiter=ENV_DELIMITER,
-        env_parse_none_str="null",
-        extra="forbid",
-        frozen=True,
-    )
+class Settings(Options):
+    """The options of all parts. The constructor reads neither file nor environment: `load_settings` does."""
 
     planner: PlannerOptions = PlannerOptions()
     rebalancer: RebalancerOptions = RebalancerOptions()
@@ -77,66 +62,62 @@ class Settings(BaseSettings):
 
     _origins: Mapping[str, str] = PrivateAttr(default_factory=dict)
 
+    def replaced(self, place: str, value: Any) -> Settings:
+        """A copy with another value of `section.option`, not validated; its origin stays."""
+        section, _, option = place.partition(".")
+        options = getattr(self, section).model_copy(update={option: value})
+        return self.model_copy(update={section: options})
+
     @property
     def origins(self) -> Mapping[str, str]:
-        """Where each value that is not a default comes from, by `section.option`."""
+        """Origin of each option that is set, by `section.option`."""
         return MappingProxyType(dict(self._origins))
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return (init_settings,)
 
 
 def load_settings(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Settings:
     """The settings in force: defaults, then the file, then the environment, then `overrides`.
 
     Args:
-        path: YAML file of sections with options; None takes the one that EPLB_PLUGIN_CONFIG names, if any.
-        overrides: option to value by `section.option`, as given on the command line; None values count as
-            not given.
+        path: YAML file of sections with options; by default the file of EPLB_PLUGIN_CONFIG, if set.
+        overrides: values of the command line by `section.option`; None is not given.
 
     Raises:
-        ConfigError: an unknown section or option, or a wrong value; names it and where it comes from.
+        ConfigError: an unknown section or option, or a wrong value; names it and its origin.
     """
     path = path or os.environ.get(CONFIG_VARIABLE) or None
     merged: Sections = {}
     origins: dict[str, str] = {}
     if path is not None:
-        sections = {
-            key: value for key, value in _read_yaml(Path(path)).items() if key not in ADAPTER_SECTIONS
-        }
-        _overlay(merged, origins, sections, str(path))
-    for variable, sections in _read_environment():
-        _overlay(merged, origins, sections, f"environment variable {variable}")
+        sections = _read_yaml(Path(path))
+        own = {name: options for name, options in sections.items() if name not in ADAPTER_SECTIONS}
+        _overlay(merged, origins, own, str(path))
+    for variable, section, option in _option_variables():
+        value = _from_environment(variable, section, option)
+        _overlay(merged, origins, {section: {option: value}}, f"environment variable {variable}")
     for key, value in (overrides or {}).items():
         if value is not None:
             section, _, option = key.partition(".")
             _overlay(merged, origins, {section: {option: value}}, COMMAND_LINE)
-    settings = Settings(**merged)  # type: ignore[arg-type]  # sections are validated into their models
+    settings = Settings(**merged)
     settings._origins = origins
     return settings
 
 
 def read_section(section: str) -> dict[str, Any] | None:
-    """One section of the file that EPLB_PLUGIN_CONFIG names, unchecked, for adapters with options of their
-    own; None where there is no such file or section.
+    """One section of the file of EPLB_PLUGIN_CONFIG, not validated: adapters have options of their own.
+
+    Returns:
+        None without such a file or section.
 
     Raises:
-        ConfigError: the file cannot be read, or is not YAML with sections.
+        ConfigError: the file is unreadable, or not YAML with sections.
     """
     path = os.environ.get(CONFIG_VARIABLE)
     return _read_yaml(Path(path)).get(section) if path else None
 
 
 def default_yaml() -> str:
-    """A configuration file with every option, its default and what it means: `configs/default.yaml`."""
+    """The text of `configs/default.yaml`: every option with its default and its meaning."""
     lines = [
         "# Every option with its default. Copy what you want to change; unknown keys are refused.",
         "# Environment variables go over the file (EPLB_PLUGIN_PLANNER__SEED=1), the command line over both.",
@@ -148,13 +129,13 @@ def default_yaml() -> str:
         for option, value in field.default.model_dump(mode="json").items():
             meaning = " ".join((model.model_fields[option].description or "").split())
             lines += textwrap.wrap(meaning, 100, initial_indent="  # ", subsequent_indent="  # ")
-            # A lone scalar is dumped with an end-of-document mark on a line of its own.
+            # PyYAML ends a lone scalar with an end-of-document mark on a second line.
             lines.append(f"  {option}: {yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}")
     return "\n".join(lines) + "\n"
 
 
 def _overlay(merged: Sections, origins: dict[str, str], sections: Sections, origin: str) -> None:
-    """Put the options of one origin over those below it, and check at once, so that errors can name it."""
+    """Overlay the options of one origin and validate at once, so that an error can name the origin."""
     for section, options in sections.items():
         field = Settings.model_fields.get(section)
         if field is None:
@@ -197,27 +178,30 @@ def _read_yaml(path: Path) -> Sections:
     return content
 
 
-def _read_environment() -> list[tuple[str, Sections]]:
-    """(variable, what it sets) for each variable with the prefix, in order of name."""
-    names = sorted(name for name in os.environ if name.upper().startswith(ENV_PREFIX))
-    names = [name for name in names if name.upper() != CONFIG_VARIABLE]
-    for name in names:
+def _option_variables() -> list[tuple[str, str, str]]:
+    """(variable, section, option) of each environment variable with the prefix, sorted by name."""
+    found = []
+    for name in sorted(os.environ):
+        if not name.upper().startswith(ENV_PREFIX) or name.upper() == CONFIG_VARIABLE:
+            continue
         parts = name[len(ENV_PREFIX) :].lower().split(ENV_DELIMITER)
         if len(parts) != 2 or not all(parts):
             raise ConfigError(
                 f"environment variable {name}: unknown; options are set as {ENV_PREFIX}SECTION{ENV_DELIMITER}"
                 f"OPTION, the file by {CONFIG_VARIABLE}"
             )
+        found.append((name, parts[0], parts[1]))
+    return found
+
+
+def _from_environment(variable: str, section: str, option: str) -> Any:
+    """The value of a variable: lists are JSON, `null` is None, and the models convert numbers."""
+    text = os.environ[variable]
+    field = Settings.model_fields.get(section)
+    known = type(field.default).model_fields.get(option) if field else None
+    if text == "null" or known is None or get_origin(known.annotation) is not tuple:
+        return None if text == "null" else text
     try:
-        # It reads numbers as text (the models convert them) and lists as JSON.
-        values: Sections = EnvSettingsSource(Settings)() if names else {}
-    except SettingsError as error:
-        raise ConfigError(
-            f"environment variables {', '.join(names)}: {error}: {error.__cause__} (write lists as JSON)"
-        ) from None
-    result = []
-    for name in names:
-        section, option = name[len(ENV_PREFIX) :].lower().split(ENV_DELIMITER)
-        value = values.get(section, {}).get(option, os.environ[name])
-        result.append((name, {section: {option: value}}))
-    return result
+        return json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"environment variable {variable}: {error} (write lists as JSON)") from None

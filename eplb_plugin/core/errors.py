@@ -1,4 +1,4 @@
-"""The exceptions that users of the package see; every message carries the numbers that broke the rule."""
+"""Exceptions for users of the package. Messages name the numbers that break a rule."""
 
 __all__ = [
     "AgreementError",
@@ -23,7 +23,7 @@ class ConfigError(EplbError, ValueError):
 
 
 class TopologyError(EplbError, ValueError):
-    """Numbers of nodes, ranks, slots, groups and experts that do not fit together."""
+    """Numbers of nodes, ranks, slots, groups or experts contradict each other."""
 
 
 class LoadError(EplbError, ValueError):
@@ -31,11 +31,11 @@ class LoadError(EplbError, ValueError):
 
 
 class PlacementError(EplbError, ValueError):
-    """A placement leaves an expert without a replica, names an unknown one, or has the wrong shape."""
+    """A placement has no replica of an expert, an unknown expert, or the wrong shape."""
 
 
 class TraceError(EplbError, ValueError):
-    """A trace file is not what it claims to be."""
+    """A file is missing, damaged, too large or of another format."""
 
 
 class TransferError(EplbError, RuntimeError):
@@ -43,7 +43,7 @@ class TransferError(EplbError, RuntimeError):
 
 
 class AgreementError(EplbError, RuntimeError):
-    """Ranks that must hold the same plan hold different ones; nothing was moved."""
+    """Ranks hold different plans; nothing was moved."""
 
 
 class RankLostError(EplbError, RuntimeError):
@@ -51,4 +51,4 @@ class RankLostError(EplbError, RuntimeError):
 
 
 class UndecidedError(RankLostError):
-    """This rank cannot learn whether the others switched over. Serving on might give wrong tokens."""
+    """The decision of a commit did not reach this rank. Further serving could give wrong tokens."""

@@ -1,4 +1,4 @@
-"""Numbers that have to be whole, of whatever type they come."""
+"""Validation of integers of any type: Python's, NumPy's, but no bool."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ __all__ = ["checked_integer"]
 def checked_integer(
     name: str, value: SupportsIndex, error: type[EplbError], *, least: int = 1, most: int | None = None
 ) -> int:
-    """`value` as an int of Python's own: NumPy's integers become one.
+    """Convert `value` to a Python int.
 
     Raises:
-        EplbError: of the type `error`, calling the value `name`: it is not an integer (a bool is none), or
-            outside `least..most`.
+        EplbError: of the type `error`, with `name`: not an integer, or outside `least..most`.
     """
     try:
         number = operator.index(value)

@@ -1,4 +1,4 @@
-"""Which logical expert each slot holds, and the two tables that follow from it."""
+"""`Placement`: the logical expert of each slot, with the two tables derived from it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .topology import Topology
 
 __all__ = ["Placement", "checked_ids", "slots_by_expert"]
 
-_MOST_EXPERTS = 1024  # per slot; more than one has no placement, but the error may name the missing expert
+_MOST_EXPERTS = 1024  # per slot; up to here the error can afford a table to name the missing expert
 _INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -20,27 +20,25 @@ class Placement:
     """A frozen placement of `num_logical` experts into slots, layer by layer.
 
     Args:
-        physical_to_logical: integer [layers, slots], the logical expert in each slot, -1 for an empty slot
-            (those of ranks that have failed, say). It is copied.
-        num_logical: logical experts per layer.
+        physical_to_logical: integer [layers, slots], the logical expert of each slot; copied. -1 is an empty
+            slot, such as those of a failed rank.
+        num_logical: logical experts per layer, at least 1.
 
     Raises:
-        PlacementError: wrong shape or dtype, an id outside `-1..num_logical-1`, an expert without a slot, or
-            `num_logical` is not an integer from 1 on.
+        PlacementError: wrong shape or dtype, an id outside `-1..num_logical-1`, or an expert without a slot.
     """
 
     def __init__(self, physical_to_logical: torch.Tensor, num_logical: int) -> None:
         self._num_logical = checked_integer("num_logical", num_logical, PlacementError)
         self._physical_to_logical = checked_ids(physical_to_logical, self._num_logical)
-        # Looking for the experts without a slot takes memory for each of them.
+        # `validate` allocates a counter for each expert.
         if self._num_logical > _MOST_EXPERTS * self.num_slots:
             raise PlacementError(f"{self.num_slots} slots are far too few for that many experts")
         self.validate()
 
     @classmethod
     def default(cls, num_layers: int, num_logical: int, num_slots: int) -> Placement:
-        """The placement that engines start from, on the CPU: experts in order, then again from 0 in the spare
-        slots."""
+        """The initial placement of engines, on the CPU: slot `s` holds expert `s % num_logical`."""
         Topology(num_ranks=1, num_slots=num_slots).check_experts(num_logical)
         num_layers = checked_integer("num_layers", num_layers, PlacementError)
         row = torch.arange(num_slots, device="cpu") % num_logical
@@ -48,7 +46,7 @@ class Placement:
 
     @property
     def physical_to_logical(self) -> torch.Tensor:
-        """int64 [layers, slots], -1 for an empty slot; do not write to it."""
+        """int64 [layers, slots], -1 for an empty slot. Read-only."""
         return self._physical_to_logical
 
     @property
@@ -65,7 +63,7 @@ class Placement:
 
     @cached_property
     def has_empty_slots(self) -> bool:
-        """Whether any slot of any layer is empty."""
+        """Whether a slot of any layer is empty."""
         return bool((self._physical_to_logical < 0).any())
 
     @property
@@ -74,22 +72,26 @@ class Placement:
 
     @cached_property
     def replica_count(self) -> torch.Tensor:
-        """int64 [layers, logical]: how many slots hold each expert."""
+        """int64 [layers, logical]: slots of each expert."""
         return _count(self._physical_to_logical, self.num_logical)
 
     @cached_property
     def logical_to_physical(self) -> torch.Tensor:
-        """int64 [layers, logical, max_replicas]: the slots of each expert in rising order, then -1."""
+        """int64 [layers, logical, max_replicas]: slots of each expert in rising order, padded with -1."""
         return slots_by_expert(self._physical_to_logical, self.num_logical)
 
     def to(self, device: torch.device | str) -> Placement:
-        """The same placement with its tables on `device`."""
+        """The same placement on `device`."""
         if torch.device(device) == self.device:
             return self
         return Placement(self._physical_to_logical.to(device), self.num_logical)
 
     def with_layers(self, layers: torch.Tensor, other: Placement) -> Placement:
-        """This placement with the rows `layers` (int64 or bool index) taken from `other`."""
+        """Replace the rows `layers` (int64 or bool index) by those of `other`.
+
+        Raises:
+            PlacementError: the shapes differ.
+        """
         if other.physical_to_logical.shape != self._physical_to_logical.shape:
             raise PlacementError(
                 f"placements of shapes {tuple(self._physical_to_logical.shape)} and "
@@ -100,10 +102,10 @@ class Placement:
         return Placement(rows, self.num_logical)
 
     def validate(self, topology: Topology | None = None) -> None:
-        """Check that every expert has a slot and, given `topology`, that slots agree with it.
+        """Check that every expert has a slot and that `topology`, if given, has as many slots.
 
         Raises:
-            PlacementError: names the first layer and expert that breaks the rule.
+            PlacementError: names the first layer and expert without a slot, or both numbers of slots.
         """
         missing = self.replica_count == 0
         if bool(missing.any()):
@@ -129,7 +131,7 @@ class Placement:
 
 
 def checked_ids(physical_to_logical: torch.Tensor, num_logical: int) -> torch.Tensor:
-    """A copy of a table of experts by slot, int64 [layers, slots], in which experts may be missing.
+    """Validate and copy a physical-to-logical map, int64 [layers, slots]; experts may be missing.
 
     Raises:
         PlacementError: wrong shape or dtype, or an id outside `-1..num_logical-1`.
@@ -159,7 +161,7 @@ def checked_ids(physical_to_logical: torch.Tensor, num_logical: int) -> torch.Te
 
 
 def slots_by_expert(physical_to_logical: torch.Tensor, num_logical: int) -> torch.Tensor:
-    """The slots of each expert in rising order, then -1: int64 [layers, logical, max_replicas].
+    """Slots of each expert in rising order, padded with -1: int64 [layers, logical, max_replicas].
 
     Args:
         physical_to_logical: int64 [layers, slots], -1 for an empty slot; experts may be missing.
@@ -168,7 +170,7 @@ def slots_by_expert(physical_to_logical: torch.Tensor, num_logical: int) -> torc
     layers, num_slots = physical_to_logical.shape
     count = _count(physical_to_logical, num_logical)
     by_expert, slots = physical_to_logical.sort(dim=1, stable=True)
-    # The empty slots, which sort first, all end in one spare place behind the table.
+    # Empty slots sort first; all are written to one spare column behind the table.
     empty = num_slots - count.sum(1, keepdim=True)
     first = torch.cat([torch.zeros_like(empty), empty + count.cumsum(1) - count], dim=1)
     replica = torch.arange(num_slots, device=slots.device) - first.gather(1, by_expert + 1)
@@ -180,7 +182,7 @@ def slots_by_expert(physical_to_logical: torch.Tensor, num_logical: int) -> torc
 
 
 def _count(physical_to_logical: torch.Tensor, num_logical: int) -> torch.Tensor:
-    """int64 [layers, logical]: how many slots hold each expert; column 0 before the cut is of empty slots."""
+    """int64 [layers, logical]: slots of each expert. Empty slots are counted in column 0 and cut off."""
     ids = physical_to_logical + 1
     count = ids.new_zeros(ids.shape[0], num_logical + 1)
     return count.scatter_add_(1, ids, torch.ones_like(ids))[:, 1:].contiguous()

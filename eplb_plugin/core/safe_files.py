@@ -1,31 +1,47 @@
-"""Files from strangers: bounded reading, schemas. Files of ours: written whole or not at all."""
+"""Bounded reading of untrusted files (text, JSON, YAML, zip), and atomic writing of our own."""
 
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from .errors import TraceError
 
-__all__ = ["MAX_TEXT_BYTES", "check_output", "first_wrong", "read_bytes", "read_yaml", "written_whole"]
+__all__ = [
+    "MAX_BYTES",
+    "MAX_TEXT_BYTES",
+    "check_output",
+    "checked_schema",
+    "opened_zip",
+    "read_bytes",
+    "read_json",
+    "read_yaml",
+    "written_whole",
+]
+
+MAX_BYTES = 2 * 2**30
+"""Default bound on the unpacked size of a binary file, in bytes."""
 
 MAX_TEXT_BYTES = 512 * 2**20
-"""Bound on the size of text files (JSON, YAML, CSV), which take a multiple of it in memory, in bytes."""
+"""Bound on the size of a text file (JSON, YAML, CSV), in bytes. Parsing takes a multiple of it in memory."""
 
 _DEEPEST = 32
-_LONGEST_INTEGER = 64  # bits; Python refuses to write out integers of thousands of digits
+_LONGEST_INTEGER = 64  # bits; Python refuses to print integers of thousands of digits
+
+_Schema = TypeVar("_Schema", bound=BaseModel)
 
 
 def read_bytes(path: str | Path, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
-    """The content of a file.
+    """Read a whole file.
 
     Raises:
-        TraceError: it is missing, cannot be read, or is larger than `max_bytes`.
+        TraceError: the file is missing, unreadable, or larger than `max_bytes`.
     """
     path = Path(path)
     try:
@@ -33,23 +49,49 @@ def read_bytes(path: str | Path, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
             content = stream.read(max_bytes + 1)
     except FileNotFoundError:
         raise TraceError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+    except (OSError, ValueError) as error:  # ValueError: an impossible file name
         raise TraceError(f"{path}: cannot be read: {error}") from None
     if len(content) > max_bytes:
         raise TraceError(f"{path}: is larger than the {max_bytes} bytes allowed")
     return content
 
 
+def read_json(path: Path, schema: type[_Schema], max_bytes: int = MAX_TEXT_BYTES) -> _Schema:
+    """Read a JSON file by a schema.
+
+    Raises:
+        TraceError: the file is missing, too large, or violates the schema.
+    """
+    content = read_bytes(path, max_bytes)
+    with checked_schema(path):
+        return schema.model_validate_json(content)
+
+
+@contextmanager
+def checked_schema(path: Path) -> Iterator[None]:
+    """Turn a violation of a schema into a TraceError of one line: the first violation and its place."""
+    try:
+        yield
+    except ValidationError as error:
+        # For a union, pydantic reports every type at the same place; the last message is the clearest.
+        told = [
+            (".".join(str(part) for part in item["loc"] if part not in ("int", "float")), item["msg"])
+            for item in error.errors(include_url=False)
+        ]
+        place, message = [item for item in told if item[0] == told[0][0]][-1]
+        raise TraceError(f"{path}: {place}: {message}" if place else f"{path}: {message}") from None
+
+
 def read_yaml(path: str | Path, max_bytes: int, max_values: int) -> Any:
-    """What a YAML file holds, read by the safe loader.
+    """Read a YAML file by the safe loader.
 
     Args:
         path: the file.
         max_bytes: bound on its size.
-        max_values: bound on the values in it, those that anchors repeat counted each time.
+        max_values: bound on the number of values; an alias counts like a copy of its anchor.
 
     Raises:
-        TraceError: it is missing, too large, not YAML, or nested deeper than any file of use.
+        TraceError: the file is missing, too large, not YAML, or nested deeper than 32 levels.
     """
     # Importing the package is to stay cheap.
     import yaml
@@ -57,7 +99,7 @@ def read_yaml(path: str | Path, max_bytes: int, max_values: int) -> Any:
     base = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
     class Loader(base):  # type: ignore[misc, valid-type]
-        """Counts how deep it is: the compiled parser would overflow the stack of the process."""
+        """Bounds the depth: deep nesting would overflow the stack of the compiled parser."""
 
         depth = 0
 
@@ -71,17 +113,11 @@ def read_yaml(path: str | Path, max_bytes: int, max_values: int) -> Any:
             self.depth -= 1
             super().ascend_resolver()
 
+    data = read_bytes(path, max_bytes)
     try:
-        content = yaml.load(read_bytes(path, max_bytes), Loader)
-    except TraceError:
-        raise
-    except Exception as error:  # values such as 2001-99-99 or !!bool x make it fail in many ways
+        content = yaml.load(data, Loader)
+    except Exception as error:  # values such as 2001-99-99 or !!bool x raise many types
         raise TraceError(f"{path}: not YAML: {' '.join(str(error).split())[:300]}") from None
-    _check_size(content, path, max_values)
-    return content
-
-
-def _check_size(content: Any, path: str | Path, max_values: int) -> None:
     count = 1
     todo = [content]
     while todo:
@@ -94,28 +130,36 @@ def _check_size(content: Any, path: str | Path, max_values: int) -> None:
             if count > max_values:
                 raise TraceError(f"{path}: holds more than the {max_values} values allowed")
             todo.extend(parts)
+    return content
 
 
-def first_wrong(error: ValidationError) -> str:
-    """The first violation of a schema and its place, in one line.
+@contextmanager
+def opened_zip(path: Path, kind: str) -> Iterator[zipfile.ZipFile]:
+    """Open a zip archive for reading; nothing is unpacked yet.
 
-    Of a union, pydantic reports every type; the last one has the clearest message.
+    Args:
+        path: the file.
+        kind: name of the format for errors, such as `a readable .npz (zip) file`.
+
+    Raises:
+        TraceError: the file is missing, unreadable or no zip archive, or a read in the block fails.
     """
-    wrong = error.errors(include_url=False)
-    told = [
-        (".".join(str(part) for part in item["loc"] if part not in ("int", "float")), item["msg"])
-        for item in wrong
-    ]
-    place, message = [item for item in told if item[0] == told[0][0]][-1]
-    return f"{place}: {message}" if place else message
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except TraceError:  # a ValueError too
+        raise
+    except FileNotFoundError:
+        raise TraceError(f"{path}: no such file") from None
+    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, ValueError) as error:
+        raise TraceError(f"{path}: not {kind}: {error}") from None
 
 
 def check_output(path: str | Path) -> None:
-    """Refuse a path that no file can be written to; commands do so before they work for it.
+    """Check before a long computation that a file can be written.
 
     Raises:
-        TraceError: it is a folder (as an empty path is), something else that is no file, such as a device,
-            which would be replaced, or in a folder that does not exist.
+        TraceError: the path is a folder, a special file such as a device, or in a missing folder.
     """
     path = Path(path)
     if not path.name or os.path.isdir(path):
@@ -128,7 +172,9 @@ def check_output(path: str | Path) -> None:
 
 @contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
-    """A file beside `path` to write to, which takes its place when the block ends without an error.
+    """Write a file atomically: the block writes to a file beside `path`, which then replaces `path`.
+
+    After an error in the block, `path` is unchanged.
 
     Raises:
         TraceError: the file cannot be written.
@@ -140,7 +186,7 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         yield part
         part.replace(path)
     except OSError as error:
-        # Whole, it would name the other file.
+        # The full message would name the temporary file.
         raise TraceError(f"{path}: cannot be written: {error.strerror or error}") from None
     finally:
         part.unlink(missing_ok=True)

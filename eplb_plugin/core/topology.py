@@ -1,4 +1,4 @@
-"""How many nodes, ranks, slots and groups there are, checked once and frozen."""
+"""`Topology`: the numbers of nodes, ranks, slots and groups, validated once and frozen."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ from .integers import checked_integer
 
 __all__ = ["Topology"]
 
-_MOST = 1 << 20  # of anything; a larger number is a mistake that would end in an allocation
+_MOST = 1 << 20  # nodes, ranks, slots or groups; a mistyped number must not become an allocation
 
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
-    """The expert-parallel group: `num_slots` slots in order over `num_ranks` ranks over `num_nodes` nodes.
+    """The expert-parallel group. Slots are numbered rank by rank, ranks node by node.
+
+    Example: 4 nodes, 32 ranks and 288 slots are 8 ranks a node and 9 slots a rank.
 
     Attributes:
         num_ranks: ranks (GPUs) in the expert-parallel group.
         num_slots: physical experts over all ranks.
-        num_nodes: nodes; node `k` holds ranks `k * num_ranks / num_nodes` and following.
-        num_groups: groups of logical experts in each layer (1 where routing is not group-limited).
-        rank_slots: slots of each rank, 0 or more, `num_slots` in all; None where every rank has
-            `num_slots / num_ranks` of them, also when it was given with equal numbers.
+        num_nodes: nodes; node `k` holds the `k`-th `num_ranks / num_nodes` ranks.
+        num_groups: groups of logical experts in each layer; 1 without group-limited routing.
+        rank_slots: slots of each rank, 0 or more, `num_slots` in all. None: `num_slots / num_ranks` each;
+            equal numbers become None.
 
     Raises:
         TopologyError: a number is not a positive integer, ranks or slots do not divide evenly, or
@@ -54,7 +56,9 @@ class Topology:
         try:
             given = tuple(given)
         except TypeError:
-            raise TopologyError(f"rank_slots is of type {type(given).__name__}, not integers") from None
+            raise TopologyError(
+                f"rank_slots is of type {type(given).__name__}, not integers, one for each rank"
+            ) from None
         rank_slots = tuple(
             checked_integer(f"rank_slots[{rank}]", slots, TopologyError, least=0, most=_MOST)
             for rank, slots in enumerate(given)
@@ -67,18 +71,18 @@ class Topology:
             raise TopologyError(
                 f"rank_slots={rank_slots} are {sum(rank_slots)} slots in all, num_slots={self.num_slots}"
             )
-        # Equal numbers are None, so that topologies compare, hash and plan alike however they were given.
+        # Two spellings of one topology must compare, hash and plan alike.
         even = len(set(rank_slots)) == 1
         object.__setattr__(self, "rank_slots", None if even else rank_slots)
 
     @property
     def is_even(self) -> bool:
-        """Whether every rank has equally many slots."""
+        """Whether all ranks have the same number of slots."""
         return self.rank_slots is None
 
     @property
     def slots_per_rank(self) -> int:
-        """Slots of every rank; TopologyError where ranks differ, see `slots_by_rank`."""
+        """Slots of every rank. Raises TopologyError if ranks differ: use `slots_by_rank`."""
         if self.rank_slots is not None:
             raise TopologyError(
                 f"rank_slots={self.rank_slots}: this needs equally many slots on every rank, and ranks differ"
@@ -87,7 +91,7 @@ class Topology:
 
     @cached_property
     def slots_by_rank(self) -> tuple[int, ...]:
-        """Slots of each rank, even or not."""
+        """Slots of each rank, for even and uneven topologies."""
         return self.rank_slots or (self.slots_per_rank,) * self.num_ranks
 
     @cached_property
@@ -97,12 +101,12 @@ class Topology:
 
     @property
     def most_slots(self) -> int:
-        """Slots of the rank that has most."""
+        """Maximum number of slots of a rank."""
         return max(self.slots_by_rank)
 
     @cached_property
     def has_like_nodes(self) -> bool:
-        """Whether the ranks of every node have the same slots, one by one."""
+        """Whether all nodes have the same sequence of slots per rank."""
         if self.rank_slots is None:
             return True
         width = self.ranks_per_node
@@ -114,7 +118,7 @@ class Topology:
 
     @property
     def slots_per_node(self) -> int:
-        """Slots of every node; TopologyError where nodes are not alike."""
+        """Slots of every node. Raises TopologyError if nodes differ."""
         if not self.has_like_nodes:
             raise TopologyError(
                 f"rank_slots={self.rank_slots}: this needs the same slots on all {self.num_nodes} nodes"
@@ -122,22 +126,25 @@ class Topology:
         return self.num_slots // self.num_nodes
 
     def is_hierarchical(self, num_logical: int) -> bool:
-        """Whether groups can be packed to nodes: nodes are alike and divide groups, groups divide experts."""
+        """Whether groups can be packed to nodes.
+
+        Nodes must be alike and divide the groups, and the groups must divide the `num_logical` experts.
+        """
         divides = self.num_groups % self.num_nodes == 0 and num_logical % self.num_groups == 0
         return divides and self.has_like_nodes
 
     def check_experts(self, num_logical: int) -> None:
-        """Raise TopologyError if `num_logical` experts cannot each have a slot."""
+        """Raise TopologyError if there are fewer slots than logical experts."""
         if checked_integer("num_logical", num_logical, TopologyError) > self.num_slots:
             raise TopologyError(
                 f"num_logical={num_logical} experts do not fit into num_slots={self.num_slots}"
             )
 
     def living_ranks(self, active_ranks: Sequence[bool] | torch.Tensor | None) -> tuple[bool, ...]:
-        """`active_ranks`, bool [ranks] or None for all of them, checked.
+        """Validate `active_ranks`: bool [ranks], or None for all ranks.
 
         Raises:
-            TopologyError: it is not a bool for each rank, or no rank is alive.
+            TopologyError: not one bool for each rank, or no rank is alive.
         """
         if active_ranks is None:
             return (True,) * self.num_ranks
@@ -164,7 +171,7 @@ class Topology:
         return alive
 
     def rank_of_slot(self, device: torch.device | str = "cpu") -> torch.Tensor:
-        """The rank of every slot: int64 [slots]."""
+        """Rank of each slot: int64 [slots]."""
         if self.is_even:
             return torch.arange(self.num_slots, device=device) // self.slots_per_rank
         ranks = [rank for rank, slots in enumerate(self.slots_by_rank) for _ in range(slots)]
@@ -177,7 +184,7 @@ class Topology:
         return slice(self.first_slots[rank], self.first_slots[rank + 1])
 
     def by_rank(self, values: torch.Tensor, filler: float) -> torch.Tensor:
-        """[..., slots] as [..., ranks, most_slots], with `filler` where a rank has fewer slots than that."""
+        """Reshape [..., slots] to [..., ranks, most_slots]; shorter ranks are padded with `filler`."""
         if self.is_even:
             return values.reshape(*values.shape[:-1], self.num_ranks, self.slots_per_rank)
         filled = values.new_full((*values.shape[:-1], self.num_ranks * self.most_slots), filler)
@@ -185,13 +192,13 @@ class Topology:
         return filled.view(*values.shape[:-1], self.num_ranks, self.most_slots)
 
     def from_ranks(self, values: torch.Tensor) -> torch.Tensor:
-        """The inverse of `by_rank`: [..., ranks, most_slots] as [..., slots], without the filler."""
+        """Inverse of `by_rank`: [..., ranks, most_slots] to [..., slots], padding removed."""
         flat = values.flatten(-2)
         return flat if self.is_even else flat[..., self._places.to(values.device)]
 
     @cached_property
     def _places(self) -> torch.Tensor:
-        """int64 [slots] on the CPU: where each slot goes when every rank is given `most_slots`."""
+        """int64 [slots] on the CPU: index of each slot in the padded table, flattened."""
         places = [
             rank * self.most_slots + place
             for rank, slots in enumerate(self.slots_by_rank)
@@ -201,7 +208,7 @@ class Topology:
 
 
 def _check_divides(name: str, value: int, part_name: str, parts: int) -> None:
-    """TopologyError, with the nearest numbers that would divide, unless `parts` divides `value`."""
+    """Raise TopologyError unless `parts` divides `value`; it names the nearest multiples."""
     if value % parts:
         below = value // parts * parts
         right = f"{below} or {below + parts}" if below else f"{parts}"

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from ..core.errors import TraceError
-from ..core.safe_files import MAX_TEXT_BYTES, first_wrong, read_bytes, written_whole
+from ..core.safe_files import MAX_TEXT_BYTES, read_json, written_whole
 from ..offline.traces import LoadTrace, as_load
 
 __all__ = ["read_benchmark_json", "write_benchmark_json"]
@@ -21,35 +21,30 @@ class _Step(BaseModel):
 
 
 class _History(BaseModel):
-    """Other keys, of which the benchmark's files have a few, are not looked at."""
+    """The files of the benchmark have more keys; they are ignored."""
 
     model_config = ConfigDict(strict=True)
     load_history: list[_Step]
 
 
-def read_benchmark_json(path: str | Path, max_bytes: int = MAX_TEXT_BYTES) -> LoadTrace:
-    """Read one load per entry of `load_history`: [layers, experts] each, all of one shape.
-
-    Raises:
-        TraceError: the file is too large, not of this kind, or holds values that make no sense.
-    """
-    path = Path(path)
-    try:
-        history = _History.model_validate_json(read_bytes(path, min(max_bytes, MAX_TEXT_BYTES))).load_history
-    except ValidationError as error:
-        raise TraceError(f"{path}: {first_wrong(error)}") from None
-    if not history:
+def read_benchmark_json(path: Path, max_bytes: int) -> LoadTrace:
+    """Read one step for each entry of `load_history`, all of one shape [layers, experts]."""
+    loads = [
+        step.logical_expert_load
+        for step in read_json(path, _History, min(max_bytes, MAX_TEXT_BYTES)).load_history
+    ]
+    if not loads:
         raise TraceError(f"{path}: load_history is empty")
-    layers, experts = len(history[0].logical_expert_load), len((history[0].logical_expert_load or [[]])[0])
-    for step, entry in enumerate(history):
+    layers, experts = len(loads[0]), len((loads[0] or [[]])[0])
+    for step, rows in enumerate(loads):
         place = f"{path}: load_history.{step}.logical_expert_load"
-        if len(entry.logical_expert_load) != layers:
-            raise TraceError(f"{place} has {len(entry.logical_expert_load)} layers, the first one {layers}")
-        for layer, row in enumerate(entry.logical_expert_load):
+        if len(rows) != layers:
+            raise TraceError(f"{place} has {len(rows)} layers, the first one {layers}")
+        for layer, row in enumerate(rows):
             if len(row) != experts:
                 raise TraceError(f"{place}.{layer} has {len(row)} experts, the first row {experts}")
     try:
-        load = np.array([entry.logical_expert_load for entry in history])
+        load = np.array(loads)
     except OverflowError:
         raise TraceError(f"{path}: holds a number that is too large for a load") from None
     if load.dtype == object:
@@ -57,12 +52,8 @@ def read_benchmark_json(path: str | Path, max_bytes: int = MAX_TEXT_BYTES) -> Lo
     return LoadTrace(as_load(load, str(path)), str(path))
 
 
-def write_benchmark_json(path: str | Path, trace: LoadTrace) -> None:
-    """Write one entry per step. Which layers of the model the rows are of has no place in this format.
-
-    Raises:
-        TraceError: the file cannot be written.
-    """
+def write_benchmark_json(path: Path, trace: LoadTrace) -> None:
+    """Write one entry for each step. The format has no field for `layer_ids`."""
     with written_whole(path) as part, part.open("w", encoding="utf-8") as stream:
         stream.write('{"load_history": [')
         for step, load in enumerate(trace.load):

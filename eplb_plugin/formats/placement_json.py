@@ -1,4 +1,4 @@
-"""The package's own file of a placement: JSON that says which layers and how many experts it is for."""
+"""The package's own JSON file of a placement, with its layers, topology and number of experts."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from ..core.errors import TraceError
 from ..core.placement import Placement
-from ..core.safe_files import MAX_TEXT_BYTES, first_wrong, read_bytes, written_whole
+from ..core.safe_files import read_json, written_whole
 from ..core.topology import Topology
 
 __all__ = ["read_placement_json", "write_placement_json"]
-
-_FORMAT: Literal["eplb-plugin placement 1"] = "eplb-plugin placement 1"
 
 
 class _File(BaseModel):
@@ -29,17 +27,9 @@ class _File(BaseModel):
     physical_to_logical: list[list[int]]
 
 
-def read_placement_json(path: str | Path) -> dict[int, list[int]]:
-    """The logical expert of each slot, by layer of the model.
-
-    Raises:
-        TraceError: the file is not of this kind.
-    """
-    path = Path(path)
-    try:
-        content = _File.model_validate_json(read_bytes(path, MAX_TEXT_BYTES))
-    except ValidationError as error:
-        raise TraceError(f"{path}: {first_wrong(error)}") from None
+def read_placement_json(path: Path) -> dict[int, list[int]]:
+    """Read the logical expert of each slot, by layer of the model."""
+    content = read_json(path, _File)
     if len(content.layer_ids) != len(content.physical_to_logical):
         raise TraceError(
             f"{path}: {len(content.layer_ids)} layer_ids for {len(content.physical_to_logical)} rows"
@@ -48,15 +38,11 @@ def read_placement_json(path: str | Path) -> dict[int, list[int]]:
 
 
 def write_placement_json(
-    path: str | Path, placement: Placement, layer_ids: tuple[int, ...], topology: Topology
+    path: Path, placement: Placement, layer_ids: tuple[int, ...], topology: Topology
 ) -> None:
-    """Write a placement; each layer on a line of its own.
-
-    Raises:
-        TraceError: the file cannot be written.
-    """
+    """Write a placement, one line for each layer."""
     head = {
-        "format": _FORMAT,
+        "format": "eplb-plugin placement 1",
         "num_logical": placement.num_logical,
         "num_ranks": topology.num_ranks,
         "num_nodes": topology.num_nodes,

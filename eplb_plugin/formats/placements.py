@@ -1,4 +1,4 @@
-"""The formats of placements: their names, who writes them, and reading one for the layers of a load."""
+"""Registry of the formats of placements. One module a format."""
 
 from __future__ import annotations
 
@@ -28,19 +28,20 @@ PLACEMENT_FORMATS: Mapping[str, Callable[[Path, Placement, tuple[int, ...], Topo
         }
     )
 )
-"""What writes each format, by name."""
+"""Writers by name of the format: `write(path, placement, layer_ids, topology)`. They raise TraceError."""
 
-_EMPTY_SLOTS = frozenset({"json"})  # formats that can say that a slot is empty; engines cannot load that
+_EMPTY_SLOTS = frozenset({"json"})  # formats with empty slots; engines cannot load them
 
 
 def write_placement(
     path: str | Path, placement: Placement, layer_ids: tuple[int, ...], topology: Topology, form: str
 ) -> None:
-    """Write `placement`, whose rows are of the layers `layer_ids` of the model.
+    """Write `placement`; row `i` is layer `layer_ids[i]` of the model.
 
     Raises:
-        TraceError: there is no such format, or the file cannot be written. TopologyError: ranks differ in
-            slots. PlacementError: slots are empty, for which only `json` has a way to say so.
+        TraceError: unknown format, or the file cannot be written.
+        TopologyError: ranks have different numbers of slots.
+        PlacementError: a slot is empty, and the format is not `json`.
     """
     if form not in PLACEMENT_FORMATS:
         raise TraceError(f"no format {form!r} of placements; there are {', '.join(PLACEMENT_FORMATS)}")
@@ -56,16 +57,16 @@ def write_placement(
 
 
 def read_placement(path: str | Path, num_logical: int, layer_ids: tuple[int, ...]) -> Placement:
-    """Read a placement of any of the formats; YAML is TensorRT-LLM's, the two JSONs tell by their keys.
+    """Read a placement of any format: YAML is TensorRT-LLM's, and the keys tell the two JSON formats apart.
 
     Args:
         path: the file.
         num_logical: logical experts per layer.
-        layer_ids: the layers of the model to take.
+        layer_ids: layers of the model to read.
 
     Raises:
-        TraceError: the file is of no known kind, or lacks a layer.
-        PlacementError: it holds no placement of `num_logical` experts.
+        TraceError: the file is missing, of no known format, or lacks a layer.
+        PlacementError: the rows are no placement of `num_logical` experts.
     """
     path = Path(path)
     if path.suffix.lower() in (".yaml", ".yml"):

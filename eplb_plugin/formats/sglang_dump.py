@@ -1,8 +1,8 @@
-"""Dumps of SGLang's expert distribution recorder (`.pt`), of each of its modes.
+"""Dumps of SGLang's expert distribution recorder (`.pt`), in all of its modes.
 
 Modes `stat` and `stat_approx` write one file with `logical_count [steps, layers, logical]`. Modes `per_pass`
-and `per_token` write one file per rank with a record for each forward pass: counts of physical experts, and
-in `per_token` the choices that they were counted from.
+and `per_token` write one file per rank, with one record for each forward pass. A record counts the tokens of
+physical experts; in `per_token` it also has the choices of each token, which are ignored here.
 """
 
 from __future__ import annotations
@@ -16,28 +16,19 @@ from typing import Any
 import torch
 
 from ..core.errors import TraceError
-from ..core.safe_files import written_whole
+from ..core.safe_files import MAX_BYTES, written_whole
 from ..offline.traces import MAX_COUNT, LoadTrace, as_load
-from .npz import MAX_BYTES
 from .torch_file import load_torch_file
 
 __all__ = ["read_sglang_dump", "write_sglang_dump"]
 
 
-def read_sglang_dump(path: str | Path, max_bytes: int = MAX_BYTES) -> LoadTrace:
-    """Read one dump, or the dumps that the ranks wrote of one recording, which are summed.
+def read_sglang_dump(path: Path, max_bytes: int) -> LoadTrace:
+    """Read one `.pt` file, or a folder with one file per rank of one recording, which are summed.
 
-    Steps without any tokens are left out: the recorder's buffer is full of them where nothing was recorded.
-    Rows are all layers of the model; those without experts have no load.
-
-    Args:
-        path: a `.pt` file, or a folder with one file per rank.
-        max_bytes: bound on the size of all files together.
-
-    Raises:
-        TraceError: a file is damaged, too large, of another kind, or does not go with the others.
+    Steps without tokens are dropped: unused entries of the recorder's buffer look like that. The rows are
+    all layers of the model; dense layers have no load.
     """
-    path = Path(path)
     files = sorted(path.glob("*.pt")) if os.path.isdir(path) else [path]
     if not files:
         raise TraceError(f"{path}: no .pt files in this folder")
@@ -57,12 +48,8 @@ def read_sglang_dump(path: str | Path, max_bytes: int = MAX_BYTES) -> LoadTrace:
     return LoadTrace(_without_idle(load, path), str(path))
 
 
-def write_sglang_dump(path: str | Path, trace: LoadTrace) -> None:
-    """Write `trace` as a dump of mode `stat`; rows of layers without experts are filled with zeros.
-
-    Raises:
-        TraceError: the file cannot be written.
-    """
+def write_sglang_dump(path: Path, trace: LoadTrace) -> None:
+    """Write `trace` as a dump of mode `stat`; rows of dense layers are zeros."""
     load = trace.load
     if trace.layer_ids != tuple(range(trace.num_layers)):
         shape = (trace.num_steps, trace.layer_ids[-1] + 1, trace.num_experts)
@@ -78,7 +65,7 @@ def write_sglang_dump(path: str | Path, trace: LoadTrace) -> None:
 
 
 def _count(count: Any, file: Path) -> torch.Tensor:
-    """`logical_count` as [steps, layers, logical]; one step may come without its axis."""
+    """Check `logical_count`: [steps, layers, logical], or [layers, logical] for a single step."""
     count = _plain(count, f"{file}: logical_count")
     if count.dim() == 2:
         count = count.unsqueeze(0)
@@ -86,7 +73,7 @@ def _count(count: Any, file: Path) -> torch.Tensor:
         raise TraceError(
             f"{file}: logical_count has shape {tuple(count.shape)}, not [steps, layers, logical]"
         )
-    # Not yet checked values: LoadTrace names the one that is wrong.
+    # LoadTrace checks the values.
     return as_load(count.numpy(), str(file))
 
 
@@ -96,7 +83,10 @@ def _add_records(
     passes: dict[int, torch.Tensor],
     seen: dict[tuple[int, int], Path],
 ) -> None:
-    """Add each record of one rank to the load of its forward pass."""
+    """Add the records of one rank to `passes`, the load [layers, logical] by number of the forward pass.
+
+    `seen` is the file of each (forward pass, rank).
+    """
     for key, kind in (("records", list), ("last_physical_to_logical_map", torch.Tensor)):
         if not isinstance(content.get(key), kind):
             raise TraceError(
@@ -141,7 +131,7 @@ def _add_records(
 
 
 def _record(record: Any, placement: torch.Tensor, place: str) -> tuple[int, int, torch.Tensor]:
-    """Number of the forward pass, rank, and count of physical experts [layers, physical] of one record."""
+    """Number of the forward pass, rank, and integer [layers, physical] tokens of one record."""
     if not isinstance(record, dict):
         raise TraceError(f"{place} is a {type(record).__name__}, not a dict")
     number, rank = record.get("forward_pass_id"), record.get("rank")
@@ -160,12 +150,12 @@ def _record(record: Any, placement: torch.Tensor, place: str) -> tuple[int, int,
 
 
 def _plain(value: Any, place: str) -> torch.Tensor:
-    """The dense tensor that `value` has to be; its memory is as large as it says."""
+    """Check that `value` is a tensor of numbers whose storage holds all of its elements."""
     if not isinstance(value, torch.Tensor):
         raise TraceError(f"{place} is a {type(value).__name__}, not a tensor")
     if value.is_complex() or value.dtype == torch.bool:
         raise TraceError(f"{place} has dtype {value.dtype}, not an integer or a float")
-    # A stride of 0 would make a small file a large tensor.
+    # With a stride of 0, a small file declares a huge tensor.
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
         raise TraceError(f"{place} declares shape {tuple(value.shape)}, more than it holds")
     return value.detach().resolve_neg()

@@ -1,4 +1,4 @@
-"""SGLang's `--init-expert-location` file: `{"physical_to_logical_map": [[...], ...]}`, one row per layer."""
+"""SGLang's JSON file for `--init-expert-location`: `{"physical_to_logical_map": [[...], ...]}`, by layer."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ import json
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from ..core.errors import TraceError
 from ..core.placement import Placement
-from ..core.safe_files import MAX_TEXT_BYTES, first_wrong, read_bytes, written_whole
+from ..core.safe_files import read_json, written_whole
 from ..core.topology import Topology
 
 __all__ = ["read_sglang_location", "write_sglang_location"]
 
-
-_MAX_SLOTS = 2**26
+_MAX_SLOTS = 2**26  # over all layers
 
 
 class _Map(BaseModel):
@@ -24,28 +23,15 @@ class _Map(BaseModel):
     physical_to_logical_map: list[list[int]]
 
 
-def read_sglang_location(path: str | Path) -> dict[int, list[int]]:
-    """The logical expert of each slot, by layer of the model.
-
-    Raises:
-        TraceError: the file is not of this kind.
-    """
-    path = Path(path)
-    try:
-        rows = _Map.model_validate_json(read_bytes(path, MAX_TEXT_BYTES)).physical_to_logical_map
-    except ValidationError as error:
-        raise TraceError(f"{path}: {first_wrong(error)}") from None
-    return dict(enumerate(rows))
+def read_sglang_location(path: Path) -> dict[int, list[int]]:
+    """Read the logical expert of each slot, by layer of the model."""
+    return dict(enumerate(read_json(path, _Map).physical_to_logical_map))
 
 
 def write_sglang_location(
-    path: str | Path, placement: Placement, layer_ids: tuple[int, ...], topology: Topology
+    path: Path, placement: Placement, layer_ids: tuple[int, ...], topology: Topology
 ) -> None:
-    """Write a placement for SGLang, which wants a row for dense layers too: they get the one it starts from.
-
-    Raises:
-        TraceError: the file cannot be written.
-    """
+    """Write a placement. SGLang wants a row for dense layers too: they get SGLang's default placement."""
     default = Placement.default(1, placement.num_logical, placement.num_slots).physical_to_logical
     size = (layer_ids[-1] + 1) * placement.num_slots
     if size > _MAX_SLOTS:

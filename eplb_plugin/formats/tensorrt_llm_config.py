@@ -1,43 +1,37 @@
-"""TensorRT-LLM's MoE load balancer file (YAML), which assigns experts to slots by layer of the model."""
+"""TensorRT-LLM's YAML file of its MoE load balancer: the logical expert of each slot, by layer."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from ..core.errors import TraceError
 from ..core.placement import Placement
-from ..core.safe_files import first_wrong, read_yaml, written_whole
+from ..core.safe_files import checked_schema, read_yaml, written_whole
 from ..core.topology import Topology
 
 __all__ = ["read_tensorrt_llm_config", "write_tensorrt_llm_config"]
 
-# A hundred layers of a thousand slots are half a MiB; reading YAML takes a few seconds per MiB.
+# 100 layers of 1,000 slots are 0.5 MiB. Reading YAML takes a few seconds per MiB.
 _MAX_BYTES = 16 * 2**20
 _MAX_VALUES = 2**21
 
 
 class _Config(BaseModel):
-    """The keys that a placement needs; the file may have others."""
+    """The keys of a placement; other keys of the file are ignored."""
 
     model_config = ConfigDict(strict=True)
     num_slots: int
     initial_global_assignments: dict[int, list[int]]
 
 
-def read_tensorrt_llm_config(path: str | Path) -> dict[int, list[int]]:
-    """The logical expert of each slot, by layer of the model.
-
-    Raises:
-        TraceError: the file is not of this kind.
-    """
-    path = Path(path)
-    try:
-        config = _Config.model_validate(read_yaml(path, _MAX_BYTES, _MAX_VALUES))
-    except ValidationError as error:
-        raise TraceError(f"{path}: {first_wrong(error)}") from None
+def read_tensorrt_llm_config(path: Path) -> dict[int, list[int]]:
+    """Read the logical expert of each slot, by layer of the model."""
+    content = read_yaml(path, _MAX_BYTES, _MAX_VALUES)
+    with checked_schema(path):
+        config = _Config.model_validate(content)
     for layer, row in config.initial_global_assignments.items():
         if len(row) != config.num_slots:
             raise TraceError(
@@ -48,13 +42,9 @@ def read_tensorrt_llm_config(path: str | Path) -> dict[int, list[int]]:
 
 
 def write_tensorrt_llm_config(
-    path: str | Path, placement: Placement, layer_ids: tuple[int, ...], topology: Topology
+    path: Path, placement: Placement, layer_ids: tuple[int, ...], topology: Topology
 ) -> None:
-    """Write a placement that TensorRT-LLM keeps as it is (`layer_updates_per_iter` 0).
-
-    Raises:
-        TraceError: the file cannot be written.
-    """
+    """Write a placement that TensorRT-LLM keeps unchanged (`layer_updates_per_iter: 0`)."""
     content = {
         "num_slots": placement.num_slots,
         "layer_updates_per_iter": 0,

@@ -1,6 +1,7 @@
 """Expert statistics of TensorRT-LLM: a folder with `meta_info.json` and one safetensors file per rank.
 
-Each file has an array for each `{iteration}_{layer}`, the tokens per expert that the rank counted.
+A file has one array for each iteration and layer, named `{iteration}_{layer}`: the tokens of each expert on
+that rank.
 """
 
 from __future__ import annotations
@@ -12,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from ..core.errors import TraceError
-from ..core.safe_files import first_wrong, read_bytes
+from ..core.safe_files import read_json
 from ..offline.traces import LoadTrace, as_load
-from .npz import MAX_BYTES
 
 __all__ = [
     "META_FILE",
@@ -39,18 +39,10 @@ class _Meta(BaseModel):
     num_experts_per_token: int = Field(ge=1)
 
 
-def read_tensorrt_llm_statistics(path: str | Path, max_bytes: int = MAX_BYTES) -> LoadTrace:
-    """Read a folder of statistics, summed over the ranks. Steps are its iterations.
-
-    Raises:
-        TraceError: a file is missing, damaged or too large, or an iteration lacks a layer.
-    """
-    path = Path(path)
-    try:
-        meta = _Meta.model_validate_json(read_bytes(path / META_FILE, _MAX_META))
-    except ValidationError as error:
-        raise TraceError(f"{path / META_FILE}: {first_wrong(error)}") from None
-    # Beside the counts there may be raw choices, of another shape, in rank*_raw.safetensors.
+def read_tensorrt_llm_statistics(path: Path, max_bytes: int) -> LoadTrace:
+    """Read a folder of statistics, summed over the ranks. A step is an iteration, with all layers."""
+    meta = read_json(path / META_FILE, _Meta, _MAX_META)
+    # rank*_raw.safetensors hold the choices of tokens, not counts.
     files = [file for file in sorted(path.glob("rank*.safetensors")) if not file.stem.endswith("_raw")]
     if not files:
         raise TraceError(f"{path}: no rank*.safetensors in this folder")
@@ -73,10 +65,10 @@ def read_tensorrt_llm_statistics(path: str | Path, max_bytes: int = MAX_BYTES) -
 
 
 def check_statistics_output(path: str | Path) -> None:
-    """Refuse a path that no folder of statistics can be made at.
+    """Check before a long computation that a folder of statistics can be written.
 
     Raises:
-        TraceError: it is a file, or a folder that is not empty or has no name.
+        TraceError: the path is a file, a folder with files in it, or empty.
     """
     path = Path(path)
     if os.path.exists(path) and not os.path.isdir(path):
@@ -85,18 +77,8 @@ def check_statistics_output(path: str | Path) -> None:
         raise TraceError(f"{path}: cannot be written: the folder exists and is not empty")
 
 
-def write_tensorrt_llm_statistics(path: str | Path, trace: LoadTrace, top_k: int) -> None:
-    """Write `trace` as the statistics of one rank.
-
-    Args:
-        path: the folder to make; it may exist and be empty.
-        trace: the load.
-        top_k: experts per token, which the statistics name and a load does not know.
-
-    Raises:
-        TraceError: `top_k` is below 1, the folder is not empty, or cannot be written.
-    """
-    path = Path(path)
+def write_tensorrt_llm_statistics(path: Path, trace: LoadTrace, top_k: int) -> None:
+    """Write `trace` as the statistics of one rank, into a new or empty folder; `top_k` is at least 1."""
     check_statistics_output(path)
     if top_k < 1:
         raise TraceError(f"{path}: top_k={top_k} is below 1")
@@ -133,7 +115,7 @@ def _add_rank(counts: dict[tuple[int, int], np.ndarray[Any, Any]], file: Path, n
                 if not (count >= 0).all():
                     raise TraceError(f"{file}: array {key!r} holds values that are negative or NaN")
                 if count.dtype.kind != "f":
-                    # Before ranks are added up, which could wrap around to something that looks well.
+                    # The sum over ranks could wrap around to a plausible number.
                     as_load(count, f"{file}: array {key!r}")
                 place = int(iteration), int(layer)
                 wide = count.astype(np.float64 if count.dtype.kind == "f" else np.int64)

@@ -1,4 +1,4 @@
-"""Files of `torch.save` from strangers: tensors, numbers, text, lists and dicts, and nothing else."""
+"""Untrusted files of `torch.save`: tensors, numbers, text, lists and dicts are read, nothing else."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from typing import Any
 import torch
 
 from ..core.errors import TraceError
-from .npz import MAX_BYTES
+from ..core.safe_files import opened_zip
 
 __all__ = ["load_torch_file"]
 
-# What the pickle of plain tensors refers to. `weights_only` alone would also let a file allocate a
-# bytearray of any size.
 _PROTOCOL = 2
+# Globals in the pickle of plain tensors. `weights_only` alone also allows a bytearray of any size.
 _STORAGES = ("Byte", "Char", "Short", "Int", "Long", "Half", "Float", "Double")
 _ALLOWED = frozenset(
     {"torch._utils _rebuild_tensor_v2", "collections OrderedDict"}
@@ -24,38 +23,32 @@ _ALLOWED = frozenset(
 )
 
 
-def load_torch_file(path: str | Path, max_bytes: int = MAX_BYTES) -> Any:
-    """What `torch.save` wrote, its tensors on the CPU; nothing of the file is executed.
+def load_torch_file(path: Path, max_bytes: int) -> Any:
+    """Load the content of a file of `torch.save`, tensors on the CPU. Nothing of the file is executed.
 
     Args:
         path: the file.
-        max_bytes: bound on its size, unpacked.
+        max_bytes: bound on its unpacked size.
 
     Raises:
         TraceError: the file is missing, damaged, compressed, too large, or holds other Python objects.
     """
-    path = Path(path)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            infos = archive.infolist()
-            packed = [info.filename for info in infos if info.compress_type != zipfile.ZIP_STORED]
-            size = sum(info.file_size for info in infos)
-            pickles = [info for info in infos if info.filename.split("/")[1:] == ["data.pkl"]]
-            if size > max_bytes:
-                raise TraceError(f"{path}: declares {size} bytes, {max_bytes} are allowed")
-            if len(pickles) != 1:
-                raise TraceError(f"{path}: not a file of torch.save: no data.pkl in it")
-            if packed:
-                raise TraceError(f"{path}: {packed[0]} is compressed, which torch.save never does")
-            content = archive.read(pickles[0])
-    except FileNotFoundError:
-        raise TraceError(f"{path}: no such file") from None
-    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, ValueError) as error:
-        raise TraceError(f"{path}: not a file of torch.save (zip): {error}") from None
+    with opened_zip(path, "a file of torch.save (zip)") as archive:
+        infos = archive.infolist()
+        packed = [info.filename for info in infos if info.compress_type != zipfile.ZIP_STORED]
+        size = sum(info.file_size for info in infos)
+        pickles = [info for info in infos if info.filename.split("/")[1:] == ["data.pkl"]]
+        if size > max_bytes:
+            raise TraceError(f"{path}: declares {size} bytes, {max_bytes} are allowed")
+        if len(pickles) != 1:
+            raise TraceError(f"{path}: not a file of torch.save: no data.pkl in it")
+        if packed:
+            raise TraceError(f"{path}: {packed[0]} is compressed, which torch.save never does")
+        content = archive.read(pickles[0])
     _check_globals(path, content)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file makes it fail in many ways
+    except Exception as error:  # a damaged file raises many types
         raise TraceError(f"{path}: is damaged: {_last_line(error)}") from None
 
 
@@ -78,7 +71,7 @@ def _check_globals(path: Path, content: bytes) -> None:
 
 
 def _last_line(error: Exception) -> str:
-    """The part of the message that says what is wrong; the rest is advice."""
+    """The last line of a message without torch's advice."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = [line for line in lines if "http" not in line and "weights_only" not in line]
     return told[-1] if told else type(error).__name__

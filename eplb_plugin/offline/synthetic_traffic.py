@@ -1,4 +1,4 @@
-"""The package's own seeded traffic, with the statistics of real models' loads."""
+"""Seeded synthetic traffic with the load statistics of real models: loads of steps and batches of tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["PROFILES", "TokenStream", "TrafficProfile", "generate", "profile", "
 _Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 TOPIC_CORRELATION = 0.1
-"""Correlation of a layer's loads between two topics, as measured on real traffic."""
+"""Correlation over experts between the loads of two topics, as measured on real traffic."""
 
 _TRIAL_LAYERS = 64
 _WAVES = 3
@@ -27,15 +27,15 @@ _MAX_SHARES = 2**26
 
 @dataclass(frozen=True, kw_only=True)
 class TrafficProfile:
-    """The shape of a model and how unevenly its router loads the experts.
+    """The shape of a model and the unevenness of its expert loads.
 
     Attributes:
-        name: what it is called on the command line.
+        name: name on the command line.
         layers: MoE layers.
         experts: logical experts per layer.
-        top_k: experts that each token chooses.
+        top_k: experts per token.
         log_std: median over layers of the standard deviation over experts of log(load / mean load).
-        num_groups: groups of experts, 1 where routing is not group-limited.
+        num_groups: groups of logical experts; 1 without group-limited routing.
     """
 
     name: str
@@ -46,28 +46,24 @@ class TrafficProfile:
     num_groups: int = 1
 
 
-PROFILES: Mapping[str, TrafficProfile] = MappingProxyType(
-    {
-        item.name: item
-        for item in (
-            TrafficProfile(name="kimi-k2.5", layers=60, experts=384, top_k=8, log_std=0.48),
-            TrafficProfile(name="deepseek-v3", layers=58, experts=256, top_k=8, log_std=0.65, num_groups=8),
-            TrafficProfile(name="glm-5.2", layers=75, experts=256, top_k=8, log_std=0.81),
-            TrafficProfile(name="deepseek-v2-lite", layers=26, experts=64, top_k=6, log_std=0.81),
-            TrafficProfile(name="gpt-oss-20b", layers=24, experts=32, top_k=4, log_std=1.21),
-            TrafficProfile(name="llama-4-maverick", layers=24, experts=128, top_k=1, log_std=1.62),
-            TrafficProfile(name="qwen3-235b", layers=94, experts=128, top_k=8, log_std=2.59),
-        )
-    }
+_PROFILES = (
+    TrafficProfile(name="kimi-k2.5", layers=60, experts=384, top_k=8, log_std=0.48),
+    TrafficProfile(name="deepseek-v3", layers=58, experts=256, top_k=8, log_std=0.65, num_groups=8),
+    TrafficProfile(name="glm-5.2", layers=75, experts=256, top_k=8, log_std=0.81),
+    TrafficProfile(name="deepseek-v2-lite", layers=26, experts=64, top_k=6, log_std=0.81),
+    TrafficProfile(name="gpt-oss-20b", layers=24, experts=32, top_k=4, log_std=1.21),
+    TrafficProfile(name="llama-4-maverick", layers=24, experts=128, top_k=1, log_std=1.62),
+    TrafficProfile(name="qwen3-235b", layers=94, experts=128, top_k=8, log_std=2.59),
 )
+PROFILES: Mapping[str, TrafficProfile] = MappingProxyType({item.name: item for item in _PROFILES})
 """The known models, by name."""
 
 
 def profile(name: str) -> TrafficProfile:
-    """The profile called `name`.
+    """The profile `name`.
 
     Raises:
-        TraceError: there is none; the message lists them.
+        TraceError: unknown name; the message lists the known ones.
     """
     try:
         return PROFILES[name]
@@ -90,22 +86,22 @@ def generate(
 ) -> LoadTrace:
     """Draw the load of a run.
 
-    Each topic spreads its tokens over the experts of a layer in its own gamma-distributed proportions,
-    independent between layers and slightly correlated between topics. (A gamma has the long tail towards
-    cold experts that real loads have; a lognormal would make the hottest far too hot.) The mix of topics
-    drifts, the proportions wander a little with the requests in flight, and each step draws whole tokens.
+    Each topic has its own shares of the experts of each layer, drawn from a gamma distribution. They are
+    independent between layers and slightly correlated between topics. Gamma has the long tail towards cold
+    experts of real loads; a lognormal has far too hot experts. The mix of topics drifts, the shares fluctuate
+    with the requests in flight, and each step is a multinomial draw.
 
     Args:
         source: a profile or its name.
-        layers: MoE layers, by default those of the profile.
-        experts: logical experts per layer, by default those of the profile.
+        layers: MoE layers; by default those of the profile.
+        experts: logical experts per layer; by default those of the profile.
         steps: steps to draw.
-        tokens_per_step: tokens of each step; each gives `top_k` to the load of every layer.
-        topics: kinds of traffic that are mixed.
-        drift: how strongly the mix changes, as in `topic_mix`.
-        period: typical steps from one high of a topic to the next.
-        jitter: standard deviation of the wander of log proportions, with a memory of 64 steps.
-        seed: the same arguments and seed give the same load everywhere.
+        tokens_per_step: tokens of each step; each counts `top_k` times in every layer.
+        topics: number of topics, or kinds of requests.
+        drift: drift of the mix of topics, as in `topic_mix`.
+        period: typical number of steps between two highs of a topic.
+        jitter: standard deviation of the fluctuation of log shares, with a time constant of 64 steps.
+        seed: the same arguments and seed give the same load on every machine.
 
     Returns:
         load int32 [steps, layers, experts]; each layer of each step sums to `tokens_per_step * top_k`.
@@ -135,9 +131,9 @@ def generate(
     rng = np.random.default_rng(seed)
     mix = topic_mix(steps, topics, drift=drift, period=period, rng=rng)
     shares = _topic_shares(base.log_std, mix.mean(0), layers, experts, rng)
-    # The wander forgets with time constant 64: about as slowly as a batch of decoding requests turns over.
-    # A token chooses an expert only once; the margin is for the noise of drawing.
+    # A token chooses an expert at most once; the margin of 10% is for the noise of the draw.
     bound = max(0.9 / base.top_k, 1 / experts)
+    # The requests of a decode batch are replaced within about 64 steps.
     keep = np.exp(-1 / 64)
     wander = jitter * rng.standard_normal((layers, experts))
     load = np.empty((steps, layers, experts), np.int32)
@@ -151,37 +147,36 @@ def generate(
 def _topic_shares(
     log_std: float, weight: _Floats, layers: int, experts: int, rng: np.random.Generator
 ) -> _Floats:
-    """Proportions float64 [topics, layers, experts] whose mean, weighted by `weight`, has `log_std`.
+    """Shares float64 [topics, layers, experts] whose mean, weighted by `weight` [topics], has `log_std`.
 
-    Mixing topics evens loads out, so each alone has to be more uneven than the whole is: the shape of the
-    gammas is found by bisection on trial draws.
+    A mix of topics is more even than each topic. A bisection on trial draws finds the shape of the gammas.
     """
     low, high = 1e-3, 1e3
     for _ in range(20):
         shape = float(np.sqrt(low * high))
         trial = np.tensordot(weight, _draw_shares(shape, len(weight), _TRIAL_LAYERS, experts, rng), 1)
-        # A single expert has no spread: then any shape will do.
+        # A single expert has no spread: any shape is right.
         too_uneven = np.median(np.log(trial).std(1)) > log_std
         low, high = (shape, high) if too_uneven else (low, shape)
     return _draw_shares(high, len(weight), layers, experts, rng)
 
 
 def _draw_shares(shape: float, topics: int, layers: int, experts: int, rng: np.random.Generator) -> _Floats:
-    """Proportions float64 [topics, layers, experts], gammas of `shape` that correlate between topics.
+    """Shares float64 [topics, layers, experts] from gammas of `shape`, correlated between topics.
 
-    A sum of gammas with shapes rho*k (common) and (1-rho)*k (own) is a gamma of shape k, and two such sums
-    with the same common part correlate at rho.
+    The sum of gammas of shapes rho*k (common) and (1-rho)*k (own) is a gamma of shape k. Two such sums with
+    the same common part have the correlation rho.
     """
     common = rng.gamma(TOPIC_CORRELATION * shape, size=(1, layers, experts))
     own = rng.gamma((1 - TOPIC_CORRELATION) * shape, size=(topics, layers, experts))
-    # The floor keeps an expert that no topic likes from having no share at all.
+    # The floor gives every expert a share above 0, whose logarithm is finite.
     weight = common + own + 1e-6 * shape
     shares: _Floats = weight / weight.sum(2, keepdims=True)
     return shares
 
 
 def _at_most(weight: _Floats, bound: float) -> _Floats:
-    """`weight` as proportions of its last axis, none above `bound` where that is possible."""
+    """Normalise `weight` over its last axis; excess above `bound` goes to the other entries, if possible."""
     share: _Floats = weight / weight.sum(-1, keepdims=True)
     for _ in range(8):
         over = share > bound
@@ -195,18 +190,18 @@ def _at_most(weight: _Floats, bound: float) -> _Floats:
 
 
 class TokenStream:
-    """Batches of token ids for the demonstration model, in which token `t` is of topic `t % topics`.
+    """Batches of token ids for the demo, in which token `t` belongs to topic `t % topics`.
 
-    Any process can make any batch, without drawing those before it.
+    Batches are independent: any process can draw any batch.
 
     Args:
         vocabulary: number of token ids.
-        topics: kinds of traffic.
-        mix: float64 [steps, topics], the share of each topic at each step.
-        seed: the same arguments and seed give the same batches everywhere.
+        topics: number of topics.
+        mix: float64 [steps, topics], share of each topic at each step.
+        seed: the same arguments and seed give the same batches on every machine.
 
     Raises:
-        TraceError: there are fewer token ids than topics, or `mix` is not [steps, topics].
+        TraceError: more topics than token ids, or `mix` is not [steps, topics].
     """
 
     def __init__(self, vocabulary: int, topics: int, mix: _Floats, seed: int = 0) -> None:
@@ -218,7 +213,7 @@ class TokenStream:
         self._cumulative = np.cumsum(mix, 1)[:, :-1]
 
     def batch(self, step: int, rank: int, tokens: int) -> torch.Tensor:
-        """The `tokens` token ids that `rank` gets at `step`: int64 [tokens]."""
+        """The batch of `rank` at `step`: int64 [tokens], token ids."""
         rng = np.random.default_rng([self._seed, step, rank])
         topic = np.searchsorted(self._cumulative[step], rng.random(tokens), side="right")
         of_topic = (self._vocabulary - topic - 1) // self._topics + 1
@@ -226,35 +221,33 @@ class TokenStream:
         return torch.from_numpy(topic + pick * self._topics)
 
 
-def topic_mix(
-    steps: int, topics: int, *, drift: float, period: float, rng: np.random.Generator
-) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """The share of each topic at each step.
+def topic_mix(steps: int, topics: int, *, drift: float, period: float, rng: np.random.Generator) -> _Floats:
+    """Draw the share of each topic at each step.
 
-    The log of each share is a sum of three waves with random phases and lengths around `period`, so the
-    mix never jumps, never repeats exactly, and any two topics go their own ways.
+    The log share of a topic is a sum of three waves with random phases and random lengths around `period`.
+    The mix never jumps and never repeats, and topics drift independently.
 
     Args:
         steps: number of steps.
         topics: number of topics.
-        drift: standard deviation over time of the logs before they are normalised; 0 keeps all topics
-            equal, 1 is a clear drift, 3 lets one topic dominate at a time.
-        period: typical steps from one high of a topic to the next.
+        drift: standard deviation over time of a log share before normalisation. 0: equal shares; 1: clear
+            drift; 3: one topic dominates at a time.
+        period: typical number of steps between two highs of a topic.
         rng: source of phases and lengths.
 
     Returns:
-        float64 [steps, topics], every row sums to 1.
+        float64 [steps, topics]; every row sums to 1.
 
     Raises:
-        TraceError: there are too many of both.
+        TraceError: steps * topics is above 2**26.
     """
     if steps * topics > _MAX_SHARES:
         raise TraceError(f"steps={steps} with topics={topics} take too much memory")
     phase = rng.uniform(0, 2 * np.pi, (_WAVES, 1, topics))
     length = period * rng.uniform(0.6, 1.6, (_WAVES, 1, topics))
     angle = 2 * np.pi * np.arange(steps)[:, None] / length + phase
-    # A sine has variance 1/2, so the sum of the waves gets standard deviation `drift`.
+    # A sine has variance 1/2: the factor gives the sum of waves the standard deviation `drift`.
     logits = drift * np.sqrt(2 / _WAVES) * np.sin(angle).sum(0)
     shares = np.exp(logits - logits.max(1, keepdims=True))
-    mix: np.ndarray[Any, np.dtype[np.float64]] = shares / shares.sum(1, keepdims=True)
+    mix: _Floats = shares / shares.sum(1, keepdims=True)
     return mix

@@ -1,4 +1,4 @@
-"""From the expert choices of tokens to the load of steps: replaying requests in batches."""
+"""Replay of a token trace as decode or prefill: from the experts of each token to the load of each step."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import numpy as np
 import torch
 
 from ..core.errors import TraceError
+from ..core.integers import checked_integer
 from .synthetic_traffic import topic_mix
 from .traces import MAX_CELLS, LoadTrace, TokenTrace
 
 __all__ = ["category_mix", "decode_schedule", "fold_decode", "fold_prefill"]
 
 _Ints = np.ndarray[Any, np.dtype[np.int64]]
-# Tokens gathered at once; bounds the scratch memory, whatever the trace.
-_CHUNK_IDS = 4_000_000
+_CHUNK_IDS = 4_000_000  # expert choices counted at once: a bound on scratch memory
 
 
 def fold_decode(
@@ -27,14 +27,14 @@ def fold_decode(
     period: float = 4096,
     seed: int = 0,
 ) -> LoadTrace:
-    """Replay a trace as decoding: each step takes the next token of every request in flight.
+    """Replay a trace as decode: each step takes the next token of every request in flight.
 
     Args:
         trace: the tokens.
         batch: requests in flight.
-        steps: steps to replay; by default as many as use each token once on average, at least one.
-        drift: how strongly the mix of categories changes, as in `topic_mix`.
-        period: typical steps from one high of a category to the next.
+        steps: steps to replay; by default tokens / batch, at least one.
+        drift: drift of the mix of categories, as in `topic_mix`.
+        period: typical number of steps between two highs of a category.
         seed: seed of the mix and of the draws.
 
     Returns:
@@ -53,27 +53,27 @@ def fold_decode(
 def decode_schedule(
     trace: TokenTrace, batch: int, steps: int, *, drift: float, period: float, seed: int
 ) -> _Ints:
-    """Which token each request in flight computes at each step.
+    """Schedule the tokens of decode: for each step, the token of each request in flight.
 
-    A request that ends is replaced at the next step by one drawn from the categories' mix of that step,
-    evenly within the category. The first ones start in the middle, as if the service had run for long.
+    When a request ends, a new one takes its place at the next step. Its category is drawn from the mix of
+    that step, and the request uniformly from the category. The first requests start at a random token, as in
+    a service that has run for long.
 
     Returns:
         int64 [steps, batch], token indices of the trace.
 
     Raises:
-        TraceError: `batch` or `steps` is below 1.
+        TraceError: `batch` or `steps` is below 1, or both are too large.
     """
     for name, value in (("batch", batch), ("steps", steps)):
-        if value < 1:
-            raise TraceError(f"{trace.name}: {name}={value} is below 1")
+        checked_integer(f"{trace.name}: {name}", value, TraceError)
     if steps * batch > MAX_CELLS:
         raise TraceError(f"{trace.name}: steps={steps} of batch={batch} take too much memory")
     rng = np.random.default_rng(seed)
     usable = np.flatnonzero(trace.lengths > 0)
     _, category, size = np.unique(trace.category[usable], return_inverse=True, return_counts=True)
     mix = topic_mix(steps, len(size), drift=drift, period=period, rng=rng)
-    # Sorted by category, the requests of one lie side by side: a draw is two look-ups.
+    # Sorted by category, the requests of a category are contiguous, and a draw is two lookups.
     by_category = usable[np.argsort(category, kind="stable")]
     offset = np.cumsum(size) - size
     first, lengths = trace.first, trace.lengths
@@ -99,13 +99,9 @@ def decode_schedule(
 
 
 def fold_prefill(trace: TokenTrace, max_tokens: int) -> LoadTrace:
-    """Replay a trace as prefill, in file order: a step takes whole requests while they fit.
+    """Replay a trace as prefill, in file order: a step takes whole requests up to `max_tokens` tokens.
 
-    A request that is longer than `max_tokens` makes a step of its own.
-
-    Args:
-        trace: the tokens.
-        max_tokens: most tokens of one step.
+    A request of more than `max_tokens` tokens is a step of its own.
 
     Returns:
         load int32 [steps, layers, experts], tokens; the last step may be small.
@@ -113,8 +109,7 @@ def fold_prefill(trace: TokenTrace, max_tokens: int) -> LoadTrace:
     Raises:
         TraceError: `max_tokens` is below 1.
     """
-    if max_tokens < 1:
-        raise TraceError(f"{trace.name}: max_tokens={max_tokens} is below 1")
+    checked_integer(f"{trace.name}: max_tokens", max_tokens, TraceError)
     ends = np.unique(trace.first[1:])
     ends = ends[ends > 0]
     bounds = [0]
@@ -129,25 +124,25 @@ def fold_prefill(trace: TokenTrace, max_tokens: int) -> LoadTrace:
 def category_mix(
     trace: TokenTrace, tokens: _Ints | None = None, *, steps: int | None = None
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Which kinds of requests are computed when.
+    """The share of each category at each step.
 
     Args:
         trace: the tokens.
-        tokens: int64 [steps, batch], a schedule as from `decode_schedule`; None takes the file's order.
-        steps: for the file's order, how many equal parts to cut it into.
+        tokens: int64 [steps, batch], a schedule of `decode_schedule`; None is the order of the file.
+        steps: for the order of the file: number of equal parts, one by default.
 
     Returns:
-        float64 [steps, categories], the share of each category; categories in sorted order.
+        float64 [steps, categories], categories in sorted order; every row sums to 1.
 
     Raises:
-        TraceError: the file's order is asked for, and there are fewer tokens than steps.
+        TraceError: fewer tokens than steps.
     """
     names, category = np.unique(trace.category, return_inverse=True)
     if tokens is None:
         steps = steps or 1
         if trace.num_tokens < steps:
             raise TraceError(f"{trace.name} has {trace.num_tokens} tokens, fewer than steps={steps}")
-        # Parts differ by one token at most; the repeats of a shorter one change its shares hardly at all.
+        # Parts differ by one token at most; a shorter part counts one token twice, a negligible error.
         width = -(-trace.num_tokens // steps)
         start = np.arange(steps) * trace.num_tokens // steps
         tokens = np.minimum(start[:, None] + np.arange(width), trace.num_tokens - 1)
@@ -158,8 +153,7 @@ def category_mix(
 
 
 def _count(trace: TokenTrace, tokens: _Ints, bounds: _Ints) -> torch.Tensor:
-    """Count the experts that `tokens` chose, int32 [steps, layers, experts]; step `s` is
-    `tokens[bounds[s]:bounds[s+1]]`."""
+    """Load of the steps `tokens[bounds[s]:bounds[s+1]]`: int32 [steps, layers, experts]."""
     steps, cells = len(bounds) - 1, trace.num_layers * trace.num_experts
     if steps * cells > MAX_CELLS:
         raise TraceError(
@@ -167,7 +161,7 @@ def _count(trace: TokenTrace, tokens: _Ints, bounds: _Ints) -> torch.Tensor:
             "too much memory"
         )
     load = np.zeros((steps, cells), np.int32)
-    # The cell of (layer, expert) in one step; a narrow type keeps the gather within the cache.
+    # Index of (layer, expert) within a step; int32 keeps the gather within the cache.
     layer_base = (np.arange(trace.num_layers, dtype=np.int32) * trace.num_experts)[None, :, None]
     ids_per_token = trace.num_layers * trace.top_k
     start = 0

@@ -1,4 +1,4 @@
-"""Recorded loads and recorded expert choices: two frozen values."""
+"""`LoadTrace` and `TokenTrace`: recorded loads and recorded expert choices, validated and frozen."""
 
 from __future__ import annotations
 
@@ -12,38 +12,33 @@ import torch
 
 from ..core.errors import TraceError
 
-__all__ = [
-    "MAX_CELLS",
-    "MAX_COUNT",
-    "LoadTrace",
-    "TokenTrace",
-    "as_load",
-]
+__all__ = ["MAX_CELLS", "MAX_COUNT", "LoadTrace", "TokenTrace", "as_load"]
 
-_Array = np.ndarray[Any, Any]
 MAX_COUNT = 2**53
-"""Counts above this are no longer exact as float64, in which planning computes."""
+"""Maximum count: planning computes in float64, which is exact up to here."""
 
 MAX_CELLS = 2**31
-"""Most numbers of a load that is made of something else; a small file can stand for a large one."""
+"""Maximum number of values of a derived load: a small file can ask for a huge one."""
 
-# What follows from these numbers of a file takes memory in proportion to them, however small the file is.
+_Array = np.ndarray[Any, Any]
+
+# Memory grows with these numbers of a file, however small the file is.
 _MAX_LAYER = _MAX_EXPERTS = 2**16
 
 
 @dataclass(frozen=True, eq=False)
 class LoadTrace:
-    """The load of every step of a run.
+    """The load of each step of a run.
 
     Attributes:
         load: [steps, layers, experts], tokens; int32, int64, float32 or float64, on the CPU.
-        name: where it comes from, for titles and errors.
-        layer_ids: the layer of the model that each row is of, rising; by default 0 and following. Engines
-            that number dense layers too need it.
+        name: origin of the load, for titles and errors.
+        layer_ids: layer of the model of each row, rising; by default 0, 1, ... Engines number dense layers
+            too: the first MoE layer of DeepSeek-V3 is 3.
 
     Raises:
-        TraceError: wrong shape or dtype, no elements, NaN, infinite or negative values, or layers that do
-            not rise.
+        TraceError: wrong shape or dtype, no elements, NaN, infinite or negative values, or layer ids that
+            do not rise.
     """
 
     load: torch.Tensor
@@ -91,19 +86,19 @@ class LoadTrace:
 
 @dataclass(frozen=True, eq=False)
 class TokenTrace:
-    """The experts that every token of some requests chose.
+    """The experts of each token of some requests.
 
     Attributes:
         topk_ids: integer [tokens, layers, top_k], the chosen experts, in `0..num_experts-1`.
-        request: int64 [tokens], the request of each token; it never falls, and a request's tokens are in
-            the order in which they were computed.
-        category: text or integer [requests], the kind of each request.
-        num_experts: experts per layer.
-        name: where it comes from, for titles and errors.
+        request: int64 [tokens], request of each token, sorted; the tokens of a request are in order of
+            computation.
+        category: text or integer [requests], topic of each request.
+        num_experts: logical experts per layer.
+        name: origin of the trace, for titles and errors.
         first: int64 [requests + 1], derived: request `r` has the tokens `first[r]..first[r+1]-1`.
 
     Raises:
-        TraceError: a wrong shape or dtype, an id out of range, or requests that are not sorted.
+        TraceError: wrong shape or dtype, an id out of range, or unsorted requests.
     """
 
     topk_ids: _Array
@@ -115,18 +110,13 @@ class TokenTrace:
 
     def __post_init__(self) -> None:
         ids, request, category = self.topk_ids, self.request, self.category
-        if ids.ndim != 3 or ids.size == 0 or ids.dtype.kind not in "iu":
-            raise TraceError(
-                f"{self.name}: topk_ids is {ids.dtype} {ids.shape}, not integers [tokens, layers, top_k]"
-            )
-        if request.shape != ids.shape[:1] or request.dtype.kind not in "iu":
-            raise TraceError(
-                f"{self.name}: request is {request.dtype} {request.shape}, not integers [{ids.shape[0]}]"
-            )
-        if category.ndim != 1 or category.dtype.kind not in "iuSU":
-            raise TraceError(
-                f"{self.name}: category is {category.dtype} {category.shape}, not text or integers [requests]"
-            )
+        for name, array, fits, kinds, expected in (
+            ("topk_ids", ids, ids.ndim == 3 and ids.size, "iu", "integers [tokens, layers, top_k]"),
+            ("request", request, request.shape == ids.shape[:1], "iu", "integers [tokens]"),
+            ("category", category, category.ndim == 1, "iuSU", "text or integers [requests]"),
+        ):
+            if not fits or array.dtype.kind not in kinds:
+                raise TraceError(f"{self.name}: {name} is {array.dtype} {array.shape}, not {expected}")
         if not 1 <= self.num_experts <= _MAX_EXPERTS:
             raise TraceError(f"{self.name}: num_experts={self.num_experts} is outside 1..{_MAX_EXPERTS}")
         self._check_range("topk_ids", ids, self.num_experts, "num_experts")
@@ -141,7 +131,7 @@ class TokenTrace:
             )
         object.__setattr__(self, "request", request)
         if ids.dtype.itemsize == 8:
-            # Sums with unsigned ones would become floats.
+            # NumPy adds int64 and uint64 as floats.
             object.__setattr__(self, "topk_ids", ids.astype(np.int64))
         object.__setattr__(self, "first", np.searchsorted(request, np.arange(len(category) + 1)))
 
@@ -168,15 +158,15 @@ class TokenTrace:
 
     @property
     def lengths(self) -> _Array:
-        """int64 [requests], tokens of each request; a request may have none."""
+        """int64 [requests]: tokens of each request, 0 or more."""
         return np.diff(self.first)
 
 
 def as_load(array: _Array, name: str) -> torch.Tensor:
-    """The array as one of the dtypes of LoadTrace, in native byte order; values stay what they are.
+    """Convert an array exactly to a dtype of `LoadTrace` in native byte order; `name` is for errors.
 
     Raises:
-        TraceError: another dtype, or counts that planning could not compute with exactly.
+        TraceError: not a number dtype, or a count above `MAX_COUNT`.
     """
     if array.dtype.kind == "f" and array.dtype.itemsize <= 8:
         dtype = np.float64 if array.dtype.itemsize == 8 else np.float32

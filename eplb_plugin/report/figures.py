@@ -1,4 +1,4 @@
-"""The pictures: each takes a replay and gives a matplotlib figure that explains itself."""
+"""The pictures of the report: one function each, from a replay to a matplotlib figure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from ..core.placement import Placement
 from .replay import PolicyReplay, Replay
-from .style import MUTED, WIDTH, colour, pictures
+from .style import MUTED, colour, picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,13 +26,12 @@ _HOTTEST = 10
 
 
 def rank_load_maps(replay: Replay, policy: PolicyReplay) -> Figure:
-    """Load of every rank by layer, before and after, on one scale."""
+    """Load of each rank and layer, before and after, on one colour scale."""
     before = replay.mean_rank_loads(_static(replay)).numpy()
     after = replay.mean_rank_loads(policy).numpy()
     layers, ranks = before.shape
     top = float(np.nanmax([before, after]))
-    with pictures() as figure:
-        drawn: Figure = figure.Figure(figsize=(WIDTH, 3.9), layout="constrained")
+    with picture(3.9) as drawn:
         axes = drawn.subplots(1, 2, sharey=True)
         names = ("before: not rebalanced", f"after: {policy.result.policy}")
         for axis, values, name in zip(axes, (before, after), names, strict=True):
@@ -54,9 +53,8 @@ def rank_load_maps(replay: Replay, policy: PolicyReplay) -> Figure:
 
 
 def balancedness_over_time(replay: Replay) -> Figure:
-    """Balancedness of each interval under each policy, and what the package had predicted for it."""
-    with pictures() as figure:
-        drawn: Figure = figure.Figure(figsize=(WIDTH, 3.4), layout="constrained")
+    """Balancedness of each interval, measured and predicted, for each policy."""
+    with picture(3.4) as drawn:
         axis = drawn.subplots()
         for index, policy in enumerate(replay.policies):
             parts = policy.result.intervals
@@ -97,11 +95,10 @@ def balancedness_over_time(replay: Replay) -> Figure:
 
 
 def moves_over_time(replay: Replay) -> Figure:
-    """Share of all slots that each rebalance fills anew, by policy."""
+    """Moves of each rebalance as a share of all slots, for each policy."""
     moving = [(index, item) for index, item in enumerate(replay.policies) if item.result.policy != "static"]
     cells = replay.trace.num_layers * replay.topology.num_slots
-    with pictures() as figure:
-        drawn: Figure = figure.Figure(figsize=(WIDTH, 2.9), layout="constrained")
+    with picture(2.9) as drawn:
         axis = drawn.subplots()
         for index, policy in moving:
             parts = policy.result.intervals
@@ -121,7 +118,7 @@ def moves_over_time(replay: Replay) -> Figure:
 
 
 def hottest_experts(replay: Replay, policy: PolicyReplay) -> Figure:
-    """The experts with the most tokens for their layer, and what is left of them for a slot."""
+    """The experts with the highest load relative to their layer, and the load of each of their replicas."""
     last = policy.result.intervals[-1]
     load = replay.trace.load[last.first_step :].double().mean(0)
     share = (load / load.mean(1, keepdim=True)).nan_to_num(0)
@@ -130,8 +127,7 @@ def hottest_experts(replay: Replay, policy: PolicyReplay) -> Figure:
     rows = [divmod(int(item), share.shape[1]) for item in top]
     total = np.array([float(share[layer, expert]) for layer, expert in rows])
     replicas = np.array([int(count[layer, expert]) for layer, expert in rows])
-    with pictures() as figure:
-        drawn: Figure = figure.Figure(figsize=(WIDTH, 3.9), layout="constrained")
+    with picture(3.9) as drawn:
         axis = drawn.subplots()
         place = np.arange(len(rows))
         axis.barh(place, total, color="#cfcfcf", height=0.72, label="all its tokens")
@@ -153,13 +149,12 @@ def hottest_experts(replay: Replay, policy: PolicyReplay) -> Figure:
 
 
 def policies_compared(replay: Replay) -> Figure:
-    """Balancedness and moves of each policy, side by side."""
+    """Balancedness and moves of each policy."""
     names = [item.result.policy for item in replay.policies]
     tints = [colour(name, index) for index, name in enumerate(names)]
     balance = [item.result.balancedness for item in replay.policies]
     moved = [100 * item.result.moved_share for item in replay.policies]
-    with pictures() as figure:
-        drawn: Figure = figure.Figure(figsize=(WIDTH, 0.9 + 0.42 * len(names)), layout="constrained")
+    with picture(0.9 + 0.42 * len(names)) as drawn:
         left, right = drawn.subplots(1, 2, sharey=True)
         panels = (
             (left, balance, "balancedness (1 is perfect)", "{:.3f}", 1.0),
@@ -178,7 +173,7 @@ def policies_compared(replay: Replay) -> Figure:
 
 
 def _static(replay: Replay) -> PolicyReplay:
-    """The placement that engines start from, whether or not it is among the policies."""
+    """The default placement of engines, as if the policy `static` had been replayed."""
     trace = replay.trace
     default = Placement.default(trace.num_layers, trace.num_experts, replay.topology.num_slots)
     some = replay.policies[0]
@@ -186,7 +181,7 @@ def _static(replay: Replay) -> PolicyReplay:
 
 
 def _some(count: int) -> list[int]:
-    """At most about eight evenly spaced indices, of round distance."""
+    """About eight indices at most, evenly spaced by a round number."""
     step = next(size for size in (1, 2, 4, 5, 8, 10, 16, 20, 32, 50, 64, 100, count) if count / size <= 8)
     return list(range(0, count, step))
 

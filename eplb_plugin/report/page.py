@@ -1,4 +1,4 @@
-"""One HTML file with everything in it: no script, no font, no picture comes from anywhere else."""
+"""The report as one HTML file without scripts or external resources."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ th:first-child, td:first-child { text-align: left; }
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture and what a reader has to know to read it.
+    """A picture with its caption.
 
     Attributes:
-        key: a name for files.
-        title: what it shows, as a heading.
-        note: how to read it, one or two sentences.
+        key: name for files.
+        title: heading.
+        note: caption of one or two sentences.
         png: the image.
     """
 
@@ -63,7 +63,7 @@ class Picture:
 
 
 def picture_set(replay: Replay) -> Iterator[Picture]:
-    """All pictures of a replay, one after the other; drawing each takes a good part of a second.
+    """Draw the pictures of a replay, one by one; each takes up to a second.
 
     Raises:
         EplbError: matplotlib is not installed.
@@ -72,41 +72,41 @@ def picture_set(replay: Replay) -> Iterator[Picture]:
     yield Picture(
         "policies",
         "Policies side by side",
-        "Both on steps that the policy had not seen when it planned. Moving a slot is sending one expert's "
-        "weights to another rank.",
+        "Balancedness is measured on the steps after each plan. A move is a transfer of one expert's weights "
+        "to another rank.",
         _png(policies_compared(replay)),
     )
     yield Picture(
         "rank_loads",
-        "How much each rank had to do",
-        "Each cell is one rank in one layer, over all steps. A layer waits for its fullest rank: one even "
-        "colour is good, bright cells are where time is lost.",
+        "Load of each rank",
+        "Each cell is one rank in one layer, over all steps. A layer waits for its fullest rank: an even "
+        "colour is good, bright cells cost time.",
         _png(rank_load_maps(replay, chosen)),
     )
     yield Picture(
         "balancedness",
         "Balancedness over time",
-        "Lines: what each interval came to. Circles: what its placement would have come to on the interval "
-        "before, which it was planned from. A circle far above its line means that the traffic changed.",
+        "Lines: measured in each interval. Circles: predicted, for the same placement on the interval before "
+        "it, from which it was planned. A circle far above its line is a change of traffic.",
         _png(balancedness_over_time(replay)),
     )
     yield Picture(
         "moves",
         "Moves over time",
-        "How much each rebalance sends. The first one leaves the placement that the engine starts with.",
+        "Transfers of each rebalance. The first rebalance leaves the engine's default placement.",
         _png(moves_over_time(replay)),
     )
     yield Picture(
         "hottest_experts",
         "The hottest experts and their replicas",
-        f"Of the last interval, under {chosen.result.policy}. Grey: the tokens of the expert. Blue: what is "
-        "left for a slot when they are spread over its replicas.",
+        f"In the last interval, under {chosen.result.policy}. Grey: tokens of the expert. Blue: tokens of "
+        "each of its replicas.",
         _png(hottest_experts(replay, chosen)),
     )
 
 
 def chosen_policy(replay: Replay) -> PolicyReplay:
-    """The policy that the pictures of single placements show: the package's own, else the last one."""
+    """The policy for pictures of one placement: the default one, otherwise the last one."""
     return next((item for item in replay.policies if item.result.policy == "adaptive"), replay.policies[-1])
 
 
@@ -122,9 +122,9 @@ def write_page(path: str | Path, sections: list[tuple[Replay, list[Picture]]]) -
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<link rel="icon" href="data:,">\n<title>Expert load report</title>\n<style>{_STYLE}</style>\n'
         "</head>\n<body>\n<h1>Expert load report</h1>\n"
-        "<p>Recorded loads, replayed offline: each policy plans from what came before and is scored on what "
-        "came next. <b>Balancedness</b> is the mean load of the ranks divided by the fullest one, "
-        "layers added up: at 0.5 the ranks wait half of the time, at 1 none waits.</p>\n"
+        "<p>Offline replay of recorded loads: each policy plans from past steps and is scored on the steps "
+        "after them. <b>Balancedness</b> is the mean rank load over the maximum rank load, both summed over "
+        "layers: at 0.5 the ranks wait half of the time, at 1 no rank waits.</p>\n"
         f"{body}</body>\n</html>\n"
     )
     with written_whole(path) as part:
@@ -175,6 +175,6 @@ def _numbers(replay: Replay) -> str:
 
 def _png(figure: Figure) -> bytes:
     stream = io.BytesIO()
-    # Without the name and version of the program, the same load gives the same bytes.
+    # Without the version of matplotlib, the same load gives the same bytes.
     figure.savefig(stream, format="png", dpi=_DPI, metadata={"Software": None})
     return stream.getvalue()

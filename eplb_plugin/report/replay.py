@@ -1,4 +1,4 @@
-"""Replays of one load under several policies, with the placements that the pictures need."""
+"""Replay of one load under several policies, with the placements for the pictures."""
 
 from __future__ import annotations
 
@@ -19,13 +19,12 @@ __all__ = ["PolicyReplay", "Replay", "replay"]
 
 @dataclass(frozen=True, eq=False)
 class PolicyReplay:
-    """What one policy did.
+    """The replay under one policy. The tuples have one entry for each of `result.intervals`.
 
     Attributes:
-        result: its figures.
-        placements: in force from each rebalance on, as many as `result.intervals`.
-        predicted: balancedness of each placement on the steps of the interval before it, from which it was
-            planned; the same mean over single steps as the actual one.
+        result: scores.
+        placements: placement in force in each interval.
+        predicted: balancedness of that placement on the interval before, mean over its steps.
     """
 
     result: SimulationResult
@@ -41,7 +40,7 @@ class Replay:
         trace: the load.
         topology: nodes, ranks, slots and groups.
         interval: steps between two rebalances.
-        policies: what each policy did, in the order asked for.
+        policies: the replay under each policy, in the order of the request.
     """
 
     trace: LoadTrace
@@ -50,10 +49,10 @@ class Replay:
     policies: tuple[PolicyReplay, ...]
 
     def mean_rank_loads(self, policy: PolicyReplay) -> torch.Tensor:
-        """Load of each rank over all scored steps, 1 being the mean of its layer.
+        """Load of each rank over all scored steps, relative to the mean of its layer.
 
         Returns:
-            float64 [layers, ranks]; layers without load are NaN.
+            float64 [layers, ranks]; NaN for layers without load.
         """
         total = torch.zeros(self.trace.num_layers, self.topology.num_ranks, dtype=torch.float64)
         for interval, placement in zip(policy.result.intervals, policy.placements, strict=True):
@@ -76,10 +75,10 @@ def replay(
     Args:
         trace: the load.
         topology: nodes, ranks, slots and groups.
-        policies: names, as of `simulate`.
-        planner: how placements are planned.
-        rebalancer: its interval, snapshots and history are the window.
-        progress: told the policy, rebalances done and rebalances in all.
+        policies: names of policies, as for `simulate`.
+        planner: options of the planner.
+        rebalancer: options of the window: interval, snapshots and history.
+        progress: called with (policy, rebalances done, rebalances in all).
 
     Raises:
         TraceError: a load that is too short for the interval. ConfigError: an unknown policy.
@@ -108,7 +107,7 @@ def replay(
 
 
 def _kept(setup: PolicySetup) -> tuple[PolicySetup, list[Placement]]:
-    """The policy, and the list that every placement it makes is put into."""
+    """The policy, and a list to which it appends each of its placements."""
     placements: list[Placement] = []
 
     def keep(window: torch.Tensor, topology: Topology, current: Placement | None) -> Placement:

@@ -1,21 +1,23 @@
-"""One look for all pictures: colours that colour-blind readers tell apart, sizes that a phone shows."""
+"""Style of all pictures: colours for colour-blind readers, text sizes for a phone."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..core.errors import EplbError
 
-__all__ = ["MUTED", "WIDTH", "colour", "pictures"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-WIDTH = 4.8
-"""Width of every picture in inches: narrow, so that its text stays readable where the page is 400 pixels."""
+__all__ = ["MUTED", "colour", "picture"]
+
+_WIDTH = 4.8  # inches; narrow, so that text is readable on a page of 400 pixels
 
 MUTED = "#6b6b6b"
 
-# Okabe and Ito's palette; what the package does is the strongest of them.
+# Okabe and Ito's palette, its strongest colour for the default policy.
 _NAMED = {"static": "#999999", "greedy": "#E69F00", "adaptive": "#0072B2"}
 _OTHERS = ("#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 _RC: Any = {
@@ -40,23 +42,23 @@ _RC: Any = {
 
 
 def colour(policy: str, index: int) -> str:
-    """The colour of a policy; `index` chooses one for those that have none of their own."""
+    """The colour of a policy; `index` chooses among those without a policy of their own."""
     return _NAMED.get(policy, _OTHERS[index % len(_OTHERS)])
 
 
 @contextmanager
-def pictures() -> Iterator[Any]:
-    """matplotlib's `figure` module in the package's style, without any window system.
+def picture(height: float) -> Iterator[Figure]:
+    """An empty figure of `height` inches in the package's style, without any window system.
 
     Raises:
-        EplbError: matplotlib is not installed; says how to install it.
+        EplbError: matplotlib is not installed; the message says how to install it.
     """
     try:
         import matplotlib as mpl
-        from matplotlib import figure
+        from matplotlib.figure import Figure
     except ImportError:
         raise EplbError(
             "pictures need matplotlib, which is not installed: pip install 'eplb-plugin[report]'"
         ) from None
     with mpl.rc_context(_RC):
-        yield figure
+        yield Figure(figsize=(_WIDTH, height), layout="constrained")
