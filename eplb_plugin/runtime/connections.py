@@ -13,8 +13,7 @@ from ..core.errors import EplbError, TransferError
 from .control.priority import give_way
 from .control.rank_group import AnyGroup, RankGroup, answered
 from .control.two_phase_commit import Decisions, Store
-from .weights.nccl import join_nccl
-from .weights.transport import Transport
+from .weights.transport import Transport, join_nccl
 
 __all__ = ["Channels", "Store"]
 

@@ -1,4 +1,4 @@
-"""One hop, made by all ranks together: staged on all of them, checked, and committed on all or none."""
+"""One migration batch, made by all ranks together: staged, checked, and committed on all or none."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ..core.errors import EplbError, RankLostError, TransferError, UndecidedErro
 from .context import Parts
 from .control.scheduling import Pace
 from .repair import Damage
-from .weights.batching import Hop
-from .weights.layout import Layout
-from .weights.staging import Arrival
+from .weights.batching import MigrationBatch
+from .weights.rounds import RoundLimits
+from .weights.staging import Arrival, stage_batch
 from .weights.transfer import Transfer
 
 __all__ = ["Crossing"]
@@ -29,7 +29,7 @@ class Crossing:
     """All ranks call `lay_out`, then `stage`, then `commit`.
 
     Args:
-        hop: the same on every rank.
+        batch: the same on every rank.
         name: the same on every rank, another one for each.
         parts: of the rank.
         damage: what was found so far.
@@ -45,38 +45,37 @@ class Crossing:
 
     def __init__(
         self,
-        hop: Hop,
+        batch: MigrationBatch,
         name: str,
         parts: Parts,
         damage: Damage,
         pace: Pace,
         enter: Callable[[str], None],
     ) -> None:
-        self._hop = hop
+        self._batch = batch
         self._name = name
         self._parts = parts
         self._damage = damage
         self._pace = pace
         self._enter = enter
-        rank = parts.channels.control.rank
-        most = parts.channels.data.most
-        self._layout = Layout(hop, parts.weights, parts.topology, rank, pace.piece, most)
-        self._transfer = Transfer(self._layout)
         self._tables: Mapping[int, Any] = {}
         self._error: Exception | None = None
         self.bad: list[tuple[int, int]] = []
-        self.moves = len(self._layout.moves)
-        self.num_bytes = sum(parts.weights.expert_bytes(layer) for layer in self._layout.moves)
+        self.moves = batch.migration.num_sends
+        self.num_bytes = batch.sent_bytes(parts.weights)
         self.transfer_seconds = self.commit_seconds = 0.0
 
     @property
     def staged_bytes(self) -> int:
         """Staging memory that it takes up on this rank."""
-        return self._layout.num_bytes
+        return int(self._batch.staging_bytes[self._parts.channels.control.rank])
 
     def lay_out(self, buffer: torch.Tensor) -> None:
         """Take the staging memory, uint8 [staged_bytes]. Nothing is read or written yet."""
-        self._layout.place(buffer)
+        parts, batch = self._parts, self._batch
+        limits = RoundLimits(self._pace.piece, parts.channels.data.max_messages)
+        rank = parts.channels.control.rank
+        self._transfer = Transfer(stage_batch(batch, parts.weights, parts.topology, rank, buffer, limits))
 
     def stage(self, agreed: Callable[[], object]) -> None:
         """Get the weights into the staging memory, and compare them with their fingerprints.
@@ -96,7 +95,7 @@ class Crossing:
         parts.order.catch_up()
 
         def tables() -> None:
-            self._tables = parts.tables.prepare(self._hop.after, self._hop.layers)
+            self._tables = parts.tables.prepare(self._batch.physical_to_logical, self._batch.layers)
 
         def after(num_bytes: int, seconds: float) -> None:
             pace.moved(num_bytes, seconds)
@@ -127,14 +126,18 @@ class Crossing:
             try:
                 for layer in layers:
                     self._transfer.commit(layer)
-                    switch(layer, self._hop.after[self._hop.layers.index(layer)], self._tables[layer])
+                    switch(
+                        layer,
+                        self._batch.physical_to_logical[self._batch.layers.index(layer)],
+                        self._tables[layer],
+                    )
             except Exception as failure:
                 raise UndecidedError(
                     f"layers {layers} did not switch over on this rank: {failure}"
                 ) from failure
             self._parts.order.mark()
 
-        size, layers = self._parts.options.commit_layers, self._hop.layers
+        size, layers = self._parts.options.commit_layers, self._batch.layers
         groups = [layers[at : at + size] for at in range(0, len(layers), size)]
         return self._agree_on([partial(write, group) for group in groups])
 

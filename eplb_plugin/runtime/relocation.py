@@ -1,4 +1,4 @@
-"""From one placement to another, hop by hop, as far as weights arrive sound."""
+"""From one placement to another, batch by batch, as far as weights arrive sound."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .context import Parts
 from .control.scheduling import Pace
 from .crossing import Crossing
 from .repair import Damage
-from .weights.batching import Hop, plan_hops
+from .weights.batching import MigrationBatch, plan_batches
 
 __all__ = ["Move"]
 
@@ -67,8 +67,8 @@ class Move:
             damaged: (layer, slot) that do not hold what they should; they are filled anew.
 
         Raises:
-            TransferError: on all ranks, when one of them failed before a hop was committed; hops before that
-                stay. RankLostError: another rank does not answer. UndecidedError: see there.
+            TransferError: on all ranks, when one of them failed before a batch was committed; batches before
+                that stay. RankLostError: another rank does not answer. UndecidedError: see there.
         """
         goal, held = goal.clone(), self.now.clone()
 
@@ -84,12 +84,12 @@ class Move:
         while True:
             parts = self._parts
             bound = parts.options.staging_mib << 20
-            hops, impossible = plan_hops(held, goal, parts.weights, parts.topology, bound)
+            batches, impossible = plan_batches(held, goal, parts.weights, parts.topology, bound)
             self._pace.rest()
             for layer, reason in impossible.items():
                 keep(layer, reason)
-            crossings, agreed = self._prepare(hops)
-            for hop, crossing in zip(hops, crossings, strict=True):
+            crossings, agreed = self._prepare(batches)
+            for batch, crossing in zip(batches, crossings, strict=True):
                 bad = self._cross(crossing, agreed)
                 agreed = _nothing
                 if bad is not None:
@@ -98,19 +98,19 @@ class Move:
                         keep(layer, f"experts of layer {layer} were damaged on their way more than once")
                     set_aside(slots)
                     break
-                held[hop.layers] = hop.after
+                held[batch.layers] = batch.physical_to_logical
             else:
                 return
 
-    def _prepare(self, hops: Sequence[Hop]) -> tuple[list[Crossing], Callable[[], object]]:
-        """All ranks: one vote for all hops, that no rank lacks the memory to send and receive.
+    def _prepare(self, batches: Sequence[MigrationBatch]) -> tuple[list[Crossing], Callable[[], object]]:
+        """All ranks: one vote for all batches, that no rank lacks the memory to send and receive.
 
-        Otherwise some would send what others never receive. What fails later is put to the vote of its hop.
+        Otherwise some would send what others never receive. What fails later is put to the vote of its batch.
 
         Returns:
-            A crossing for each hop; and what to call before anything is sent, which counts the votes.
+            A crossing for each batch; and what to call before anything is sent, which counts the votes.
         """
-        if not hops:
+        if not batches:
             return [], _nothing
         parts = self._parts
         self._enter("stage")
@@ -118,10 +118,10 @@ class Move:
         crossings: list[Crossing] = []
         error = None
         try:
-            for hop in hops:
+            for batch in batches:
                 self._crossings += 1
-                name = f"hop {self._crossings} in rebalance {self._number}"
-                crossings.append(Crossing(hop, name, parts, self.damage, self._pace, self._enter))
+                name = f"batch {self._crossings} in rebalance {self._number}"
+                crossings.append(Crossing(batch, name, parts, self.damage, self._pace, self._enter))
             device = parts.weights.device or parts.channels.data.device
             buffer = parts.staging.reserve(max(crossing.staged_bytes for crossing in crossings), device)
             for crossing in crossings:

@@ -49,7 +49,7 @@ def main(folder: Path, phase: str, mode: str) -> None:
     def late(self: Transfer, group: Transport, agreed: Callable[[], object]) -> None:
         """The other host's messages are under way when those of this one cannot leave any more."""
         agreed()
-        for now in self._layout.rounds:
+        for now in self._staged.rounds:
             peers.update(message.rank for message in (*(send for send, _ in now.sends), *now.receives))
         wait_for_the_cut()
         start(self, group)

@@ -129,14 +129,21 @@ def where_it_is_sent_from(damage: Damage, replicated: bool) -> float:
     flipped: list[torch.Tensor] = []
 
     def flip(self: Transfer, *arguments: Any) -> None:
-        layout = self._layout
-        for _, row, source, _ in layout._outgoing:
-            layer = layout._layers[row]
-            expert = balancer.placement.physical_to_logical[layer, source]
-            count = int(balancer.placement.replica_count[layer, expert])
-            if not flipped and (count > 1) == replicated:
-                flipped.append(layout._slots[row][source - first][0])
-                flipped[0][0] ^= 1
+        slots = {
+            row.data_ptr(): (layer, first + index)
+            for layer, tensors in enumerate(damage.service.model.experts)
+            for index, row in enumerate(tensors[0])
+        }
+        sends = [send for each in self._staged.rounds for send in each.sends]
+        for row in [row for message, fills in sends for row in (message.tensor, *(row for _, row in fills))]:
+            if flipped or row.data_ptr() not in slots:
+                continue
+            place = slots[row.data_ptr()]
+            expert = balancer.placement.physical_to_logical[place]
+            count = int(balancer.placement.replica_count[place[0], expert])
+            if (count > 1) == replicated:
+                flipped.append(row)
+                row[0] ^= 1
         start(self, *arguments)
 
     with mock.patch.object(Transfer, "start", flip if damage.here else start):

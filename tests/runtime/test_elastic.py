@@ -29,7 +29,7 @@ def shrink_and_grow(rank: int) -> dict[str, object]:
     moved: list[int] = []
 
     def counted(self: Transfer, group: Transport, agreed: Callable[[], object]) -> None:
-        moved.append(len(self._layout._incoming))
+        moved.append(sum(len(each.complete) for each in self._staged.rounds))
         start(self, group, agreed)
 
     start, Transfer.start = Transfer.start, counted  # type: ignore[method-assign]

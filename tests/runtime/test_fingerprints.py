@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 import eplb_plugin as eplb
 from eplb_plugin.runtime.control.rank_group import RankGroup
-from eplb_plugin.runtime.verify import checksum as word_sums
-from eplb_plugin.runtime.verify import fingerprints, samples
+from eplb_plugin.runtime.verify import checksum, fingerprints
 from eplb_plugin.runtime.verify.fingerprints import (
     Coverage,
     ExpertFingerprints,
@@ -29,7 +28,7 @@ from tests.runtime.cases import fill, random_placement
 from tests.runtime.test_transfer import TENSORS, make_weights
 
 CPU = torch.device("cpu")
-BLOCK = word_sums.BLOCK * 4  # bytes
+BLOCK = checksum.BLOCK * 4  # bytes
 SIZES = [1, 3, 4, 5, 4096, 4097, 5003, BLOCK, BLOCK + 1, 3 * BLOCK + 7]
 WHOLE_WORDS = [4, 4096, 4100, 0, BLOCK, BLOCK + 4, *[4096] * 20, 3 * BLOCK + 8]
 COVERAGES: list[Coverage] = ["sampled", "all"]
@@ -40,7 +39,7 @@ def expected(row: list[bytes], coverage: Coverage) -> int:
     if coverage == "sampled":
         chosen = []
         for part in row:
-            positions = samples.sampled_bytes(len(part), CPU).tolist() if len(part) > 4096 else None
+            positions = checksum.sampled_bytes(len(part), CPU).tolist() if len(part) > 4096 else None
             chosen.append(part if positions is None else bytes(part[i] for i in positions))
         row = [b"".join(chosen)]
     blocks = [part[first : first + BLOCK] for part in row for first in range(0, len(part), BLOCK)]
@@ -107,7 +106,7 @@ def test_compiled_and_on_tensors_it_is_the_same(coverage: Coverage) -> None:
     rows = [*random_rows(40, WHOLE_WORDS), random_rows(80, [5000])[0][::2]]
     experts = [[row[i] for row in rows] for i in range(40)]
     compiled = fingerprint_rows(rows, coverage), fingerprint_experts(experts, coverage)
-    with mock.patch.object(fingerprints, "sum_at", return_value=None):
+    with mock.patch.object(fingerprints, "checksum_at", return_value=None):
         on_tensors = fingerprint_rows(rows, coverage), fingerprint_experts(experts, coverage)
     assert torch.equal(torch.stack(compiled), torch.stack(on_tensors))
     assert torch.equal(*compiled)
@@ -117,9 +116,9 @@ def test_compiled_sums_read_whole_words_alone() -> None:
     row = random_rows(1, [5008])[0][0]
     address, sizes = np.array([[row.data_ptr()]]), (5000,)
     for sampled in (False, True):
-        assert word_sums.sum_at(address, sizes, sampled=sampled) is not None
-        assert word_sums.sum_at(address + 2, sizes, sampled=sampled) is None
-        assert word_sums.sum_at(address, (5001,), sampled=sampled) is None
+        assert checksum.checksum_at(address, sizes, sampled=sampled) is not None
+        assert checksum.checksum_at(address + 2, sizes, sampled=sampled) is None
+        assert checksum.checksum_at(address, (5001,), sampled=sampled) is None
 
 
 @pytest.mark.parametrize("coverage", COVERAGES)
@@ -185,7 +184,7 @@ def test_no_flipped_byte_passes(data: st.DataObject) -> None:
 
 def test_the_highest_bit_of_any_word_reaches_the_sum() -> None:
     """It reaches fewest bits of it, but some, since all multipliers are odd."""
-    for place in (0, 1, word_sums.BLOCK, 2 * word_sums.BLOCK + 77):
+    for place in (0, 1, checksum.BLOCK, 2 * checksum.BLOCK + 77):
         row = torch.zeros(1, 3 * BLOCK, dtype=torch.uint8)
         row.view(torch.int32)[0, place] = -(2**31)
         total = single([row])
@@ -194,8 +193,8 @@ def test_the_highest_bit_of_any_word_reaches_the_sum() -> None:
 
 def test_no_exchange_of_two_words_passes() -> None:
     """Their multipliers would have to agree in the lowest 33 bits, which no two of a block do."""
-    of_word = word_sums._factors(word_sums.BLOCK, 1, CPU)
-    assert (of_word % 2**33).unique().numel() == word_sums.BLOCK
+    of_word = checksum._factors(checksum.BLOCK, 1, CPU)
+    assert (of_word % 2**33).unique().numel() == checksum.BLOCK
     (row,) = random_rows(1, [BLOCK])
     words = row.view(torch.int32)
     words[0, 5], words[0, 9000] = 0, -(2**31)

@@ -1,6 +1,6 @@
-"""Compiled sums of words in memory, for fingerprints of weights on the CPU.
+"""Compiled checksums of words in CPU memory.
 
-As for planning, the interpreter lock is released and the cache is on disk. Integers wrap, so sums are the
+They release the interpreter lock, and their compiled code is kept on disk. Integers wrap, so sums are the
 same in any order.
 """
 
@@ -30,44 +30,44 @@ def _words_at(typing_context, address):
 
 @_compile
 def sum_samples(addresses, ends, places, factors, sums):
-    """Write the sum of factor * word of each item to int64 `sums` [items].
+    """Write the sum of factor * word of each expert to int64 `sums` [experts].
 
     Args:
-        addresses: int64 [items, tensors], where the rows of an item begin; divisible by 4.
-        ends: int64 [tensors], how many of the words belong to a tensor or to one before it.
-        places: int64 [words], which word of its row each is.
-        factors: int64 [words].
+        addresses: int64 [experts, tensors], of the rows of an expert; divisible by 4.
+        ends: int64 [tensors], number of sampled words up to the end of each tensor.
+        places: int64 [sampled words], position in its row, in words.
+        factors: int64 [sampled words].
     """
-    for item in range(addresses.shape[0]):
+    for expert in range(addresses.shape[0]):
         total = 0
         first = 0
         for tensor in range(addresses.shape[1]):
-            words: Any = _words_at(addresses[item, tensor])  # type: ignore[call-arg]
+            words: Any = _words_at(addresses[expert, tensor])  # type: ignore[call-arg]
             for at in range(first, ends[tensor]):
                 total += factors[at] * words[places[at]]
             first = ends[tensor]
-        sums[item] = total
+        sums[expert] = total
 
 
 @_compile
 def sum_blocks(addresses, num_words, of_word, of_block, sums):
-    """Write the sum over blocks of (factor of the block * sum of factor * word) to int64 `sums` [items].
+    """Write the sum over blocks of (block factor * sum of word factor * word) to int64 `sums` [experts].
 
     Args:
-        addresses: int64 [items, tensors], where the rows of an item begin; divisible by 4.
+        addresses: int64 [experts, tensors], of the rows of an expert; divisible by 4.
         num_words: int64 [tensors], words of a row.
-        of_word: int64 [words of a block], the factors.
-        of_block: int64 [blocks], the factors, over all tensors; the last block of a tensor may be shorter.
+        of_word: int64 [words of a block], word factors.
+        of_block: int64 [blocks of all tensors], block factors; the last block of a tensor may be shorter.
     """
-    for item in range(addresses.shape[0]):
+    for expert in range(addresses.shape[0]):
         total = 0
         block = 0
         for tensor in range(addresses.shape[1]):
-            words: Any = _words_at(addresses[item, tensor])  # type: ignore[call-arg]
+            words: Any = _words_at(addresses[expert, tensor])  # type: ignore[call-arg]
             for first in range(0, num_words[tensor], of_word.shape[0]):
                 part = 0
                 for at in range(min(of_word.shape[0], num_words[tensor] - first)):
                     part += of_word[at] * words[first + at]
                 total += of_block[block] * part
                 block += 1
-        sums[item] = total
+        sums[expert] = total

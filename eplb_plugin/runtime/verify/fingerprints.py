@@ -1,18 +1,17 @@
 """Fingerprints of expert weights: a moved expert whose bytes are wrong is noticed before it is used.
 
-A fingerprint takes the bytes as little words `w` of 4 bytes, in blocks of 64 KiB, and adds up in wrapping
-64-bit integers: `sum over blocks b of p[b] * (sum over words i of b of m[i] * w[i])`. The multipliers `m` and
-`p` are fixed, odd and pseudo-random. A changed word changes the sum by `d * m[i] * p[b]`, 0 < |d| < 2**32.
+A fingerprint is the checksum of an expert's tensors (see `checksum`), with word factors `m[i]` and block
+factors `p[b]`. A word changed by d, 0 < |d| < 2**32, changes the sum by `d * m[i] * p[b]`.
 
-Noticed for certain, of the bytes that are covered:
-- any change within one word, a flipped byte for one: a product of odd numbers and `d` is not 0 modulo 2**64;
-- two words of a block exchanged: no two multipliers agree modulo 2**33, which they would have to.
+Certainly noticed, in the bytes that are covered:
+- any change within one word, such as a flipped byte: `d` times odd numbers is not 0 modulo 2**64;
+- two words of a block exchanged: no two word factors are equal modulo 2**33.
 
-Everything else (rows or tensors exchanged, contents shifted, an old end, noise) only very probably. For
-a change that was not made with these multipliers in mind, the odds to pass depend on the lowest bit that
-differs in any word: below 2**-55 for bit 0, doubling with each bit, hence below 2**-24 where nothing but
-the highest bits of several words changed (signs of float32, of each second bfloat16). The higher a bit,
-the fewer bits of the products it reaches. Nothing here resists someone who wants a change to pass.
+Very probably noticed: all other changes (rows or tensors exchanged, shifted content, an old end, noise). The
+probability of a miss depends on the lowest bit that differs in any word: below 2**-55 for bit 0, doubled with
+each bit. It is below 2**-24 if only the highest bits of several words changed (signs of float32, or of each
+second bfloat16), which reach fewest bits of the products. A deliberate change can pass: this is no
+cryptographic hash.
 """
 
 from __future__ import annotations
@@ -32,53 +31,52 @@ from ...core.topology import Topology
 from ..control.rank_group import RankGroup
 from ..weights.expert_weights import ExpertWeights
 from ..weights.staging import Arrival
-from .checksum import sum_at, sum_rows
-from .samples import sample, sample_experts
+from .checksum import checksum_at, checksum_rows, sample, sample_experts
 
 __all__ = ["Coverage", "ExpertFingerprints", "fingerprint_experts", "fingerprint_rows"]
 
 Coverage = Literal["sampled", "all"]
-"""Of each tensor: 1024 words spread over it (all of a small one), or every byte."""
+"""Bytes of each tensor that count: 1024 sampled words (all of a small tensor), or every byte."""
 
 _logger = logging.getLogger(__name__)
 
 _AT_ONCE = 32  # experts
-_TOLD = 5
+_NAMED = 5  # experts in a warning
 
 
 def fingerprint_rows(rows: Sequence[torch.Tensor], coverage: Coverage) -> torch.Tensor:
-    """One fingerprint for each row index, over the rows of all tensors; equal on every device and machine.
+    """Fingerprints of several experts in rows of the same tensors; equal on every device and machine.
 
-    "sampled" reads 4 KiB of a tensor: the first word, the last one, and one anywhere in each 1024th between.
-    So it notices what changes a whole tensor, or all of a run of more than 1/512 of one; of single flipped
-    bytes it notices the share that it reads: all in tensors up to 4 KiB, 1 in 3584 in one of 14 MiB.
+    "sampled" reads 4 KiB of a tensor: the first word, the last, and a random one in each 1024th between. It
+    notices changes of a whole tensor, or of a whole run of more than 1/512 of it. It notices a single flipped
+    byte with the share of bytes it reads: always in tensors up to 4 KiB, 1 in 3584 times in one of 14 MiB.
 
     Args:
-        rows: for each tensor, at least one, uint8 [n, bytes], on one device; rows may lie apart.
-        coverage: which bytes count.
+        rows: for each tensor, at least one, uint8 [experts, bytes], on one device; rows may lie apart.
+        coverage: bytes that count.
 
     Returns:
-        int64 [n], on that device.
+        int64 [experts], on that device.
     """
     count, device = rows[0].shape[0], rows[0].device
     if device.type == "cpu":
         strides = np.array([row.stride(0) for row in rows])
         addresses = np.array([row.data_ptr() for row in rows]) + np.arange(count)[:, None] * strides
-        found = sum_at(addresses, tuple(row.shape[1] for row in rows), sampled=coverage == "sampled")
+        found = checksum_at(addresses, tuple(row.shape[1] for row in rows), sampled=coverage == "sampled")
         if found is not None:
             return torch.from_numpy(found)
     if count > _AT_ONCE:
         parts = ([row[first : first + _AT_ONCE] for row in rows] for first in range(0, count, _AT_ONCE))
         return torch.cat([fingerprint_rows(part, coverage) for part in parts])
-    return sum_rows([torch.cat([sample(row) for row in rows], 1)] if coverage == "sampled" else rows)
+    return checksum_rows([torch.cat([sample(row) for row in rows], 1)] if coverage == "sampled" else rows)
 
 
 def fingerprint_experts(experts: Sequence[Sequence[torch.Tensor]], coverage: Coverage) -> torch.Tensor:
-    """One fingerprint for each expert, as `fingerprint_rows` gives, wherever the rows are.
+    """The same fingerprints of experts at arbitrary places, such as a staging buffer.
 
     Args:
         experts: of each, at least one row: uint8 [bytes] of each of its tensors, all on one device.
-        coverage: which bytes count.
+        coverage: bytes that count.
 
     Returns:
         int64 [experts], on the CPU.
@@ -93,7 +91,7 @@ def fingerprint_experts(experts: Sequence[Sequence[torch.Tensor]], coverage: Cov
             others += alike
             continue
         addresses = np.array([[row.data_ptr() for row in experts[index]] for index in alike])
-        sums = sum_at(addresses, sizes, sampled=coverage == "sampled")
+        sums = checksum_at(addresses, sizes, sampled=coverage == "sampled")
         if sums is None:
             others += alike
         else:
@@ -102,21 +100,21 @@ def fingerprint_experts(experts: Sequence[Sequence[torch.Tensor]], coverage: Cov
         for index in others:
             found[index] = fingerprint_rows([row.unsqueeze(0) for row in experts[index]], coverage)[0]
         return found
-    # What was sampled is small: many experts in one go cost little more than one.
+    # Sampled bytes are few: many experts in one call cost little more than one.
     for alike, samples in sample_experts([experts[index] for index in others]):
         places = torch.tensor([others[index] for index in alike])
-        found.index_copy_(0, places, sum_rows([samples]).cpu())
+        found.index_copy_(0, places, checksum_rows([samples]).cpu())
     return found
 
 
 @dataclass(frozen=True, eq=False)
 class ExpertFingerprints:
-    """What each expert's weights were at the start; weights that an engine replaces later need new ones.
+    """The fingerprint of each expert at the start. Weights that an engine replaces later need new ones.
 
     Args:
         table: int64 [layers, logical], on the CPU.
-        known: bool [layers, logical]; an expert that is not known is never wrong.
-        coverage: which bytes count.
+        known: bool [layers, logical]; an expert without a known fingerprint is never wrong.
+        coverage: bytes that count.
     """
 
     table: torch.Tensor
@@ -132,12 +130,12 @@ class ExpertFingerprints:
         group: RankGroup,
         coverage: Coverage,
     ) -> ExpertFingerprints:
-        """Take the fingerprints of what all slots hold now. All ranks call it together.
+        """Fingerprint the present content of all slots. All ranks call it together.
 
-        Layers without tensors are not known, nor are experts whose replicas differ, which is said once.
+        Unknown are layers without tensors, and experts whose replicas differ; rank 0 warns of these.
 
         Raises:
-            EplbError: on all ranks, when one of them could not read its weights.
+            EplbError: on all ranks, if one of them cannot read its weights.
         """
         mine = topology.slots_of_rank(group.rank)
 
@@ -150,7 +148,7 @@ class ExpertFingerprints:
             return found.to(group.device)
 
         found = group.sum(group.attempt("fingerprinting expert weights", fingerprint_all)).cpu()
-        # Empty slots, -1, go to a column of their own.
+        # Column 0 is for empty slots.
         experts = placement.physical_to_logical.cpu() + 1
         of_expert = torch.zeros(2, *experts.shape[:1], placement.num_logical + 1, dtype=torch.int64)
         experts = experts.expand_as(found)
@@ -166,28 +164,28 @@ class ExpertFingerprints:
                 "the first (layer, expert): %s",
                 len(differ),
                 alike.numel(),
-                ", ".join(str(tuple(pair)) for pair in differ[:_TOLD]),
+                ", ".join(str(tuple(pair)) for pair in differ[:_NAMED]),
             )
         return cls(lowest[0], alike & lowest[1].bool(), coverage)
 
     def wrong_arrivals(
-        self, arrivals: Sequence[Arrival], rest: Callable[[], None] = lambda: None
+        self, arrivals: Sequence[Arrival], throttle: Callable[[], None] = lambda: None
     ) -> list[Arrival]:
-        """Those that are not what they should be, as far as that is known.
+        """The arrivals with a wrong fingerprint.
 
         Args:
             arrivals: of any layers, on one device.
-            rest: called between pieces of work.
+            throttle: called between pieces of work.
         """
         wrong: list[Arrival] = []
         known, table = self.known.numpy(), self.table.numpy()
-        looked_at = [arrival for arrival in arrivals if known[arrival.layer, arrival.expert]]
-        for first in range(0, len(looked_at), _AT_ONCE):
-            some = looked_at[first : first + _AT_ONCE]
+        verifiable = [arrival for arrival in arrivals if known[arrival.layer, arrival.expert]]
+        for first in range(0, len(verifiable), _AT_ONCE):
+            some = verifiable[first : first + _AT_ONCE]
             found = fingerprint_experts([arrival.rows for arrival in some], self.coverage).numpy()
             expected = table[[arrival.layer for arrival in some], [arrival.expert for arrival in some]]
             wrong += compress(some, (found != expected).tolist())
-            rest()
+            throttle()
         return wrong
 
     def wrong_slots(
@@ -197,17 +195,17 @@ class ExpertFingerprints:
         topology: Topology,
         rank: int,
         layers: Sequence[int] | None = None,
-        rest: Callable[[], None] = lambda: None,
+        throttle: Callable[[], None] = lambda: None,
     ) -> list[tuple[int, int]]:
-        """(layer, slot) of the slots of this rank that do not hold the expert that `placement` says.
+        """(layer, slot) of this rank's slots without the fingerprint of the expert placed there.
 
         Args:
             weights: of this rank.
-            placement: what to expect.
+            placement: the placement in force.
             topology: gives the slots of a rank.
             rank: this rank.
-            layers: those to look at; None is all.
-            rest: called between pieces of work.
+            layers: to verify; None is all.
+            throttle: called between pieces of work.
         """
         slots = topology.slots_of_rank(rank)
         wrong = []
@@ -218,5 +216,5 @@ class ExpertFingerprints:
                 found = fingerprint_rows(weights.rows[layer], self.coverage).cpu()
                 differs = known & (found != self.table[layer, experts])
                 wrong += [(layer, slots.start + slot) for slot in differs.nonzero().flatten().tolist()]
-            rest()
+            throttle()
         return wrong

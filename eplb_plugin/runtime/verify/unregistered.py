@@ -1,20 +1,19 @@
-"""A check at the start: does a layer hold tensors with a row for each slot that nobody registered?
+"""A search at the start for unregistered tensors with a row for each slot of a layer.
 
-What is not registered does not move with its expert, and answers are wrong without an error. A module can
-be searched for it, but no search is sure.
+An unregistered tensor does not move with its expert, and answers are wrong without an error. The search is a
+heuristic.
 
-Not everything found belongs to experts. These can be false alarms:
-- on a single rank, or where a rank has as many slots as there are experts: what the router has per logical
-  expert, its weight or `e_score_correction_bias`;
-- what happens to have as many rows as the rank has slots, when the module holds more than the experts, and
-  anything with one row when a rank has one slot;
+False alarms are possible:
+- router tensors per logical expert (its weight, `e_score_correction_bias`), if a rank has as many slots as
+  there are experts;
+- any tensor of the module with as many rows as the rank has slots, or with one row if a rank has one slot;
 - copies that the layer no longer uses.
 
-Not everything that belongs to experts is found. These are passed over:
+Tensors of experts that it does not find:
 - tensors in lists, or in objects that are no modules;
-- integers [slots] (int32, int64): maps of experts and counters look like that, zero points seldom do;
-- what is equal for all slots of a rank: activation scales that experts share, work space;
-- tensors that lie between the rows of a registered one.
+- integers [slots] (int32, int64): expert maps and counters look like that, zero points seldom do;
+- values equal for all slots of a rank: shared activation scales, work space;
+- tensors between the rows of a registered one.
 """
 
 from __future__ import annotations
@@ -24,10 +23,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ...core.errors import TransferError
-from ..weights.expert_weights import byte_rows
+from ..weights.expert_weights import byte_rows, inner_tensors, memory_span
 
 __all__ = ["unregistered_tensors", "warn_unregistered"]
 
@@ -39,20 +37,20 @@ def unregistered_tensors(
 ) -> list[str]:
     """Names, shapes and dtypes of the tensors of a layer that have a row for each slot and do not move.
 
-    Looks at parameters, buffers and tensors that are plain attributes, also those of submodules.
+    The search covers parameters, buffers and tensors that are plain attributes, also of submodules.
 
     Args:
-        module: an MoE layer; best the part of it that holds the experts alone.
-        registered: the tensors that move; views of the module's will do.
+        module: an MoE layer; best the part of it with the experts alone.
+        registered: the tensors that move, or views of them.
         slots: slots on this rank.
-        name: of the module, put before the names of its tensors.
+        name: of the module, a prefix for the names of its tensors.
     """
-    moved = [_extent(tensor) for tensor in registered]
+    moved = [memory_span(tensor) for tensor in registered]
     found = []
     for own_name, tensor in _tensors(module, name):
         if not _has_slots(tensor, slots):
             continue
-        device, start, end = _extent(tensor)
+        device, start, end = memory_span(tensor)
         if any(device == where and start < last and first < end for where, first, last in moved):
             continue
         if slots == 1 or _differs_by_slot(tensor, slots):
@@ -72,7 +70,7 @@ def warn_unregistered(
         modules: for each MoE layer, the module that holds its experts.
         weights: for each of them, the tensors that move.
         slots: slots on this rank.
-        numbers: what the layers are called; None numbers them from 0.
+        numbers: of the layers; None is 0, 1 and so on.
     """
     layers_of: dict[str, list[int]] = defaultdict(list)
     numbers = range(len(modules)) if numbers is None else numbers
@@ -100,16 +98,7 @@ def _tensors(module: torch.nn.Module, name: str) -> Iterator[tuple[str, torch.Te
         for key, value in [*part._parameters.items(), *part._buffers.items(), *vars(part).items()]:
             if isinstance(value, torch.Tensor) and id(value) not in seen:
                 seen.add(id(value))
-                yield from _unwrapped(f"{prefix}.{key}" if prefix else key, value)
-
-
-def _unwrapped(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensor, or those that it wraps."""
-    if is_traceable_wrapper_subclass(tensor):
-        for part in tensor.__tensor_flatten__()[0]:
-            yield from _unwrapped(f"{name}.{part}", getattr(tensor, part))
-    else:
-        yield name, tensor
+                yield from inner_tensors(f"{prefix}.{key}" if prefix else key, value)
 
 
 def _has_slots(tensor: torch.Tensor, slots: int) -> bool:
@@ -119,19 +108,12 @@ def _has_slots(tensor: torch.Tensor, slots: int) -> bool:
     return tensor.shape[0] == slots and not is_map
 
 
-def _extent(tensor: torch.Tensor) -> tuple[torch.device, int, int]:
-    """Device, first byte and the byte after the last of the memory that a tensor spans."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    start = tensor.data_ptr()
-    return tensor.device, start, start + (last + 1) * tensor.element_size() if tensor.numel() else start
-
-
 def _differs_by_slot(tensor: torch.Tensor, slots: int) -> bool:
     if tensor.stride(0) == 0:
         return False
     try:
         rows = byte_rows(tensor, "tensor", slots)
-    except TransferError:  # a layout that cannot be compared
+    except TransferError:  # rows that cannot be compared
         return True
     return any(not torch.equal(rows[0], row) for row in rows[1:])
 

@@ -1,7 +1,13 @@
-"""From one placement to another in hops that each fit into the staging memory and are valid on their own."""
+"""Migration batches: the layers of a migration that are staged, verified and committed together.
+
+Each batch fits into the staging buffer of every rank, and leaves a valid placement. A layer too large for the
+buffer is split: its slots change in several batches, and every expert keeps a replica after each.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,107 +16,116 @@ from ...core.errors import TransferError
 from ...core.placement import Placement
 from ...core.topology import Topology
 from .expert_weights import ExpertWeights
-from .migration import Arrivals, Copies, MigrationPlan, Reloads, Sends, plan_migration
+from .migration import MigrationPlan, plan_migration
 
-__all__ = ["Hop", "plan_hops", "staged_bytes"]
+__all__ = ["MigrationBatch", "plan_batches", "staging_bytes"]
 
 
 @dataclass(frozen=True, eq=False)
-class Hop:
-    """Layers that are staged together.
+class MigrationBatch:
+    """The same on every rank.
 
     Attributes:
-        layers: rising.
-        after: int64 [layers of the hop, slots], what they hold after it.
-        migration: what has to be copied and sent; its layers are indices into `layers`.
-        staged: int64 [ranks], bytes of staging memory that it takes up.
+        layers: layers of the model, rising.
+        physical_to_logical: int64 [layers of the batch, slots], the placement after the batch.
+        migration: copies and sends; its layers are indices into `layers`.
+        staging_bytes: int64 [ranks], staging memory that each rank needs.
     """
 
     layers: list[int]
-    after: torch.Tensor
+    physical_to_logical: torch.Tensor
     migration: MigrationPlan
-    staged: torch.Tensor
+    staging_bytes: torch.Tensor
+
+    def sent_bytes(self, weights: ExpertWeights) -> int:
+        """Bytes of the experts that ranks send to each other, over all ranks."""
+        return sum(weights.expert_bytes(self.layers[layer]) for layer in self.migration.sends.layer.tolist())
 
 
-def plan_hops(
+def plan_batches(
     before: torch.Tensor,
     after: torch.Tensor,
     weights: ExpertWeights,
     topology: Topology,
     bound: int,
-) -> tuple[list[Hop], dict[int, str]]:
-    """Cut the way from `before` to `after` into hops: neighbouring layers together, as many as fit.
+) -> tuple[list[MigrationBatch], dict[int, str]]:
+    """Divide a migration into batches: neighbouring layers together, as many as fit.
 
-    A layer that does not fit alone changes in parts: slots whose old expert would lose its last replica
-    change together with those that take it up, so that every part leaves each expert a replica. Every rank
-    gets the same hops, since they follow from the arguments, and ranks differ in no size of a tensor.
+    Every rank gets the same batches: tensors have the same sizes on all ranks, and nothing else counts.
 
     Args:
         before, after: int64 [layers, slots] on the CPU; -1 in `before` for a slot without usable weights.
-        weights: what this rank holds.
+        weights: of this rank.
         topology: ranks and slots.
-        bound: bytes of staging memory on each rank.
+        bound: bytes of the staging buffer on each rank.
 
     Returns:
-        The hops; and the layers that cannot move within the bound, with the reason.
+        The batches in order; and for each layer that cannot change within the bound, the reason.
     """
     num_logical = int(after.max()) + 1
     changed = (before != after).any(1).nonzero().flatten().tolist()
     if not changed:
         return [], {}
-    whole = plan_migration(
+    plan = plan_migration(
         Placement(before[changed], num_logical), Placement(after[changed], num_logical), topology
     )
-    need = staged_bytes(whole, changed, weights, topology)
-    hops: list[Hop] = []
+    needed = staging_bytes(plan, changed, weights, topology)
+    batches: list[MigrationBatch] = []
     impossible: dict[int, str] = {}
-    first = 0  # of the rows that are not in a hop yet
-
-    def close(end: int) -> None:
-        nonlocal first
-        if first < end:
-            rows = slice(first, end)
-            plan = whole if end - first == len(changed) else _only(whole, first, end)
-            hops.append(Hop(changed[rows], after[changed[rows]], plan, need[rows].sum(0)))
-        first = end
-
-    for row, layer in enumerate(changed):
-        if int(need[row].max()) > bound:
-            close(row)
-            try:
-                hops += _parts(layer, before[layer], after[layer], num_logical, weights, topology, bound)
-            except TransferError as error:
-                impossible[layer] = str(error)
-            first = row + 1
-        elif int(need[first : row + 1].sum(0).max()) > bound:
-            close(row)
-    close(len(changed))
-    return hops, impossible
+    for first, end in _runs(needed, bound):
+        layers, total = changed[first:end], needed[first:end].sum(0)
+        if int(total.max()) <= bound:
+            part = plan if end - first == len(changed) else plan.of_layers(first, end)
+            batches.append(MigrationBatch(layers, after[layers], part, total))
+            continue
+        (layer,) = layers
+        try:
+            batches += _split(layer, before[layer], after[layer], num_logical, weights, topology, bound)
+        except TransferError as error:
+            impossible[layer] = str(error)
+    return batches, impossible
 
 
-def staged_bytes(
+def staging_bytes(
     plan: MigrationPlan, layers: list[int], weights: ExpertWeights, topology: Topology
 ) -> torch.Tensor:
     """Staging memory that each layer needs on each rank: int64 [layers, ranks], bytes.
+
+    Received experts and staged copies wait there; small rows are gathered there before they are sent.
 
     Args:
         plan: its layers are indices into `layers`.
     """
     ranks = topology.num_ranks
-    received, staged, sent = (
-        torch.bincount(key, minlength=len(layers) * ranks).view(-1, ranks)
-        for key in (
-            plan.sends.layer * ranks + plan.sends.rank,
-            (plan.copies.layer * ranks + plan.copies.rank)[plan.copies.staged],
-            plan.sends.layer * ranks + plan.sends.source_rank,
+    received, copied, sent = (
+        torch.bincount(layer * ranks + rank, minlength=len(layers) * ranks).view(-1, ranks)
+        for layer, rank in (
+            (plan.sends.layer, plan.sends.rank),
+            (plan.copies.layer[plan.copies.staged], plan.copies.rank[plan.copies.staged]),
+            (plan.sends.layer, plan.sends.source_rank),
         )
     )
-    row = torch.tensor([weights.staged_bytes(layer) for layer in layers])
-    packed = torch.tensor([weights.packed_bytes(layer) for layer in layers])
-    return (received + staged) * row[:, None] + sent * packed[:, None]
+    expert = torch.tensor([[weights.staged_bytes(layer)] for layer in layers])
+    coalesced = torch.tensor([[weights.coalesced_bytes(layer)] for layer in layers])
+    return (received + copied) * expert + sent * coalesced
 
 
-def _parts(
+def _runs(needed: torch.Tensor, bound: int) -> Iterator[tuple[int, int]]:
+    """(first, end) of neighbouring layers that fit together; a layer that does not fit at all is alone.
+
+    Args:
+        needed: int64 [layers, ranks], bytes.
+    """
+    first, total = 0, torch.zeros_like(needed[0])
+    for row, more in enumerate(needed):
+        if row > first and int((total + more).max()) > bound:
+            yield first, row
+            first, total = row, torch.zeros_like(more)
+        total = total + more
+    yield first, len(needed)
+
+
+def _split(
     layer: int,
     before: torch.Tensor,
     after: torch.Tensor,
@@ -118,97 +133,63 @@ def _parts(
     weights: ExpertWeights,
     topology: Topology,
     bound: int,
-) -> list[Hop]:
-    """The hops of one layer that does not fit into `bound` at once. TransferError where no way does."""
+) -> list[MigrationBatch]:
+    """Batches of a layer that does not fit into `bound` at once: as many slots in each as fit.
 
-    def hop(start: list[int], slots: list[int]) -> tuple[Hop, int]:
-        end = list(start)
-        for slot in slots:
-            end[slot] = goal[slot]
-        old, new = (Placement(torch.tensor([row]), num_logical) for row in (start, end))
+    Args:
+        before, after: int64 [slots].
+
+    Raises:
+        TransferError: slots that have to change together need more than the bound.
+    """
+
+    def batch_of(held: torch.Tensor, slots: list[int]) -> MigrationBatch:
+        rows = held.clone()
+        rows[slots] = after[slots]
+        old, new = Placement(held[None], num_logical), Placement(rows[None], num_logical)
         plan = plan_migration(old, new, topology)
-        need = staged_bytes(plan, [layer], weights, topology)
-        return Hop([layer], new.physical_to_logical, plan, need.sum(0)), int(need.max())
+        needed = staging_bytes(plan, [layer], weights, topology)
+        return MigrationBatch([layer], new.physical_to_logical, plan, needed[0])
 
-    goal = after.tolist()
-    now = before.tolist()
-    hops: list[Hop] = []
-    batch: list[int] = []
-    for piece in _pieces(now, goal):
-        _, need = hop(now, batch + piece)
-        if need > bound and batch:
-            hops.append(hop(now, batch)[0])
-            now = hops[-1].after[0].tolist()
-            batch = []
-            _, need = hop(now, piece)
-        if need > bound:
+    batches: list[MigrationBatch] = []
+    held, slots = before, list[int]()
+    batch: MigrationBatch | None = None
+    for group in _exchanges(before.tolist(), after.tolist()):
+        larger = batch_of(held, slots + group)
+        if batch is not None and int(larger.staging_bytes.max()) > bound:
+            batches.append(batch)
+            held, slots = batch.physical_to_logical[0], []
+            larger = batch_of(held, group)
+        needed = int(larger.staging_bytes.max())
+        if needed > bound:
             raise TransferError(
-                f"layer {layer} needs {need / 2**20:.1f} MiB of staging memory to exchange "
-                f"{len(piece)} slots, staging_mib={bound >> 20}"
+                f"layer {layer} needs {needed / 2**20:.1f} MiB of staging memory to exchange "
+                f"{len(group)} slots, staging_mib={bound >> 20}"
             )
-        batch += piece
-    if batch:
-        hops.append(hop(now, batch)[0])
-    return hops
+        batch, slots = larger, slots + group
+    return batches if batch is None else [*batches, batch]
 
 
-def _pieces(before: list[int], after: list[int]) -> list[list[int]]:
-    """Slots that change together, in an order in which every expert always has a replica."""
-    count: dict[int, int] = {}
-    for expert in before:
-        count[expert] = count.get(expert, 0) + 1
+def _exchanges(before: list[int], after: list[int]) -> Iterator[list[int]]:
+    """Groups of slots that change together, in an order in which every expert always has a replica.
+
+    A slot that gives up the last replica of its expert changes together with a slot that gets this expert:
+    a cycle of exchanges is one group.
+    """
+    count = Counter(before)
     pending = {slot for slot, expert in enumerate(before) if expert != after[slot]}
-    pieces = []
-    # Empty slots first: they only add replicas. Then whatever is there several times.
+    # Empty slots first, since they only add replicas.
     for start in sorted(pending, key=lambda slot: (before[slot] >= 0, slot)):
         if start not in pending:
             continue
-        piece, slot = [], start
+        group, slot = [], start
         while True:
             pending.discard(slot)
-            piece.append(slot)
-            count[after[slot]] = count.get(after[slot], 0) + 1
+            group.append(slot)
+            count[after[slot]] += 1
             leaving = before[slot]
             count[leaving] -= 1
             if leaving < 0 or count[leaving] > 0:
                 break
-            # The last replica is about to go: take up a slot that gets this expert.
             slot = min(slot for slot in pending if after[slot] == leaving)
-        pieces.append(piece)
-    return pieces
-
-
-def _only(plan: MigrationPlan, first: int, last: int) -> MigrationPlan:
-    """The part of a plan that changes its layers from `first` to before `last`, which become 0 and so on."""
-
-    def within(layers: torch.Tensor) -> slice:
-        ends = torch.searchsorted(layers, torch.tensor([first, last])).tolist()
-        return slice(*ends)
-
-    sends, copies, reloads = (within(part.layer) for part in (plan.sends, plan.copies, plan.reloads))
-    arriving = slice(
-        *torch.searchsorted(plan.arrivals.send, torch.tensor([sends.start, sends.stop])).tolist()
-    )
-    return MigrationPlan(
-        layers=torch.arange(last - first),
-        copies=Copies(
-            layer=plan.copies.layer[copies] - first,
-            rank=plan.copies.rank[copies],
-            source_slot=plan.copies.source_slot[copies],
-            slot=plan.copies.slot[copies],
-            staged=plan.copies.staged[copies],
-        ),
-        sends=Sends(
-            layer=plan.sends.layer[sends] - first,
-            expert=plan.sends.expert[sends],
-            source_rank=plan.sends.source_rank[sends],
-            source_slot=plan.sends.source_slot[sends],
-            rank=plan.sends.rank[sends],
-        ),
-        arrivals=Arrivals(send=plan.arrivals.send[arriving] - sends.start, slot=plan.arrivals.slot[arriving]),
-        reloads=Reloads(
-            layer=plan.reloads.layer[reloads] - first,
-            expert=plan.reloads.expert[reloads],
-            slot=plan.reloads.slot[reloads],
-        ),
-    )
+        yield group

@@ -1,8 +1,19 @@
-"""Expert weights of one rank as rows of bytes, whatever their dtype."""
+"""Expert weights of one rank as rows of bytes: the one place that knows the formats of weight tensors.
+
+Registration turns each tensor [slots, ...] into uint8 [slots, bytes per slot] on the same memory. Migration,
+staging, checksums and the search for unregistered tensors see these rows alone. Support for a new format
+(NVFP4 and its scales, say) goes into `byte_rows` or `inner_tensors`, and nowhere else:
+
+- Any dtype of whole bytes works, also sub-byte values that the engine packs itself (uint8, float4_e2m1fn_x2).
+- Quantised dtypes of torch work with one scale for the tensor; scales per channel would stay behind.
+- Slots may lie apart (padding between them). The values of one slot lie in one piece.
+- Expanded tensors (one scale for all slots, stride 0) are refused: every slot would write the same memory.
+- Tensor subclasses that wrap others (a value and its scales) are refused: their inner tensors are registered.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from weakref import WeakValueDictionary
 
 import torch
@@ -11,44 +22,43 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ...core.errors import TransferError
 from ...core.topology import Topology
 
-__all__ = ["ExpertWeights", "byte_rows", "is_packed", "padded"]
+__all__ = ["ExpertWeights", "byte_rows", "inner_tensors", "memory_span", "padded"]
 
-# Rows of at least this many bytes are sent from where they are; smaller ones (scales, biases, small
-# experts) share one message per pair of ranks, since a message costs more than copying them: over gloo a
-# fifth of the time for rows of 128 KiB, a tenth for 256 KiB, and nothing from 512 KiB on.
-_OWN_MESSAGE = 384 * 1024
-_ALIGN = 16
+# Smaller rows (scales, biases, small experts) share messages, since a message costs more than a copy. Gain
+# over gloo: a fifth of the time for rows of 128 KiB, a tenth for 256 KiB, none from 512 KiB on.
+_OWN_MESSAGE = 384 * 1024  # bytes
+_ALIGN = 16  # bytes
 
 # torch packs several values of these into a byte, but counts strides in values.
-_PACKED_DTYPES = (torch.quint4x2, torch.quint2x4)
+_SUB_BYTE_DTYPES = (torch.quint4x2, torch.quint2x4)
 
-# By the address of a tensor's first slot, while somebody holds them.
+# By the address of a tensor's first slot. An entry ends with its owner.
 _owners: WeakValueDictionary[int, ExpertWeights] = WeakValueDictionary()
 
 
 def byte_rows(tensor: torch.Tensor, name: str, slots: int) -> torch.Tensor:
-    """The tensor's own memory as uint8 [slots, bytes per slot]; writing to it writes the tensor.
+    """The tensor's own memory as uint8 [slots, bytes per slot]; a write to it writes the tensor.
 
     Args:
-        tensor: [slots, ...], any dtype; slots may lie apart, each slot's values in one piece.
-        name: what to call it in errors.
+        tensor: [slots, ...], any dtype; slots may lie apart, the values of one slot lie in one piece.
+        name: of the tensor, for errors.
         slots: slots on this rank.
 
     Raises:
-        TransferError: the tensor has another layout, and what is wrong with it.
+        TransferError: unsupported format; the message names shape, strides and rule.
     """
     if not isinstance(tensor, torch.Tensor):
         raise TransferError(f"{name} is a {type(tensor).__name__}, not a tensor")
     if is_traceable_wrapper_subclass(tensor):
         raise TransferError(f"{name} is a {type(tensor).__name__}, which wraps other tensors; register those")
-    described = f"{name} ({tensor.dtype} {tuple(tensor.shape)}, strides {_strides(tensor)})"
     if tensor.layout != torch.strided:
         raise TransferError(f"{name} has layout {tensor.layout}, not strided")
+    described = f"{name} ({tensor.dtype} {tuple(tensor.shape)}, strides {tensor.stride()})"
     if tensor.dim() == 0 or tensor.shape[0] != slots:
         raise TransferError(f"{described} has to have slots first, {slots} on each rank")
     if tensor.is_conj() or tensor.is_neg():
         raise TransferError(f"{described} is a lazy conjugate or negation; call resolve_conj, resolve_neg")
-    if tensor.dtype in _PACKED_DTYPES or (
+    if tensor.dtype in _SUB_BYTE_DTYPES or (
         tensor.is_quantized and tensor.qscheme() != torch.per_tensor_affine
     ):
         raise TransferError(f"{described} has a quantisation whose scales would not move with its slots")
@@ -58,8 +68,7 @@ def byte_rows(tensor: torch.Tensor, name: str, slots: int) -> torch.Tensor:
     stride = tensor.stride(0) * tensor.element_size() if slots > 1 else row_bytes
     if stride < row_bytes:
         raise TransferError(f"{described} has slots that overlap: {stride} bytes apart, {row_bytes} each")
-    # Not an inference tensor, even when an engine registers its weights in inference mode: those refuse
-    # to be written to outside of it.
+    # Engines may register weights in inference mode, whose tensors refuse writes outside of it.
     with torch.inference_mode(False):
         return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(
             tensor.untyped_storage(),
@@ -69,83 +78,108 @@ def byte_rows(tensor: torch.Tensor, name: str, slots: int) -> torch.Tensor:
         )
 
 
-class ExpertWeights:
-    """Everything that has to move when an expert moves: per layer, tensors [slots on this rank, ...].
+def inner_tensors(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of the tensors that a subclass wraps, at any depth; of a plain tensor, itself."""
+    if is_traceable_wrapper_subclass(tensor):
+        for part in tensor.__tensor_flatten__()[0]:
+            yield from inner_tensors(f"{name}.{part}", getattr(tensor, part))
+    else:
+        yield name, tensor
 
-    Layers may differ from each other in number, shape and dtype of tensors; ranks may not. What somebody has
-    claimed cannot be registered again before it is released, so that no two balancers write to it.
+
+def memory_span(tensor: torch.Tensor) -> tuple[torch.device, int, int]:
+    """Device, address of the first byte, and address behind the last byte of a strided tensor."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.data_ptr()
+    return tensor.device, start, start + (last + 1) * tensor.element_size() if tensor.numel() else start
+
+
+class ExpertWeights:
+    """The tensors that move with an expert: per layer, any number of tensors [slots on this rank, ...].
+
+    Layers may differ in number, shape and dtype of tensors; ranks may not. Claimed memory cannot be
+    registered a second time, so that no two balancers write to it.
 
     Args:
         layers: for each layer, its tensors: weights, scales, biases.
         topology: gives the slots of a rank.
 
+    Attributes:
+        rows: for each layer and tensor that is not empty, uint8 [slots on this rank, bytes per slot].
+        device: where the weights are; None without weights.
+        signature: number, dtypes and shapes of tensors; equal on all ranks.
+
     Raises:
-        TransferError: a tensor is malformed (see `byte_rows`), on another device, or claimed already.
+        TransferError: a tensor has an unsupported format (see `byte_rows`), is on another device, or is
+            claimed.
     """
 
     def __init__(self, layers: Sequence[Sequence[torch.Tensor]], topology: Topology) -> None:
         self._layers, self._topology = layers, topology
-        self._places: list[tuple[str, torch.Tensor, tuple[object, ...]]] = []
+        self._registered: list[tuple[str, torch.Tensor, tuple[object, ...]]] = []
         self._claimed = False
         self.rows: list[list[torch.Tensor]] = []
+        self.device: torch.device | None = None
         described = []
         seen: dict[int, str] = {}
-        device: torch.device | None = None
         for layer, tensors in enumerate(layers):
             if isinstance(tensors, torch.Tensor):
                 raise TransferError(f"weights of layer {layer} are one tensor, not a list of tensors")
-            rows = []
+            self.rows.append([])
             for index, tensor in enumerate(tensors):
                 name = f"tensor {index} of layer {layer}"
                 row = byte_rows(tensor, name, topology.slots_per_rank)
                 described.append(f"{layer} {tensor.dtype} {tuple(tensor.shape[1:])} {_quantisation(tensor)}")
                 if not row.numel():
                     continue
-                device = device or row.device
-                if row.device != device:
-                    raise TransferError(f"{name} is on {row.device}, others are on {device}")
-                # Moving the same memory for two tensors would move it twice.
-                if row.data_ptr() in seen:
-                    raise TransferError(f"{name} starts at the memory of {seen[row.data_ptr()]}")
-                owner = _owners.get(row.data_ptr())
-                if owner is not None and owner._claimed:
-                    raise TransferError(
-                        f"{name} belongs to a balancer that is not closed yet; close that first"
-                    )
+                self.device = self.device or row.device
+                self._check_row(row, name, seen)
                 seen[row.data_ptr()] = name
-                rows.append(row)
-                self._places.append((name, tensor, _place(tensor)))
-            self.rows.append(rows)
-        # Asked for again and again, for every layer of a hop and every expert that moves.
-        self._staged = [sum(padded(row[0]) for row in rows) for rows in self.rows]
-        self._packed = [sum(padded(row[0]) for row in rows if is_packed(row)) for rows in self.rows]
-        self.device = device
-        """Where the weights are; None when there are none."""
+                self.rows[-1].append(row)
+                self._registered.append((name, tensor, _identity(tensor)))
         self.signature = "\n".join(described)
-        """What has to be the same on all ranks."""
         self._addresses = list(seen)
+        # Once for all: planning asks for every layer and every expert that moves.
+        self._coalesced = [
+            [index for index, row in enumerate(rows) if row.shape[1] < _OWN_MESSAGE] for rows in self.rows
+        ]
+        self._staged_bytes = [sum(padded(row[0]) for row in rows) for rows in self.rows]
+        self._coalesced_bytes = [
+            sum(padded(rows[index][0]) for index in small)
+            for rows, small in zip(self.rows, self._coalesced, strict=True)
+        ]
+
+    def _check_row(self, row: torch.Tensor, name: str, seen: dict[int, str]) -> None:
+        if row.device != self.device:
+            raise TransferError(f"{name} is on {row.device}, others are on {self.device}")
+        # The same memory under two names would move twice.
+        if row.data_ptr() in seen:
+            raise TransferError(f"{name} starts at the memory of {seen[row.data_ptr()]}")
+        owner = _owners.get(row.data_ptr())
+        if owner is not None and owner._claimed:
+            raise TransferError(f"{name} belongs to a balancer that is not closed yet; close that first")
 
     def claim(self) -> None:
-        """Keep others from moving the same memory."""
+        """Keep other balancers from the same memory."""
         self._claimed = True
         _owners.update(dict.fromkeys(self._addresses, self))
 
     def release(self) -> None:
-        """Let the memory be registered again. Nothing may be moved by this object any more."""
+        """Allow the memory to be registered again. This object may move nothing any more."""
         self._claimed = False
 
     def check(self) -> None:
-        """Raise TransferError where a tensor lies elsewhere than when it was registered: its old memory would
-        move, and its new memory stay."""
-        for name, tensor, place in self._places:
-            if _place(tensor) != place:
+        """Raise TransferError for a tensor whose memory is no longer the registered one: migration would move
+        the old memory, while the engine uses the new."""
+        for name, tensor, identity in self._registered:
+            if _identity(tensor) != identity:
                 raise TransferError(
                     f"{name} has other memory than when it was registered; an engine that loads weights anew "
                     "does so within `Rebalancer.replacing_weights`"
                 )
 
     def again(self) -> ExpertWeights:
-        """The same tensors, wherever they are now."""
+        """A new registration of the same tensors, at their present memory."""
         return ExpertWeights(self._layers, self._topology)
 
     @property
@@ -157,32 +191,27 @@ class ExpertWeights:
         return sum(row.shape[1] for row in self.rows[layer])
 
     def staged_bytes(self, layer: int) -> int:
-        """Bytes that one expert of the layer takes up in a staging buffer."""
-        return self._staged[layer]
+        """Bytes of one expert of the layer in a staging buffer, with alignment."""
+        return self._staged_bytes[layer]
 
-    def packed_bytes(self, layer: int) -> int:
-        """Those of them that share a message with others, which takes up memory where they are sent from."""
-        return self._packed[layer]
+    def coalesced(self, layer: int) -> Sequence[int]:
+        """Indices of the layer's tensors that share messages; the others have messages of their own."""
+        return self._coalesced[layer]
 
-
-def _place(tensor: torch.Tensor) -> tuple[object, ...]:
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+    def coalesced_bytes(self, layer: int) -> int:
+        """Their bytes of one expert, with alignment: staging memory that the sender needs."""
+        return self._coalesced_bytes[layer]
 
 
 def padded(row: torch.Tensor) -> int:
-    """Bytes that a row, uint8 [bytes], takes up in a staging buffer."""
+    """Bytes of a row, uint8 [bytes], in a staging buffer, with alignment: 33 bytes take 48."""
     return -(-row.numel() // _ALIGN) * _ALIGN
 
 
-def is_packed(row: torch.Tensor) -> bool:
-    """Whether rows, uint8 [..., bytes], share a message with others."""
-    return row.shape[-1] < _OWN_MESSAGE
-
-
-def _strides(tensor: torch.Tensor) -> tuple[int, ...]:
-    return tensor.stride() if tensor.layout == torch.strided else ()
+def _identity(tensor: torch.Tensor) -> tuple[object, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _quantisation(tensor: torch.Tensor) -> str:
-    """Scale and zero point that the slots share with the tensor, hence have to be alike on all ranks."""
+    """Scale and zero point of the whole tensor; they stay on their rank, hence have to be equal on all."""
     return f"{tensor.q_scale()} {tensor.q_zero_point()}" if tensor.is_quantized else ""

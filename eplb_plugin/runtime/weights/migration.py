@@ -1,10 +1,11 @@
-"""What has to be copied and sent to get from one placement to another: a pure function of the two."""
+"""The migration plan: copies within ranks and sends between them, a pure function of two placements."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +20,7 @@ __all__ = ["Arrivals", "Copies", "MigrationPlan", "Reloads", "Sends", "plan_migr
 _Ints = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True, eq=False)
-class Copies:
+class Copies(NamedTuple):
     """Copies from slot to slot of one rank; each field int64 [copies] on the CPU, in order of layer.
 
     Attributes:
@@ -28,7 +28,7 @@ class Copies:
         rank: the rank that copies.
         source_slot: slot (numbered over all ranks) that holds the expert before the migration.
         slot: slot that gets it.
-        staged: bool; the source slot itself gets another expert, so read it before anything is written.
+        staged: bool; the source slot itself gets another expert, so it is read before anything is written.
     """
 
     layer: torch.Tensor
@@ -38,16 +38,15 @@ class Copies:
     staged: torch.Tensor
 
 
-@dataclass(frozen=True, eq=False)
-class Sends:
+class Sends(NamedTuple):
     """Transfers of one expert from rank to rank; each field int64 [sends] on the CPU, in order of layer.
 
     Attributes:
         layer: layer of the expert.
         expert: the logical expert.
-        source_rank: the sending rank, which held the expert before.
+        source_rank: the sender, which held the expert before.
         source_slot: slot (numbered over all ranks) that it sends from.
-        rank: the receiving rank, which did not hold the expert before.
+        rank: the receiver, which did not hold the expert before.
     """
 
     layer: torch.Tensor
@@ -57,23 +56,21 @@ class Sends:
     rank: torch.Tensor
 
 
-@dataclass(frozen=True, eq=False)
-class Arrivals:
-    """Where received experts go; an expert that fills several slots of a rank is sent to it once.
+class Arrivals(NamedTuple):
+    """Slots of received experts; an expert that fills several slots of a rank is sent to it once.
 
     Attributes:
         send: int64 [arrivals], index into the sends, rising.
-        slot: int64 [arrivals], slot (numbered over all ranks) that gets it.
+        slot: int64 [arrivals], slot (numbered over all ranks) that gets the expert.
     """
 
     send: torch.Tensor
     slot: torch.Tensor
 
 
-@dataclass(frozen=True, eq=False)
-class Reloads:
-    """Slots whose expert no living rank holds, so that it has to come from the checkpoint; each field int64
-    [reloads] on the CPU, in order of layer and slot.
+class Reloads(NamedTuple):
+    """Slots whose expert no living rank holds: it has to come from the checkpoint. Each field int64 [reloads]
+    on the CPU, in order of layer and slot.
 
     Attributes:
         layer: layer of the expert.
@@ -93,9 +90,9 @@ class MigrationPlan:
 
     Attributes:
         layers: int64 [changed layers], rising: the layers with any change.
-        copies: what a rank copies from itself.
-        sends: what ranks send to each other; together with the distinct (layer, rank, expert) of `reloads`
-            these are the moves between the two placements.
+        copies: within a rank.
+        sends: from rank to rank; together with the distinct (layer, rank, expert) of `reloads` these are the
+            moves between the two placements.
         arrivals: the slots that the sends fill.
         reloads: the slots that no rank can fill; none unless ranks failed.
     """
@@ -110,6 +107,24 @@ class MigrationPlan:
     def num_sends(self) -> int:
         return self.sends.layer.numel()
 
+    def of_layers(self, first: int, end: int) -> MigrationPlan:
+        """The part of the plan for layers `first` to `end - 1`, which become 0 to `end - first - 1`."""
+
+        def within(layer: torch.Tensor, bounds: tuple[int, int] = (first, end)) -> slice:
+            return slice(*torch.searchsorted(layer, torch.tensor(bounds)).tolist())
+
+        copies, sends, reloads = (within(table.layer) for table in (self.copies, self.sends, self.reloads))
+        arrivals = within(self.arrivals.send, (sends.start, sends.stop))
+        return MigrationPlan(
+            layers=self.layers[within(self.layers)] - first,
+            copies=Copies(self.copies.layer[copies] - first, *(column[copies] for column in self.copies[1:])),
+            sends=Sends(self.sends.layer[sends] - first, *(column[sends] for column in self.sends[1:])),
+            arrivals=Arrivals(self.arrivals.send[arrivals] - sends.start, self.arrivals.slot[arrivals]),
+            reloads=Reloads(
+                self.reloads.layer[reloads] - first, *(column[reloads] for column in self.reloads[1:])
+            ),
+        )
+
 
 def plan_migration(
     old: Placement | torch.Tensor,
@@ -118,17 +133,17 @@ def plan_migration(
     *,
     active_ranks: Sequence[bool] | torch.Tensor | None = None,
 ) -> MigrationPlan:
-    """Plan how the weights get from `old` to `new`.
+    """Plan the migration from `old` to `new`.
 
-    A sender on the receiver's node is preferred; among those, the rank that sends least in that layer.
-    The same arguments give the same plan on every rank.
+    The sender of an expert is on the receiver's node if possible; among several, the rank that sends least in
+    that layer. The same arguments give the same plan on every rank.
 
     Args:
-        old: where the experts are, as a Placement or its int64 [layers, slots]; the tensor may have empty
-            slots (-1) and lack experts, as `current` of `plan` may.
-        new: where they shall be.
+        old: the placement in force, or its int64 [layers, slots]; the tensor may have empty slots (-1) and
+            lack experts, as `current` of `plan` may.
+        new: the placement to migrate to.
         topology: nodes, ranks and slots.
-        active_ranks: bool [ranks], which ranks are alive; None is all of them. Nothing is taken from others.
+        active_ranks: bool [ranks], the living ranks; None is all. Dead ranks send nothing.
 
     Returns:
         The plan, its tensors on the CPU.
@@ -213,7 +228,7 @@ def _local_source(
     A slot that keeps its expert is preferred, then the lowest: assignments in rising order of preference.
     """
     layers = before.shape[0]
-    # One more expert, for what empty slots hold.
+    # One more expert, for empty slots.
     source = np.full((layers, topology.num_ranks, num_logical + 1), -1, dtype=np.int64)
     held = topology.by_rank(torch.from_numpy(before), -1).numpy()
     dirty = topology.by_rank(torch.from_numpy(changed), True).numpy()
@@ -230,7 +245,7 @@ def _local_source(
 
 
 def _choose_senders(layer: _Ints, rank: _Ints, replicas: _Ints, num_layers: int, topology: Topology) -> _Ints:
-    """The slot that each send starts from.
+    """The source slot of each send: int64 [sends].
 
     Args:
         layer, rank: [sends], layer and receiving rank, in order of layer.
@@ -239,15 +254,15 @@ def _choose_senders(layer: _Ints, rank: _Ints, replicas: _Ints, num_layers: int,
     if not layer.size:
         return layer
     rank_of_slot = topology.rank_of_slot().numpy()
-    senders = rank_of_slot[replicas]  # of the padding too, which `usable` tells apart
+    senders = rank_of_slot[replicas]  # of the padding too, which `usable` masks
     usable = replicas >= 0
     near = usable & (senders // topology.ranks_per_node == (rank // topology.ranks_per_node)[:, None])
     usable = np.where(near.any(1, keepdims=True), near, usable)
     choices = usable.sum(1)
     chosen: _Ints = replicas[np.arange(layer.size), usable.argmax(1)]
 
-    # Sends without a choice count first; the others then take the least busy sender, those with few
-    # choices first. Layers do not depend on each other, so each turn decides one send of every layer.
+    # Sends with a single replica count first. The others take the least busy sender, fewest choices first.
+    # Layers are independent, so each turn decides one send of every layer.
     busy = np.zeros((num_layers, topology.num_ranks), dtype=np.int64)
     forced = choices == 1
     np.add.at(busy, (layer[forced], rank_of_slot[chosen[forced]]), 1)

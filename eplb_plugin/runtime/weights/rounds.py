@@ -1,59 +1,116 @@
-"""Rounds: what all ranks send to each other at once, so that a hop need not be one burst."""
+"""Rounds and messages of a migration batch, as numbers: which bytes travel together.
+
+All ranks compute the same from the same plan. So both ends of a pair of ranks know the order of their
+messages, and no message needs a tag.
+"""
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
+from typing import NamedTuple
 
+from .expert_weights import ExpertWeights
 from .migration import Sends
 
-__all__ = ["cut", "plan_rounds"]
+__all__ = ["Chunk", "RoundLimits", "coalesce", "expert_size", "plan_rounds", "split"]
+
+# Size of a message of coalesced rows, about: one is on its way while the next is filled.
+_COALESCED = 2 << 20  # bytes
 
 
-def plan_rounds(sends: Sends, num_ranks: int, limits: Sequence[tuple[Sequence[int], int]] = ()) -> list[int]:
-    """The round that each send belongs to, rising, the same on every rank.
+class RoundLimits(NamedTuple):
+    """Most that a rank sends, and most that it receives, in one round; None is no limit.
 
-    In a round no rank sends or receives more than any limit allows, or else a single expert. A rank that
-    waits in one waits only for ranks that are on their way to it, since all go through them in order.
+    Example: 2 MiB and experts of 0.6 MiB make rounds of at most three experts for each rank and direction. A
+    single expert may exceed the limits.
+    """
+
+    num_bytes: int | None = None
+    messages: int | None = None
+
+
+class Chunk(NamedTuple):
+    """Bytes of one row in one message.
+
+    Attributes:
+        part: of the round; parts follow each other.
+        row: index of the row.
+        first, end: bytes of the row.
+    """
+
+    part: int
+    row: int
+    first: int
+    end: int
+
+
+def expert_size(weights: ExpertWeights, layer: int) -> tuple[int, int]:
+    """Bytes of one expert of the layer, and messages at most."""
+    coalesced = -(-weights.coalesced_bytes(layer) // _COALESCED)
+    alone = len(weights.rows[layer]) - len(weights.coalesced(layer))
+    return weights.expert_bytes(layer), alone + coalesced
+
+
+def plan_rounds(
+    sends: Sends, num_ranks: int, sizes: Sequence[tuple[int, int]], limits: RoundLimits
+) -> list[int]:
+    """The round of each send, rising; the same on every rank.
+
+    Every rank goes through the rounds in order. So a rank waits only for ranks on their way to its round.
 
     Args:
-        sends: of a hop.
+        sends: of a batch.
         num_ranks: of the group.
-        limits: (what one expert takes, for each layer of the hop; what a round has room for).
+        sizes: for each layer of the batch, bytes and messages of one expert.
+        limits: of a round.
     """
-    if not limits:
+    if limits == RoundLimits():
         return [0] * sends.layer.numel()
-    takes = list(zip(*(each for each, _ in limits), strict=True))
-    room = [most for _, most in limits]
-    nothing = [0] * len(limits)
-    rounds = []
-    now = 0
-    sent, received = [nothing] * num_ranks, [nothing] * num_ranks
+    most = [math.inf if limit is None else limit for limit in limits]
+    rounds: list[int] = []
+    current = 0
+    sent, received = [(0, 0)] * num_ranks, [(0, 0)] * num_ranks
     for layer, source, rank in zip(
         sends.layer.tolist(), sends.source_rank.tolist(), sends.rank.tolist(), strict=True
     ):
-        fullest = map(max, sent[source], received[rank])
-        if any(
-            used and used + more > most for used, more, most in zip(fullest, takes[layer], room, strict=True)
-        ):
-            now += 1
-            sent, received = [nothing] * num_ranks, [nothing] * num_ranks
-        sent[source] = [used + more for used, more in zip(sent[source], takes[layer], strict=True)]
-        received[rank] = [used + more for used, more in zip(received[rank], takes[layer], strict=True)]
-        rounds.append(now)
+        num_bytes, messages = sizes[layer]
+        after = [(used[0] + num_bytes, used[1] + messages) for used in (sent[source], received[rank])]
+        fits = all(total <= limit for used in after for total, limit in zip(used, most, strict=True))
+        if not fits and after != [sizes[layer]] * 2:
+            current += 1
+            sent, received = [(0, 0)] * num_ranks, [(0, 0)] * num_ranks
+            after = [sizes[layer]] * 2
+        sent[source], received[rank] = after
+        rounds.append(current)
     return rounds
 
 
-def cut(sizes: Sequence[int], piece: int | None) -> Iterator[tuple[int, int, int, int]]:
-    """Cut an expert's tensors: (part of the round, tensor, first byte, last byte + 1), at most `piece` bytes.
+def split(sizes: Sequence[int], most: int | None) -> Iterator[Chunk]:
+    """Chunks of an expert's rows, at most `most` bytes each; parts of a round have about as many.
 
     Args:
-        sizes: bytes of each tensor.
-        piece: None leaves them whole, in one part.
+        sizes: bytes of each row.
+        most: None leaves rows whole, in one part.
     """
     before = 0
-    for tensor, size in enumerate(sizes):
-        step = piece or size
-        for first in range(0, size, step):
-            part = (before + first) // piece if piece else 0
-            yield part, tensor, first, min(first + step, size)
+    for row, size in enumerate(sizes):
+        for first in range(0, size, most or size):
+            part = (before + first) // most if most else 0
+            yield Chunk(part, row, first, min(first + (most or size), size))
         before += size
+
+
+def coalesce(sizes: Sequence[int]) -> Iterator[slice]:
+    """Runs of rows that share a message: about equal bytes in each, 2 MiB as near as possible.
+
+    Args:
+        sizes: bytes of each row, with alignment.
+    """
+    ends = list(accumulate(sizes, initial=0))
+    messages = max(1, round(ends[-1] / _COALESCED))
+    cuts = {bisect_left(ends, ends[-1] * number // messages) for number in range(messages + 1)}
+    for first, end in pairwise(sorted(cuts)):
+        yield slice(first, end)

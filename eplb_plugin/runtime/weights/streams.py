@@ -1,4 +1,4 @@
-"""Order between the serving thread and the background where weights are on an accelerator."""
+"""Order between the serving thread and the background thread on an accelerator."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ __all__ = ["DeviceOrder"]
 
 
 class DeviceOrder:
-    """A stream for the background thread that runs beside the engine's and knows what it has to wait for.
+    """A CUDA stream of the background thread, ordered with the stream of the engine by events.
 
-    On the CPU there is nothing to order and every method does nothing.
+    On the CPU every method does nothing.
 
     Args:
-        device: where weights and counts are.
+        device: of weights and token counts.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -28,31 +28,31 @@ class DeviceOrder:
             self.mark()
 
     def mark(self) -> None:
-        """The serving thread: what it has issued so far is what the background may read."""
+        """Serving thread: the background may read all results of the work issued so far."""
         if self._cuda:
             self._written.record(torch.cuda.current_stream(self._device))
 
     def rejoin(self) -> None:
-        """The serving thread: let what comes next wait for what was done in the background's place."""
+        """Serving thread: its next work waits for the work of the background's stream."""
         if self._cuda:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
     @contextlib.contextmanager
     def background(self) -> Iterator[None]:
-        """The background thread: its work goes to the stream, after all that was marked."""
+        """Background thread: its work within goes to its own stream."""
         if not self._cuda:
             yield
             return
-        # The current device belongs to a thread, and new threads start with the first one.
+        # The current device belongs to a thread; new threads start with device 0.
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             yield
 
     def catch_up(self) -> None:
-        """The background thread: let what comes next wait for what was marked last."""
+        """Background thread: its next work waits for the last `mark`."""
         if self._cuda:
             self._stream.wait_event(self._written)
 
     def settle(self) -> None:
-        """The background thread: wait until the device has done all of its work."""
+        """Background thread: wait until the device has done all of its work."""
         if self._cuda:
             self._stream.synchronize()

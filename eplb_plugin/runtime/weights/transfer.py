@@ -1,29 +1,28 @@
-"""One hop on one rank: staged first, and committed layer by layer when every rank has all that it needs."""
+"""One migration batch on one rank: staged first, then committed layer by layer."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
 
-from .layout import Fills, Layout, Round
-from .staging import Arrival
+from .staging import Arrival, Fills, Round, StagedBatch
 from .transport import InFlight, Transport
 
 __all__ = ["Transfer"]
 
 
 class Transfer:
-    """What a rank sends, receives and writes in one hop.
+    """What a rank sends, receives and writes in one migration batch.
 
     Args:
-        layout: where everything goes, once it is placed.
+        staged: the place of every expert of the batch.
 
     Attributes:
         failure: why something could not be filled. It was sent nonetheless, since peers wait for it.
     """
 
-    def __init__(self, layout: Layout) -> None:
-        self._layout = layout
+    def __init__(self, staged: StagedBatch) -> None:
+        self._staged = staged
         self.failure: Exception | None = None
         # The first has all that is received.
         self._in_flight = [InFlight()]
@@ -39,7 +38,7 @@ class Transfer:
         Raises:
             RankLostError: a peer does not answer. What `agreed` raises.
         """
-        self._send(transport, next(iter(self._layout.rounds), Round()), agreed)
+        self._send(transport, next(iter(self._staged.rounds), Round()), agreed)
 
     def finish(
         self,
@@ -62,17 +61,17 @@ class Transfer:
             RankLostError: a peer does not answer; the buffer is lost then, since what is late may still be
                 written to it.
         """
-        for fills in self._layout.fills:
+        for fills in self._staged.fills:
             self._fill(fills)
             rest()
-        if self._layout.local:
+        if self._staged.local:
             settle()
-            check(self._layout.local)
-        for number, now in enumerate(self._layout.rounds):
+            check(self._staged.local)
+        for number, now in enumerate(self._staged.rounds):
             if number:
                 self._send(transport, now)
             checking = 0.0
-            for count, arrivals in now.lots():
+            for count, arrivals in now.verification_groups():
                 self._in_flight[0].wait(count)
                 settle()
                 begun = time.perf_counter()
@@ -85,12 +84,16 @@ class Transfer:
 
     def commit(self, layer: int) -> None:
         """Write what was staged for a layer to its slots."""
-        for target, staged in self._layout.targets(layer):
+        for target, staged in self._staged.writes[layer]:
             target.copy_(staged)
 
     def _send(self, transport: Transport, now: Round, agreed: Callable[[], object] = lambda: None) -> None:
         """Start a round: what is filled is on its way while the next is filled."""
-        turns = [now.sends] if transport.most is not None or not now.sends else [[send] for send in now.sends]
+        turns = (
+            [now.sends]
+            if transport.max_messages is not None or not now.sends
+            else [[send] for send in now.sends]
+        )
         self._in_flight = []
         for turn in turns:
             for _, fills in turn:

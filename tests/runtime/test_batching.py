@@ -1,4 +1,4 @@
-"""Hops between placements: each fits, each is valid, and the last one is where it was to go."""
+"""Migration batches: each fits, each leaves a valid placement, and the last one ends at the goal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eplb_plugin as eplb
-from eplb_plugin.runtime.weights.batching import plan_hops, staged_bytes
+from eplb_plugin.runtime.weights.batching import plan_batches, staging_bytes
 from eplb_plugin.runtime.weights.expert_weights import ExpertWeights
 from tests.runtime.cases import random_placement
 
@@ -29,22 +29,23 @@ def make_weights(layers: int, topology: eplb.Topology) -> ExpertWeights:
     experts_at_once=st.integers(2, 12),
     seed=st.integers(0, 10_000),
 )
-def test_hops_fit_and_every_one_is_a_placement(
+def test_batches_fit_and_every_one_leaves_a_placement(
     ranks: int, slots_per_rank: int, spare: int, experts_at_once: int, seed: int
 ) -> None:
     topology = eplb.Topology(num_ranks=ranks, num_slots=ranks * slots_per_rank)
     logical = max(1, topology.num_slots - spare)
     weights = make_weights(3, topology)
     old, new = (random_placement(3, logical, topology.num_slots, seed + x) for x in (0, 1))
-    bound = experts_at_once * (weights.staged_bytes(0) + weights.packed_bytes(0))
+    bound = experts_at_once * (weights.staged_bytes(0) + weights.coalesced_bytes(0))
     before, after = old.physical_to_logical, new.physical_to_logical
-    hops, impossible = plan_hops(before, after, weights, topology, bound)
+    batches, impossible = plan_batches(before, after, weights, topology, bound)
     now = before.clone()
-    for hop in hops:
-        now[hop.layers] = hop.after
+    for batch in batches:
+        now[batch.layers] = batch.physical_to_logical
         eplb.Placement(now, logical)  # every expert has a slot
-        need = staged_bytes(hop.migration, hop.layers, weights, topology)
-        assert int(need.sum(0).max()) <= bound
+        need = staging_bytes(batch.migration, batch.layers, weights, topology)
+        assert torch.equal(need.sum(0), batch.staging_bytes)
+        assert int(batch.staging_bytes.max()) <= bound
     for layer, reason in impossible.items():
         # Only a ring of experts without spare replicas has to move at once.
         assert "staging_mib" in reason
@@ -57,34 +58,34 @@ def test_a_ring_too_large_for_the_bound_is_refused_and_a_spare_slot_lets_it_thro
     topology = eplb.Topology(num_ranks=4, num_slots=4)
     ring = torch.tensor([[0, 1, 2, 3]]), torch.tensor([[1, 2, 3, 0]])
     weights = make_weights(1, topology)
-    one = weights.staged_bytes(0) + weights.packed_bytes(0)
-    assert plan_hops(*ring, weights, topology, one)[1] == {}
-    hops, impossible = plan_hops(*ring, weights, topology, one - 1)
-    assert hops == []
+    one = weights.staged_bytes(0) + weights.coalesced_bytes(0)
+    assert plan_batches(*ring, weights, topology, one)[1] == {}
+    batches, impossible = plan_batches(*ring, weights, topology, one - 1)
+    assert batches == []
     assert list(impossible) == [0]
     assert "exchange 4 slots" in impossible[0]
     # One expert less: two slots of a rank change one after the other.
     topology = eplb.Topology(num_ranks=2, num_slots=4)
     weights = make_weights(1, topology)
     way = torch.tensor([[0, 1, 2, 2]]), torch.tensor([[2, 0, 1, 1]])
-    assert len(plan_hops(*way, weights, topology, 1 << 30)[0]) == 1
-    hops, impossible = plan_hops(*way, weights, topology, 2 * one)
+    assert len(plan_batches(*way, weights, topology, 1 << 30)[0]) == 1
+    batches, impossible = plan_batches(*way, weights, topology, 2 * one)
     assert impossible == {}
-    assert len(hops) >= 1
+    assert len(batches) >= 1
 
 
 def test_empty_slots_are_filled_from_any_replica() -> None:
     topology = eplb.Topology(num_ranks=2, num_slots=4)
     held, goal = torch.tensor([[-1, 1, 0, 2]]), torch.tensor([[0, 1, 0, 2]])
-    (hop,), impossible = plan_hops(held, goal, make_weights(1, topology), topology, 1 << 30)
+    (batch,), impossible = plan_batches(held, goal, make_weights(1, topology), topology, 1 << 30)
     assert impossible == {}
-    migration = hop.migration
+    migration = batch.migration
     assert migration.num_sends == 1
     assert migration.sends.source_slot.tolist() == [2]
 
 
 @pytest.mark.parametrize("layers", [1, 3])
-def test_nothing_to_do_is_no_hop(layers: int) -> None:
+def test_nothing_to_do_is_no_batch(layers: int) -> None:
     topology = eplb.Topology(num_ranks=2, num_slots=4)
     rows = random_placement(layers, 3, 4, 1).physical_to_logical
-    assert plan_hops(rows, rows.clone(), make_weights(layers, topology), topology, 1) == ([], {})
+    assert plan_batches(rows, rows.clone(), make_weights(layers, topology), topology, 1) == ([], {})
