@@ -6,7 +6,6 @@ import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -17,20 +16,19 @@ from ..core.placement import Placement
 from ..core.topology import Topology
 from ..planning.warmup import warmup
 from .background import Runner
-from .connections import Channels, Store
+from .connections import connect
 from .control.rank_group import RankGroup
-from .control.scheduling import Pace
-from .rebalance import Rebalance
-from .replacing import with_weights_again
+from .control.two_phase_commit import Store
+from .rebalance import Request
 from .reports import RebalanceObserver, RebalanceReport
-from .startup import Restore, start_up
+from .startup import Restore, register_again, start_up
 from .verify.unregistered import warn_unregistered
 
 __all__ = ["RebalanceReport", "Rebalancer"]
 
 _logger = logging.getLogger(__name__)
 _REPORTS = 64
-_RESTS = 0.25  # of the time limit, which others are up against while a rank rests
+_PAUSES = 0.25  # of the time limit, which runs for other ranks while this one pauses
 
 
 class Rebalancer:
@@ -105,7 +103,7 @@ class Rebalancer:
             group_of_engine.check_topology(topology)
         except EplbError as error:
             unfit = error
-        self._channels = Channels(
+        connections = connect(
             group_of_engine,
             self.options.time_limit,
             store,
@@ -113,10 +111,10 @@ class Rebalancer:
             in_background=self.options.mode == "async",
             error=unfit,
         )
-        self._rank = self._channels.control.rank
+        self._rank = connections.control.rank
         try:
-            parts = start_up(
-                self._channels,
+            self._context = start_up(
+                connections,
                 topology,
                 (num_layers, num_logical),
                 weights=weights,
@@ -128,14 +126,10 @@ class Rebalancer:
                 device=group_of_engine.device,
             )
         except BaseException:
-            self._channels.close()
+            connections.close()
             raise
-        parts.weights.claim()
-        self._parts = replace(parts, switch=self._switch)
-        self.window, self.tables = parts.window, parts.tables
-        self._placement: Placement | None = parts.start
-        with torch.inference_mode(False):
-            self._physical_to_logical = parts.start.physical_to_logical.clone()
+        self._context.weights.claim()
+        self.window, self.tables = self._context.window, self._context.in_force.tables
         if modules is not None and weights is not None:
             warn_unregistered(modules, weights, topology.slots_per_rank)
         self._steps = 0
@@ -143,10 +137,10 @@ class Rebalancer:
         # Intervals that ended while a rebalance was under way wait for the next one.
         self._waiting: deque[torch.Tensor] = deque(maxlen=self.options.history)
         self._runner = Runner(
-            self._channels.decisions,
+            connections.two_phase_commit,
             self._rank,
             self.options.background_share,
-            _RESTS * self.options.time_limit,
+            _PAUSES * self.options.time_limit,
         )
         self._off = ""
         self._replacing = False
@@ -158,9 +152,7 @@ class Rebalancer:
     @property
     def placement(self) -> Placement:
         """The placement in force; its tables are on the CPU."""
-        if self._placement is None:
-            self._placement = Placement(self._physical_to_logical, self.window.num_logical)
-        return self._placement
+        return self._context.in_force.placement
 
     @property
     def rank(self) -> int:
@@ -216,7 +208,7 @@ class Rebalancer:
             return report
         if self.options.mode == "sync":
             return self._run()
-        self._runner.start(self._next, self._steps)
+        self._runner.start(self._context, self._request())
         return report
 
     def rebalance(self) -> RebalanceReport:
@@ -253,7 +245,7 @@ class Rebalancer:
         try:
             yield
             if not self._off:
-                self._parts = with_weights_again(self._parts, self.placement)
+                self._context = register_again(self._context)
         except BaseException as error:
             if not self._off:
                 self._end(f"weights were not replaced: {type(error).__name__}: {error}")
@@ -272,24 +264,16 @@ class Rebalancer:
             self._runner.finish()
             self._collect()
 
-    def _next(self, pace: Pace) -> Rebalance:
+    def _request(self) -> Request:
         self._number += 1
-        self._parts.order.mark()
-        intervals = list(self._waiting)
+        self._context.streams.mark()
+        loads = list(self._waiting)
         self._waiting.clear()
-        return Rebalance(
-            self._parts,
-            number=self._number,
-            step=self._steps,
-            intervals=intervals,
-            placement=self.placement,
-            pace=pace,
-        )
+        return Request(number=self._number, step=self._steps, interval_loads=loads)
 
     def _run(self) -> RebalanceReport:
         """A rebalance in this thread."""
-        self._runner.run(self._next)
-        self._parts.order.rejoin()
+        self._runner.run(self._context, self._request())
         report = self._collect()
         assert report is not None
         return report
@@ -331,17 +315,11 @@ class Rebalancer:
     def _end(self, reason: str, *, failed: bool = True) -> None:
         self._off = reason
         # Whoever waits for this rank gets an error at once, instead of at the limit.
-        self._channels.close()
-        self._parts.weights.release()
+        self._context.connections.close()
+        self._context.weights.release()
         if self.observer is not None:
             self.observer.ended(failed=failed)
 
     def _check_decided(self) -> None:
         if isinstance(self._runner.error, UndecidedError):
             raise self._runner.error
-
-    def _switch(self, layer: int, row: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Put one layer of a new placement in force, its weights being in place."""
-        self._physical_to_logical[layer] = row
-        self._placement = None
-        self.tables.write(layer, tables)

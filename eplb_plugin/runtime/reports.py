@@ -1,16 +1,19 @@
-"""What a rebalance did, and who wants to know."""
+"""Reports of rebalances: written while one runs, told to an observer at its end."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from ..core.placement import Placement
 from ..core.topology import Topology
 
-__all__ = ["RebalanceObserver", "RebalanceReport"]
+__all__ = ["DraftReport", "RebalanceObserver", "RebalanceReport"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,34 +42,58 @@ class RebalanceReport:
     skipped: bool
     reason: str
     failed: bool = False
-    balancedness_before: float
-    balancedness_after: float
-    layers: int
-    moves: int
-    bytes_moved: int
+    balancedness_before: float = 1.0
+    balancedness_after: float = 1.0
+    layers: int = 0
+    moves: int = 0
+    bytes_moved: int = 0
     mismatches: int = 0
-    gather_seconds: float
-    plan_seconds: float
-    transfer_seconds: float
-    commit_seconds: float
+    gather_seconds: float = 0.0
+    plan_seconds: float = 0.0
+    transfer_seconds: float = 0.0
+    commit_seconds: float = 0.0
 
     @classmethod
     def of_nothing(cls, step: int, reason: str) -> RebalanceReport:
         """That of a rebalance that could not be made, for `reason`; it has no figures."""
-        return cls(
+        return cls(step=step, skipped=True, reason=reason, failed=True)
+
+
+class DraftReport:
+    """The report of a rebalance that is under way: sums under the names of the report's fields.
+
+    So a new figure takes one line where it is measured, and its field in `RebalanceReport`.
+
+    Attributes:
+        notes: parts of the reason.
+        failed: as in the report.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Any] = {}
+        self.notes: list[str] = []
+        self.failed = False
+
+    def add(self, **amounts: float) -> None:
+        """Add to fields: `draft.add(moves=3, bytes_moved=600)`."""
+        for field, amount in amounts.items():
+            self._sums[field] = self._sums.get(field, 0) + amount
+
+    @contextmanager
+    def timing(self, field: str) -> Iterator[None]:
+        """Add the seconds within to a field, unless an error leaves it."""
+        start = time.perf_counter()
+        yield
+        self.add(**{field: time.perf_counter() - start})
+
+    def finish(self, step: int) -> RebalanceReport:
+        """The report, once the rebalancer has seen `step` steps."""
+        return RebalanceReport(
             step=step,
-            skipped=True,
-            reason=reason,
-            failed=True,
-            balancedness_before=1.0,
-            balancedness_after=1.0,
-            layers=0,
-            moves=0,
-            bytes_moved=0,
-            gather_seconds=0.0,
-            plan_seconds=0.0,
-            transfer_seconds=0.0,
-            commit_seconds=0.0,
+            skipped=not (self._sums.get("layers") or self._sums.get("moves")),
+            reason="; ".join(self.notes),
+            failed=self.failed,
+            **self._sums,
         )
 
 

@@ -55,7 +55,7 @@ FAULTS: dict[str, tuple[str, Patch, str]] = {
         "OSError: no weights today",
     ),
     "fingerprints that fail": (
-        "audit",
+        "verify",
         raising(ExpertFingerprints, "wrong_slots", ValueError("no fingerprints today")),
         "ValueError: no fingerprints today",
     ),

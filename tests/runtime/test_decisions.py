@@ -15,7 +15,7 @@ import pytest
 import torch.distributed as dist
 
 from eplb_plugin.core.errors import UndecidedError
-from eplb_plugin.runtime.control.two_phase_commit import Decisions
+from eplb_plugin.runtime.control.two_phase_commit import DecisionStore
 
 LIMIT = 1.0
 
@@ -42,7 +42,7 @@ class _SilentStore:
 
 
 def _ask(sender: Connection) -> None:
-    decisions = Decisions(_SlowStore(naps=15), LIMIT)  # type: ignore[arg-type]
+    decisions = DecisionStore(_SlowStore(naps=15), LIMIT)  # type: ignore[arg-type]
     sender.send("asks")
     try:
         sender.send(decisions.decide("commit", "7"))
@@ -51,26 +51,26 @@ def _ask(sender: Connection) -> None:
 
 
 def test_the_first_to_speak_decides_for_all(tmp_path: Path) -> None:
-    ranks = [Decisions(dist.FileStore(str(tmp_path / "store"), 2), LIMIT) for _ in range(2)]
+    ranks = [DecisionStore(dist.FileStore(str(tmp_path / "store"), 2), LIMIT) for _ in range(2)]
     assert ranks[1].decide("hop", "12") == "12"
     assert ranks[0].decide("hop", "keep") == "12"
     assert ranks[0].decide("next hop", "keep") == "keep"
 
 
 def test_a_lone_rank_decides_itself() -> None:
-    assert Decisions(None, LIMIT).decide("hop", "3") == "3"
+    assert DecisionStore(None, LIMIT).decide("hop", "3") == "3"
 
 
 def test_a_silent_store_leaves_it_undecided() -> None:
     store = _SilentStore()
     with pytest.raises(UndecidedError, match=r"asked for hop: no answer within 0\.1 s"):
-        Decisions(store, 0.1).decide("hop", "3")  # type: ignore[arg-type]
+        DecisionStore(store, 0.1).decide("hop", "3")  # type: ignore[arg-type]
     store.over.set()
 
 
 def test_a_store_is_asked_no_more_while_it_owes_an_answer() -> None:
     store = _SilentStore()
-    decisions = Decisions(store, 0.1)  # type: ignore[arg-type]
+    decisions = DecisionStore(store, 0.1)  # type: ignore[arg-type]
     with pytest.raises(UndecidedError, match="no answer within"):
         decisions.decide("hop", "3")
     with pytest.raises(UndecidedError, match="no answer to an earlier question either"):
@@ -84,9 +84,9 @@ def test_a_store_that_fails_is_found_before_it_is_needed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = dist.FileStore(str(tmp_path / "store"), 1)
-    decisions = Decisions(store, LIMIT)
+    decisions = DecisionStore(store, LIMIT)
     assert decisions.answers()
-    assert Decisions(None, LIMIT).answers()
+    assert DecisionStore(None, LIMIT).answers()
     assert decisions.decide("hop", "3") == "3"
     with mock.patch.object(dist.FileStore, "check", side_effect=OSError("gone")):
         assert not decisions.answers()
@@ -102,7 +102,7 @@ def test_a_store_that_fails_is_found_before_it_is_needed(
 
 def test_no_thread_has_to_be_made_for_a_decision(tmp_path: Path) -> None:
     before = threading.active_count()
-    decisions = Decisions(dist.FileStore(str(tmp_path / "store"), 1), LIMIT)
+    decisions = DecisionStore(dist.FileStore(str(tmp_path / "store"), 1), LIMIT)
     with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
         assert decisions.decide("hop", "3") == "3"
     decisions.close()

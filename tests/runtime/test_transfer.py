@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -14,6 +12,7 @@ from hypothesis import strategies as st
 
 import eplb_plugin as eplb
 from eplb_plugin.runtime.control.rank_group import RankGroup
+from eplb_plugin.runtime.control.scheduling import AtOnce
 from eplb_plugin.runtime.weights import expert_weights as rows_of_weights
 from eplb_plugin.runtime.weights import layout as layouts
 from eplb_plugin.runtime.weights.batching import Hop, plan_hops
@@ -22,6 +21,7 @@ from eplb_plugin.runtime.weights.layout import Layout
 from eplb_plugin.runtime.weights.migration import Sends
 from eplb_plugin.runtime.weights.rounds import cut, plan_rounds
 from eplb_plugin.runtime.weights.staging import Arrival, Staging
+from eplb_plugin.runtime.weights.streams import DeviceOrder
 from eplb_plugin.runtime.weights.transfer import Transfer
 from eplb_plugin.runtime.weights.transport import Transport
 from tests.processes import run_ranks
@@ -71,14 +71,13 @@ def carry(
         assert layout.num_bytes == int(hop.staged[group.rank])
         layout.place(staging.reserve(layout.num_bytes, torch.device("cpu")))
         assert most is None or all(max(len(r.sends), len(r.receives)) <= most for r in layout.rounds)
-        transfer = Transfer(layout)
+        transfer = Transfer(layout, transport)
         checked: list[tuple[Arrival, list[torch.Tensor]]] = []
-
-        def check(arrivals: Sequence[Arrival], checked: list[Any] = checked) -> None:
+        transfer.fill_first()
+        transfer.start()
+        for arrivals in transfer.receive(DeviceOrder(torch.device("cpu")), AtOnce().throttle):
             checked += [(arrival, [row.clone() for row in arrival.rows]) for arrival in arrivals]
-
-        transfer.start(transport)
-        transfer.finish(transport, check)
+        assert transfer.failure is None
         # Each was checked once, when all of it had arrived.
         assert len({id(arrival) for arrival, _ in checked}) == len(checked)
         assert sorted((a.layer, a.expert) for a, _ in checked) == sorted(arriving(hop, topology, group.rank))

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import compress
 from typing import Literal
@@ -170,25 +170,19 @@ class ExpertFingerprints:
             )
         return cls(lowest[0], alike & lowest[1].bool(), coverage)
 
-    def wrong_arrivals(
-        self, arrivals: Sequence[Arrival], rest: Callable[[], None] = lambda: None
-    ) -> list[Arrival]:
+    def wrong_arrivals(self, arrivals: Sequence[Arrival]) -> list[Arrival]:
         """Those that are not what they should be, as far as that is known.
 
         Args:
             arrivals: of any layers, on one device.
-            rest: called between pieces of work.
         """
-        wrong: list[Arrival] = []
         known, table = self.known.numpy(), self.table.numpy()
-        looked_at = [arrival for arrival in arrivals if known[arrival.layer, arrival.expert]]
-        for first in range(0, len(looked_at), _AT_ONCE):
-            some = looked_at[first : first + _AT_ONCE]
-            found = fingerprint_experts([arrival.rows for arrival in some], self.coverage).numpy()
-            expected = table[[arrival.layer for arrival in some], [arrival.expert for arrival in some]]
-            wrong += compress(some, (found != expected).tolist())
-            rest()
-        return wrong
+        some = [arrival for arrival in arrivals if known[arrival.layer, arrival.expert]]
+        if not some:
+            return []
+        found = fingerprint_experts([arrival.rows for arrival in some], self.coverage).numpy()
+        expected = table[[arrival.layer for arrival in some], [arrival.expert for arrival in some]]
+        return list(compress(some, (found != expected).tolist()))
 
     def wrong_slots(
         self,
@@ -197,7 +191,6 @@ class ExpertFingerprints:
         topology: Topology,
         rank: int,
         layers: Sequence[int] | None = None,
-        rest: Callable[[], None] = lambda: None,
     ) -> list[tuple[int, int]]:
         """(layer, slot) of the slots of this rank that do not hold the expert that `placement` says.
 
@@ -207,7 +200,6 @@ class ExpertFingerprints:
             topology: gives the slots of a rank.
             rank: this rank.
             layers: those to look at; None is all.
-            rest: called between pieces of work.
         """
         slots = topology.slots_of_rank(rank)
         wrong = []
@@ -218,5 +210,4 @@ class ExpertFingerprints:
                 found = fingerprint_rows(weights.rows[layer], self.coverage).cpu()
                 differs = known & (found != self.table[layer, experts])
                 wrong += [(layer, slots.start + slot) for slot in differs.nonzero().flatten().tolist()]
-            rest()
         return wrong
