@@ -34,39 +34,38 @@ _PAUSES = 0.25  # of the time limit, which runs for other ranks while this one p
 class Rebalancer:
     """Balances the experts of a model while it serves. One per rank; all ranks construct it together.
 
-    In each forward step an engine calls `record` and `physical` per MoE layer, then `step` once; every
-    rank calls `step` equally often, with `is_dummy=True` where it had no tokens of its own. Constructing it
+    In each forward step an engine calls `record` and `physical` per MoE layer, then `step` once. Every rank
+    calls `step` equally often, with `is_dummy=True` when it had no tokens of its own. The constructor
     compiles the planner, or loads it from the cache on disk, so that no rebalance has to.
 
     Args:
         topology: one rank for each process of the group.
         num_layers: MoE layers.
         num_logical: logical experts per layer.
-        weights: for each layer, its tensors [slots on this rank, ...]: weights, scales, biases. None
-            where the engine moves weights itself: then only the maps change.
-        placement: where the experts are now; None is the order that engines load them in. Where ranks have
-            joined or failed, int64 [layers, slots] as from `regroup`: before the constructor returns, slots
-            of -1 are filled, and experts that do not occur are restored.
+        weights: for each layer, its tensors [slots on this rank, ...]: weights, scales, biases. None if the
+            engine moves weights itself: then only the maps change.
+        placement: where the experts are now; None is the order in which engines load them. After ranks joined
+            or failed: int64 [layers, slots] as from `regroup`. Then the constructor fills the slots of -1,
+            and restores experts that do not occur.
         restore: loads an expert from a checkpoint: `restore(layer, expert, slot)` writes the weights of an
             expert that no rank holds to a slot of this rank, counted on this rank.
-        load: [snapshots, layers, logical], tokens: the traffic by which such a placement is completed, that
-            of rank 0 for all; None takes all experts to be equally busy.
+        load: [snapshots, layers, logical], tokens: the traffic by which such a placement is completed; that
+            of rank 0 counts. None: all experts are equally busy.
         options: of the loop.
         planner: of the planner.
         group: process group; None is the default group, or no group at all for a topology of one rank.
         device: where expert ids arrive; None is where the weights are.
-        modules: the MoE layers themselves; tensors of theirs that have slots but are not among `weights` are
-            named in a warning.
-        store: where the ranks leave their decisions; None is the store of the default group.
+        modules: the MoE layers themselves. A warning names their tensors that have slots, but are not among
+            `weights`.
+        store: keeps the decisions of commits; None is the store of the default group.
 
     Attributes:
         reports: the latest reports.
-        observer: is told of steps and rebalances on this rank, `serve_metrics` for one sets it.
+        observer: is told of steps and rebalances on this rank; `serve_metrics` sets it.
 
     Raises:
         TopologyError: the group has another size, or experts outnumber slots.
-        PlacementError, TransferError: the placement or the weights do not fit; EplbError on ranks where
-            they do, but not on another.
+        PlacementError, TransferError: the placement or the weights do not fit; EplbError on the other ranks.
         AgreementError: ranks differ in options, placement, or the structure of their weights.
         RankLostError: a rank did not answer.
     """
@@ -182,13 +181,13 @@ class Rebalancer:
         """End a forward step. All ranks call it; every `interval` steps a rebalance begins.
 
         Returns:
-            The report of a rebalance that has ended in this step, the same step on every rank. Failures are
-            reported, not raised: the placement in force stays, and the next interval tries again. After a
-            rank could not be reached `off` says so and there are no more rebalances.
+            The report of a rebalance that ended in this step, which is the same on every rank. Failures are
+            reported, not raised: the placement in force stays, and the next interval tries again. After the
+            loss of a rank, there are no more rebalances, and `off` says why.
 
         Raises:
-            UndecidedError: a rank and the store were lost in the moment when all were about to switch over,
-                and this rank cannot learn whether they did. It must not serve on.
+            UndecidedError: a rank and the store were lost during a commit, and this rank cannot learn whether
+                the others switched. It must not serve on.
         """
         if self._off:
             self._check_decided()
@@ -212,7 +211,7 @@ class Rebalancer:
         return report
 
     def rebalance(self) -> RebalanceReport:
-        """Plan from what was recorded and switch over now. One under way is finished first.
+        """Plan from the recorded loads and switch now. A rebalance under way is finished first.
 
         All ranks call it. Returns and raises as `step`.
         """
@@ -228,12 +227,11 @@ class Rebalancer:
 
     @contextmanager
     def replacing_weights(self) -> Iterator[None]:
-        """Load other weights into the slots within it, by the placement in force. All ranks enter and leave
-        it at the same step.
+        """Within this context, the engine loads other weights into the slots, by the placement in force.
 
-        A rebalance under way is finished first, and none begins or changes a slot before the end. Then the
-        tensors are registered again, wherever they are by now, and their fingerprints taken. After an error
-        within there are no more rebalances.
+        All ranks enter and leave it at the same step. A rebalance under way is finished first, and none
+        begins before the end. Then the tensors are registered again, at their new addresses, and their
+        fingerprints taken. After an error within, there are no more rebalances.
 
         Raises:
             TransferError, AgreementError: the weights cannot be moved any more, see the constructor.
@@ -254,7 +252,7 @@ class Rebalancer:
             self._replacing = False
 
     def close(self) -> None:
-        """End the balancing for good, after finishing what is under way. All ranks call it."""
+        """End balancing for good; a rebalance under way is finished first. All ranks call it."""
         self._finish()
         if not self._off:
             self._end("closed", failed=False)
@@ -272,7 +270,7 @@ class Rebalancer:
         return Request(number=self._number, step=self._steps, interval_loads=loads)
 
     def _run(self) -> RebalanceReport:
-        """A rebalance in this thread."""
+        """Rebalance within this step."""
         self._runner.run(self._context, self._request())
         report = self._collect()
         assert report is not None
@@ -298,7 +296,7 @@ class Rebalancer:
         """No more rebalances."""
         self._off = self._runner.reason
         if isinstance(error, UndecidedError):
-            _logger.critical("rank %d does not know which weights the others use: %s", self.rank, self._off)
+            _logger.critical("rank %d does not know which weights other ranks use: %s", self.rank, self._off)
         else:
             _logger.error(
                 "expert balancing is turned off on rank %d; the placement in force stays. %s",
@@ -314,7 +312,7 @@ class Rebalancer:
 
     def _end(self, reason: str, *, failed: bool = True) -> None:
         self._off = reason
-        # Whoever waits for this rank gets an error at once, instead of at the limit.
+        # Ranks that wait for this one get an error at once, instead of at the time limit.
         self._context.connections.close()
         self._context.weights.release()
         if self.observer is not None:

@@ -18,24 +18,23 @@ __all__ = ["DraftReport", "RebalanceObserver", "RebalanceReport"]
 
 @dataclass(frozen=True, kw_only=True)
 class RebalanceReport:
-    """What one rebalance did. All but the seconds is the same on every rank.
+    """The result of one rebalance; the same on every rank, but for the seconds.
 
     Attributes:
         step: steps that the rebalancer had seen.
-        skipped: whether everything stayed as it was.
-        reason: why it was skipped or did not go all the way, else empty.
-        failed: whether something failed on some rank. Layers that had switched over before that stay so.
-        balancedness_before: of the interval that just ended, under the placement it ran with.
-        balancedness_after: of the same interval, had it run under the placement now in force.
+        skipped: whether nothing changed.
+        reason: why it was skipped, or why layers kept their placement; else empty.
+        failed: whether something failed on some rank. Layers committed before that keep the new placement.
+        balancedness_before: of the interval, under the placement it ran with.
+        balancedness_after: of the same interval under the placement now in force.
         layers: layers whose placement changed.
         moves: transfers of one expert to one rank, over all ranks.
-        bytes_moved: bytes sent between ranks, over all ranks; 0 where the engine moves the weights.
-        mismatches: experts found with other weights than their fingerprint says, in a slot or on arrival.
+        bytes_moved: bytes sent between ranks, over all ranks; 0 if the engine moves the weights.
+        mismatches: experts whose weights did not match their fingerprint, in a slot or on arrival.
         gather_seconds: time to sum the interval over the ranks.
-        plan_seconds: time to plan, to hand the plan to every rank and to agree on it.
-        transfer_seconds: time to get the weights into the staging buffers.
-        commit_seconds: time to write them to their slots and to switch the dispatch tables; the serving
-            thread does that.
+        plan_seconds: time to plan, to exchange the plan and to agree on it.
+        transfer_seconds: time to get the weights into the staging memory, and to verify them.
+        commit_seconds: time of the serving thread to write slots and dispatch tables.
     """
 
     step: int
@@ -55,7 +54,7 @@ class RebalanceReport:
 
     @classmethod
     def of_nothing(cls, step: int, reason: str) -> RebalanceReport:
-        """That of a rebalance that could not be made, for `reason`; it has no figures."""
+        """The report of a rebalance that was impossible, for `reason`."""
         return cls(step=step, skipped=True, reason=reason, failed=True)
 
 
@@ -98,7 +97,7 @@ class DraftReport:
 
 
 class RebalanceObserver(Protocol):
-    """What a `Rebalancer` tells on its rank as it goes. Nothing of it may raise or wait for another rank."""
+    """Is told of steps and rebalances by a `Rebalancer`. It must neither raise nor wait for other ranks."""
 
     def stepped(self) -> None:
         """A forward step has ended."""
@@ -109,7 +108,7 @@ class RebalanceObserver(Protocol):
         """A rebalance has ended.
 
         Args:
-            report: what it did.
+            report: its result.
             interval_load: [snapshots, layers, logical], tokens of the interval over all ranks.
             placement: the one in force from now on.
             topology: ranks and slots.
