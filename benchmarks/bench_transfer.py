@@ -2,12 +2,12 @@
 
     python benchmarks/bench_transfer.py [--ranks 2] [--repeats 15]
 
-Raw leaves the bytes in a buffer, and so does the staging of ours: laying out the buffer, a vote, the messages
-and the fingerprints of what arrived. Ranks begin with either when all have met. The whole way is all that a
-rebalance does between its plan and its end: planning hops, staging, the vote and the decision in the store,
-and writing from the buffer to the slots. Raw and ours alternate in one run over gloo, and so does writing to
-the slots by itself, which no raw transfer includes: raw and that, one after the other, bound the whole way.
-Small moves vary most and are repeated more often. Prints a table and one line of JSON.
+Raw leaves the bytes in a buffer. So does our staging: it lays out the buffer, votes, sends, and verifies the
+fingerprints of what arrived. All ranks begin at once with either. "whole" is all of a rebalance between its
+plan and its report: migration batches, staging, the vote, the decision in the store, and writing to the
+slots. No raw transfer includes that last part, so it is also timed alone: raw plus that is the bound of
+"whole". All of them alternate in one run over gloo. Small moves vary most and are repeated more often. Prints
+a table and one line of JSON.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -26,8 +29,9 @@ from rich.table import Table
 
 import eplb_plugin as eplb
 from eplb_plugin.cli.demo.ranks import run_ranks
+from eplb_plugin.runtime import relocation
 from eplb_plugin.runtime.control.scheduling import AtOnce
-from eplb_plugin.runtime.relocation import Move
+from eplb_plugin.runtime.reports import DraftReport
 from eplb_plugin.runtime.weights.expert_weights import ExpertWeights
 
 SLOTS_PER_RANK = 8
@@ -80,24 +84,30 @@ def copies(weights: ExpertWeights, received: list[list[torch.Tensor]]) -> Callab
     return run
 
 
-def together() -> Callable[[str], None]:
-    """Ranks begin to stage at once, as they begin with raw: one does not wait for the plan of another, or for
-    what another writes after a hop."""
-    begun = 0
+@contextmanager
+def staged_together() -> Iterator[list[float]]:
+    """Ranks begin to stage at once, as they begin with raw: none waits for the plan of another, or for its
+    writes after a batch. Gives the seconds that staging took, without that."""
+    reserve, stage = relocation.reserve, relocation.stage
+    seconds: list[float] = []
+    reserved = False
 
-    def enter(phase: str) -> None:
-        nonlocal begun
-        if phase == "stage":
-            begun += 1
-            # The first is entered to prepare all hops, and again to send: in between, ranks wait as they do.
-            if begun != 2:
-                dist.barrier()
+    def timed(function: Callable[..., Any], *arguments: Any) -> Any:
+        nonlocal reserved
+        # Between the memory of all batches and the first of them, ranks wait as they do.
+        if function is reserve or not reserved:
+            dist.barrier()
+        reserved = function is reserve
+        start = time.perf_counter()
+        result = function(*arguments)
+        seconds.append(time.perf_counter() - start)
+        return result
 
-    return enter
-
-
-def apart(phase: str) -> None:
-    """Nobody waits but for what a rebalance waits for."""
+    with (
+        mock.patch.object(relocation, "reserve", partial(timed, reserve)),
+        mock.patch.object(relocation, "stage", partial(timed, stage)),
+    ):
+        yield seconds
 
 
 def measure(rank: int, send: Callable[[Any], None], ranks: int, repeats: int) -> None:
@@ -110,36 +120,40 @@ def measure(rank: int, send: Callable[[Any], None], ranks: int, repeats: int) ->
         topology = eplb.Topology(num_ranks=ranks, num_slots=ranks * SLOTS_PER_RANK)
         options = eplb.RebalancerOptions(mode="sync", staging_mib=staging_mib)
         balancer = eplb.Rebalancer(topology, layers, topology.num_slots, weights=tensors, options=options)
-        parts = balancer._parts
+        context = balancer._context
         received = [
-            [torch.empty_like(row[: SLOTS_PER_RANK // 2]) for row in rows] for rows in parts.weights.rows
+            [torch.empty_like(row[: SLOTS_PER_RANK // 2]) for row in rows] for rows in context.weights.rows
         ]
-        baseline = raw(parts.weights, received, rank, ranks)
-        copy = copies(parts.weights, received)
+        baseline = raw(context.weights, received, rank, ranks)
+        copy = copies(context.weights, received)
         times: dict[str, list[float]] = {"raw": [], "staging": [], "whole": [], "copy": []}
-        num_bytes = layers * SLOTS_PER_RANK // 2 * parts.weights.expert_bytes(0)
+        num_bytes = layers * SLOTS_PER_RANK // 2 * context.weights.expert_bytes(0)
         for repeat in range(max(repeats, round(MOVED / num_bytes)) + 1):
             for turn, name in enumerate(times):
-                old = balancer.placement
-                now = old.physical_to_logical.clone()
-                enter = together() if name == "staging" else apart
-                move = Move(parts, len(times) * repeat + turn, now, old.num_logical, AtOnce(), enter)
-                goal = rotate(old, ranks).physical_to_logical
+                goal = rotate(balancer.placement, ranks).physical_to_logical
+                move = partial(
+                    relocation.relocate,
+                    context,
+                    len(times) * repeat + turn,
+                    goal,
+                    AtOnce(),
+                    DraftReport(),
+                )
                 dist.barrier()
                 start = time.perf_counter()
-                if name == "raw":
-                    baseline()
-                elif name == "copy":
-                    copy()
+                if name == "staging":
+                    with staged_together() as staging:
+                        move()
+                    passed = sum(staging)
                 else:
-                    move.run(goal)
-                passed = move.transfer_seconds if name == "staging" else time.perf_counter() - start
+                    {"raw": baseline, "copy": copy, "whole": move}[name]()
+                    passed = time.perf_counter() - start
                 # Of the rank that took longest; this itself is not measured.
                 seconds = torch.tensor([passed])
                 dist.all_reduce(seconds, dist.ReduceOp.MAX)
                 if repeat:
                     times[name].append(float(seconds[0]))
-        used = parts.staging.num_bytes
+        used = context.staging.num_bytes
         assert used <= staging_mib << 20
         balancer.close()
         if rank == 0:

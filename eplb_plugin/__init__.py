@@ -23,7 +23,7 @@ from .planning.ensemble.packing import balanced_packing
 from .planning.planner import Plan, plan, rebalance_experts
 from .planning.warmup import warmup
 from .runtime.rebalancer import Rebalancer, RebalanceReport
-from .runtime.regroup import regroup
+from .runtime.startup import regroup
 from .runtime.weights.migration import MigrationPlan, plan_migration
 
 __all__ = [

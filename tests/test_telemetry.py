@@ -140,7 +140,7 @@ def test_failures_are_counted_and_turning_itself_off_is_shown(monkeypatch):
     def lost(*_, **__):
         raise eplb.RankLostError("a rank is gone")
 
-    monkeypatch.setattr(phases.Rebalance, "_move", lost)
+    monkeypatch.setattr(phases, "relocate", lost)
     assert "a rank is gone" in run_interval(balancer).reason
     assert "a rank is gone" in balancer.off
     values = samples(generate_latest(registry))

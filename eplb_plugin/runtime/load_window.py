@@ -1,4 +1,4 @@
-"""The load window: what every expert got in the recent steps, recorded without stalling the engine."""
+"""The load window: tokens of every expert in the recent steps, recorded without stalling the engine."""
 
 from __future__ import annotations
 
@@ -17,20 +17,21 @@ _ID_DTYPES = (torch.int32, torch.int64)
 class LoadWindow:
     """Counts the tokens of every expert, step by step, and keeps the recent intervals as snapshots.
 
-    The steps of an interval are folded into `snapshots` sums in time order. A finished interval is
-    taken out (`take`), summed over ranks by the caller, and put back (`push`) as history.
+    The steps of an interval are folded into `snapshots` sums in time order: 1000 steps and 32 snapshots make
+    31 or 32 steps each. `take` ends an interval, the caller sums it over ranks, and `push` adds it to the
+    history.
 
-    `record` and `step` issue device work only: they neither wait for the device nor, once a batch of
-    that size was seen (or announced with `reserve`), allocate anything, so they can be captured in a graph.
-    A larger batch gets larger buffers; those that it outgrows are kept, since graphs may write to them.
+    `record` and `step` issue device work only, so a graph can capture them. They never wait for the device.
+    They allocate nothing for a batch size that was seen or reserved before. A larger batch gets larger
+    buffers; the smaller ones are kept, since graphs may write to them.
 
     Args:
         num_layers: MoE layers of the model.
         num_logical: logical experts per layer.
-        interval: steps that the snapshots of one interval spread over.
-        snapshots: snapshots per interval, at most; fewer where the interval has fewer steps.
+        interval: steps of one interval.
+        snapshots: per interval; fewer if the interval has fewer steps.
         history: intervals kept.
-        device: where ids arrive and counts live.
+        device: of expert ids and counts.
 
     Raises:
         LoadError: a number is not an integer, or below 1.
@@ -61,8 +62,8 @@ class LoadWindow:
             self._snapshots = torch.zeros(
                 self._num_snapshots, num_layers, num_logical, dtype=torch.int64, device=device
             )
-            # One element read n times: the source of every scatter-add. As the addend of the shift it
-            # also spares the temporary that a Python number would cost.
+            # One element, read n times: the source of every scatter-add. A Python number in the shift would
+            # cost a temporary tensor.
             self._one = torch.ones(1, dtype=torch.int64, device=device)
             self._ids = torch.empty(0, dtype=torch.int64, device=device)
             self._mask = torch.empty(0, dtype=torch.int64, device=device)
@@ -72,9 +73,9 @@ class LoadWindow:
         self._counts = list(self._step[:, 1:].unbind(0))
 
     def reserve(self, num_ids: int) -> None:
-        """Make room for batches of `num_ids` = tokens x top_k ids, before a graph is captured, say.
+        """Make room for batches of `num_ids` = tokens x top_k ids, for example before a graph is captured.
 
-        Sizes are powers of two, so all that was outgrown takes no more memory than what is in use.
+        Sizes are powers of two, so all outgrown buffers together take no more memory than the current one.
         """
         if num_ids > self._ids.numel():
             size = 1 << (num_ids - 1).bit_length()
@@ -84,7 +85,7 @@ class LoadWindow:
                 self._mask = torch.empty(size, dtype=torch.int64, device=self.device)
 
     def record(self, layer: int, expert_ids: torch.Tensor, valid: torch.Tensor | None = None) -> None:
-        """Count the tokens that one layer routed in the step under way.
+        """Count the tokens that one layer routed in the current step.
 
         Args:
             layer: index of the MoE layer.
@@ -119,10 +120,10 @@ class LoadWindow:
         self._bins[layer].scatter_add_(0, flat, self._one.expand(num_ids))
 
     def record_counts(self, layer: int, counts: torch.Tensor) -> None:
-        """Add counts that the engine has already, integer [logical], tokens, to the step under way.
+        """Add counts of the engine's own, integer [logical], tokens, to the current step.
 
-        Values are not looked at, which would wait for the device. `plan` refuses a snapshot that is negative
-        when its steps and all ranks are summed.
+        Values are not checked here, since that would wait for the device. `plan` refuses a snapshot whose sum
+        over steps and ranks is negative.
 
         Raises:
             LoadError: wrong shape, dtype, device or layer.
@@ -136,8 +137,10 @@ class LoadWindow:
         self._counts[layer].add_(counts)
 
     def step(self, is_dummy: bool = False) -> None:
-        """End a step. What a dummy step recorded (warm-up, idle ranks) is dropped, but it counts as a step,
-        so that ranks with and without work reach the end of an interval together."""
+        """End a step. The counts of a dummy step (warm-up, idle ranks) are dropped.
+
+        It counts as a step all the same, so that ranks with and without work end an interval together.
+        """
         if not is_dummy:
             snapshot = min(self._steps * self._num_snapshots // self.interval, self._num_snapshots - 1)
             self._snapshots[snapshot].add_(self._step[:, 1:])
@@ -152,10 +155,9 @@ class LoadWindow:
     def take(self) -> torch.Tensor:
         """End the interval: its counts on this rank, int64 [snapshots, layers, logical] in time order.
 
-        Only snapshots that the steps so far reached are returned (none before the first step), so ranks
-        that step together get the same shape. The tensor belongs to the caller; counting starts anew.
+        Snapshots without steps are left out, so ranks with equally many steps get the same shape. The tensor
+        belongs to the caller; counting starts anew.
         """
-        # The snapshot of the last step, as `step` finds it, and those before it; before any step, none.
         last = (self._steps - 1) * self._num_snapshots // self.interval
         used = min(last + 1, self._num_snapshots)
         taken = self._snapshots[:used].clone()
@@ -166,7 +168,7 @@ class LoadWindow:
     def push(self, interval_load: torch.Tensor) -> None:
         """Add an interval summed over ranks, int64 [snapshots, layers, logical], to the history.
 
-        Values are not looked at, see `record_counts`.
+        Values are not checked, see `record_counts`.
 
         Raises:
             LoadError: another dtype, or its layers or experts are not the window's.
@@ -189,7 +191,7 @@ class LoadWindow:
         return torch.cat(list(self._history))
 
     def clear(self) -> None:
-        """Forget everything. Call it on all ranks alike, when the group changes for instance."""
+        """Forget everything; to be called on all ranks alike, for instance when the group changes."""
         self._history.clear()
         self._snapshots.zero_()
         self._step.zero_()

@@ -1,15 +1,14 @@
 """One rebalance, from recorded loads to the placement in force: the same on all ranks, or nowhere.
 
-Its phases are those of `PHASES`. Whatever fails on a rank before a hop is committed is told to all in a vote,
-and all of them keep what they have. A rank that cannot be reached ends the balancing, see `RankLostError`.
+The whole protocol is `rebalance`, in seven phases; `relocation.py` has phases 5 and 6. What fails on one rank
+before a commit is told to all in a vote, and all keep what they have. A rank that cannot be reached ends the
+balancing, see `RankLostError`.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
@@ -17,214 +16,242 @@ from ..core.balancedness import balancedness
 from ..core.errors import AgreementError, EplbError, LoadError, RankLostError
 from ..core.placement import Placement
 from ..planning.planner import plan
-from .context import Parts
+from .context import Context
 from .control.rank_group import fingerprint
-from .control.scheduling import Pace
-from .relocation import Move
-from .reports import RebalanceReport
+from .control.scheduling import Scheduler
+from .control.throttle import Throttle
+from .relocation import relocate
+from .repair import audit
+from .reports import DraftReport, RebalanceReport
 
-__all__ = ["PHASES", "Outcome", "Rebalance"]
+__all__ = ["Outcome", "Request", "agree_on_plan", "gather", "plan_layers", "rebalance", "write_report"]
 
-PHASES = ("gather", "plan", "agree", "audit", "stage", "commit", "decided", "end")
-
-
-_LAYERS_AT_ONCE = 4  # layers that the background plans before it rests
+_LAYERS_AT_ONCE = 4  # layers that the background plans between two pauses
 
 
-@dataclass(frozen=True, eq=False)
-class Outcome:
-    """What came of a rebalance.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Request:
+    """What the serving thread asks for.
 
     Attributes:
-        report: what it did.
-        interval_load: [snapshots, layers, logical], tokens of the interval over all ranks.
-        placement: the one in force from now on.
+        number: of the rebalance, the same on every rank.
+        step: steps that the rank had ended when the interval did.
+        interval_loads: recorded on this rank since the last rebalance: int64 [snapshots, layers, logical],
+            tokens, of each interval.
+    """
+
+    number: int
+    step: int
+    interval_loads: Sequence[torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Outcome:
+    """The result of a rebalance.
+
+    Attributes:
+        report: for the user.
+        interval_load: int64 [snapshots, layers, logical], tokens of the interval over all ranks.
+        placement: in force from now on.
+        step: at which all ranks show it.
     """
 
     report: RebalanceReport
     interval_load: torch.Tensor
     placement: Placement
+    step: int
 
 
-class Rebalance:
-    """One rebalance on one rank; all ranks run theirs together.
+def rebalance(context: Context, request: Request, scheduler: Scheduler) -> Outcome:
+    """All ranks, once for each request: gather, plan, agree, verify, stage, commit, report.
+
+    The fence for `Outcome.step` is set on return: the caller releases it.
+
+    Raises:
+        RankLostError: a rank does not answer. Each layer has its old placement or its new one, alike on all
+            ranks that answer. UndecidedError: this rank cannot know which.
+    """
+    throttle, draft = scheduler.throttle, DraftReport()
+    before = context.in_force.placement
+    interval_load = torch.zeros(0, before.num_layers, before.num_logical, dtype=torch.int64)
+    throttle.pause()
+    try:
+        # 1. Gather: the loads of the interval, summed over the ranks, go to the window.
+        with draft.timing("gather_seconds"):
+            interval_load = gather(context, request, throttle)
+        throttle.pause()
+
+        goal = before.physical_to_logical
+        load = context.window.load()
+        if not bool(load.any()):
+            draft.notes.append("no load was recorded")
+        else:
+            with draft.timing("plan_seconds"):
+                # 2. Plan: rank 0 plans all layers, or each rank its share.
+                rows = plan_layers(context, request.number, load, scheduler)
+                # 3. Agree: all ranks get the rows of all, and compare a hash of the plan.
+                goal = agree_on_plan(context, rows, throttle)
+            if torch.equal(goal, before.physical_to_logical):
+                draft.notes.append(f"no layer gains min_gain={context.planner.min_gain}")
+            throttle.pause()
+
+        # 4. Verify: the weights in force, against their fingerprints; an eighth of the layers in turn.
+        corrupted = audit(context, request.number, throttle)
+
+        # 5. Stage and 6. two-phase commit, for each migration batch: all ranks get all weights that they need
+        # and verify them; then all switch at the same step, or none does.
+        relocate(context, request.number, goal, scheduler, draft, corrupted)
+    except RankLostError:
+        raise
+    except EplbError as error:
+        draft.failed = True
+        draft.notes.append(str(error))
+
+    # 7. Report: shown at the same step on all ranks.
+    report = write_report(context, request, draft, before, interval_load, throttle)
+    fence = scheduler.propose_step()
+    step = max(context.connections.control.vote(f"ending rebalance {request.number}", value=fence))
+    return Outcome(
+        report=report, interval_load=interval_load, placement=context.in_force.placement, step=step
+    )
+
+
+def gather(context: Context, request: Request, throttle: Throttle) -> torch.Tensor:
+    """All ranks: check what each recorded, and sum it.
+
+    Returns:
+        int64 [snapshots, layers, logical], tokens of the new intervals over all ranks, as in the window.
+
+    Raises:
+        EplbError: on all ranks, if one of them has weights or loads that are not as they should be.
+        AgreementError: ranks recorded different numbers of snapshots.
+    """
+    throttle.ranks_met()
+    context.streams.catch_up()
+    control, window = context.connections.control, context.window
+    shape = window.num_layers, window.num_logical
+    loads: list[torch.Tensor] = []
+    error = None
+    try:
+        context.weights.check()
+        loads = [_checked(load, shape) for load in request.interval_loads]
+    except Exception as caught:  # every kind, since the other ranks wait
+        error = caught
+    snapshots = sum(load.shape[0] for load in loads)
+    phase = f"taking the load in rebalance {request.number}"
+    if len(set(control.vote(phase, error, snapshots))) > 1:
+        raise AgreementError(f"ranks took part in different numbers of steps, here {snapshots} snapshots")
+    # All ranks have ended the rebalance before, so all have read its decisions.
+    context.connections.two_phase_commit.forget(delete=control.rank == 0)
+    for load in loads:
+        window.push(control.sum(load))
+    return torch.cat(loads) if loads else torch.zeros(0, *shape, dtype=torch.int64)
+
+
+def plan_layers(context: Context, number: int, load: torch.Tensor, scheduler: Scheduler) -> torch.Tensor:
+    """All ranks: plan the share of this rank.
 
     Args:
-        parts: what it works with.
-        number: which one it is, the same on every rank.
-        step: steps that the rank had ended when the interval did.
-        intervals: what this rank recorded in the intervals since the last rebalance, int64 [snapshots,
-            layers, logical] each, tokens.
-        placement: the one in force.
-        pace: when to switch over.
+        context: of the rank.
+        number: of the rebalance.
+        load: int64 [snapshots, layers, logical], tokens of the window over all ranks.
+        scheduler: when to pause.
+
+    Returns:
+        int64 [share, slots]: the placement of these layers. `planning=leader`: all layers on rank 0, zeros on
+        the others. `sharded`: with 61 layers and 8 ranks, 8 on each but 5 on the last, then zeros.
+
+    Raises:
+        EplbError: on all ranks, if one of them fails.
     """
+    scheduler.throttle.ranks_met()
+    control, (num_layers, num_logical) = context.connections.control, load.shape[1:]
+    share = num_layers if context.options.planning == "leader" else -(-num_layers // control.size)
+    first = min(control.rank * share, num_layers)
+    last = min(first + share, num_layers)
+    rows = torch.zeros(share, context.topology.num_slots, dtype=torch.int64)
+    in_force = context.in_force.physical_to_logical
 
-    def __init__(
-        self,
-        parts: Parts,
-        *,
-        number: int,
-        step: int,
-        intervals: Sequence[torch.Tensor],
-        placement: Placement,
-        pace: Pace,
-    ) -> None:
-        self._parts = parts
-        self._number = number
-        self._step = step
-        self._intervals = list(intervals)
-        self._old = placement
-        self._pace = pace
-        # Written to by whichever thread switches over, in inference mode or not.
-        with torch.inference_mode(False):
-            now = placement.physical_to_logical.clone()
-        self._interval_load = now.new_zeros(0, placement.num_layers, placement.num_logical)
-        self._notes: list[str] = []
-        self._gather_seconds = self._plan_seconds = 0.0
-        self._way = Move(parts, number, now, placement.num_logical, pace, self._begin)
+    def plan_share() -> None:
+        # Layers are planned independently, so their number in one call does not change the plan.
+        at_once = max(share, 1) if scheduler.round_bytes is None else _LAYERS_AT_ONCE
+        for start in range(first, last, at_once):
+            end = min(start + at_once, last)
+            current = Placement(in_force[start:end], num_logical)
+            planned = plan(load[:, start:end], context.topology, current, context.planner)
+            rows[start - first : end - first] = planned.placement.physical_to_logical
+            scheduler.throttle.pause()
 
-    def run(self, ended: Callable[[Outcome], None]) -> None:
-        """Go through all phases. `ended` gets the outcome, where and when the pace has commits done.
+    control.attempt(f"planning in rebalance {number}", plan_share)
+    return rows
 
-        Raises:
-            RankLostError: a rank does not answer; layers have their old placement or their new one, alike on
-                all ranks that answer. UndecidedError: what they have cannot be known here.
-        """
-        failed = False
-        self._pace.rest()
-        with self._parts.order.background():
-            try:
-                self._gather()
-                self._move(self._plan())
-            except RankLostError:
-                raise
-            except EplbError as error:
-                failed = True
-                self._notes.append(str(error))
-            self._begin("end")
-            self._pace.rest()
-            outcome = self._outcome(failed)
-            self._pace.rest()
-            fence = self._pace.propose()
-            last = max(self._parts.channels.control.vote(self._phase("ending"), value=fence))
-        self._pace.release(last, [partial(ended, outcome)])
 
-    def _gather(self) -> None:
-        """All ranks: sum what they recorded."""
-        self._begin("gather")
-        start = time.perf_counter()
-        parts, control = self._parts, self._parts.channels.control
-        parts.order.catch_up()
-        loads: list[torch.Tensor] = []
-        error = None
-        try:
-            parts.weights.check()
-            loads = [self._checked(load) for load in self._intervals]
-        except Exception as caught:
-            error = caught
-        snapshots = sum(load.shape[0] for load in loads)
-        if len(set(control.vote(self._phase("taking the load"), error, snapshots))) > 1:
-            raise AgreementError(f"ranks took part in different numbers of steps, here {snapshots} snapshots")
-        parts.channels.decisions.forget(delete=control.rank == 0)
-        for load in loads:
-            parts.window.push(control.sum(load))
-        if loads:
-            self._interval_load = torch.cat(loads)
-        self._gather_seconds = time.perf_counter() - start
-        self._pace.rest()
+def agree_on_plan(context: Context, rows: torch.Tensor, throttle: Throttle) -> torch.Tensor:
+    """All ranks: exchange what each planned, and check that all have the same.
 
-    def _checked(self, load: torch.Tensor) -> torch.Tensor:
-        load = load.cpu()
-        if load.dtype != torch.int64 or load.shape[1:] != self._interval_load.shape[1:]:
-            raise LoadError(
-                f"the recorded load is {load.dtype} {tuple(load.shape)}, not int64 "
-                f"[snapshots, {self._interval_load.shape[1]}, {self._interval_load.shape[2]}]"
-            )
-        if load.numel() and int(load.min()) < 0:
-            raise LoadError(f"the recorded load holds {int(load.min())} tokens")
-        return load
+    Args:
+        context: of the rank.
+        rows: int64 [share, slots], from `plan_layers`.
+        throttle: told that ranks meet.
 
-    def _plan(self) -> torch.Tensor:
-        """All ranks: the rows to go to, int64 [layers, slots]; those in force where nothing was recorded."""
-        self._begin("plan")
-        start = time.perf_counter()
-        parts, control = self._parts, self._parts.channels.control
-        load = parts.window.load()
-        if not bool(load.any()):
-            self._notes.append("no load was recorded")
-            return self._way.now.clone()
-        layers = self._old.num_layers
-        leader = parts.options.planning == "leader"
-        share = layers if leader else -(-layers // control.size)
-        first = min(control.rank * share, layers)
-        last = min(first + share, layers)
-        rows = torch.zeros(share, parts.topology.num_slots, dtype=torch.int64)
+    Returns:
+        int64 [layers, slots], the plan.
 
-        def work() -> None:
-            # Layers are planned each on its own, so that any number of them may be planned at once.
-            at_once = max(share, 1) if self._pace.piece is None else _LAYERS_AT_ONCE
-            for start in range(first, last, at_once):
-                end = min(start + at_once, last)
-                current = Placement(self._way.now[start:end], self._old.num_logical)
-                planned = plan(load[:, start:end], parts.topology, current, parts.planner)
-                rows[start - first : end - first] = planned.placement.physical_to_logical
-                self._pace.rest()
+    Raises:
+        AgreementError: ranks have different plans. PlacementError: it is no placement.
+    """
+    throttle.ranks_met()
+    control, window = context.connections.control, context.window
+    if context.options.planning == "leader":
+        goal = control.broadcast(rows)
+    else:
+        goal = control.all_gather(rows).flatten(0, 1)[: window.num_layers]
+    control.agree("the plan", fingerprint(goal))
+    Placement(goal, window.num_logical)  # raises on all ranks alike
+    return goal
 
-        control.attempt(self._phase("planning"), work)
-        self._begin("agree")
-        rows = control.broadcast(rows) if leader else control.all_gather(rows).flatten(0, 1)[:layers]
-        control.agree("the plan", fingerprint(rows))
-        Placement(rows, self._old.num_logical)  # raises on all ranks alike
-        if torch.equal(rows, self._way.now):
-            self._notes.append(f"no layer gains min_gain={parts.planner.min_gain}")
-        self._plan_seconds = time.perf_counter() - start
-        self._pace.rest()
-        return rows
 
-    def _move(self, goal: torch.Tensor) -> None:
-        """All ranks: move weights and switch over. What turns out damaged is replaced."""
-        damaged = []
-        if self._parts.fingerprints is not None:
-            self._begin("audit")
-            self._parts.order.catch_up()
-            damaged = self._way.damage.audit(self._way.now, self._pace.rest)
-        self._way.run(goal, damaged)
+def write_report(
+    context: Context,
+    request: Request,
+    draft: DraftReport,
+    before: Placement,
+    interval_load: torch.Tensor,
+    throttle: Throttle,
+) -> RebalanceReport:
+    """This rank: the report, with the balancedness of the interval under the old and the new placement.
 
-    def _outcome(self, failed: bool) -> Outcome:
-        old = self._old
-        way = self._way
-        new = Placement(way.now, old.num_logical)
-        layers = int((way.now != old.physical_to_logical).any(1).sum())
-        report = RebalanceReport(
-            step=self._step,
-            skipped=not layers and not way.moves,
-            reason="; ".join([*self._notes, *way.notes]),
-            failed=failed,
-            balancedness_before=self._balancedness(old),
-            balancedness_after=self._balancedness(new),
-            layers=layers,
-            moves=way.moves,
-            bytes_moved=way.num_bytes,
-            mismatches=way.damage.mismatches,
-            gather_seconds=self._gather_seconds,
-            plan_seconds=self._plan_seconds,
-            transfer_seconds=way.transfer_seconds,
-            commit_seconds=way.commit_seconds,
+    Args:
+        context: of the rank.
+        request: of the serving thread.
+        draft: all that was measured.
+        before: the placement in force at the start.
+        interval_load: int64 [snapshots, layers, logical], tokens of the interval over all ranks.
+        throttle: pauses before and after.
+    """
+    throttle.ranks_met()
+    throttle.pause()
+    after = context.in_force.placement
+    changed = (after.physical_to_logical != before.physical_to_logical).any(1)
+    draft.add(layers=int(changed.sum()))
+    if interval_load.shape[0]:
+        draft.add(
+            balancedness_before=balancedness(interval_load, before, context.topology),
+            balancedness_after=balancedness(interval_load, after, context.topology),
         )
-        return Outcome(report, self._interval_load, new)
+    report = draft.finish(request.step)
+    throttle.pause()
+    return report
 
-    def _balancedness(self, placement: Placement) -> float:
-        if not self._interval_load.shape[0]:
-            return 1.0
-        return balancedness(self._interval_load, placement, self._parts.topology)
 
-    def _phase(self, name: str) -> str:
-        return f"{name} in rebalance {self._number}"
-
-    def _begin(self, phase: str) -> None:
-        """A phase begins, on all ranks at about the same time."""
-        self._pace.met()
-        self._enter(phase)
-
-    def _enter(self, phase: str) -> None:
-        """A phase begins. Tests have ranks fail here."""
+def _checked(load: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """An interval on the CPU. LoadError: it is malformed."""
+    load = load.cpu()
+    if load.dtype != torch.int64 or load.shape[1:] != shape:
+        raise LoadError(
+            f"the recorded load is {load.dtype} {tuple(load.shape)}, not int64 "
+            f"[snapshots, {shape[0]}, {shape[1]}]"
+        )
+    if load.numel() and int(load.min()) < 0:
+        raise LoadError(f"the recorded load holds {int(load.min())} tokens")
+    return load

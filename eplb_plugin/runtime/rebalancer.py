@@ -6,7 +6,6 @@ import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -18,58 +17,56 @@ from ..core.topology import Topology
 from ..planning.policies import policy_for
 from ..planning.warmup import warmup
 from .background import Runner
-from .connections import Channels, Store
+from .connections import connect
 from .control.rank_group import RankGroup
-from .control.scheduling import Pace
-from .rebalance import Rebalance
-from .replacing import with_weights_again
+from .control.two_phase_commit import Store
+from .rebalance import Request
 from .reports import RebalanceObserver, RebalanceReport
-from .startup import Restore, start_up
+from .startup import Restore, register_again, start_up
 from .verify.unregistered import warn_unregistered
 
 __all__ = ["RebalanceReport", "Rebalancer"]
 
 _logger = logging.getLogger(__name__)
 _REPORTS = 64
-_RESTS = 0.25  # of the time limit, which others are up against while a rank rests
+_PAUSES = 0.25  # of the time limit, which runs for other ranks while this one pauses
 
 
 class Rebalancer:
     """Balances the experts of a model while it serves. One per rank; all ranks construct it together.
 
-    In each forward step an engine calls `record` and `physical` per MoE layer, then `step` once; every
-    rank calls `step` equally often, with `is_dummy=True` where it had no tokens of its own. Constructing it
+    In each forward step an engine calls `record` and `physical` per MoE layer, then `step` once. Every rank
+    calls `step` equally often, with `is_dummy=True` when it had no tokens of its own. The constructor
     compiles the planner, or loads it from the cache on disk, so that no rebalance has to.
 
     Args:
         topology: one rank for each process of the group.
         num_layers: MoE layers.
         num_logical: logical experts per layer.
-        weights: for each layer, its tensors [slots on this rank, ...]: weights, scales, biases. None
-            where the engine moves weights itself: then only the maps change.
-        placement: where the experts are now; None is the order that engines load them in. Where ranks have
-            joined or failed, int64 [layers, slots] as from `regroup`: before the constructor returns, slots
-            of -1 are filled, and experts that do not occur are restored.
+        weights: for each layer, its tensors [slots on this rank, ...]: weights, scales, biases. None if the
+            engine moves weights itself: then only the maps change.
+        placement: where the experts are now; None is the order in which engines load them. After ranks joined
+            or failed: int64 [layers, slots] as from `regroup`. Then the constructor fills the slots of -1,
+            and restores experts that do not occur.
         restore: loads an expert from a checkpoint: `restore(layer, expert, slot)` writes the weights of an
             expert that no rank holds to a slot of this rank, counted on this rank.
-        load: [snapshots, layers, logical], tokens: the traffic by which such a placement is completed, that
-            of rank 0 for all; None takes all experts to be equally busy.
+        load: [snapshots, layers, logical], tokens: the traffic by which such a placement is completed; that
+            of rank 0 counts. None: all experts are equally busy.
         options: of the loop.
         planner: of the planner.
         group: process group; None is the default group, or no group at all for a topology of one rank.
         device: where expert ids arrive; None is where the weights are.
-        modules: the MoE layers themselves; tensors of theirs that have slots but are not among `weights` are
-            named in a warning.
-        store: where the ranks leave their decisions; None is the store of the default group.
+        modules: the MoE layers themselves. A warning names their tensors that have slots, but are not among
+            `weights`.
+        store: keeps the decisions of commits; None is the store of the default group.
 
     Attributes:
         reports: the latest reports.
-        observer: is told of steps and rebalances on this rank, `serve_metrics` for one sets it.
+        observer: is told of steps and rebalances on this rank; `serve_metrics` sets it.
 
     Raises:
         TopologyError: the group has another size, or experts outnumber slots.
-        PlacementError, TransferError: the placement or the weights do not fit; EplbError on ranks where
-            they do, but not on another.
+        PlacementError, TransferError: the placement or the weights do not fit; EplbError on the other ranks.
         AgreementError: ranks differ in options, placement, or the structure of their weights.
         RankLostError: a rank did not answer.
     """
@@ -107,7 +104,7 @@ class Rebalancer:
             group_of_engine.check_topology(topology)
         except EplbError as error:
             unfit = error
-        self._channels = Channels(
+        connections = connect(
             group_of_engine,
             self.options.time_limit,
             store,
@@ -115,10 +112,10 @@ class Rebalancer:
             in_background=self.options.mode == "async",
             error=unfit,
         )
-        self._rank = self._channels.control.rank
+        self._rank = connections.control.rank
         try:
-            parts = start_up(
-                self._channels,
+            self._context = start_up(
+                connections,
                 topology,
                 (num_layers, num_logical),
                 weights=weights,
@@ -130,14 +127,10 @@ class Rebalancer:
                 device=group_of_engine.device,
             )
         except BaseException:
-            self._channels.close()
+            connections.close()
             raise
-        parts.weights.claim()
-        self._parts = replace(parts, switch=self._switch)
-        self.window, self.tables = parts.window, parts.tables
-        self._placement: Placement | None = parts.start
-        with torch.inference_mode(False):
-            self._physical_to_logical = parts.start.physical_to_logical.clone()
+        self._context.weights.claim()
+        self.window, self.tables = self._context.window, self._context.in_force.tables
         if modules is not None and weights is not None:
             warn_unregistered(modules, weights, topology.slots_per_rank)
         self._steps = 0
@@ -145,10 +138,10 @@ class Rebalancer:
         # Intervals that ended while a rebalance was under way wait for the next one.
         self._waiting: deque[torch.Tensor] = deque(maxlen=self.options.history)
         self._runner = Runner(
-            self._channels.decisions,
+            connections.two_phase_commit,
             self._rank,
             self.options.background_share,
-            _RESTS * self.options.time_limit,
+            _PAUSES * self.options.time_limit,
         )
         self._off = ""
         self._replacing = False
@@ -160,9 +153,7 @@ class Rebalancer:
     @property
     def placement(self) -> Placement:
         """The placement in force; its tables are on the CPU."""
-        if self._placement is None:
-            self._placement = Placement(self._physical_to_logical, self.window.num_logical)
-        return self._placement
+        return self._context.in_force.placement
 
     @property
     def rank(self) -> int:
@@ -192,13 +183,13 @@ class Rebalancer:
         """End a forward step. All ranks call it; every `interval` steps a rebalance begins.
 
         Returns:
-            The report of a rebalance that has ended in this step, the same step on every rank. Failures are
-            reported, not raised: the placement in force stays, and the next interval tries again. After a
-            rank could not be reached `off` says so and there are no more rebalances.
+            The report of a rebalance that ended in this step, which is the same on every rank. Failures are
+            reported, not raised: the placement in force stays, and the next interval tries again. After the
+            loss of a rank, there are no more rebalances, and `off` says why.
 
         Raises:
-            UndecidedError: a rank and the store were lost in the moment when all were about to switch over,
-                and this rank cannot learn whether they did. It must not serve on.
+            UndecidedError: a rank and the store were lost during a commit, and this rank cannot learn whether
+                the others switched. It must not serve on.
         """
         if self._off:
             self._check_decided()
@@ -218,11 +209,11 @@ class Rebalancer:
             return report
         if self.options.mode == "sync":
             return self._run()
-        self._runner.start(self._next, self._steps)
+        self._runner.start(self._context, self._request())
         return report
 
     def rebalance(self) -> RebalanceReport:
-        """Plan from what was recorded and switch over now. One under way is finished first.
+        """Plan from the recorded loads and switch now. A rebalance under way is finished first.
 
         All ranks call it. Returns and raises as `step`.
         """
@@ -238,12 +229,11 @@ class Rebalancer:
 
     @contextmanager
     def replacing_weights(self) -> Iterator[None]:
-        """Load other weights into the slots within it, by the placement in force. All ranks enter and leave
-        it at the same step.
+        """Within this context, the engine loads other weights into the slots, by the placement in force.
 
-        A rebalance under way is finished first, and none begins or changes a slot before the end. Then the
-        tensors are registered again, wherever they are by now, and their fingerprints taken. After an error
-        within there are no more rebalances.
+        All ranks enter and leave it at the same step. A rebalance under way is finished first, and none
+        begins before the end. Then the tensors are registered again, at their new addresses, and their
+        fingerprints taken. After an error within, there are no more rebalances.
 
         Raises:
             TransferError, AgreementError: the weights cannot be moved any more, see the constructor.
@@ -255,7 +245,7 @@ class Rebalancer:
         try:
             yield
             if not self._off:
-                self._parts = with_weights_again(self._parts, self.placement)
+                self._context = register_again(self._context)
         except BaseException as error:
             if not self._off:
                 self._end(f"weights were not replaced: {type(error).__name__}: {error}")
@@ -264,7 +254,7 @@ class Rebalancer:
             self._replacing = False
 
     def close(self) -> None:
-        """End the balancing for good, after finishing what is under way. All ranks call it."""
+        """End balancing for good; a rebalance under way is finished first. All ranks call it."""
         self._finish()
         if not self._off:
             self._end("closed", failed=False)
@@ -274,24 +264,16 @@ class Rebalancer:
             self._runner.finish()
             self._collect()
 
-    def _next(self, pace: Pace) -> Rebalance:
+    def _request(self) -> Request:
         self._number += 1
-        self._parts.order.mark()
-        intervals = list(self._waiting)
+        self._context.streams.mark()
+        loads = list(self._waiting)
         self._waiting.clear()
-        return Rebalance(
-            self._parts,
-            number=self._number,
-            step=self._steps,
-            intervals=intervals,
-            placement=self.placement,
-            pace=pace,
-        )
+        return Request(number=self._number, step=self._steps, interval_loads=loads)
 
     def _run(self) -> RebalanceReport:
-        """A rebalance in this thread."""
-        self._runner.run(self._next)
-        self._parts.order.rejoin()
+        """Rebalance within this step."""
+        self._runner.run(self._context, self._request())
         report = self._collect()
         assert report is not None
         return report
@@ -316,7 +298,7 @@ class Rebalancer:
         """No more rebalances."""
         self._off = self._runner.reason
         if isinstance(error, UndecidedError):
-            _logger.critical("rank %d does not know which weights the others use: %s", self.rank, self._off)
+            _logger.critical("rank %d does not know which weights other ranks use: %s", self.rank, self._off)
         else:
             _logger.error(
                 "expert balancing is turned off on rank %d; the placement in force stays. %s",
@@ -332,18 +314,12 @@ class Rebalancer:
 
     def _end(self, reason: str, *, failed: bool = True) -> None:
         self._off = reason
-        # Whoever waits for this rank gets an error at once, instead of at the limit.
-        self._channels.close()
-        self._parts.weights.release()
+        # Ranks that wait for this one get an error at once, instead of at the time limit.
+        self._context.connections.close()
+        self._context.weights.release()
         if self.observer is not None:
             self.observer.ended(failed=failed)
 
     def _check_decided(self) -> None:
         if isinstance(self._runner.error, UndecidedError):
             raise self._runner.error
-
-    def _switch(self, layer: int, row: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Put one layer of a new placement in force, its weights being in place."""
-        self._physical_to_logical[layer] = row
-        self._placement = None
-        self.tables.write(layer, tables)

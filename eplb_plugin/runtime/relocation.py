@@ -1,158 +1,194 @@
-"""From one placement to another, batch by batch, as far as weights arrive sound."""
+"""From one placement to another, migration batch by migration batch: stage, verify, commit."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import count
+from typing import Any, NamedTuple
 
 import torch
 
-from ..core.errors import TransferError
-from .context import Parts
-from .control.scheduling import Pace
-from .crossing import Crossing
-from .repair import Damage
+from ..core.errors import TransferError, UndecidedError
+from .context import Context
+from .control.scheduling import Scheduler
+from .repair import Repair, Slot, corrupted_sources
+from .reports import DraftReport
 from .weights.batching import MigrationBatch, plan_batches
+from .weights.rounds import RoundLimits
+from .weights.staging import stage_batch
+from .weights.transfer import Transfer
 
-__all__ = ["Move"]
+__all__ = ["Staged", "relocate", "reserve", "stage"]
 
 
-class Move:
-    """The way of all ranks to a new placement; all ranks make it together.
-
-    Args:
-        parts: of the rank.
-        number: of the rebalance.
-        now: int64 [layers, slots], what is in force; -1 where nothing is yet.
-        num_logical: experts of a layer.
-        pace: how to work and when to switch over.
-        enter: told of each phase.
+class Staged(NamedTuple):
+    """What this rank has ready for the commit of one migration batch.
 
     Attributes:
-        now: what is in force.
-        damage: what was found on the way.
-        notes: why layers stay as they are.
-        moves: experts that were sent.
-        num_bytes: bytes of these.
-        transfer_seconds, commit_seconds: time to stage, and to switch over.
+        tables: of each layer, what its dispatch tables will be.
+        corrupted: source slots of the experts that arrived corrupted.
+        error: what failed here. All messages were sent and received nonetheless.
     """
 
-    def __init__(
-        self,
-        parts: Parts,
-        number: int,
-        now: torch.Tensor,
-        num_logical: int,
-        pace: Pace,
-        enter: Callable[[str], None],
-    ) -> None:
-        self._parts = parts
-        self._number = number
-        self._pace = pace
-        self._enter = enter
-        self._crossings = 0
-        self.now = now
-        self.damage = Damage(parts, number, num_logical)
-        self.notes: list[str] = []
-        self.moves = 0
-        self.num_bytes = 0
-        self.transfer_seconds = 0.0
-        self.commit_seconds = 0.0
+    tables: Mapping[int, Any]
+    corrupted: list[Slot]
+    error: Exception | None
 
-    def run(self, goal: torch.Tensor, damaged: Sequence[tuple[int, int]] = ()) -> None:
-        """All ranks: go to `goal`, as far as weights arrive sound; `notes` say of which layers they do not.
 
-        Args:
-            goal: int64 [layers, slots].
-            damaged: (layer, slot) that do not hold what they should; they are filled anew.
+def relocate(
+    context: Context,
+    number: int,
+    goal: torch.Tensor,
+    scheduler: Scheduler,
+    draft: DraftReport,
+    corrupted: Sequence[Slot] = (),
+) -> None:
+    """All ranks: move weights and switch until `goal` is in force, as far as weights arrive sound.
 
-        Raises:
-            TransferError: on all ranks, when one of them failed before a batch was committed; batches before
-                that stay. RankLostError: another rank does not answer. UndecidedError: see there.
-        """
-        goal, held = goal.clone(), self.now.clone()
+    Args:
+        context: of the rank.
+        number: of the rebalance.
+        goal: int64 [layers, slots].
+        scheduler: when to work and to switch.
+        draft: gets the figures, and notes why layers stay.
+        corrupted: slots to fill anew.
 
-        def keep(layer: int, reason: str) -> None:
-            held[layer] = goal[layer] = self.now[layer]
-            self.notes.append(reason)
-
-        def set_aside(slots: Sequence[tuple[int, int]]) -> None:
-            for layer, experts in self.damage.empty(held, slots).items():
-                keep(layer, f"experts {experts} of layer {layer} have no sound replica")
-
-        set_aside(damaged)
-        while True:
-            parts = self._parts
-            bound = parts.options.staging_mib << 20
-            batches, impossible = plan_batches(held, goal, parts.weights, parts.topology, bound)
-            self._pace.rest()
-            for layer, reason in impossible.items():
-                keep(layer, reason)
-            crossings, agreed = self._prepare(batches)
-            for batch, crossing in zip(batches, crossings, strict=True):
-                bad = self._cross(crossing, agreed)
-                agreed = _nothing
-                if bad is not None:
-                    slots, given_up = self.damage.trace_back(bad, self.now)
-                    for layer in given_up:
-                        keep(layer, f"experts of layer {layer} were damaged on their way more than once")
-                    set_aside(slots)
-                    break
-                held[batch.layers] = batch.physical_to_logical
-            else:
-                return
-
-    def _prepare(self, batches: Sequence[MigrationBatch]) -> tuple[list[Crossing], Callable[[], object]]:
-        """All ranks: one vote for all batches, that no rank lacks the memory to send and receive.
-
-        Otherwise some would send what others never receive. What fails later is put to the vote of its batch.
-
-        Returns:
-            A crossing for each batch; and what to call before anything is sent, which counts the votes.
-        """
+    Raises:
+        TransferError: on all ranks, if one of them failed. Batches committed before stay.
+        RankLostError: another rank does not answer. UndecidedError: see `control/two_phase_commit.py`.
+    """
+    commit = context.connections.two_phase_commit.commit
+    repair = Repair(context, number, goal, draft)
+    repair.discard(corrupted)
+    bound = context.options.staging_mib << 20
+    names = (f"migration batch {index} of rebalance {number}" for index in count(1))
+    while True:
+        batches, impossible = plan_batches(repair.held, repair.goal, context.weights, context.topology, bound)
+        scheduler.throttle.pause()
+        for layer, reason in impossible.items():
+            repair.keep(layer, reason)
         if not batches:
-            return [], _nothing
-        parts = self._parts
-        self._enter("stage")
-        start = time.perf_counter()
-        crossings: list[Crossing] = []
-        error = None
+            return
+        with draft.timing("transfer_seconds"):
+            transfers, count_votes = reserve(context, number, batches, scheduler)
+        for batch, transfer, name in zip(batches, transfers, names, strict=False):
+            # 5. Stage: weights go to the staging memory. Nothing in force changes.
+            with draft.timing("transfer_seconds"):
+                staged = stage(context, batch, transfer, scheduler, count_votes)
+            count_votes = _no_votes
+            # 6. Two-phase commit: all ranks switch at the same step, or none does.
+            switches = _switches(context, batch, transfer, staged)
+            seconds = commit(
+                name, switches, scheduler, error=staged.error, num_corrupted=len(staged.corrupted)
+            )
+            if seconds is None:
+                repair.trace_back(staged.corrupted, scheduler.throttle)
+                break
+            repair.held[batch.layers] = batch.physical_to_logical
+            draft.add(
+                commit_seconds=seconds,
+                moves=batch.migration.num_sends,
+                bytes_moved=batch.sent_bytes(context.weights),
+            )
+        else:
+            return
+
+
+def reserve(
+    context: Context, number: int, batches: Sequence[MigrationBatch], scheduler: Scheduler
+) -> tuple[list[Transfer], Callable[[], object]]:
+    """All ranks: reserve and lay out the staging memory for all batches, and begin one vote on it.
+
+    Without that vote, some ranks would send what a rank without memory never receives.
+
+    Returns:
+        A transfer for each batch; and the count of the votes, due before anything is sent.
+
+    Raises:
+        TransferError: this rank failed, and the others are told so.
+    """
+    scheduler.throttle.ranks_met()
+    rank, transport = context.connections.control.rank, context.connections.transport
+    limits = RoundLimits(scheduler.round_bytes, transport.max_messages)
+    transfers: list[Transfer] = []
+    error = None
+    try:
+        sizes = [int(batch.staging_bytes[rank]) for batch in batches]
+        buffer = context.staging.reserve(max(sizes), context.weights.device or transport.device)
+        for batch, size in zip(batches, sizes, strict=True):
+            staged = stage_batch(batch, context.weights, context.topology, rank, buffer[:size], limits)
+            transfers.append(Transfer(staged, transport))
+            scheduler.throttle.pause()
+    except Exception as caught:  # every kind, since the other ranks wait
+        error = caught
+    phase = f"reserving staging memory in rebalance {number}"
+    count_votes = context.connections.control.begin_vote(phase, error, raises=TransferError)
+    if error is not None:
+        count_votes()  # raises
+    return transfers, count_votes
+
+
+def stage(
+    context: Context,
+    batch: MigrationBatch,
+    transfer: Transfer,
+    scheduler: Scheduler,
+    count_votes: Callable[[], object],
+) -> Staged:
+    """All ranks: get the weights of one batch into the staging memory, and verify them there.
+
+    A failure of this rank goes to the vote of the commit: the other ranks have messages under way.
+
+    Args:
+        context: of the rank.
+        batch: the same on every rank.
+        transfer: of this batch.
+        scheduler: when to pause.
+        count_votes: called before anything is sent.
+
+    Raises:
+        RankLostError: another rank does not answer. The error of `count_votes`.
+    """
+    throttle = scheduler.throttle
+    throttle.ranks_met()
+    tables: Mapping[int, Any] = {}
+    corrupted: list[Slot] = []
+    error: Exception | None = None
+    context.streams.catch_up()
+    transfer.fill_first()  # while the votes are on their way
+    count_votes()
+    transfer.start()
+    try:
+        tables = context.in_force.tables.prepare(batch.physical_to_logical, batch.layers)
+    except Exception as caught:  # every kind, since the other ranks wait
+        error = caught
+    for arrivals in transfer.receive(context.streams, throttle):
         try:
-            for batch in batches:
-                self._crossings += 1
-                name = f"batch {self._crossings} in rebalance {self._number}"
-                crossings.append(Crossing(batch, name, parts, self.damage, self._pace, self._enter))
-            device = parts.weights.device or parts.channels.data.device
-            buffer = parts.staging.reserve(max(crossing.staged_bytes for crossing in crossings), device)
-            for crossing in crossings:
-                crossing.lay_out(buffer[: crossing.staged_bytes])
-                self._pace.rest()
-        except Exception as caught:  # every kind, since the other ranks wait
-            error = caught
-        phase = f"preparing to move weights in rebalance {self._number}"
-        agreed = parts.channels.control.begin_vote(phase, error, raises=TransferError)
-        if error is not None:
-            agreed()  # which raises
-        self.transfer_seconds += time.perf_counter() - start
-        return crossings, agreed
-
-    def _cross(self, crossing: Crossing, agreed: Callable[[], object]) -> list[tuple[int, int]] | None:
-        """All ranks: None when it is done; else nothing has changed, since experts arrived damaged on some
-        rank: where those on this rank came from."""
-        crossing.stage(agreed)
-        done = crossing.commit(self._switch)
-        self.transfer_seconds += crossing.transfer_seconds
-        self.commit_seconds += crossing.commit_seconds
-        if not done:
-            return crossing.bad
-        self.moves += crossing.moves
-        self.num_bytes += crossing.num_bytes
-        return None
-
-    def _switch(self, layer: int, row: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> None:
-        self.now[layer] = row
-        self._parts.switch(layer, row, tables)
+            corrupted += corrupted_sources(context, arrivals, throttle)
+        except Exception as caught:
+            error = error or caught
+    return Staged(tables, corrupted, error or transfer.failure)
 
 
-def _nothing() -> None:
-    """There is nothing to agree on."""
+def _switches(
+    context: Context, batch: MigrationBatch, transfer: Transfer, staged: Staged
+) -> list[Callable[[], None]]:
+    """What the serving thread does in one step each: `commit_layers` layers of the batch."""
+
+    def switch(layers: Sequence[int]) -> None:
+        try:
+            for layer in layers:
+                transfer.commit(layer)
+                row = batch.physical_to_logical[batch.layers.index(layer)]
+                context.in_force.switch(layer, row, staged.tables[layer])
+        except Exception as failure:
+            raise UndecidedError(f"layers {layers} did not switch on this rank: {failure}") from failure
+        context.streams.mark()
+
+    size = context.options.commit_layers
+    return [partial(switch, batch.layers[at : at + size]) for at in range(0, len(batch.layers), size)]
+
+
+def _no_votes() -> None:
+    """There are no votes to count."""

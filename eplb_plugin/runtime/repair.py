@@ -1,113 +1,138 @@
-"""Damaged weights: found by their fingerprints, told to all ranks, and replaced from sound replicas."""
+"""Corrupted weights: found by their fingerprints, named to all ranks, and replaced from sound replicas."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from ..core.errors import TransferError
-from ..core.placement import Placement
-from .context import Parts
+from .context import Context
+from .control.throttle import Throttle
+from .reports import DraftReport
 from .weights.staging import Arrival
 
-__all__ = ["Damage"]
+__all__ = ["AUDIT_TURNS", "Repair", "Slot", "audit", "corrupted_sources"]
 
-Place = tuple[int, int]
+Slot = tuple[int, int]
 """(layer, slot), slots numbered over all ranks."""
 
-Rest = Callable[[], None]
-"""Called between pieces of work."""
-
-_ATTEMPTS = 2  # times that experts of a layer may arrive damaged from sources that are sound
-_TURNS = 8  # rebalances in which every slot is looked at once
+AUDIT_TURNS = 8  # rebalances after which every layer was audited once
+_ATTEMPTS = 2  # transfers of a layer that may be corrupted although their sources are sound
+_AT_ONCE = 32  # arrivals between two pauses
 
 
-class Damage:
-    """What one rebalance finds, alike on all ranks.
+def audit(context: Context, number: int, throttle: Throttle) -> list[Slot]:
+    """All ranks: the corrupted slots of all ranks, in an eighth of the layers in turn.
+
+    Rebalance 3 of 61 layers audits the layers 3, 11, 19 and so on. Without fingerprints nothing is done.
+
+    Raises:
+        TransferError: on all ranks, if one of them cannot read its weights.
+    """
+    if context.fingerprints is None:
+        return []
+    throttle.ranks_met()
+    context.streams.catch_up()
+    layers = range(number % AUDIT_TURNS, context.window.num_layers, AUDIT_TURNS)
+    return _corrupted_slots(context, f"comparing fingerprints in rebalance {number}", layers, throttle)
+
+
+def corrupted_sources(context: Context, arrivals: Sequence[Arrival], throttle: Throttle) -> list[Slot]:
+    """This rank: the source slots of those arrivals whose fingerprint is wrong."""
+    fingerprints = context.fingerprints
+    if fingerprints is None:
+        return []
+    wrong: list[Arrival] = []
+    for first in range(0, len(arrivals), _AT_ONCE):
+        wrong += fingerprints.wrong_arrivals(arrivals[first : first + _AT_ONCE])
+        throttle.pause()
+    return [(arrival.layer, arrival.source_slot) for arrival in wrong]
+
+
+class Repair:
+    """What a relocation can use and still reach, given the corruption found so far; the same on all ranks.
 
     Args:
-        parts: of the rank.
+        context: of the rank.
         number: of the rebalance.
-        num_logical: experts of a layer.
+        goal: int64 [layers, slots], where the relocation goes.
+        draft: counts mismatches, and notes why layers stay.
 
     Attributes:
-        mismatches: how many times a fingerprint was wrong.
+        held: int64 [layers, slots], the expert in each slot; -1 where it is missing or corrupted.
+        goal: with the rows in force for layers that have to stay.
     """
 
-    def __init__(self, parts: Parts, number: int, num_logical: int) -> None:
-        self._parts = parts
+    def __init__(self, context: Context, number: int, goal: torch.Tensor, draft: DraftReport) -> None:
+        self._context = context
         self._number = number
-        self._num_logical = num_logical
+        self._draft = draft
         self._attempts: dict[int, int] = {}
-        self.mismatches = 0
+        self.held = context.in_force.physical_to_logical.clone()
+        self.goal = goal.clone()
 
-    def audit(self, now: torch.Tensor, rest: Rest) -> list[Place]:
-        """All ranks: slots that do not hold what `now` says, of an eighth of the layers in turn."""
-        layers = range(self._number % _TURNS, len(now), _TURNS)
-        return self._everywhere("comparing fingerprints", lambda: self._wrong_here(now, layers, rest))
+    def keep(self, layer: int, reason: str) -> None:
+        """Leave a layer as it is."""
+        self.held[layer] = self.goal[layer] = self._context.in_force.physical_to_logical[layer]
+        self._draft.notes.append(reason)
 
-    def arrived_damaged(self, arrivals: Sequence[Arrival], rest: Rest) -> list[Place]:
-        """This rank: where arrivals came from whose fingerprint is wrong."""
-        prints = self._parts.fingerprints
-        wrong = [] if prints is None else prints.wrong_arrivals(arrivals, rest)
-        return [(arrival.layer, arrival.source_slot) for arrival in wrong]
+    def discard(self, slots: Sequence[Slot]) -> None:
+        """Treat corrupted slots as empty, so that they are filled from sound replicas.
 
-    def trace_back(self, mine: Sequence[Place], now: torch.Tensor) -> tuple[list[Place], list[int]]:
-        """All ranks, when experts arrived damaged on any.
+        A layer with an expert that has no sound replica stays.
+        """
+        new = [slot for slot in slots if int(self.held[slot]) >= 0]
+        self._draft.add(mismatches=len(new))
+        for slot in new:
+            self.held[slot] = -1
+        for layer in sorted({layer for layer, _ in new}):
+            sound = set(self.held[layer].tolist())
+            lost = [expert for expert in range(self._context.window.num_logical) if expert not in sound]
+            if lost:
+                self.keep(layer, f"experts {lost} of layer {layer} have no sound replica")
+
+    def trace_back(self, sources: Sequence[Slot], throttle: Throttle) -> None:
+        """All ranks, after experts arrived corrupted on any of them: discard corrupted sources.
+
+        A layer with sound sources, corrupted in transfer for the second time, stays.
 
         Args:
-            mine: where this rank's damaged arrivals came from.
-            now: int64 [layers, slots], the placement in force.
+            sources: of the corrupted arrivals on this rank.
+            throttle: pauses between layers.
 
-        Returns:
-            Slots that are damaged themselves; layers whose experts were damaged on their way too often.
+        Raises:
+            TransferError: on all ranks, if one of them cannot read its weights.
         """
-        control = self._parts.channels.control
-        bad = {place for places in control.collect(list(mine)) for place in places}
-        layers = sorted({layer for layer, _ in bad})
-        slots = self._everywhere("looking for the damage", lambda: self._wrong_here(now, layers))
-        given_up = []
-        for layer in sorted({layer for layer, slot in bad if (layer, slot) not in slots}):
-            self.mismatches += 1
+        control = self._context.connections.control
+        reported = {slot for slots in control.collect(list(sources)) for slot in slots}
+        layers = sorted({layer for layer, _ in reported})
+        phase = f"tracing corrupted arrivals in rebalance {self._number}"
+        slots = _corrupted_slots(self._context, phase, layers, throttle)
+        in_transfer = sorted({layer for layer, _ in reported.difference(slots)})
+        self._draft.add(mismatches=len(in_transfer))
+        for layer in in_transfer:
             self._attempts[layer] = self._attempts.get(layer, 0) + 1
             if self._attempts[layer] >= _ATTEMPTS:
-                given_up.append(layer)
-        return slots, given_up
+                self.keep(layer, f"experts of layer {layer} were corrupted in transfer more than once")
+        self.discard(slots)
 
-    def empty(self, held: torch.Tensor, slots: Sequence[Place]) -> dict[int, list[int]]:
-        """Take damaged slots for empty ones, so that they are filled from sound replicas.
 
-        Args:
-            held: int64 [layers, slots], written.
+def _corrupted_slots(context: Context, phase: str, layers: Sequence[int], throttle: Throttle) -> list[Slot]:
+    """All ranks: slots of any rank, in `layers`, without the weights that the placement in force says."""
+    control = context.connections.control
+    fingerprints = context.fingerprints
 
-        Returns:
-            For each layer with experts that have no sound replica: these experts.
-        """
-        new = [place for place in slots if int(held[place]) >= 0]
-        self.mismatches += len(new)
-        for place in new:
-            held[place] = -1
-        lost = {}
-        for layer in sorted({layer for layer, _ in new}):
-            there = set(held[layer].tolist())
-            missing = [expert for expert in range(self._num_logical) if expert not in there]
-            if missing:
-                lost[layer] = missing
-        return lost
+    def corrupted_here() -> list[Slot]:
+        found: list[Slot] = []
+        if fingerprints is not None:
+            placement = context.in_force.placement
+            for layer in layers:
+                found += fingerprints.wrong_slots(
+                    context.weights, placement, context.topology, control.rank, [layer]
+                )
+                throttle.pause()
+        return found
 
-    def _wrong_here(self, now: torch.Tensor, layers: Sequence[int], rest: Rest = lambda: None) -> list[Place]:
-        prints = self._parts.fingerprints
-        if prints is None:
-            return []
-        parts = self._parts
-        placement = Placement(now, self._num_logical)
-        return prints.wrong_slots(
-            parts.weights, placement, parts.topology, parts.channels.control.rank, layers, rest
-        )
-
-    def _everywhere(self, phase: str, find: Callable[[], list[Place]]) -> list[Place]:
-        """All ranks: what any of them finds."""
-        control = self._parts.channels.control
-        found = control.attempt(f"{phase} in rebalance {self._number}", find, TransferError)
-        return sorted({place for places in control.collect(found) for place in places})
+    mine = control.attempt(phase, corrupted_here, TransferError)
+    return sorted({slot for slots in control.collect(mine) for slot in slots})

@@ -1,4 +1,4 @@
-"""How a loop starts: checks, agreement, and experts brought to where the first placement wants them."""
+"""The start of a loop: checks, agreement, lost experts, and experts for slots that lack them."""
 
 from __future__ import annotations
 
@@ -8,34 +8,35 @@ from dataclasses import replace
 import torch
 
 from ..config.options import PlannerOptions, RebalancerOptions
-from ..core.errors import LoadError, PlacementError, TransferError
+from ..core.errors import LoadError, PlacementError, TopologyError, TransferError
 from ..core.load import as_snapshots
 from ..core.placement import Placement
 from ..core.topology import Topology
 from ..dispatch.registry import find_dispatch
 from ..planning.elastic import complete, missing_experts
 from ..planning.hierarchy import effective_topology
-from .connections import Channels
-from .context import Parts
+from .connections import Connections
+from .context import Context, PlacementInForce
 from .control.rank_group import fingerprint
 from .control.scheduling import AtOnce
 from .load_window import LoadWindow
-from .relocation import Move
+from .relocation import relocate
+from .reports import DraftReport
 from .verify.fingerprints import ExpertFingerprints
 from .weights.expert_weights import ExpertWeights
 from .weights.staging import Staging
 from .weights.streams import DeviceOrder
 
-__all__ = ["Restore", "start_up"]
+__all__ = ["Restore", "regroup", "register_again", "start_up"]
 
 Restore = Callable[[int, int, int], None]
 """restore(layer, expert, slot): write an expert's weights to a slot of this rank, counted on this rank."""
 
-_NAMED = 5
+_NAMED = 5  # experts in an error
 
 
 def start_up(
-    channels: Channels,
+    connections: Connections,
     topology: Topology,
     shape: tuple[int, int],
     *,
@@ -46,14 +47,16 @@ def start_up(
     options: RebalancerOptions,
     planner: PlannerOptions,
     device: torch.device,
-) -> Parts:
-    """All ranks: what every rebalance will work with. Arguments and errors as of `Rebalancer`.
+) -> Context:
+    """All ranks: check and agree, load lost experts again, and move experts to the slots that lack them.
+
+    Arguments and errors as of `Rebalancer`.
 
     Args:
         shape: layers, and experts of a layer.
     """
     num_layers, num_logical = shape
-    control = channels.control
+    control = connections.control
 
     def check() -> tuple[torch.Tensor, ExpertWeights]:
         held = _check_placement(placement, num_layers, num_logical, topology)
@@ -64,20 +67,31 @@ def start_up(
         find_dispatch(options.dispatch)
         return held, ExpertWeights(weights or [[]] * num_layers, topology)
 
-    # What can be wrong on one rank is checked before anyone goes on.
+    # 1. Check what can be wrong on one rank, before any rank goes on.
     held, registered = control.attempt("registration", check)
+
+    # 2. Agree on what has to be the same on all ranks.
     described = f"{topology} {shape} {options.model_dump_json()} {planner.model_dump_json()}"
     control.agree("topology, model and options", fingerprint(described))
     control.agree("the placement at the start", fingerprint(held))
     control.agree("the structure of the expert weights", fingerprint(registered.signature))
-    start = _complete(channels, topology, held, num_logical, load)
-    held = _restore_lost(channels, topology, held, start, restore)
-    parts = Parts(
+
+    # 3. Complete the placement, and load experts again that no rank holds.
+    start = _complete(connections, topology, held, num_logical, load)
+    held = _restore_lost(connections, topology, held, start, restore)
+
+    # 4. Take the fingerprints of all experts, so that the next phase is verified too.
+    fingerprints = None
+    if options.verify != "off" and registered.signature:
+        fingerprints = ExpertFingerprints.make(
+            registered, Placement(held, num_logical), topology, control, options.verify
+        )
+    tables = find_dispatch(options.dispatch)(start, topology, rank=control.rank, device=device)
+    context = Context(
         topology=topology,
         planner=planner,
         options=options,
-        channels=channels,
-        start=start,
+        connections=connections,
         window=LoadWindow(
             num_layers,
             num_logical,
@@ -87,29 +101,81 @@ def start_up(
             device=device,
         ),
         weights=registered,
-        fingerprints=None,
+        fingerprints=fingerprints,
         staging=Staging(options.staging_mib << 20),
-        tables=find_dispatch(options.dispatch)(start, topology, rank=control.rank, device=device),
-        order=DeviceOrder(registered.device or device),
-        switch=lambda layer, row, tables: None,
+        in_force=PlacementInForce(held, num_logical, tables),
+        streams=DeviceOrder(registered.device or device),
     )
+
+    # 5. Fill the slots that are still empty.
     if not torch.equal(held, start.physical_to_logical):
-        way = Move(parts, 0, held, num_logical, AtOnce(), lambda phase: None)
-        with parts.order.background():
-            way.run(start.physical_to_logical)
-        parts.order.rejoin()
-        if not torch.equal(way.now, start.physical_to_logical):
-            raise TransferError("; ".join(way.notes))
-    if options.verify == "off" or not registered.signature:
-        return parts
-    prints = ExpertFingerprints.make(registered, start, topology, control, options.verify)
-    return replace(parts, fingerprints=prints)
+        draft = DraftReport()
+        with context.streams.background():
+            relocate(context, 0, start.physical_to_logical, AtOnce(), draft)
+        context.streams.rejoin()
+        if not torch.equal(context.in_force.physical_to_logical, start.physical_to_logical):
+            raise TransferError("; ".join(draft.notes))
+    return context
+
+
+def register_again(context: Context) -> Context:
+    """All ranks, after the engine has loaded other weights: register them, and take their fingerprints.
+
+    Args:
+        context: its weights are released.
+
+    Raises:
+        TransferError: a tensor has a layout that cannot be moved. AgreementError: ranks differ in the
+        structure. RankLostError: another rank does not answer.
+    """
+    control = context.connections.control
+
+    def register() -> ExpertWeights:
+        context.weights.release()
+        return context.weights.again()
+
+    weights = control.attempt("registering weights again", register, TransferError)
+    control.agree("the structure of the expert weights", fingerprint(weights.signature))
+    prints = context.fingerprints
+    if prints is not None:
+        placement = context.in_force.placement
+        prints = ExpertFingerprints.make(weights, placement, context.topology, control, prints.coverage)
+    weights.claim()
+    return replace(context, weights=weights, fingerprints=prints)
+
+
+def regroup(placement: Placement, topology: Topology, ranks: Sequence[int | None]) -> torch.Tensor:
+    """The slots of a smaller or larger group, filled from the old one: its `Rebalancer` starts from them.
+
+    Args:
+        placement: in force when the old group ended.
+        topology: of the old group.
+        ranks: for each rank of the new group its old rank, or None if it is new. `[0, 1, 3]`: rank 2 is gone.
+
+    Returns:
+        int64 [layers, slots of the new group], the logical expert in each slot; -1 in the slots of a new
+        rank. Experts that only missing ranks held do not occur.
+
+    Raises:
+        TopologyError: a rank that the old group did not have, or one twice.
+        PlacementError: the placement does not fit the topology.
+    """
+    placement.validate(topology)
+    known = [rank for rank in ranks if rank is not None]
+    unknown = [rank for rank in known if not 0 <= rank < topology.num_ranks]
+    if unknown or len(set(known)) < len(known) or not ranks:
+        raise TopologyError(
+            f"ranks={list(ranks)} are not ranks of an old group of {topology.num_ranks}, each once"
+        )
+    held = placement.physical_to_logical.cpu()
+    new = held.new_full((placement.num_layers, topology.slots_per_rank), -1)
+    return torch.cat([new if rank is None else held[:, topology.slots_of_rank(rank)] for rank in ranks], 1)
 
 
 def _check_placement(
     placement: Placement | torch.Tensor | None, num_layers: int, num_logical: int, topology: Topology
 ) -> torch.Tensor:
-    """int64 [layers, slots] on the CPU, a copy: what is where, -1 for an empty slot."""
+    """int64 [layers, slots] on the CPU, a copy: the expert in each slot, -1 for an empty one."""
     if placement is None:
         placement = Placement.default(num_layers, num_logical, topology.num_slots)
     if isinstance(placement, Placement):
@@ -129,16 +195,20 @@ def _check_placement(
 
 
 def _complete(
-    channels: Channels, topology: Topology, held: torch.Tensor, num_logical: int, load: torch.Tensor | None
+    connections: Connections,
+    topology: Topology,
+    held: torch.Tensor,
+    num_logical: int,
+    load: torch.Tensor | None,
 ) -> Placement:
-    """All ranks: the placement to start from: `held` itself where nothing is missing.
+    """All ranks: the placement to start from: `held` itself if nothing is missing.
 
-    What is there stays there. So no expert is overwritten whose only replica still has to go elsewhere; the
-    rebalances that follow see to the balance.
+    No expert leaves its slot, so the only replica of one is never overwritten. Balance is left to later
+    rebalances.
     """
     if int(held.min()) >= 0 and not missing_experts(held, num_logical):
         return Placement(held, num_logical)
-    control = channels.control
+    control = connections.control
     (of_first, *_) = control.collect(None if load is None else load.cpu())
     if of_first is None:
         of_first = torch.ones(held.shape[0], num_logical)
@@ -159,12 +229,16 @@ def _complete(
 
 
 def _restore_lost(
-    channels: Channels, topology: Topology, held: torch.Tensor, start: Placement, restore: Restore | None
+    connections: Connections,
+    topology: Topology,
+    held: torch.Tensor,
+    start: Placement,
+    restore: Restore | None,
 ) -> torch.Tensor:
-    """All ranks: what is where once the experts that no rank holds have been loaded again."""
+    """All ranks: load experts again that no rank holds; int64 [layers, slots], the expert in each slot."""
     goal = start.physical_to_logical
     lost = torch.stack([~torch.isin(after, before) for before, after in zip(held, goal, strict=True)])
-    here = topology.slots_of_rank(channels.control.rank)
+    here = topology.slots_of_rank(connections.control.rank)
 
     def load_again() -> None:
         for layer, slot in lost[:, here].nonzero().tolist():
@@ -176,5 +250,5 @@ def _restore_lost(
                 )
             restore(layer, int(goal[layer, here.start + slot]), slot)
 
-    channels.control.attempt("restoring experts", load_again, PlacementError)
+    connections.control.attempt("restoring experts", load_again, PlacementError)
     return torch.where(lost, goal, held)

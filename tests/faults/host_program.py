@@ -10,7 +10,6 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import timedelta
@@ -21,9 +20,9 @@ import torch
 import torch.distributed as dist
 
 from eplb_plugin.runtime.weights.transfer import Transfer
-from eplb_plugin.runtime.weights.transport import Transport
 from tests.faults.cluster import Seat, hear_errors
-from tests.faults.serving import Service, at_phases, once
+from tests.faults.phases import at_phases, once
+from tests.faults.serving import Service
 
 LIMIT = 4.0
 ENGINE_LIMIT = 15.0  # in the background mode, the serving thread is in the model's own messages meanwhile
@@ -46,13 +45,12 @@ def main(folder: Path, phase: str, mode: str) -> None:
 
     start = Transfer.start
 
-    def late(self: Transfer, group: Transport, agreed: Callable[[], object]) -> None:
+    def late(self: Transfer) -> None:
         """The other host's messages are under way when those of this one cannot leave any more."""
-        agreed()
         for now in self._staged.rounds:
             peers.update(message.rank for message in (*(send for send, _ in now.sends), *now.receives))
         wait_for_the_cut()
-        start(self, group)
+        start(self)
 
     peers: set[int] = set()
     second = seat.rank >= RANKS_PER_HOST

@@ -5,9 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -15,7 +13,6 @@ import torch.distributed as dist
 import eplb_plugin as eplb
 from eplb_plugin.integration.torch_moe import MoEConfig, MoEModel
 from eplb_plugin.runtime.control.rank_group import fingerprint
-from eplb_plugin.runtime.rebalance import Rebalance
 from eplb_plugin.runtime.rebalancer import Rebalancer, RebalanceReport
 from tests.faults.cluster import Seat
 
@@ -27,24 +24,6 @@ PLANNER = eplb.PlannerOptions(min_gain=0, move_price=0)
 INTERVAL = 4
 MOST = 12  # rebalances until one does what a test is about
 AT_ONCE = 2.0  # seconds that a step may take, on a busy machine, when there is nothing to do in it
-
-Hook = Callable[[str], None]
-
-
-def at_phases(hook: Hook) -> AbstractContextManager[object]:
-    """Call `hook` with every phase that this process enters."""
-    return mock.patch.object(Rebalance, "_enter", lambda self, phase: hook(phase))
-
-
-def once(phase: str, action: Callable[[], None]) -> Hook:
-    """A hook that acts when `phase` is first entered."""
-    waiting = [action]
-
-    def hook(entered: str) -> None:
-        if entered == phase and waiting:
-            waiting.pop()()
-
-    return hook
 
 
 @dataclass(frozen=True)
@@ -81,7 +60,7 @@ class Service:
     ) -> None:
         self.seat = seat
         self.config = config
-        # Rests would make these tests long; `test_async.py` has them.
+        # Pauses would make these tests long; `test_async.py` has them.
         chosen = {"interval": INTERVAL, "history": 1, "time_limit": 20.0, "background_share": 1.0} | options
         self.topology = eplb.Topology(num_ranks=seat.size, num_slots=seat.size * slots_per_rank)
         self.model = MoEModel(

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from eplb_plugin.runtime.rebalance import PHASES
+from tests.faults.phases import PHASES
 
 FAULT, SOAK = "fault", "soak"
 Record = Callable[..., None]

@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from eplb_plugin.runtime import repair
+from eplb_plugin.runtime import relocation, repair
+from eplb_plugin.runtime.context import Context
 from eplb_plugin.runtime.rebalancer import RebalanceReport
 from eplb_plugin.runtime.weights.staging import Arrival
 from eplb_plugin.runtime.weights.transfer import Transfer
@@ -42,7 +43,7 @@ class Damage:
         self.here = service.seat.rank == victim
         self.started = 0.0
         # Every rebalance looks at every layer, so that damage is found in the next one.
-        repair._TURNS = 1
+        repair.AUDIT_TURNS = 1
 
     def slots(self, replicated: bool) -> list[Slot]:
         """Those of the victim whose expert has replicas on other ranks too; or has no other at all."""
@@ -92,21 +93,21 @@ class Damage:
 
 def on_the_way(damage: Damage) -> dict[str, float]:
     """Bytes that arrive damaged are fetched again, and are never used."""
-    check = repair.Damage.arrived_damaged
+    check = relocation.corrupted_sources
     first = damage.service.topology.slots_of_rank(damage.victim).start
     flipped = []
 
-    def flip(self: repair.Damage, arrivals: Sequence[Arrival], *arguments: Any) -> object:
+    def flip(context: Context, arrivals: Sequence[Arrival], *arguments: Any) -> object:
         for arrival in arrivals:
             # What a rank copies from itself is not in the buffer.
             received = not first <= arrival.source_slot < first + SLOTS_PER_RANK
             if received and (arrival.layer == layer if each_time else not flipped):
                 flipped.append(arrival)
                 arrival.rows[0][0] ^= 1
-        return check(self, arrivals, *arguments)
+        return check(context, arrivals, *arguments)
 
     each_time, layer = False, 1
-    with mock.patch.object(repair.Damage, "arrived_damaged", flip if damage.here else check):
+    with mock.patch.object(relocation, "corrupted_sources", flip if damage.here else check):
         report = damage.until(lambda report: report.mismatches > 0, sound=True)
     assert report.mismatches == 1
     assert report.moves > 0
@@ -114,21 +115,21 @@ def on_the_way(damage: Damage) -> dict[str, float]:
     seconds = {"bit flipped on the way": damage.over()}
 
     each_time = True
-    with mock.patch.object(repair.Damage, "arrived_damaged", flip if damage.here else check):
+    with mock.patch.object(relocation, "corrupted_sources", flip if damage.here else check):
         report = damage.until(lambda report: report.mismatches > 0, sound=True)
     assert report.mismatches == 2
-    assert report.reason == f"experts of layer {layer} were damaged on their way more than once"
+    assert report.reason == f"experts of layer {layer} were corrupted in transfer more than once"
     seconds["bit flipped on the way, every time"] = damage.over()
     return seconds
 
 
 def where_it_is_sent_from(damage: Damage, replicated: bool) -> float:
-    """A source goes wrong after the audit: nobody uses it, and it is filled from a sound replica."""
-    start, balancer = Transfer.start, damage.service.balancer
+    """A source goes wrong after slots were verified: nobody uses it, and a sound replica replaces it."""
+    fill_first, balancer = Transfer.fill_first, damage.service.balancer
     first = damage.service.topology.slots_of_rank(damage.victim).start
     flipped: list[torch.Tensor] = []
 
-    def flip(self: Transfer, *arguments: Any) -> None:
+    def flip(self: Transfer) -> None:
         slots = {
             row.data_ptr(): (layer, first + index)
             for layer, tensors in enumerate(damage.service.model.experts)
@@ -144,9 +145,9 @@ def where_it_is_sent_from(damage: Damage, replicated: bool) -> float:
             if (count > 1) == replicated:
                 flipped.append(row)
                 row[0] ^= 1
-        start(self, *arguments)
+        fill_first(self)
 
-    with mock.patch.object(Transfer, "start", flip if damage.here else start):
+    with mock.patch.object(Transfer, "fill_first", flip if damage.here else fill_first):
         report = damage.until(lambda report: report.mismatches > 0)
     if replicated:
         assert report.mismatches == 1

@@ -7,10 +7,10 @@ from unittest import mock
 
 import pytest
 
-from eplb_plugin.runtime.control.throttle import Rests
-from eplb_plugin.runtime.rebalance import PHASES
+from eplb_plugin.runtime.control.throttle import Throttle
 from tests.faults.cluster import Seat, run_cluster
-from tests.faults.serving import SIZE, Service, Survivor, at_phases, once
+from tests.faults.phases import PHASES, at_phases, once
+from tests.faults.serving import SIZE, Service, Survivor
 from tests.faults.table import Record
 
 LIMIT = 4.0
@@ -43,29 +43,29 @@ def test_a_killed_rank_ends_the_balancing_and_nothing_else(
     record(f"SIGKILL of rank {victim}", mode, phase, placement=True, outputs=None, seconds=seconds)
 
 
-def lose_a_resting_rank(seat: Seat, victim: int, rests: int) -> Survivor:
-    """The victim dies in one of its rests, with messages of a hop sent and others not, say."""
+def lose_a_pausing_rank(seat: Seat, victim: int, pauses: int) -> Survivor:
+    """The victim dies in one of its pauses: with some messages of a batch sent and others not, say."""
     service = Service(seat, mode="async", time_limit=LIMIT, background_share=0.2)
     service.serve(2)
-    left = [rests]
+    left = [pauses]
 
-    def rest(self: Rests) -> None:
+    def pause(self: Throttle) -> None:
         left[0] -= 1
         if not left[0]:
             seat.die()
 
-    with mock.patch.object(Rests, "rest", rest) if seat.rank == victim else nullcontext():
+    with mock.patch.object(Throttle, "pause", pause) if seat.rank == victim else nullcontext():
         return service.outlive(2 * LIMIT + MARGIN)
 
 
-@pytest.mark.parametrize("rests", [1, 7, 13])
+@pytest.mark.parametrize("pauses", [1, 7, 13])
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_may_die_between_any_two_pieces_of_work(victim: int, rests: int, record: Record) -> None:
-    ended = run_cluster(lose_a_resting_rank, SIZE, victim, rests, dies={victim})
+def test_a_rank_may_die_between_any_two_pieces_of_work(victim: int, pauses: int, record: Record) -> None:
+    ended = run_cluster(lose_a_pausing_rank, SIZE, victim, pauses, dies={victim})
     survivors = [survivor for survivor in ended if survivor is not None]
     assert len(survivors) == SIZE - 1
     assert all(survivor.rows == survivors[0].rows for survivor in survivors)
     assert all(survivor.off == survivors[0].off for survivor in survivors)
     assert not any(survivor.undecided for survivor in survivors)
     seconds = max(survivor.seconds for survivor in survivors)
-    record(f"SIGKILL of rank {victim}", "async", f"rest {rests}", True, None, seconds)
+    record(f"SIGKILL of rank {victim}", "async", f"pause {pauses}", True, None, seconds)

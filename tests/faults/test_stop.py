@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from eplb_plugin.runtime.rebalance import PHASES
 from tests.faults.cluster import Seat, run_cluster
-from tests.faults.serving import AT_ONCE, INTERVAL, SIZE, Hook, Service, at_phases, once
+from tests.faults.phases import PHASES, Hook, at_phases, once
+from tests.faults.serving import AT_ONCE, INTERVAL, SIZE, Service
 from tests.faults.table import Record
 
 LIMIT = 3.0
@@ -119,7 +119,7 @@ def fall_behind(seat: Seat, mode: str, victim: int, stops: bool) -> dict[str, fl
         dist.barrier()
         with at_phases(once(phase, delay) if seat.rank == victim else lambda phase: None):
             moves = 0
-            # Phases after "audit" are entered only where something moves.
+            # Phases after "verify" are entered only where something moves.
             while not all_of(seat, moves > 0 and seat.marked("fault") is not None):
                 reports = service.serve(1)
                 assert not any(report.failed for report in reports), reports

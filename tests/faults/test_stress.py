@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 
-from eplb_plugin.runtime.control.two_phase_commit import Decisions
+from eplb_plugin.runtime.control.two_phase_commit import DecisionStore
 from tests.faults.cluster import Seat, run_cluster
 from tests.faults.serving import SMALL, Service
 
@@ -22,13 +22,13 @@ def rebalance_in_every_step(
 ) -> tuple[int, int, int]:
     """(rebalances, moves, commits that were decided)."""
     decided = []
-    decide = Decisions.decide
+    decide = DecisionStore.decide
 
-    def count(self: Decisions, key: str, proposal: str) -> str:
+    def count(self: DecisionStore, key: str, proposal: str) -> str:
         decided.append(key)
         return decide(self, key, proposal)
 
-    with mock.patch.object(Decisions, "decide", count):
+    with mock.patch.object(DecisionStore, "decide", count):
         service = Service(
             seat,
             LARGE if large else SMALL,

@@ -9,7 +9,8 @@ import pytest
 
 from eplb_plugin.runtime.weights.transfer import Transfer
 from tests.faults.cluster import Seat, run_cluster
-from tests.faults.serving import SIZE, Service, Survivor, at_phases, once
+from tests.faults.phases import at_phases, once
+from tests.faults.serving import SIZE, Service, Survivor
 from tests.faults.table import Record
 
 LIMIT = 2.0
@@ -27,7 +28,7 @@ def lose_the_store(seat: Seat, mode: str, phase: str, stops: bool) -> Survivor:
         return service.outlive(within)
 
 
-@pytest.mark.parametrize("phase", ["stage", "commit", "decided", "end"])
+@pytest.mark.parametrize("phase", ["stage", "commit", "decided", "report"])
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_a_store_that_dies_with_its_rank(mode: str, phase: str, record: Record) -> None:
     _, *ranks = run_cluster(lose_the_store, SIZE, mode, phase, False, dies={0}, store="tcp")
@@ -87,7 +88,7 @@ def test_an_error_of_another_kind(mode: str, phase: str, record: Record) -> None
     assert all(rank.rows == others[0].rows and not rank.undecided for rank in others)
     assert broken.undecided == (phase == "decided")
     if phase == "decided":
-        assert "did not switch over as was decided: none left" in broken.off
+        assert "did not switch as was decided: none left" in broken.off
     else:
         assert broken.rows == others[0].rows
     seconds = max(rank.seconds for rank in ranks)
@@ -101,7 +102,7 @@ def test_a_rank_that_cannot_switch_over(mode: str, victim: int, record: Record) 
     ranks = run_cluster(fail_to_switch, SIZE, mode, victim)
     broken, others = ranks[victim], [rank for rank in ranks if rank is not ranks[victim]]
     assert broken.undecided
-    assert "did not switch over on this rank: no memory to write to" in broken.off
+    assert "did not switch on this rank: no memory to write to" in broken.off
     # All others did, and notice that it is gone.
     assert all(rank.changed and not rank.undecided for rank in others)
     assert all(rank.rows == others[0].rows for rank in others)

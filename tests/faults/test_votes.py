@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from eplb_plugin.runtime import rebalance as phases
+from eplb_plugin.runtime import repair
 from eplb_plugin.runtime.control.rank_group import RankGroup
 from eplb_plugin.runtime.load_window import LoadWindow
 from eplb_plugin.runtime.verify.fingerprints import ExpertFingerprints
@@ -55,7 +56,7 @@ FAULTS: dict[str, tuple[str, Patch, str]] = {
         "OSError: no weights today",
     ),
     "fingerprints that fail": (
-        "audit",
+        "verify",
         raising(ExpertFingerprints, "wrong_slots", ValueError("no fingerprints today")),
         "ValueError: no fingerprints today",
     ),
@@ -98,6 +99,8 @@ def fail_and_go_on(
     seat: Seat, mode: str, victims: list[int], faults: list[str], planning: str
 ) -> dict[tuple[str, int], float]:
     """Seconds from the report of each fault on each victim to one that moved experts again."""
+    # Every rebalance verifies every layer.
+    repair.AUDIT_TURNS = 1
     service = Service(seat, mode=mode, planning=planning)
     service.serve(1)
     seconds = {}
@@ -108,14 +111,15 @@ def fail_and_go_on(
                 # A rebalance in which the victim has nothing to do may get past the fault.
                 for _ in range(MOST):
                     before = service.balancer.placement
-                    report = service.serve(1)[-1]
+                    *earlier, report = service.serve(1)
                     if report.failed:
                         break
             assert told in report.reason, report
             assert report.skipped
             assert report.moves == report.layers == 0
             assert report.failed
-            assert service.balancer.placement == before
+            # Where two have ended, the earlier one may have got past the fault.
+            assert service.balancer.placement == before or any(other.layers for other in earlier)
             start = time.monotonic()
             report = service.until(lambda report: report.moves > 0)
             assert not report.failed

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,7 +9,6 @@ import torch.distributed as dist
 import eplb_plugin as eplb
 from eplb_plugin.runtime.rebalancer import Rebalancer
 from eplb_plugin.runtime.weights.transfer import Transfer
-from eplb_plugin.runtime.weights.transport import Transport
 from tests.processes import run_ranks
 from tests.runtime.cases import fill, wrong_rows
 from tests.runtime.test_rebalancer import FAST, LAYERS, LOGICAL, make_weights, options, serve
@@ -28,9 +25,9 @@ def shrink_and_grow(rank: int) -> dict[str, object]:
     whole.close()
     moved: list[int] = []
 
-    def counted(self: Transfer, group: Transport, agreed: Callable[[], object]) -> None:
+    def counted(self: Transfer) -> None:
         moved.append(sum(len(each.complete) for each in self._staged.rounds))
-        start(self, group, agreed)
+        start(self)
 
     start, Transfer.start = Transfer.start, counted  # type: ignore[method-assign]
     restored: list[tuple[int, int]] = []

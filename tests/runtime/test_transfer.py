@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -11,6 +9,7 @@ import torch
 
 import eplb_plugin as eplb
 from eplb_plugin.runtime.control.rank_group import RankGroup
+from eplb_plugin.runtime.control.scheduling import AtOnce
 from eplb_plugin.runtime.weights import expert_weights as rows_of_weights
 from eplb_plugin.runtime.weights import rounds as message_rounds
 from eplb_plugin.runtime.weights import staging as staged_weights
@@ -18,6 +17,7 @@ from eplb_plugin.runtime.weights.batching import MigrationBatch, plan_batches
 from eplb_plugin.runtime.weights.expert_weights import ExpertWeights, byte_rows
 from eplb_plugin.runtime.weights.rounds import RoundLimits
 from eplb_plugin.runtime.weights.staging import Arrival, Staging, stage_batch
+from eplb_plugin.runtime.weights.streams import DeviceOrder
 from eplb_plugin.runtime.weights.transfer import Transfer
 from eplb_plugin.runtime.weights.transport import Transport
 from tests.processes import run_ranks
@@ -67,14 +67,13 @@ def carry(
         staged = stage_batch(batch, weights, topology, group.rank, buffer, limits)
         most = limits.messages
         assert most is None or all(max(len(r.sends), len(r.receives)) <= most for r in staged.rounds)
-        transfer = Transfer(staged)
+        transfer = Transfer(staged, transport)
         checked: list[tuple[Arrival, list[torch.Tensor]]] = []
-
-        def check(arrivals: Sequence[Arrival], checked: list[Any] = checked) -> None:
+        transfer.fill_first()
+        transfer.start()
+        for arrivals in transfer.receive(DeviceOrder(torch.device("cpu")), AtOnce().throttle):
             checked += [(arrival, [row.clone() for row in arrival.rows]) for arrival in arrivals]
-
-        transfer.start(transport)
-        transfer.finish(transport, check)
+        assert transfer.failure is None
         # Each was checked once, when all of it had arrived.
         assert len({id(arrival) for arrival, _ in checked}) == len(checked)
         assert sorted((a.layer, a.expert) for a, _ in checked) == sorted(

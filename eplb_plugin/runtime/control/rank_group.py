@@ -1,6 +1,6 @@
-"""What ranks say to each other: sums, maps, and the agreement that nothing happens without.
+"""Collectives of the expert-parallel group: sums, broadcasts, and the votes without which nothing happens.
 
-Every method of `RankGroup` is called by all ranks of the group, in the same order.
+All ranks of the group call every method of `RankGroup`, in the same order.
 """
 
 from __future__ import annotations
@@ -8,10 +8,12 @@ from __future__ import annotations
 import hashlib
 import pickle
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import AllgatherOptions
 
 from ...core.errors import AgreementError, EplbError, RankLostError, TopologyError
 from ...core.topology import Topology
@@ -24,7 +26,7 @@ AnyGroup: TypeAlias = Any
 
 
 def fingerprint(*parts: torch.Tensor | str) -> int:
-    """A 63-bit hash of tensors (by dtype, shape and content) and strings; the same on every machine."""
+    """A 63-bit hash of tensors (dtype, shape and content) and strings; the same on every machine."""
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
         if isinstance(part, str):
@@ -38,14 +40,13 @@ def fingerprint(*parts: torch.Tensor | str) -> int:
 class RankGroup:
     """The expert-parallel group: a process group, or one lone rank without any.
 
-    Ranks here are ranks within the group, which number the ranks of the topology. Where others die or stay
-    silent for longer than the group's time limit, every method raises RankLostError.
+    Ranks are numbered within the group, as in the topology. If another rank dies, or stays silent for longer
+    than the group's time limit, every method raises RankLostError.
 
     Args:
-        group: process group, or a backend alone; None is the default group where one is initialised, else
-            a lone rank.
-        alone: be a lone rank even then; not together with a group.
-        device: device of the tensors that collectives run on; NCCL needs a CUDA device.
+        group: process group, or a backend alone; None is the default group, or a lone rank without one.
+        device: device of the tensors in collectives; NCCL needs a CUDA device.
+        alone: be a lone rank even if there is a default group; not together with `group`.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class RankGroup:
         self.rank = self.group.rank() if self.group is not None else 0
         self.device = torch.device(device) if device is not None else self._default_device()
         if self.device.type == "cuda" and self.device.index is None:
-            # The current one is that of a thread.
+            # The current device belongs to a thread, and several threads use this group.
             self.device = torch.device("cuda", torch.cuda.current_device())
 
     def check_topology(self, topology: Topology) -> None:
@@ -108,7 +109,7 @@ class RankGroup:
         return [pickle.loads(row[:size].numpy().tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
     def agree(self, what: str, value: int) -> None:
-        """Check that all ranks hold the same `value` (a fingerprint).
+        """Check that all ranks hold the same `value`, such as a hash.
 
         Raises:
             AgreementError: on all ranks; names the ranks that hold each value.
@@ -125,15 +126,23 @@ class RankGroup:
         error: Exception | None = None,
         value: int = 0,
         raises: type[EplbError] = EplbError,
+        time_limit: float | None = None,
     ) -> list[int]:
         """The `value` of every rank, if `error` is None on all of them.
 
+        Args:
+            phase: the same on every rank; names the vote in errors.
+            error: why this rank failed.
+            value: any int64.
+            raises: kind of the error on ranks without an own one.
+            time_limit: seconds; None is the limit of the group.
+
         Raises:
-            raises: on all ranks, when any has an error: names ranks and causes; of that error's kind on a
-                rank where it is one of this package.
-            RankLostError: some rank is in another phase, so that nothing more can be agreed on.
+            raises: on all ranks, when any has an error: names ranks and causes. A rank whose own error is an
+                EplbError raises that kind instead.
+            RankLostError: some rank is in another phase, so that no agreement is possible any more.
         """
-        return self.begin_vote(phase, error, value, raises)()
+        return self.begin_vote(phase, error, value, raises, time_limit)()
 
     def begin_vote(
         self,
@@ -141,14 +150,15 @@ class RankGroup:
         error: Exception | None = None,
         value: int = 0,
         raises: type[EplbError] = EplbError,
+        time_limit: float | None = None,
     ) -> Callable[[], list[int]]:
-        """Give this rank's vote, and do something else while those of the others are on their way.
+        """Send this rank's vote, and work while the other votes are on their way.
 
         Returns:
-            Gives and raises what `vote` does. To be called before any other method.
+            The count, which returns and raises what `vote` does. No other method may be called before it.
         """
         message = torch.tensor([fingerprint(phase), int(error is not None), value], device=self.device)
-        all_votes = self._begin_all_gather(message)
+        all_votes = self._begin_all_gather(message, time_limit)
 
         def count() -> list[int]:
             votes = all_votes().tolist()
@@ -174,7 +184,7 @@ class RankGroup:
     def attempt(self, phase: str, action: Callable[[], _T], raises: type[EplbError] = EplbError) -> _T:
         """Run `action` on every rank, and raise on all as `vote` does if it fails on any.
 
-        `action` itself must not call a collective, or a rank that fails early leaves the others in it.
+        `action` itself must not call a collective: a rank that fails early would leave the others in it.
         """
         result, error = None, None
         try:
@@ -184,13 +194,18 @@ class RankGroup:
         self.vote(phase, error, raises=raises)
         return cast(_T, result)
 
-    def _begin_all_gather(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    def _begin_all_gather(
+        self, tensor: torch.Tensor, time_limit: float | None = None
+    ) -> Callable[[], torch.Tensor]:
         """As `all_gather`, which waits when the result is called."""
         group = self._connected()
         if group is None:
             return lambda: tensor.unsqueeze(0)
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        work = answered("exchange", lambda: group.allgather([parts], [tensor.contiguous()]))
+        options = AllgatherOptions()
+        if time_limit is not None:
+            options.timeout = timedelta(seconds=time_limit)
+        work = answered("exchange", lambda: group.allgather([parts], [tensor.contiguous()], options))
 
         def wait() -> torch.Tensor:
             answered("exchange", work.wait)
@@ -199,7 +214,7 @@ class RankGroup:
         return wait
 
     def _connected(self) -> AnyGroup:
-        """The group, or None for a lone rank. A group that was closed has no lone rank's say."""
+        """The group, or None for a lone rank. A closed group must not vote like a lone rank."""
         if self.size == 1:
             return None
         if self.group is None:
@@ -213,7 +228,7 @@ class RankGroup:
 
 
 def answered(what: str, action: Callable[[], _T]) -> _T:
-    """The result of a communication; RankLostError where it fails, since it says nothing about this rank."""
+    """The result of a communication; RankLostError if it fails, since the cause is elsewhere."""
     try:
         return action()
     except RuntimeError as error:

@@ -1,5 +1,4 @@
-"""When a rank works and switches over: at once, or beside and between the steps of a model that goes on
-serving."""
+"""When a rebalance works and when it switches: within one step, or beside and between steps."""
 
 from __future__ import annotations
 
@@ -9,159 +8,150 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from .throttle import Rests
+from .throttle import Throttle
 
-__all__ = ["AtOnce", "BetweenSteps", "Pace"]
+__all__ = ["AtOnce", "BetweenSteps", "Scheduler", "Switch"]
+
+Switch = Callable[[], None]
+"""One change of what is in force, done by the serving thread."""
+
+_ROUND_BYTES = 2 << 20  # about a millisecond of two cores over loopback
+_LEAD = 2  # steps from the latest one to the proposal: time for the ranks to agree
+_POLL = 0.01  # seconds
 
 
-_PIECE = 2 << 20  # bytes: about a millisecond of two cores over loopback
-
-
-class Pace(Protocol):
-    """How a rebalance does its work and has its commits done."""
+class Scheduler(Protocol):
+    """Decides how much a rebalance does at once, and at which step the serving thread switches."""
 
     @property
-    def piece(self) -> int | None:
-        """Bytes to send at once, to rest after; None: all of them, since nothing else goes on meanwhile."""
+    def round_bytes(self) -> int | None:
+        """Bytes that a rank sends and receives before it pauses; None: no limit, nothing else runs."""
 
-    def met(self) -> None:
-        """All ranks have just met; from here on some may wait for others."""
+    @property
+    def throttle(self) -> Throttle:
+        """What the rebalance pauses by, between two pieces of work."""
 
-    def moved(self, num_bytes: int, seconds: float) -> None:
-        """So many bytes were sent and received at once, in so many seconds."""
+    def propose_step(self) -> int:
+        """Set a fence: the first step at which this rank can switch. Serving waits there for `release`."""
 
-    def rest(self) -> None:
-        """Between two pieces of work. Returns when the next one may begin."""
+    def release(self, step: int | None, switches: Sequence[Switch] = ()) -> float:
+        """Lift the fence and have the serving thread do `switches`; wait until all are done.
 
-    def propose(self) -> int:
-        """The first step that this rank can still switch over in; it will not go past it until `release`."""
-
-    def release(self, step: int | None, commits: Sequence[Callable[[], None]] = ()) -> float:
-        """Have `commits` done, the first in `step`, the others in the steps after it; None: there are none.
+        Args:
+            step: of the first switch; each of the others comes one step later. None: there are none.
+            switches: in order.
 
         Returns:
-            Seconds that they took, when all are done.
+            Seconds that the switches took.
         """
 
 
 class AtOnce:
-    """For a rebalance within one step: all ranks are in the same one, and stay there until it has ended."""
+    """For a rebalance within one step: all ranks are in the same step and stay there until its end."""
 
-    piece = None
+    round_bytes = None
 
-    def met(self) -> None:
-        pass
+    def __init__(self) -> None:
+        self.throttle = Throttle(share=1.0, longest=0.0)
 
-    def moved(self, num_bytes: int, seconds: float) -> None:
-        pass
-
-    def rest(self) -> None:
-        pass
-
-    def propose(self) -> int:
+    def propose_step(self) -> int:
         return 0
 
-    def release(self, step: int | None, commits: Sequence[Callable[[], None]] = ()) -> float:
+    def release(self, step: int | None, switches: Sequence[Switch] = ()) -> float:
         start = time.perf_counter()
-        for commit in commits:
-            commit()
+        for switch in switches:
+            switch()
         return time.perf_counter() - start
 
 
 class BetweenSteps:
-    """For a rebalance in a background thread, whose commits the serving thread does as it steps.
+    """For a rebalance in a background thread; the serving thread switches between its steps.
 
-    The ranks of a model step equally often, though not at the same instant. Each proposes a step that it has
-    not reached and promises to wait there; the latest of these is one that nobody has passed. A rank that
-    waits at its own step can therefore still switch over with all others.
+    The ranks step equally often, though not at the same instant. Each proposes a step that it has not
+    reached, and its serving thread waits there (the fence). So no rank has passed the latest proposal: with
+    proposals of 12, 12 and 14, all ranks can still switch at step 14.
 
     Args:
         step: steps that this rank has ended.
-        share: of a core's time that the background takes, on average.
-        longest_rest: seconds that it rests between two meetings of the ranks, at most.
-        lead: steps between the latest one and what is proposed: time for the ranks to agree.
+        share, longest: of the throttle.
     """
 
-    piece = _PIECE
+    round_bytes = _ROUND_BYTES
 
-    def __init__(self, step: int, share: float = 1.0, longest_rest: float = 1.0, lead: int = 2) -> None:
+    def __init__(self, step: int, share: float = 1.0, longest: float = 1.0) -> None:
         self._step = step
-        self._lead = lead
         self._fence: int | None = None
-        self._due: deque[tuple[int, Callable[[], None]]] = deque()
+        self._due: deque[tuple[int, Switch]] = deque()
         self._seconds = 0.0
         self._error: Exception | None = None
         self._hurry = False
         self._changed = threading.Condition()
-        self._rests = Rests(
-            share, longest_rest, lambda: self._hurry or self._error is not None, self._changed
-        )
+        self.throttle = Throttle(share, longest)
 
-    def met(self) -> None:
-        self._rests.met()
-
-    def moved(self, num_bytes: int, seconds: float) -> None:
-        self._rests.moved(num_bytes, seconds)
-
-    def rest(self) -> None:
-        self._rests.rest()
-
-    def propose(self) -> int:
+    def propose_step(self) -> int:
         with self._changed:
-            self._fence = self._step + self._lead
+            self._fence = self._step + _LEAD
             return self._fence
 
-    def release(self, step: int | None, commits: Sequence[Callable[[], None]] = ()) -> float:
+    def release(self, step: int | None, switches: Sequence[Switch] = ()) -> float:
         with self._changed:
             self._fence = None
             self._seconds = 0.0
             if step is not None:
-                self._due.extend((step + after, commit) for after, commit in enumerate(commits))
+                self._due.extend((step + after, switch) for after, switch in enumerate(switches))
             self._changed.notify_all()
             self._changed.wait_for(lambda: not self._due or self._error is not None)
             self._check()
             return self._seconds
 
     def fail(self, error: Exception) -> None:
-        """The background cannot say whether to switch over: the serving thread must not go on either."""
+        """The background: it cannot know whether to switch, so the serving thread has to raise `error`."""
         with self._changed:
-            self._error = error
-            self._changed.notify_all()
+            self._stop(error)
 
     def step_ended(self, step: int) -> None:
-        """The serving thread: `step` steps have ended. Does what is due, and waits where it has to.
+        """The serving thread: `step` steps have ended. Does the switches that are due; waits at the fence.
 
         Raises:
-            What was given to `fail`, or what a commit raised: this rank is then unlike the others.
+            The error given to `fail`, or that of a switch: this rank then differs from the others.
         """
         with self._changed:
             self._step = step
             self._changed.wait_for(lambda: self._fence is None or self._step < self._fence or self._error)
             self._check()
-            self._do_due()
+            self._switch()
 
-    def finish(self, ended: Callable[[], bool]) -> None:
-        """The serving thread: do everything at once, whatever the step, until `ended`."""
-        while not ended():
+    def finish(self, thread: threading.Thread) -> None:
+        """The serving thread: do all switches at once, whatever the step, until the background has ended.
+
+        Raises:
+            As `step_ended`.
+        """
+        self.throttle.lift()
+        while thread.is_alive():
             with self._changed:
                 self._hurry = True
                 self._changed.notify_all()
-                self._changed.wait_for(lambda: self._due or self._error is not None, timeout=0.01)
+                self._changed.wait_for(lambda: self._due or self._error is not None, timeout=_POLL)
                 self._check()
-                self._do_due()
+                self._switch()
 
-    def _do_due(self) -> None:
+    def _switch(self) -> None:
         while self._due and (self._hurry or self._due[0][0] <= self._step):
             start = time.perf_counter()
             try:
                 self._due[0][1]()
             except Exception as error:
-                self._error = error
-                self._changed.notify_all()
+                self._stop(error)
                 raise
             self._due.popleft()
             self._seconds += time.perf_counter() - start
             self._changed.notify_all()
+
+    def _stop(self, error: Exception) -> None:
+        self._error = error
+        self.throttle.lift()
+        self._changed.notify_all()
 
     def _check(self) -> None:
         if self._error is not None:

@@ -1,67 +1,78 @@
-"""Rests of the background between pieces of work, so that no step pays for more than a small piece."""
+"""Keeping the background out of the way of the threads that serve: pauses, and a lower priority."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 import threading
 import time
-from collections.abc import Callable
 
-__all__ = ["Rests"]
+__all__ = ["Throttle", "lower_priority"]
 
-_SHORTEST = 0.005  # seconds
+_NICE = 10  # still a tenth of a core beside a thread that never waits
+_SHORTEST = 0.005  # seconds; a shorter pause is not worth two context switches
 
 
-class Rests:
-    """Keeps the background to a share of a core's time: after each piece it rests for as long as that takes.
+class Throttle:
+    """Limits the background to a share of one core: after each piece of work it pauses in proportion.
 
-    Priorities alone do not do where serving threads keep all cores busy: they wait for each other now and
-    then, and whatever the background computes at those moments delays the step that follows.
+    With `share=0.05`, 10 ms of work are followed by a pause of 190 ms. Priorities alone are not enough on
+    busy cores: serving threads wait for each other now and then, and the background then delays the next
+    step.
 
     Args:
-        share: of a core's time, in 0..1; 1 is no rests.
-        at_most: seconds of rest between two meetings of the ranks, since those who are there wait.
-        over: whether there is no time to rest any more; whoever changes that notifies `changed`.
-        changed: what to wait on.
+        share: fraction of one core's time, above 0, at most 1; 1 never pauses.
+        longest: seconds of pause between two collectives, since the other ranks wait there.
     """
 
-    def __init__(
-        self, share: float, at_most: float, over: Callable[[], bool], changed: threading.Condition
-    ) -> None:
+    def __init__(self, share: float, longest: float) -> None:
         self._share = share
-        self._at_most = self._left = at_most
-        self._over = over
-        self._changed = changed
-        self._since: float | None = None
-        self._carried = 0.0
-        self._rate = 0.0  # bytes per second, the best that was seen
+        self._longest = self._left = longest
+        self._lifted = threading.Event()
+        self._since: float | None = None  # thread time at the end of the last pause
+        self._transfer_seconds = 0.0  # since then
+        self._bandwidth = 0.0  # bytes per second, the highest so far
 
-    def met(self) -> None:
-        """All ranks have just met."""
-        self._left = self._at_most
+    def ranks_met(self) -> None:
+        """All ranks have just met in a collective: the bound on pauses counts anew."""
+        self._left = self._longest
 
-    def moved(self, num_bytes: int, seconds: float) -> None:
-        """Messages were sent and received, which is the work of other threads than this one.
+    def count_transfer(self, num_bytes: int, seconds: float) -> None:
+        """Count messages as work, though other threads carry them.
 
-        The fastest of them tells what that costs: others may have had to wait for a peer.
+        Their cost is estimated by the highest bandwidth so far, since slower ones may have waited for a peer.
         """
         if num_bytes:
-            self._rate = max(self._rate, num_bytes / max(seconds, 1e-9))
-            self._carried += num_bytes / self._rate
+            self._bandwidth = max(self._bandwidth, num_bytes / max(seconds, 1e-9))
+            self._transfer_seconds += num_bytes / self._bandwidth
 
-    def rest(self) -> None:
-        """After a piece of work of this thread, and at its start."""
+    def pause(self) -> None:
+        """Pause for the work of this thread since the last pause. The first call starts the count."""
         if self._share >= 1:
             return
         now = time.thread_time()
         if self._since is None:
             self._since = now
-        used = now - self._since + self._carried
+        used = now - self._since + self._transfer_seconds
         wanted = used * (1 / self._share - 1)
-        # Shorter ones are not worth a switch to another thread and back.
         if wanted < _SHORTEST or self._left <= 0:
             return
         start = time.perf_counter()
-        with self._changed:
-            self._changed.wait_for(self._over, timeout=min(wanted, self._left))
+        self._lifted.wait(min(wanted, self._left))
         self._left -= time.perf_counter() - start
-        self._since, self._carried = time.thread_time(), 0.0
+        self._since, self._transfer_seconds = time.thread_time(), 0.0
+
+    def lift(self) -> None:
+        """End the current pause and all later ones: somebody waits for the background."""
+        self._lifted.set()
+
+
+def lower_priority() -> None:
+    """Let the operating system prefer other threads to this one and to those that it starts.
+
+    It is permanent, since raising a priority takes privileges. Only Linux has a priority for each thread.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import compress
 from typing import Literal
@@ -168,25 +168,19 @@ class ExpertFingerprints:
             )
         return cls(lowest[0], alike & lowest[1].bool(), coverage)
 
-    def wrong_arrivals(
-        self, arrivals: Sequence[Arrival], throttle: Callable[[], None] = lambda: None
-    ) -> list[Arrival]:
-        """The arrivals with a wrong fingerprint.
+    def wrong_arrivals(self, arrivals: Sequence[Arrival]) -> list[Arrival]:
+        """The arrivals with a wrong fingerprint; unknown fingerprints match anything.
 
         Args:
             arrivals: of any layers, on one device.
-            throttle: called between pieces of work.
         """
-        wrong: list[Arrival] = []
         known, table = self.known.numpy(), self.table.numpy()
-        verifiable = [arrival for arrival in arrivals if known[arrival.layer, arrival.expert]]
-        for first in range(0, len(verifiable), _AT_ONCE):
-            some = verifiable[first : first + _AT_ONCE]
-            found = fingerprint_experts([arrival.rows for arrival in some], self.coverage).numpy()
-            expected = table[[arrival.layer for arrival in some], [arrival.expert for arrival in some]]
-            wrong += compress(some, (found != expected).tolist())
-            throttle()
-        return wrong
+        some = [arrival for arrival in arrivals if known[arrival.layer, arrival.expert]]
+        if not some:
+            return []
+        found = fingerprint_experts([arrival.rows for arrival in some], self.coverage).numpy()
+        expected = table[[arrival.layer for arrival in some], [arrival.expert for arrival in some]]
+        return list(compress(some, (found != expected).tolist()))
 
     def wrong_slots(
         self,
@@ -195,7 +189,6 @@ class ExpertFingerprints:
         topology: Topology,
         rank: int,
         layers: Sequence[int] | None = None,
-        throttle: Callable[[], None] = lambda: None,
     ) -> list[tuple[int, int]]:
         """(layer, slot) of this rank's slots without the fingerprint of the expert placed there.
 
@@ -205,7 +198,6 @@ class ExpertFingerprints:
             topology: gives the slots of a rank.
             rank: this rank.
             layers: to verify; None is all.
-            throttle: called between pieces of work.
         """
         slots = topology.slots_of_rank(rank)
         wrong = []
@@ -216,5 +208,4 @@ class ExpertFingerprints:
                 found = fingerprint_rows(weights.rows[layer], self.coverage).cpu()
                 differs = known & (found != self.table[layer, experts])
                 wrong += [(layer, slots.start + slot) for slot in differs.nonzero().flatten().tolist()]
-            throttle()
         return wrong

@@ -1,4 +1,4 @@
-"""A way of several hops: what one rank fails at is told to all, and what was done before stays done."""
+"""A relocation of several migration batches: a failure is told to all ranks, and earlier batches stay."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch
 import eplb_plugin as eplb
 from eplb_plugin.runtime.control.scheduling import AtOnce
 from eplb_plugin.runtime.rebalancer import Rebalancer
-from eplb_plugin.runtime.relocation import Move
+from eplb_plugin.runtime.relocation import relocate
+from eplb_plugin.runtime.reports import DraftReport
 from eplb_plugin.runtime.weights.transport import Message, Transport
 from tests.processes import run_ranks
 from tests.runtime.cases import fill, wrong_rows
@@ -24,8 +25,8 @@ TOPOLOGY = eplb.Topology(num_ranks=2, num_slots=SLOTS)
 KIB = 400
 
 
-def fail_once(rank: int, place: str, name: str, hop: int) -> tuple[str, list[bool], int]:
-    """Rank 1 fails in its `hop`-th call: what all are told, which layers have changed, messages sent."""
+def fail_once(rank: int, place: str, name: str, batch: int) -> tuple[str, list[bool], int]:
+    """Rank 1 fails in its `batch`-th call: what all are told, which layers have changed, messages sent."""
     weights = [[torch.empty(2, KIB << 10, dtype=torch.uint8), torch.empty(2, 3)] for _ in range(LAYERS)]
     mine = TOPOLOGY.slots_of_rank(rank)
     start = eplb.Placement.default(LAYERS, SLOTS, SLOTS)
@@ -33,8 +34,7 @@ def fail_once(rank: int, place: str, name: str, hop: int) -> tuple[str, list[boo
         fill(weights[layer], layer, start.physical_to_logical[layer, mine].tolist())
     options = eplb.RebalancerOptions(mode="sync", staging_mib=1)
     balancer = Rebalancer(TOPOLOGY, LAYERS, SLOTS, weights=weights, options=options)
-    now = start.physical_to_logical.clone()
-    move = Move(balancer._parts, 1, now, SLOTS, AtOnce(), lambda phase: None)
+    context = balancer._context
     goal = start.physical_to_logical.flip(1)
 
     owner = pkgutil.resolve_name(f"eplb_plugin.runtime.weights.{place}")
@@ -42,7 +42,7 @@ def fail_once(rank: int, place: str, name: str, hop: int) -> tuple[str, list[boo
 
     def fails(*arguments: object) -> object:
         calls[0] += 1
-        if calls[0] == hop:
+        if calls[0] == batch:
             raise MemoryError("nothing left today")
         return works(*arguments)
 
@@ -55,14 +55,17 @@ def fail_once(rank: int, place: str, name: str, hop: int) -> tuple[str, list[boo
     patched = mock.patch.object(owner, name, fails) if rank else nullcontext()
     counted = mock.patch.object(Transport, "start", sends)
     with counted, patched, pytest.raises(eplb.TransferError) as caught:
-        move.run(goal)
-    changed = (move.now != start.physical_to_logical).any(1).tolist()
-    assert wrong_rows(weights, eplb.Placement(move.now, SLOTS), mine) == []
+        relocate(context, 1, goal, AtOnce(), DraftReport())
+    now = balancer.placement
+    changed = (now.physical_to_logical != start.physical_to_logical).any(1).tolist()
+    assert wrong_rows(weights, now, mine) == []
     before = sent[0]
     # The next one goes on from there.
-    again = Move(balancer._parts, 2, move.now, SLOTS, AtOnce(), lambda phase: None)
-    again.run(goal)
-    assert wrong_rows(weights, eplb.Placement(goal, SLOTS), mine) == []
+    draft = DraftReport()
+    relocate(context, 2, goal, AtOnce(), draft)
+    assert draft.notes == []
+    assert balancer.placement == eplb.Placement(goal, SLOTS)
+    assert wrong_rows(weights, balancer.placement, mine) == []
     balancer.close()
     return str(caught.value), changed, before
 
@@ -76,12 +79,12 @@ def test_without_memory_on_one_rank_nobody_sends_anything() -> None:
     assert sent == 0
 
 
-@pytest.mark.parametrize("hop", [1, 3])
-def test_a_rank_that_fails_in_a_hop_still_sends_and_nobody_keeps_what_it_sent(hop: int) -> None:
-    one, other = run_ranks(fail_once, 2, "transfer", "_copy", hop)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_rank_that_fails_in_a_batch_still_sends_and_nobody_keeps_what_it_sent(batch: int) -> None:
+    one, other = run_ranks(fail_once, 2, "transfer", "_copy", batch)
     assert one == other
     told, changed, sent = one
     assert "rank 1: MemoryError: nothing left today" in told
-    assert changed == [layer + 1 < hop for layer in range(LAYERS)]
-    # In each hop two experts, and their small rows together.
-    assert sent == 3 * hop
+    assert changed == [layer + 1 < batch for layer in range(LAYERS)]
+    # In each batch two experts, and their small rows together.
+    assert sent == 3 * batch
