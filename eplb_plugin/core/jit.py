@@ -1,4 +1,4 @@
-"""How compiled functions are kept on disk, where there is a place for them."""
+"""Compiled functions with a cache on disk, where a folder for it can be written."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ _warned: list[str] = []
 
 
 def cached_njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """`numba.njit(cache=True, **options)`. Where no folder for the cache can be written to, the function is
-    compiled anew in every process, and a warning is logged once in each."""
+    """`numba.njit(cache=True, **options)`.
+
+    Without a writable folder for the cache, every process compiles the function anew, and logs one warning.
+    """
 
     def decorate(function: Callable[..., Any]) -> Any:
         try:
@@ -31,8 +33,8 @@ def cached_njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 def _warn_of_no_cache(reason: str) -> None:
     if not _warned:
         _log.warning(
-            "compiled code cannot be kept on disk, so this process compiles it anew, for up to minutes; "
-            "set NUMBA_CACHE_DIR to a folder that can be written to (numba: %s)",
+            "compiled code cannot be kept on disk: each process compiles it anew, for up to minutes; "
+            "set NUMBA_CACHE_DIR to a writable folder (numba: %s)",
             reason,
         )
     _warned.append(reason)

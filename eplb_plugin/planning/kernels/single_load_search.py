@@ -76,8 +76,8 @@ def lower_peak(node, rounds, target):
 def best_swap(node, heavy):
     """The swap with the lowest peak of `heavy` and its partner, within `_SLACK`.
 
-    A swap that shifts a load of d leaves the higher of the two ranks at half their sum, plus the distance of
-    d from half their difference. So no partner can do better than half the sum, which rises from the lightest
+    A swap shifts a load of d. It leaves the higher of the two ranks at half their sum, plus the distance of d
+    from half their difference. So no partner can do better than half the sum, which rises from the lightest
     rank on. The search ends at the first partner that cannot beat the best.
 
     Returns:

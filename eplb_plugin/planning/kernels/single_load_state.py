@@ -1,7 +1,7 @@
 """The ranks of one node while the peak of a single load is lowered.
 
-Experts and ranks are numbered within the node. The slots of a rank are in falling order of their load, and
-the ranks in rising order of theirs, so that searches can stop early.
+Experts and ranks are numbered within the node. Slots of a rank are in falling order of load, and ranks in
+rising order, so that searches can stop early.
 """
 
 from __future__ import annotations

@@ -158,8 +158,7 @@ def _lower_smooth_peak(problem, state, scratch, rounds, rival):
 
     A round relieves the rank with the largest weight in the smooth peak, by the exchange with the highest net
     gain. Skip rule: a rank without improving exchange is skipped until it changes. The search is given up
-    where it would not come below `rival` even if all rounds left gained as much as the best of the last
-    three.
+    where `rival` is out of reach: even if each round left gained as much as the best of the last three.
 
     Args:
         problem: price and bound of moves, and tolerance.
@@ -169,13 +168,14 @@ def _lower_smooth_peak(problem, state, scratch, rounds, rival):
     Returns:
         The smooth peak; whether more rounds would change nothing.
     """
-    num_ranks = state.failed.shape[0]
-    weight, failed, stale, moves = state.weight, state.failed, state.stale, state.moves
+    weight, failed, tried_at, rank_of = state.weight, state.failed, state.tried_at, state.rank_of
+    moves, exchanges, stale = state.moves, state.exchanges, state.stale
+    num_ranks, price = failed.shape[0], problem.price
     done = False
     one, two, three = np.inf, np.inf, np.inf  # values before the last rounds
     for number in range(rounds):
         norm, peak = smooth_peak(state)
-        value = norm + problem.price * moves[0]
+        value = norm + price * moves[0]
         if number >= 3:
             gain = max(three - two, two - one, one - value)
             if value - gain * (rounds - number) > rival:
@@ -192,12 +192,28 @@ def _lower_smooth_peak(problem, state, scratch, rounds, rival):
                     heavy = rank
             if heavy == num_ranks:
                 break
-            if state.tried_at[heavy] != state.exchanges[0]:
-                improved = _relieve(state, scratch, heavy, problem.price, problem.max_moves - moves[0])
-                if improved:
-                    break
-                state.tried_at[heavy] = state.exchanges[0]
-            failed[heavy] = True
+            if tried_at[heavy] == exchanges[0]:
+                failed[heavy] = True
+                continue
+            moves_left = problem.max_moves - moves[0]
+            gain, mine, other, swap_moves = best_swap(state, scratch, heavy, price, moves_left)
+            expert, slot, change_moves = best_replica_change(state, scratch, heavy, price, moves_left, gain)
+            if slot >= 0:
+                make_replica_change(state, expert, slot)
+                moves[0] += change_moves
+                failed[:] = False
+            elif mine >= 0:
+                make_swap(state, mine, other)
+                moves[0] += swap_moves
+                failed[rank_of[other]] = False
+            else:
+                failed[heavy] = True
+                tried_at[heavy] = exchanges[0]
+                continue
+            stale[0] = slot < 0
+            exchanges[0] += 1
+            improved = True
+            break
         if not improved:
             if not stale[0]:
                 done = True
@@ -205,24 +221,3 @@ def _lower_smooth_peak(problem, state, scratch, rounds, rival):
             failed[:] = False
             stale[0] = False
     return smooth_peak(state)[0], done
-
-
-@inlined
-def _relieve(state, scratch, heavy, price, moves_left):
-    """Make the best exchange for a heavy rank. Returns whether there was one that is worth a round."""
-    gain, slot, other, swap_moves = best_swap(state, scratch, heavy, price, moves_left)
-    expert, change_slot, change_moves = best_replica_change(state, scratch, heavy, price, moves_left, gain)
-    if change_slot >= 0:
-        make_replica_change(state, expert, change_slot)
-        state.moves[0] += change_moves
-        state.failed[:] = False
-        state.stale[0] = False
-    elif slot >= 0:
-        make_swap(state, slot, other)
-        state.moves[0] += swap_moves
-        state.failed[state.rank_of[other]] = False
-        state.stale[0] = True
-    else:
-        return False
-    state.exchanges[0] += 1
-    return True

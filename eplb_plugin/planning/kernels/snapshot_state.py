@@ -204,7 +204,7 @@ def _fractions(num_slots, num_snapshots):
     """Fraction of an expert's load that each of `n` replicas counts as: float64 [slots + 2].
 
     It is more than 1 / n, because the load of single steps varies. The variance of a rank load is the sum
-    over its experts of load / n**2, times the clustering of tokens, and raises the peak of a step. So of two
+    over its experts of load / n**2, times the clustering of tokens. It raises the peak of a step. So of two
     placements with equal loads, the one with more replicas of hot experts is better. A single load counts as
     it is.
     """

@@ -250,9 +250,9 @@ def _bound_swaps(
 ):  # fmt: skip
     """Bound the net gain of swaps of one slot of the heavy rank with each slot of its node from above.
 
-    Powers are convex. So the mean power of a rank after a swap, over snapshots weighted by their power now,
-    is at least the power of the weighted mean. That takes one power a rank, rather than one a snapshot. The
-    bound is -1 where a swap cannot be worth a round.
+    Powers are convex. Weight snapshots by their power now: the mean power of a rank after a swap is at least
+    the power of the weighted mean. That takes one power a rank, rather than one a snapshot. The bound is -1
+    where a swap cannot be worth a round.
     """
     scale = np.float32(1.0) / heavy_weight
     fee = np.float32(price)
