@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..core.balancedness import balancedness, rank_loads
+from ..core.balancedness import balancedness, peak_rank_loads
 from ..core.load import fold_steps
 from ..core.placement import Placement
 from ..core.safe_files import check_output
@@ -90,7 +90,7 @@ def _table(
     before = in_force or Placement.default(trace.num_layers, trace.num_experts, topology.num_slots)
     # Of single steps: ranks wait for peaks that a mean over snapshots hides.
     steps = trace.load
-    peak = float(rank_loads(window, made.placement, topology).amax(2).mean(0).sum())
+    peak = float(peak_rank_loads(window, made.placement, topology).mean(0).sum())
     bound = float(made.lower_bound.sum())
     table = Table(
         title=f"{trace.name}: {counted(trace.num_steps, 'step')}, {counted(trace.num_layers, 'layer')}, "

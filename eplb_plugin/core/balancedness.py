@@ -9,7 +9,7 @@ from .load import as_snapshots
 from .placement import Placement
 from .topology import Topology
 
-__all__ = ["balancedness", "balancedness_of_peaks", "count_moves", "rank_loads"]
+__all__ = ["balancedness", "balancedness_of_peaks", "count_moves", "peak_rank_loads", "rank_loads"]
 
 
 def rank_loads(load: torch.Tensor, placement: Placement, topology: Topology) -> torch.Tensor:
@@ -37,6 +37,11 @@ def rank_loads(load: torch.Tensor, placement: Placement, topology: Topology) -> 
         per_replica = torch.cat([per_replica, per_replica.new_zeros(*load.shape[:2], 1)], dim=2)
         ids = torch.where(ids < 0, placement.num_logical, ids)
     return topology.by_rank(per_replica.gather(2, ids.expand(load.shape[0], -1, -1)), 0.0).sum(3)
+
+
+def peak_rank_loads(load: torch.Tensor, placement: Placement, topology: Topology) -> torch.Tensor:
+    """The load of the heaviest rank, float64 [snapshots, layers], tokens. Arguments as for `rank_loads`."""
+    return rank_loads(load, placement, topology).amax(2)
 
 
 def balancedness(load: torch.Tensor, placement: Placement, topology: Topology) -> float:

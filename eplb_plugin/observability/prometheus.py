@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from ..core.balancedness import rank_loads
+from ..core.balancedness import peak_rank_loads
 from ..core.load import as_snapshots
 from ..core.placement import Placement
 from ..core.topology import Topology
@@ -232,7 +232,7 @@ def lower_bound_gap(load: torch.Tensor, placement: Placement, topology: Topology
     """
     total = as_snapshots(load).sum(0, keepdim=True)
     bound = float(peak_lower_bound(total, effective_topology(topology, placement.num_logical)).sum())
-    peak = float(rank_loads(total, placement, topology).amax(2).sum())
+    peak = float(peak_rank_loads(total, placement, topology).sum())
     return peak / bound - 1 if bound > 0 else None
 
 

@@ -1,4 +1,4 @@
-"""What no placement can beat: lower bounds on the peak rank load."""
+"""Lower bounds on the peak rank load of any placement."""
 
 from __future__ import annotations
 
@@ -15,20 +15,22 @@ __all__ = ["peak_lower_bound"]
 
 _MOST_HALVED = 12  # groups, of which there are 462 halves
 _ROWS_AT_ONCE = 2048  # layers of snapshots
-_ROWS_OF_ALL_NODES = 64  # the same, each with every set of groups that a node may get
+_ROWS_OF_ALL_NODES = 64  # the same, each with every possible set of groups of a node
 _EQUAL = 1e-12
 
 
 def peak_lower_bound(load: torch.Tensor, topology: Topology) -> torch.Tensor:
     """A lower bound on the peak rank load of every layer, mean over the snapshots.
 
-    Per snapshot the largest of: the mean rank load; the smallest T with sum over experts of
-    ceil(load / T) <= slots, since some replica carries that much whatever the replica counts are; and what
-    ranks that share their experts cannot beat (`kernels.lower_bounds`).
+    The largest of three bounds of each snapshot:
 
-    Where groups stay within nodes, the latter is that of the best packing of groups to nodes where there are
-    few of them. Otherwise the mean rank load of the heaviest node however groups are packed, and that
-    smallest T for each group alone, in the slots that the other groups of its node leave it.
+    - The mean rank load.
+    - The load T of the hottest replica at the best replica counts: the smallest T with
+      sum of ceil(load / T) <= slots. Loads 300 and 100 in 4 slots: 100.
+    - The bound of ranks that share their experts (`kernels.lower_bounds`). With groups within nodes, it is
+      the minimum over all packings of groups to nodes, if these are few. If they are many, two weaker bounds
+      replace it: the mean rank load of the heaviest node, and T of each group in the slots that the other
+      groups of its node leave.
 
     Args:
         load: float64 [snapshots, layers, logical], tokens.
@@ -42,7 +44,7 @@ def peak_lower_bound(load: torch.Tensor, topology: Topology) -> torch.Tensor:
 
 
 def _step_bounds(load: torch.Tensor, topology: Topology) -> torch.Tensor:
-    """float64 [snapshots, layers], the bounds of each snapshot of `load` [snapshots, layers, logical]."""
+    """The bound of each snapshot: `load` [snapshots, layers, logical] to float64 [snapshots, layers]."""
     bound = torch.maximum(load.sum(2) / topology.num_ranks, _hottest_replica(load, topology.num_slots))
     if topology.num_nodes == 1:
         shared = shared_bounds(load.flatten(0, 1), topology.slots_by_rank).view_as(bound)
@@ -60,10 +62,10 @@ def _step_bounds(load: torch.Tensor, topology: Topology) -> torch.Tensor:
 
 
 def _best_packing_bound(by_group: torch.Tensor, topology: Topology) -> torch.Tensor:
-    """The lowest, over all packings of groups to nodes, of the highest bound of a node: float64 [X], of loads
-    [X, groups, experts].
+    """The minimum, over all packings of groups to nodes, of the highest bound of a node: of loads
+    [X, groups, experts], float64 [X].
 
-    Where the packing with the lowest mean loads is bounded by these alone, no other can be lower.
+    If the bound of the packing with the lowest mean loads is that mean, no other packing has a lower one.
     """
     num_groups = by_group.shape[1]
     nodes = list(combinations(range(num_groups), num_groups // topology.num_nodes))
@@ -92,11 +94,11 @@ def _best_packing_bound(by_group: torch.Tensor, topology: Topology) -> torch.Ten
 
 
 def _heaviest_node(group_load: torch.Tensor, num_nodes: int) -> torch.Tensor:
-    """What the heaviest node holds at least: [snapshots, layers], of loads [snapshots, layers, groups].
+    """A lower bound on the load of the heaviest node: [snapshots, layers, groups] to [snapshots, layers].
 
-    Of the k * nodes + 1 heaviest groups some node gets k + 1, and what else it gets weighs at least as much
-    as the lightest groups. With two groups a node, pairing the heaviest with the lightest is optimal; for two
-    nodes all halves are tried, unless they are too many.
+    Some node gets k + 1 of the k * nodes + 1 heaviest groups, and at best the lightest groups beside them.
+    With two groups a node, pairing the heaviest with the lightest is optimal. For two nodes, all halves are
+    tried if they are few.
     """
     num_groups = group_load.shape[2]
     if num_nodes == 2 and num_groups <= _MOST_HALVED:
@@ -119,10 +121,9 @@ def _heaviest_node(group_load: torch.Tensor, num_nodes: int) -> torch.Tensor:
 
 
 def _hottest_replica(load: torch.Tensor, num_slots: int) -> torch.Tensor:
-    """The load of the hottest replica when it is as low as counts allow: float64, the shape of `load` without
-    its last dimension, the experts that share `num_slots`.
+    """The load of the hottest replica at the best replica counts: [..., experts] in `num_slots` to [...].
 
-    Greedy replication attains that smallest T: giving a slot to the hottest replica's expert is never wrong.
+    Greedy replication attains it: a slot for the expert of the hottest replica is never wrong.
     """
     rows = load.flatten(0, -2)
     count = count_replicas(replicate(rows, num_slots), load.shape[-1])

@@ -18,6 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ...core.splitmix import GOLDEN_GAMMA, splitmix64
+
 __all__ = ["BLOCK", "checksum_at", "checksum_rows", "sample", "sample_experts", "sampled_bytes"]
 
 WORD = 4  # bytes
@@ -202,7 +204,5 @@ def _all_factors(count: int, stream: int, device: torch.device) -> torch.Tensor:
 
 def _splitmix64(count: int, stream: int) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
     """uint64 [count]: SplitMix64 (Steele, Lea and Flood 2014) of consecutive numbers; a range per stream."""
-    x = (np.arange(1, count + 1, dtype=np.uint64) + np.uint64(stream << 40)) * np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    number = torch.arange(1, count + 1, device="cpu") + (stream << 40)
+    return splitmix64(number * GOLDEN_GAMMA).numpy().view(np.uint64)
