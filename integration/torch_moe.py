@@ -1,7 +1,7 @@
 """A small expert-parallel MoE language model in plain PyTorch, balanced by `Rebalancer`.
 
-Real in structure, toy in size: it is what the demo serves, and what to copy from into another engine.
-An engine touches the rebalancer in five places, marked (1) to (5) below.
+The structure is real, the size is a toy. The demo serves it, and other engines can copy from it: an engine
+calls the rebalancer in five places, marked (1) to (5) below.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["MoEConfig", "MoEModel", "expert_tensors"]
 
 
 class MoEConfig(Options):
-    """The shape of the model, and what its weights are made from."""
+    """Shape and seed of the model."""
 
     vocab: int = Field(1024, ge=1)
     """Token ids; id `t` belongs to topic `t % num_topics`."""
@@ -29,7 +29,7 @@ class MoEConfig(Options):
     """Clusters of token embeddings. Tokens of one topic tend to choose the same experts."""
 
     topic_strength: float = Field(2.0, ge=0)
-    """How far apart the topics are, in standard deviations of the tokens within one."""
+    """Distance between topics, in standard deviations of the tokens within a topic."""
 
     hidden: int = Field(64, ge=1)
     """Size of the residual stream."""
@@ -51,7 +51,7 @@ class MoEConfig(Options):
 
 
 def expert_tensors(config: MoEConfig, layer: int, expert: int) -> list[torch.Tensor]:
-    """The weights of one logical expert, from (seed, layer, expert) alone, so that any rank can make them.
+    """The weights of one logical expert: a function of (seed, layer, expert), the same on every rank.
 
     Returns:
         gate [expert_hidden, hidden], up [expert_hidden, hidden], down [hidden, expert_hidden], scale [].
@@ -64,17 +64,16 @@ def expert_tensors(config: MoEConfig, layer: int, expert: int) -> list[torch.Ten
 
 
 class MoEModel:
-    """One rank's part of the model. All ranks construct it, and call `forward` and `step`, together.
+    """One rank's part of the model. All ranks must construct it, call `forward` and call `step` together.
 
     Args:
         config: shape and seed.
-        topology: ranks and slots; None is one rank that holds each expert once, without communication:
-            the reference for all others.
-        placement: where the experts start; None is the default order.
-        options: of the rebalancer.
-        planner: of its planner.
-        group: process group; None is the default group (for a `topology` of one rank: none).
-        device: where the weights are. Token ids and logits too.
+        topology: ranks and slots. None: one rank with one slot for each expert, the reference for tests.
+        placement: initial placement; by default `Placement.default`.
+        options: options of the rebalancer.
+        planner: options of the planner.
+        group: process group; None is the default group, or none for a topology of one rank.
+        device: device of weights, token ids and logits.
     """
 
     def __init__(
@@ -102,7 +101,7 @@ class MoEModel:
         ]
         self.head = (torch.randn(config.vocab, h, generator=generator) * h**-0.5).to(device)
 
-        # (1) Load the experts where the placement wants them, and register all that belongs to one.
+        # (1) Load the experts of this rank's slots, and register all tensors of an expert.
         rank = dist.get_rank(group) if self.topology.num_ranks > 1 else 0
         start = placement or Placement.default(config.num_layers, logical, self.topology.num_slots)
         here = start.physical_to_logical[:, self.topology.slots_of_rank(rank)].tolist()
@@ -123,9 +122,14 @@ class MoEModel:
 
     @torch.inference_mode()
     def forward(self, tokens: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits, float32 [tokens, vocab], of this rank's token ids, int64 [tokens].
+        """Compute the logits of this rank's tokens. Ranks may have different numbers of tokens, 0 or more.
 
-        `valid`, bool [tokens], is False for padding. Ranks may have different numbers of tokens, also none.
+        Args:
+            tokens: int64 [tokens], token ids.
+            valid: bool [tokens], False for padding; None: no padding.
+
+        Returns:
+            float32 [tokens, vocab].
         """
         x = self.embedding[tokens]
         for layer in range(self.config.num_layers):
@@ -133,11 +137,11 @@ class MoEModel:
         return F.linear(_norm(x), self.head)
 
     def step(self, is_dummy: bool = False) -> RebalanceReport | None:
-        """(5) End a forward step: a report whenever the rebalancer ran. `is_dummy`: the rank had no work."""
+        """(5) End a forward step. Returns a report after a rebalance; `is_dummy`: a step without work."""
         return self.rebalancer.step(is_dummy)
 
     def wrong_slots(self) -> int:
-        """How many of this rank's slots hold other weights than the placement in force says, to the bit."""
+        """Number of this rank's slots whose weights are not bit-identical to those of the placement."""
         slots = self.topology.slots_of_rank(self.rebalancer.rank)
         wrong = 0
         for layer, experts in enumerate(self.rebalancer.placement.physical_to_logical[:, slots].tolist()):
@@ -153,12 +157,12 @@ class MoEModel:
         weight, expert_ids = F.linear(x, self.routers[layer]).softmax(-1).topk(top_k)
         weight = weight / weight.sum(-1, keepdim=True)
 
-        # (2) Tell the rebalancer what the router chose, as logical experts.
+        # (2) Record the choices of the router, as logical experts.
         self.rebalancer.record(layer, expert_ids, valid)
-        # (3) Ask it which replica each token goes to.
+        # (3) Dispatch: get the replica of each token.
         slots = self.rebalancer.physical(layer, expert_ids).flatten()
 
-        # Dispatch: rows sorted by slot are sorted by rank too.
+        # Rows sorted by slot are sorted by rank too.
         slots, order = slots.sort(stable=True)
         rows = x[order // top_k]
         sent = torch.bincount(slots, minlength=self.topology.num_slots).view(self.topology.num_ranks, -1)
@@ -166,22 +170,22 @@ class MoEModel:
         to_rank, from_rank = sent.sum(1).tolist(), received.sum(1).tolist()
         rows = self._exchange(rows, to_rank, from_rank)
 
-        # Rows arrive by source rank, then slot; the experts want them by slot.
+        # Rows arrive sorted by source rank, then slot; the experts need them by slot.
         each = torch.arange(received.shape[1], device=x.device).repeat(received.shape[0])
         slot = each.repeat_interleave(received.flatten())
         by_slot = slot.argsort(stable=True)
         out = torch.empty_like(rows)
         out[by_slot] = self._run_experts(layer, rows[by_slot], received.sum(0).tolist())
 
-        # Combine: back to the ranks that the rows came from, then weighted sums.
+        # Combine: send the rows back to their source ranks, then sum with weights.
         back = self._exchange(out, from_rank, to_rank)
         result = torch.empty_like(back)
         result[order] = back
         return (result.view(-1, top_k, x.shape[1]) * weight.unsqueeze(-1)).sum(1)
 
     def _run_experts(self, layer: int, rows: torch.Tensor, counts: list[int]) -> torch.Tensor:
-        """SwiGLU of each slot's expert on its rows; `counts` rows per slot of this rank, in order."""
-        # (4) Nothing to do: a rebalance writes new weights into these very tensors.
+        """SwiGLU of each slot's expert; `rows` are sorted by slot, `counts[i]` of them for slot `i`."""
+        # (4) Nothing to do: a rebalance writes new weights into these tensors.
         gate, up, down, scale = self.experts[layer]
         outs = [
             F.linear(F.silu(F.linear(x, gate[i])) * F.linear(x, up[i]), down[i]) * scale[i]
@@ -192,7 +196,7 @@ class MoEModel:
     def _exchange(
         self, rows: torch.Tensor, to_rank: list[int] | None, from_rank: list[int] | None
     ) -> torch.Tensor:
-        """All-to-all of rows sorted by rank, given how many go to and come from each (None: equally many)."""
+        """All-to-all of rows sorted by rank; row counts to and from each rank, None for equal counts."""
         if self.topology.num_ranks == 1:
             return rows
         num_rows = rows.shape[0] if from_rank is None else sum(from_rank)
@@ -206,10 +210,10 @@ def _norm(x: torch.Tensor) -> torch.Tensor:
 
 
 def _stack(experts: list[list[torch.Tensor]], device: torch.device | str) -> list[torch.Tensor]:
-    """Per tensor of an expert: [slots on this rank, ...]."""
+    """Stack each tensor of the experts: [slots on this rank, ...]."""
     return [torch.stack(parts).to(device) for parts in zip(*experts, strict=True)]
 
 
 def _generator(config: MoEConfig, stream: int) -> torch.Generator:
-    # Multiplied apart, so that neighbouring seeds do not share streams.
+    # The factor keeps the streams of neighbouring seeds disjoint.
     return torch.Generator().manual_seed(config.seed * 1_000_003 + stream)

@@ -19,7 +19,6 @@ from typer.testing import CliRunner
 
 import eplb_plugin
 from eplb_plugin.cli import app, arguments, console, main
-from eplb_plugin.cli.demo import command as demo_module
 from eplb_plugin.cli.loading import load_for
 from eplb_plugin.config.sources import Settings, load_settings
 from eplb_plugin.core.errors import ConfigError, TraceError
@@ -119,12 +118,10 @@ def test_the_price_of_moves_can_be_given(load_file):
 
 def test_every_default_is_in_the_help():
     commands = typer.main.get_command(app).commands
-    for command, places in {
-        **dict.fromkeys(["simulate", "plan", "report", "advise", "convert"], arguments.SETTINGS),
-        "demo": demo_module.SETTINGS,
-    }.items():
+    for command in ("simulate", "plan", "report", "advise", "convert", "demo"):
         for parameter in commands[command].params:
-            section, _, option = places.get(parameter.name, "").partition(".")
+            place = arguments.setting_of(parameter.name, "demo" if command == "demo" else "simulate")
+            section, _, option = (place or "").partition(".")
             # Those that a command has its own default for say it in words.
             if not section or "default)" in parameter.help or parameter.name in ("interval", "metrics_port"):
                 continue

@@ -22,7 +22,7 @@ from eplb_plugin.cli.demo import ranks as ranks_module
 from eplb_plugin.cli.demo import serving
 from eplb_plugin.cli.demo.outcome import DemoOutcome, DemoTally, IntervalOutcome
 from eplb_plugin.cli.demo.ranks import RankError, run_ranks
-from eplb_plugin.cli.demo.serving import IntervalRecord, compare_outputs
+from eplb_plugin.cli.demo.serving import Comparison, IntervalRecord, compare_outputs
 from eplb_plugin.config.options import DemoOptions
 from eplb_plugin.config.sources import Settings
 from eplb_plugin.core.errors import TopologyError, TraceError
@@ -54,9 +54,9 @@ def test_the_demo_balances_and_changes_no_output(planning, mode):
     )
     outcome = demo_module.run_demo(settings, quiet())
     assert outcome.outputs_equal
-    assert outcome.wrong == outcome.wrong_slots == 0
-    assert outcome.tokens == 2 * 12 * 64
-    assert outcome.difference < 1e-4
+    assert outcome.compared.wrong == outcome.wrong_slots == 0
+    assert outcome.compared.tokens == 2 * 12 * 64
+    assert outcome.compared.difference < 1e-4
     # In the background it may come too late for the few steps there are.
     assert outcome.balancedness >= outcome.balancedness_static
     assert outcome.balancedness > outcome.balancedness_static or mode == "async"
@@ -85,7 +85,7 @@ def test_the_check_fails_when_a_map_is_switched_without_its_weights(monkeypatch)
     settings = Settings(demo=DemoOptions(**SMALL), rebalancer={"mode": "sync"})
     outcome = demo_module.run_demo(settings, quiet())
     assert not outcome.outputs_equal
-    assert outcome.wrong > 0.1 * outcome.tokens
+    assert outcome.compared.wrong > 0.1 * outcome.compared.tokens
     assert outcome.wrong_slots > 0
     assert "OUTPUTS DIFFER" in outcome.summary()
 
@@ -109,7 +109,7 @@ def outcome_of(**changes):
     skipped = replace(report, skipped=True, moves=0, bytes_moved=0, transfer_seconds=0, commit_seconds=0)
     second = IntervalOutcome(4, 4, 0.9, 0.6, skipped)
     third = IntervalOutcome(8, 2, 0.6, 0.3, None)
-    outcome = DemoOutcome((first, second, third), tokens=100, wrong=0, ties=0, difference=0.0, wrong_slots=0)
+    outcome = DemoOutcome((first, second, third), Comparison(tokens=100), wrong_slots=0)
     return replace(outcome, **changes)
 
 
@@ -134,7 +134,7 @@ def test_a_run_of_one_interval_is_scored_on_it():
     ("changes", "exit_code", "text"),
     [
         ({}, 0, "outputs equal on all 100 tokens"),
-        ({"wrong": 7}, 1, "OUTPUTS DIFFER on 7 of 100 tokens"),
+        ({"compared": Comparison(100, wrong=7)}, 1, "OUTPUTS DIFFER on 7 of 100 tokens"),
         ({"wrong_slots": 1}, 1, "1 slots wrong"),
     ],
 )
@@ -203,17 +203,17 @@ def test_wrong_outputs_are_counted():
 
 
 def record(interval, rows, **changes):
-    values = {"tokens": 10, "wrong": 0, "ties": 0, "difference": 0.0, "reports": (), "wrong_slots": 0}
+    values = {"compared": Comparison(10), "reports": (), "wrong_slots": 0}
     rows = np.array(rows, np.int64)
     return IntervalRecord(interval=interval, rows=rows, rows_static=rows[::-1], **{**values, **changes})
 
 
 def test_records_of_ranks_are_put_together_in_any_order():
     tally = DemoTally(2)
-    tally.add(record(0, [[4, 0], [2, 2]], wrong=1, difference=0.5))
+    tally.add(record(0, [[4, 0], [2, 2]], compared=Comparison(10, wrong=1, difference=0.5)))
     # In the background a rebalance ends in the interval after the one whose end began it.
     report = replace(outcome_of().intervals[0].report, step=2)
-    tally.add(record(1, [[1, 1]], ties=2, reports=(report,)))
+    tally.add(record(1, [[1, 1]], compared=Comparison(10, ties=2), reports=(report,)))
     assert tally.intervals == ()
     tally.add(record(0, [[0, 4], [2, 2]], wrong_slots=3))
     (first,) = tally.intervals
@@ -226,8 +226,8 @@ def test_records_of_ranks_are_put_together_in_any_order():
     assert tally.intervals[0].report == replace(report, plan_seconds=0.7)
     assert tally.intervals[1].report is None
     outcome = tally.outcome()
-    assert (outcome.tokens, outcome.wrong, outcome.ties, outcome.wrong_slots) == (40, 1, 2, 3)
-    assert outcome.difference == 0.5
+    assert outcome.compared == Comparison(40, wrong=1, ties=2, difference=0.5)
+    assert outcome.wrong_slots == 3
 
 
 def _greet(rank, send, word):

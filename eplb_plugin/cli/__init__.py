@@ -1,4 +1,4 @@
-"""The command line: one file per command, and one way to fail."""
+"""The command line: one module for each command."""
 
 from .entry import app, main
 

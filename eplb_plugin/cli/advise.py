@@ -1,4 +1,4 @@
-"""`eplb-plugin advise`: is it worth it for this traffic, with how many redundant experts, how often?"""
+"""`eplb-plugin advise`: the gain of balancing for a load, and the best redundant experts and interval."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Annotated
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ..advisor.advice import Advice, Rated, busy_layers
@@ -25,7 +24,7 @@ from ..core.errors import ConfigError
 from ..offline.traces import LoadTrace
 from ..planning.warmup import warmup
 from . import arguments
-from .console import compiling, counted
+from .console import compiling, counted, progress_bar, size_of
 from .loading import load_for
 
 __all__ = ["advise"]
@@ -37,7 +36,7 @@ def advise(
     context: typer.Context,
     trace: arguments.Load,
     model: Annotated[
-        str | None, typer.Option(help="Model, for the size of its experts, such as deepseek-v3.")
+        str | None, typer.Option(help="Model with the size of its experts, such as deepseek-v3.")
     ] = None,
     expert_mb: Annotated[
         float | None, typer.Option(help="Size of one expert in MB, for other models.")
@@ -46,18 +45,21 @@ def advise(
     nodes: arguments.Nodes = None,
     groups: arguments.Groups = None,
     bandwidth: Annotated[
-        float, typer.Option(help="Of a GPU within its node, in GB/s each way (NVLink of H100: about 400).")
+        float,
+        typer.Option(help="GB/s of a GPU within its node, per direction (NVLink of H100: about 400)."),
     ] = 400.0,
     node_bandwidth: Annotated[
-        float, typer.Option(help="Of a GPU to other nodes, in GB/s each way (400 Gbit/s: about 45).")
+        float,
+        typer.Option(help="GB/s of a GPU to other nodes, per direction (400 Gbit/s: about 45)."),
     ] = 45.0,
     step_ms: Annotated[float, typer.Option(help="Duration of one engine step in milliseconds.")] = 40.0,
-    redundant: Annotated[list[int] | None, typer.Option(help="Redundant experts to try; repeat.")] = None,
+    redundant: Annotated[list[int] | None, typer.Option(help="Redundant experts to try; repeatable.")] = None,
     intervals: Annotated[
-        list[int] | None, typer.Option("--interval", help="Steps between rebalances to try; repeat.")
+        list[int] | None,
+        typer.Option("--interval", help="Steps between two rebalances to try; repeatable."),
     ] = None,
     prices: Annotated[
-        list[float] | None, typer.Option("--move-price", help="Prices of moves to try; repeat.")
+        list[float] | None, typer.Option("--move-price", help="Price of moves to try; repeatable.")
     ] = None,
     mode: arguments.Mode = None,
     batch: arguments.Batch = None,
@@ -69,12 +71,10 @@ def advise(
     config: arguments.Config = None,
     as_json: arguments.AsJson = False,
 ) -> None:
-    """Say whether balancing is worth it for this traffic, with which settings, and how sure that is."""
+    """Say whether balancing is worth it for a load, with which settings, and how reliable that is."""
     settings = arguments.settings_for(context)
     if settings.simulate.steps is None:
-        settings = settings.model_copy(
-            update={"simulate": settings.simulate.model_copy(update={"steps": _STEPS})}
-        )
+        settings = settings.replaced("simulate.steps", _STEPS)
     _check_above_zero(
         {
             "--expert-mb": expert_mb,
@@ -98,16 +98,8 @@ def advise(
     with compiling(errors, "loading the planner"):
         warmup()
     machine = _machine(settings, preset, expert_mb, bandwidth, node_bandwidth, step_ms)
-    bar = Progress(
-        TextColumn("trying settings"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=errors,
-        transient=True,
-    )
-    with bar:
-        task = bar.add_task("", total=None)
+    with progress_bar(errors) as bar:
+        task = bar.add_task("trying settings", total=None)
         advice = sweep(
             load,
             machine,
@@ -128,29 +120,22 @@ def advise(
     for line in said:
         console.print(line, highlight=False)
     if as_json:
-        content = {"worth_it": is_worth_it(advice), "safe": advice.back_test.safe, "said": said}
-        print(json.dumps({**content, **asdict_advice(advice)}))
-
-
-def asdict_advice(advice: Advice) -> dict[str, object]:
-    """The advice as plain data."""
-
-    def plain(item: Rated) -> dict[str, object]:
-        return {
-            **asdict(item.setting),
-            **item.trial.model_dump(),
-            **asdict(item.cost),
-            "speedup": item.speedup,
-            "net": item.net,
+        content = {
+            "worth_it": is_worth_it(advice),
+            "safe": advice.back_test.safe,
+            "said": said,
+            "static": advice.static,
+            "best": _plain(advice.best),
+            "back_test": asdict(advice.back_test),
+            "tried": [_plain(item) for item in advice.rated],
+            "cached": advice.cached,
         }
+        print(json.dumps(content))
 
-    return {
-        "static": advice.static,
-        "best": plain(advice.best),
-        "back_test": asdict(advice.back_test),
-        "tried": [plain(item) for item in advice.rated],
-        "cached": advice.cached,
-    }
+
+def _plain(item: Rated) -> dict[str, object]:
+    gains = {"speedup": item.speedup, "net": item.net}
+    return {**asdict(item.setting), **item.trial.model_dump(), **asdict(item.cost), **gains}
 
 
 def _check_above_zero(given: Mapping[str, float | None]) -> None:
@@ -160,7 +145,7 @@ def _check_above_zero(given: Mapping[str, float | None]) -> None:
 
 
 def _preset(trace: str, model: str | None, expert_mb: float | None) -> ModelPreset | None:
-    """The model asked for, or the one that a traffic profile is called after."""
+    """The model of the option, or of the traffic profile; None with `--expert-mb`."""
     if model is not None and expert_mb is not None:
         raise ConfigError(f"--model {model} and --expert-mb {expert_mb:g} both give the size of an expert")
     if model is not None:
@@ -205,13 +190,12 @@ def _machine(
 
 def _table(load: LoadTrace, machine: Machine, advice: Advice) -> Table:
     table = Table(
-        title=f"{load.name}: {counted(load.num_steps, 'step')}, {counted(load.num_layers, 'layer')}, "
-        f"{counted(load.num_experts, 'expert')} of {machine.bytes_per_expert / 1e6:.1f} MB on "
+        title=f"{load.name}: {size_of(load)} of {machine.bytes_per_expert / 1e6:.1f} MB on "
         f"{counted(machine.ranks, 'rank')}",
-        caption=f"balancedness: on steps that planning had not seen; without balancing {advice.static:.3f}. "
-        "speed-up: of the MoE layers against that. links: share of the time in which the busiest rank's "
-        f"links carry weights, at {1000 * machine.step_seconds:g} ms a step. memory: replicas, per rank."
-        + (f" {advice.cached} trials had been made before." if advice.cached else ""),
+        caption=f"balancedness: on the steps after each plan; without balancing {advice.static:.3f}. "
+        "speed-up: of the MoE layers, over no balancing. links: share of time with transfers on the busiest "
+        f"rank's links, at {1000 * machine.step_seconds:g} ms a step. memory: redundant experts, per rank."
+        + (f" {advice.cached} trials came from the cache." if advice.cached else ""),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),

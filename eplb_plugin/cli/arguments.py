@@ -1,14 +1,13 @@
-"""The options that several commands take: their help, and the setting that each one stands for."""
+"""Command-line options that several commands share. Help and default come from the settings."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated, Any
 
 import typer
 
+from ..config.options import Options
 from ..config.sources import Settings, load_settings
 from ..core.errors import ConfigError
 from ..offline.simulation import POLICIES
@@ -28,112 +27,110 @@ __all__ = [
     "Nodes",
     "Policies",
     "Ranks",
-    "SETTINGS",
     "Seed",
     "Slots",
     "Steps",
     "check_value",
     "option",
+    "setting_of",
     "settings_for",
 ]
 
+# Options that are not named after a setting of the command's own section.
+_OF_OTHER_SECTIONS = {
+    "interval": "rebalancer.interval",
+    "move_price": "planner.move_price",
+    "metrics_port": "metrics.port",
+}
+
+
+def option(place: str, *names: str, meaning: str | None = None) -> Any:
+    """The command-line option of the setting `place` (`section.option`).
+
+    Args:
+        place: the setting with the help and the default.
+        names: flags, if not the name of the parameter.
+        meaning: another help text.
+    """
+    model, name = _model_of(place)
+    field = model.model_fields[name]
+    shown = ", ".join(field.default) if isinstance(field.default, tuple) else str(field.default)
+    told = " ".join((meaning or field.description or "").split())
+    return typer.Option(*names, help=told, show_default=False if field.default is None else shown)
+
+
+def _model_of(place: str) -> tuple[type[Options], str]:
+    section, _, name = place.partition(".")
+    return type(Settings.model_fields[section].default), name
+
+
 Load = Annotated[
     str,
-    typer.Argument(
-        help=f"A recorded load of any format, a token trace, or generated traffic: {', '.join(PROFILES)}."
-    ),
+    typer.Argument(help=f"Recorded load of any format, token trace, or profile: {', '.join(PROFILES)}."),
 ]
-
-
-def option(place: str, meaning: str, *names: str) -> Any:
-    """A command's option for the setting `place` (`section.option`), whose default its help shows."""
-    section, _, setting = place.partition(".")
-    default = getattr(Settings.model_fields[section].default, setting)
-    shown = ", ".join(default) if isinstance(default, tuple) else str(default)
-    return typer.Option(*names, help=meaning, show_default=False if default is None else shown)
-
-
-Ranks = Annotated[int | None, option("simulate.ranks", "Ranks (GPUs) of the expert-parallel group.")]
-Slots = Annotated[
-    int | None, option("simulate.slots", "Physical experts over all ranks; unset: one spare slot per rank.")
-]
-Nodes = Annotated[int | None, option("simulate.nodes", "Nodes that the ranks are spread over.")]
-Groups = Annotated[int | None, option("simulate.groups", "Groups of experts per layer.")]
+Ranks = Annotated[int | None, option("simulate.ranks")]
+Slots = Annotated[int | None, option("simulate.slots")]
+Nodes = Annotated[int | None, option("simulate.nodes")]
+Groups = Annotated[int | None, option("simulate.groups")]
 Interval = Annotated[
-    int | None, option("rebalancer.interval", "Steps between two rebalances; fewer for a short load.")
+    int | None,
+    option("rebalancer.interval", meaning="Steps between two rebalances; fewer for a short load."),
 ]
 MovePrice = Annotated[
     float | None,
-    option("planner.move_price", "Minimum gain of each transfer, as a share of the mean slot load; 0: free."),
+    option(
+        "planner.move_price",
+        meaning="Minimum gain of each transfer, as a share of the mean slot load; 0: free.",
+    ),
 ]
 Policies = Annotated[
     list[str] | None,
-    option("simulate.policies", f"Repeat to compare several of: {', '.join(POLICIES)}.", "--policy"),
+    option("simulate.policies", "--policy", meaning=f"Policy to replay; repeatable: {', '.join(POLICIES)}."),
 ]
-Mode = Annotated[str | None, option("simulate.mode", "Token traces: decode or prefill.")]
-Batch = Annotated[int | None, option("simulate.batch", "Decode: requests in flight.")]
-MaxTokens = Annotated[int | None, option("simulate.max_tokens", "Prefill: most tokens of one step.")]
-Steps = Annotated[
-    int | None, option("simulate.steps", "Decode and generated traffic: steps; unset: eight intervals.")
-]
-Drift = Annotated[
-    float | None,
-    option("simulate.drift", "Decode and generated traffic: how strongly the mix of topics changes."),
-]
-Seed = Annotated[int | None, option("simulate.seed", "Decode and generated traffic: seed of all draws.")]
+Mode = Annotated[str | None, option("simulate.mode")]
+Batch = Annotated[int | None, option("simulate.batch")]
+MaxTokens = Annotated[int | None, option("simulate.max_tokens")]
+Steps = Annotated[int | None, option("simulate.steps")]
+Drift = Annotated[float | None, option("simulate.drift")]
+Seed = Annotated[int | None, option("simulate.seed")]
 Config = Annotated[Path | None, typer.Option(help="YAML file with options.")]
 AsJson = Annotated[bool, typer.Option("--json", help="End with one line of JSON.")]
 
-SETTINGS: Mapping[str, str] = MappingProxyType(
-    {"interval": "rebalancer.interval", "move_price": "planner.move_price"}
-    | {
-        name: f"simulate.{name}"
-        for name in (
-            "ranks",
-            "slots",
-            "nodes",
-            "groups",
-            "policies",
-            "mode",
-            "batch",
-            "max_tokens",
-            "steps",
-            "drift",
-            "seed",
-        )
-    }
-)
-"""The setting that each option of these names stands for, in every command but the demo."""
+
+def setting_of(parameter: str, section: str) -> str | None:
+    """The setting (`section.option`) of a parameter of a command with options of `section`, if any."""
+    model, _ = _model_of(section)
+    return f"{section}.{parameter}" if parameter in model.model_fields else _OF_OTHER_SECTIONS.get(parameter)
 
 
-def settings_for(context: typer.Context, places: Mapping[str, str] = SETTINGS) -> Settings:
-    """The settings of the file and the environment, under what was given on the command line.
+def settings_for(context: typer.Context, section: str = "simulate") -> Settings:
+    """The settings of the file, the environment and the command line.
 
     Args:
-        context: of a command, whose parameters are options of the names in `places`, or its own affair.
-        places: the setting that each option stands for.
+        context: context of a command.
+        section: the section of options of the same name.
 
     Raises:
         ConfigError: an unknown option or a wrong value.
     """
-    flags = {parameter.name: parameter.opts[0] for parameter in context.command.params}
-    given = {name: value for name, value in context.params.items() if name in places}
-    # An option that may be repeated, and was not given at all, is an empty list.
-    given = {name: value for name, value in given.items() if value not in (None, [], ())}
-    for name, value in given.items():
-        check_value(flags[name], places[name], value)
-    return load_settings(context.params["config"], {places[name]: value for name, value in given.items()})
+    given = {}
+    for parameter in context.command.params:
+        place, value = setting_of(parameter.name or "", section), context.params.get(parameter.name or "")
+        # A repeatable option that is not given is an empty list.
+        if place is not None and value not in (None, [], ()):
+            check_value(parameter.opts[0], place, value)
+            given[place] = value
+    return load_settings(context.params["config"], given)
 
 
 def check_value(flag: str, place: str, value: object) -> None:
-    """Check what was typed for an option against the setting that it stands for.
+    """Validate the value of a command-line option by the setting `place`.
 
     Raises:
-        ConfigError: it is outside the range of the setting; names the option as typed.
+        ConfigError: the value is out of range; names the flag.
     """
-    section, _, setting = place.partition(".")
-    model = type(Settings.model_fields[section].default)
+    model, name = _model_of(place)
     try:
-        model(**{setting: value})
+        model(**{name: value})
     except ConfigError as error:
-        raise ConfigError(f"{flag}: {str(error).removeprefix(f'{model.__name__}: {setting}: ')}") from None
+        raise ConfigError(f"{flag}: {str(error).removeprefix(f'{model.__name__}: {name}: ')}") from None

@@ -1,4 +1,4 @@
-"""Output that several commands share: counted words, and a sign of life while kernels are compiled."""
+"""Output of several commands: counted words, the size of a load, progress, the wait for compilation."""
 
 from __future__ import annotations
 
@@ -7,23 +7,44 @@ from contextlib import contextmanager
 from threading import Timer
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-__all__ = ["compiling", "counted"]
+from ..offline.traces import LoadTrace
+
+__all__ = ["compiling", "counted", "progress_bar", "size_of"]
 
 _PATIENCE = 5.0
-"""Seconds of silence before the line on an output that is no terminal."""
+"""Seconds until the line on an output without a terminal."""
 
 
 def counted(number: int, word: str) -> str:
-    """`1 step`, `2 steps`; for words whose plural ends in s."""
+    """`1 step`, `2 steps`; the plural must end in s."""
     return f"{number} {word}{'' if number == 1 else 's'}"
+
+
+def size_of(load: LoadTrace) -> str:
+    """For example `40 steps, 2 layers, 32 experts`."""
+    counts = {"step": load.num_steps, "layer": load.num_layers, "expert": load.num_experts}
+    return ", ".join(counted(number, word) for word, number in counts.items())
+
+
+def progress_bar(console: Console) -> Progress:
+    """A progress bar with a description, done of all, and the time; it disappears at the end."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+    )
 
 
 @contextmanager
 def compiling(console: Console, doing: str) -> Iterator[None]:
-    """Show progress while the block loads the planner, which is compiled the first time: over a minute.
+    """Tell the user about the first compilation of the planner, which takes over a minute.
 
-    A terminal shows a status at once. Any other output gets one line, and only after `_PATIENCE` seconds.
+    A terminal shows a status at once. Another output gets one line, after `_PATIENCE` seconds.
 
     Args:
         console: of standard error.

@@ -1,4 +1,4 @@
-"""The commands put together, and how errors of the package reach the user."""
+"""The command-line program: its commands, and errors of the package as one line."""
 
 from __future__ import annotations
 
@@ -26,13 +26,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command()(demo)
-app.command()(simulate)
-app.command()(plan)
-app.command()(advise)
-app.command()(report)
-app.command()(doctor)
-app.command()(convert)
+for command in (demo, simulate, plan, advise, report, doctor, convert):
+    app.command()(command)
 
 
 def _version(asked: bool) -> None:
@@ -47,11 +42,11 @@ def _root(
         bool, typer.Option("--version", help="Show the version and exit.", callback=_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Keeps the commands named, however many there are."""
+    """Has the option `--version`."""
 
 
 def main() -> None:
-    """The entry point `eplb-plugin`. Errors of the package become one line and exit code 2."""
+    """Entry point `eplb-plugin`. An error of the package is one line and exit code 2."""
     try:
         app()
     except EplbError as error:

@@ -1,9 +1,10 @@
-"""The load that a command works on, and the interval and the slots that suit it where none are given."""
+"""The load of a command, and the interval and topology for it."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from ..config.options import SimulateOptions
 from ..config.sources import COMMAND_LINE, Settings
@@ -12,13 +13,13 @@ from ..core.topology import Topology
 from ..formats.loads import LOAD_FORMATS, read_trace
 from ..offline.synthetic_traffic import PROFILES, generate
 from ..offline.token_replay import fold_decode, fold_prefill
-from ..offline.traces import LoadTrace
+from ..offline.traces import LoadTrace, TokenTrace
 from .console import counted
 
-__all__ = ["fit_interval", "load_for", "topology_for", "with_interval"]
+__all__ = ["fit_interval", "load_for", "topology_for"]
 
 _INTERVALS = 8
-"""Intervals of traffic that is made, and at least those of a load whose interval is chosen for it."""
+"""Intervals of generated traffic, and minimum number of intervals with a fitted interval."""
 
 _GENERATED, _RECORDED = "generated traffic", "a recorded load"
 _DECODE, _PREFILL = "a token trace in decode mode", "a token trace in prefill mode"
@@ -31,52 +32,46 @@ _USED_FOR = {
 
 
 def load_for(source: str, settings: Settings, *, alone: bool = True) -> LoadTrace:
-    """The load that `source`, a file or the name of a traffic profile, stands for.
+    """Read the load of a file, or generate that of a traffic profile.
 
     Args:
         source: a path, or a name of `PROFILES`.
-        settings: their section `simulate` says how tokens and profiles become steps.
-        alone: whether the options are for this source only, so that one on the command line which is of no
-            use for it has to be a mistake.
+        settings: the section `simulate` has the replay of tokens and profiles.
+        alone: whether `source` is the only one of the command. Then an unused option on the command line
+            is an error.
 
     Raises:
-        TraceError: there is no such file or profile, it is not a trace, or it holds no tokens.
-        ConfigError: an option that is of no use for it.
+        TraceError: the file is missing, malformed or without tokens, or the profile is unknown.
+        ConfigError: an unused option.
     """
     options = settings.simulate
     steps = options.steps or _INTERVALS * settings.rebalancer.interval
-    if source in PROFILES:
-        _refuse_unused(source, _GENERATED, settings, alone)
-        return generate(
-            source,
-            steps=steps,
-            tokens_per_step=options.tokens_per_step,
-            topics=options.topics,
-            drift=options.drift,
-            period=options.period,
-            seed=options.seed,
-        )
-    _check_there(source)
-    trace = read_trace(source)
-    if isinstance(trace, LoadTrace):
-        _refuse_unused(source, _RECORDED, settings, alone)
-        if not bool(trace.load.any()):
-            raise TraceError(f"{trace.name}: holds no load: all {trace.load.numel()} values are 0")
-        return trace
-    if options.mode == "prefill":
-        _refuse_unused(source, _PREFILL, settings, alone)
-        return fold_prefill(trace, options.max_tokens)
-    _refuse_unused(source, _DECODE, settings, alone)
-    return fold_decode(
-        trace, options.batch, steps=steps, drift=options.drift, period=options.period, seed=options.seed
-    )
+    trace = None if source in PROFILES else _read(source)
+    if trace is None:
+        kind = _GENERATED
+    elif isinstance(trace, LoadTrace):
+        kind = _RECORDED
+    else:
+        kind = _PREFILL if options.mode == "prefill" else _DECODE
+    if alone:
+        _refuse_unused(source, kind, settings)
+    mix: Any = {"steps": steps, "drift": options.drift, "period": options.period, "seed": options.seed}
+    if trace is None:
+        return generate(source, tokens_per_step=options.tokens_per_step, topics=options.topics, **mix)
+    if isinstance(trace, TokenTrace):
+        if kind == _PREFILL:
+            return fold_prefill(trace, options.max_tokens)
+        return fold_decode(trace, options.batch, **mix)
+    if not bool(trace.load.any()):
+        raise TraceError(f"{trace.name}: holds no load: all {trace.load.numel()} values are 0")
+    return trace
 
 
 def fit_interval(settings: Settings, load: LoadTrace) -> Settings:
-    """The settings, with an interval that leaves several to score of a short load, unless one is configured.
+    """Shorten the default interval for a short load, so that it has eight; a configured one stays.
 
     Raises:
-        TraceError: the load is not longer than one interval.
+        TraceError: the load has at most one interval.
     """
     interval, origin = settings.rebalancer.interval, settings.origins.get("rebalancer.interval")
     if origin is None:
@@ -88,20 +83,14 @@ def fit_interval(settings: Settings, load: LoadTrace) -> Settings:
         option = f"rebalancer.interval={interval} ({origin})"
         option = f"--interval {interval}" if origin == COMMAND_LINE else option
         raise TraceError(f"{has}: with {option} none are left to score")
-    return with_interval(settings, interval)
-
-
-def with_interval(settings: Settings, interval: int) -> Settings:
-    """The settings with another `rebalancer.interval`."""
-    rebalancer = settings.rebalancer.model_copy(update={"interval": interval})
-    return settings.model_copy(update={"rebalancer": rebalancer})
+    return settings.replaced("rebalancer.interval", interval)
 
 
 def topology_for(load: LoadTrace, options: SimulateOptions) -> Topology:
-    """The topology that the options describe; without `slots`, one spare slot per rank.
+    """The topology of the options; without `slots`, there is one spare slot per rank.
 
     Raises:
-        TopologyError: the numbers do not fit together, or there are more experts than slots.
+        TopologyError: the numbers contradict each other, or there are more experts than slots.
     """
     slots = options.slots or (-(-load.num_experts // options.ranks) + 1) * options.ranks
     topology = Topology(
@@ -111,20 +100,19 @@ def topology_for(load: LoadTrace, options: SimulateOptions) -> Topology:
     return topology
 
 
-def _check_there(source: str) -> None:
-    """Tell a profile that is not known from a file that is not there."""
+def _read(source: str) -> LoadTrace | TokenTrace:
     if not source:
         raise TraceError(f"the name of the load is empty; give a file, or one of {', '.join(PROFILES)}")
     suffixes = {item.suffix for item in LOAD_FORMATS.values() if item.suffix}
     looks_like_a_file = os.sep in source or Path(source).suffix.lower() in suffixes
     if not looks_like_a_file and not os.path.exists(source):
         raise TraceError(f"{source}: no such file, and no traffic profile; there are {', '.join(PROFILES)}")
+    return read_trace(source)
 
 
-def _refuse_unused(source: str, kind: str, settings: Settings, alone: bool) -> None:
+def _refuse_unused(source: str, kind: str, settings: Settings) -> None:
     for option, kinds in _USED_FOR.items():
-        given = settings.origins.get(f"simulate.{option}") == COMMAND_LINE
-        if given and alone and kind not in kinds:
+        if settings.origins.get(f"simulate.{option}") == COMMAND_LINE and kind not in kinds:
             raise ConfigError(
                 f"--{option.replace('_', '-')} is of no use for {source}, {kind}; it is for "
                 f"{' or '.join(kinds)}"

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from ..core.errors import TraceError
 from ..core.safe_files import check_output
@@ -18,8 +17,8 @@ from ..report.page import picture_set, write_page
 from ..report.replay import replay
 from ..report.style import picture
 from . import arguments
-from .console import compiling
-from .loading import fit_interval, load_for, topology_for, with_interval
+from .console import compiling, progress_bar
+from .loading import fit_interval, load_for, topology_for
 
 __all__ = ["report"]
 
@@ -50,7 +49,7 @@ def report(
     """Write an HTML file with pictures of recorded loads before and after balancing."""
     settings = arguments.settings_for(context)
     if "rebalancer.interval" not in settings.origins:
-        settings = with_interval(settings, _INTERVAL)
+        settings = settings.replaced("rebalancer.interval", _INTERVAL)
     for name in settings.simulate.policies:
         policy_setup(name, settings.planner)
     check_output(output)
@@ -60,8 +59,7 @@ def report(
         pass  # an early error if matplotlib is missing
     errors = Console(stderr=True)
     sections = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=errors, transient=True) as bar:
+    with progress_bar(errors) as bar:
         for source in traces:
             task = bar.add_task(f"{source}: reading", total=None)
             load = load_for(source, settings, alone=len(traces) == 1)

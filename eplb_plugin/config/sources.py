@@ -62,6 +62,12 @@ class Settings(Options):
 
     _origins: Mapping[str, str] = PrivateAttr(default_factory=dict)
 
+    def replaced(self, place: str, value: Any) -> Settings:
+        """A copy with another value of `section.option`, not validated; its origin stays."""
+        section, _, option = place.partition(".")
+        options = getattr(self, section).model_copy(update={option: value})
+        return self.model_copy(update={section: options})
+
     @property
     def origins(self) -> Mapping[str, str]:
         """Origin of each option that is set, by `section.option`."""

@@ -1,10 +1,8 @@
-"""`eplb-plugin demo`: the whole loop on real processes, checked against the model that never rebalances."""
+"""`eplb-plugin demo`: the online loop on real processes, checked against the same model without it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Annotated
 
 import numpy as np
@@ -13,7 +11,6 @@ import typer
 from rich import box
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ...config.options import DemoOptions
@@ -26,62 +23,37 @@ from ...offline.token_replay import category_mix, decode_schedule
 from ...offline.traces import LoadTrace
 from ...planning.warmup import warmup
 from ..arguments import AsJson, Config, option, settings_for
-from ..console import compiling, counted
+from ..console import compiling, counted, progress_bar
 from .outcome import DemoOutcome, DemoTally, IntervalOutcome
 from .ranks import RankError, run_ranks
 from .serving import IntervalRecord, MetricsReady, StepDone, model_config, serve
 
-__all__ = ["SETTINGS", "demo", "run_demo"]
-
-
-SETTINGS: Mapping[str, str] = MappingProxyType(
-    {"metrics_port": "metrics.port"}
-    | {
-        name: f"demo.{name}"
-        for name in (
-            "ranks",
-            "layers",
-            "experts",
-            "slots",
-            "steps",
-            "tokens",
-            "interval",
-            "drift",
-            "trace",
-            "mode",
-            "seed",
-        )
-    }
-)
-"""The setting that each option stands for."""
+__all__ = ["demo", "run_demo"]
 
 
 def demo(
     context: typer.Context,
-    ranks: Annotated[int | None, option("demo.ranks", "Processes, one for each rank.")] = None,
-    layers: Annotated[int | None, option("demo.layers", "MoE layers of the model.")] = None,
-    experts: Annotated[int | None, option("demo.experts", "Logical experts per layer.")] = None,
-    slots: Annotated[int | None, option("demo.slots", "Physical experts over all ranks.")] = None,
-    steps: Annotated[int | None, option("demo.steps", "Batches that each rank serves.")] = None,
-    tokens: Annotated[int | None, option("demo.tokens", "Tokens of each batch, per rank.")] = None,
-    interval: Annotated[int | None, option("demo.interval", "Steps between two rebalances.")] = None,
-    drift: Annotated[float | None, option("demo.drift", "How strongly the mix of topics changes.")] = None,
-    trace: Annotated[
-        str | None, option("demo.trace", "Token trace whose categories of requests drive the topics.")
-    ] = None,
-    mode: Annotated[str | None, option("demo.mode", "With a trace: decode or prefill.")] = None,
-    seed: Annotated[int | None, option("demo.seed", "Seed of the model and of the traffic.")] = None,
+    ranks: Annotated[int | None, option("demo.ranks")] = None,
+    layers: Annotated[int | None, option("demo.layers")] = None,
+    experts: Annotated[int | None, option("demo.experts")] = None,
+    slots: Annotated[int | None, option("demo.slots")] = None,
+    steps: Annotated[int | None, option("demo.steps")] = None,
+    tokens: Annotated[int | None, option("demo.tokens")] = None,
+    interval: Annotated[int | None, option("demo.interval")] = None,
+    drift: Annotated[float | None, option("demo.drift")] = None,
+    trace: Annotated[str | None, option("demo.trace")] = None,
+    mode: Annotated[str | None, option("demo.mode")] = None,
+    seed: Annotated[int | None, option("demo.seed")] = None,
     metrics_port: Annotated[
-        int | None, typer.Option(help="Serve Prometheus metrics on this port meanwhile; unset: none.")
+        int | None, typer.Option(help="Port of Prometheus metrics; by default there are none.")
     ] = None,
     config: Config = None,
     as_json: AsJson = False,
 ) -> None:
-    """Serve a small MoE model on several processes, rebalance as its traffic drifts, check its outputs."""
-    settings = settings_for(context, SETTINGS)
+    """Serve a small MoE model on several processes, rebalance under drifting traffic, check its outputs."""
+    settings = settings_for(context, "demo")
     if metrics_port is not None:
-        metrics = settings.metrics.model_copy(update={"enabled": True})
-        settings = settings.model_copy(update={"metrics": metrics})
+        settings = settings.replaced("metrics.enabled", True)
     outcome = run_demo(settings, Console(stderr=True))
     console = Console()
     console.print(_table(settings.demo, outcome.intervals))
@@ -93,11 +65,11 @@ def demo(
 
 
 def run_demo(settings: Settings, console: Console) -> DemoOutcome:
-    """Run the demo, showing progress on `console`, and what was measured until then if a rank fails.
+    """Run the demo with progress on `console`. If a rank fails, `console` gets the table so far.
 
     Raises:
-        TraceError, TopologyError, ConfigError: options that do not fit together.
-        RankError: a rank raised or died, or no rank got any further for too long.
+        TraceError, TopologyError, ConfigError: the options contradict each other.
+        RankError: a rank raised or died, or no rank made progress within the time limit.
     """
     options = settings.demo
     Topology(num_ranks=options.ranks, num_slots=options.slots).check_experts(options.experts)
@@ -105,16 +77,14 @@ def run_demo(settings: Settings, console: Console) -> DemoOutcome:
         raise TopologyError(f"top_k={options.top_k} is above experts={options.experts}")
     mix = _mix(options)
     model_config(options, mix.shape[1])
-    # Steps of this model take milliseconds, so that rests would outlast the intervals.
+    # Steps of this model take milliseconds: throttled background work would outlast the intervals.
     rebalancer = settings.rebalancer.model_copy(
         update={"interval": options.interval, "background_share": 1.0}
     )
     with compiling(console, "loading the planner"):
         warmup()
-    bar = Progress(
-        TextColumn("serving"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeElapsedColumn()
-    )
-    task = bar.add_task("", total=options.steps)
+    bar = progress_bar(console)
+    task = bar.add_task("steps served", total=options.steps)
     tally = DemoTally(options.ranks)
     args = (options, settings.planner, rebalancer, settings.metrics, mix)
     try:
@@ -135,7 +105,7 @@ def run_demo(settings: Settings, console: Console) -> DemoOutcome:
 
 
 def _mix(options: DemoOptions) -> npt.NDArray[np.float64]:
-    """float64 [steps, topics]: the share of each topic at each step."""
+    """float64 [steps, topics]: share of each topic at each step."""
     if options.trace is None:
         rng = np.random.default_rng(options.seed)
         return topic_mix(options.steps, options.topics, drift=options.drift, period=options.period, rng=rng)
@@ -162,10 +132,10 @@ def _table(options: DemoOptions, intervals: tuple[IntervalOutcome, ...]) -> Tabl
         title=f"{counted(options.ranks, 'rank')}, {counted(options.layers, 'layer')}, "
         f"{counted(options.experts, 'expert')} in {counted(options.slots, 'slot')}, "
         f"{counted(options.ranks * options.tokens, 'token')} per step",
-        caption="static, balanced: balancedness (mean / max rows per rank) while\n"
-        "serving, never and regularly rebalanced. before, after: of the same\n"
+        caption="static, balanced: measured balancedness (mean / max rank load)\n"
+        "without and with rebalancing. before, after: balancedness of the same\n"
         "steps under the placement in force and under the new one.\n"
-        "moved: experts sent to a rank that did not hold them.",
+        "moved: transfers of one expert's weights.",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),

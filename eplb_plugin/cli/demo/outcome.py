@@ -1,4 +1,4 @@
-"""From what the ranks of the demo report to what it says in the end."""
+"""Outcome of the demo: the records of all ranks merged into intervals and a summary."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...runtime.rebalancer import RebalanceReport
-from .serving import IntervalRecord
+from .serving import Comparison, IntervalRecord
 
 __all__ = ["DemoOutcome", "DemoTally", "IntervalOutcome"]
 
@@ -20,12 +20,12 @@ class IntervalOutcome:
     """One interval over all ranks.
 
     Attributes:
-        first_step: its first step.
-        steps: its steps.
-        balancedness: measured, mean over its steps.
-        balancedness_static: the same of the model that is never rebalanced.
-        report: the rebalance that its end began, with the seconds of the slowest rank; None after the last
-            interval, and where one was still under way.
+        first_step: first step of the interval.
+        steps: number of steps.
+        balancedness: measured with rebalancing, mean over the steps.
+        balancedness_static: measured without rebalancing, mean over the steps.
+        report: rebalance at the end of the interval, with the times of the slowest rank; None after the last
+            interval, and while an earlier rebalance was running.
     """
 
     first_step: int
@@ -41,28 +41,22 @@ class DemoOutcome:
 
     Attributes:
         intervals: in time order.
-        tokens: tokens whose outputs were compared.
-        wrong: those that differed.
-        ties: those that differed, but whose router was undecided between two experts.
-        difference: largest difference between logits, apart from those.
-        wrong_slots: slots found with other weights than the placement says, over all intervals.
+        compared: outputs with and without rebalancing, compared.
+        wrong_slots: slots whose weights contradict the placement, summed over intervals.
     """
 
     intervals: tuple[IntervalOutcome, ...]
-    tokens: int
-    wrong: int
-    ties: int
-    difference: float
+    compared: Comparison
     wrong_slots: int
 
     @property
     def outputs_equal(self) -> bool:
-        """Whether the rebalanced model said what the other one said, and held the weights it should."""
-        return self.wrong == 0 and self.wrong_slots == 0
+        """Whether rebalancing changed no prediction, and every slot holds the weights of the placement."""
+        return self.compared.wrong == 0 and self.wrong_slots == 0
 
     @property
     def reports(self) -> tuple[RebalanceReport, ...]:
-        """All rebalances, also those that found nothing worth changing."""
+        """All rebalances, including those without moves."""
         return tuple(item.report for item in self.intervals if item.report is not None)
 
     @property
@@ -74,15 +68,15 @@ class DemoOutcome:
         return self._mean([item.balancedness_static for item in self.intervals])
 
     def as_dict(self) -> dict[str, Any]:
-        """What `--json` prints."""
+        """The JSON of `--json`."""
         reports = self.reports
         return {
             "outputs_equal": self.outputs_equal,
-            "tokens_compared": self.tokens,
-            "tokens_wrong": self.wrong,
-            "tokens_tied": self.ties,
+            "tokens_compared": self.compared.tokens,
+            "tokens_wrong": self.compared.wrong,
+            "tokens_tied": self.compared.ties,
             "slots_wrong": self.wrong_slots,
-            "largest_difference": self.difference,
+            "largest_difference": self.compared.difference,
             "balancedness": self.balancedness,
             "balancedness_static": self.balancedness_static,
             "rebalances": sum(not item.skipped for item in reports),
@@ -95,10 +89,10 @@ class DemoOutcome:
     def summary(self) -> str:
         """The run in one line."""
         values = self.as_dict()
-        if self.outputs_equal:
-            check = f"outputs equal on all {self.tokens} tokens"
-        else:
-            check = f"OUTPUTS DIFFER on {self.wrong} of {self.tokens} tokens, {self.wrong_slots} slots wrong"
+        check = f"outputs equal on all {self.compared.tokens} tokens"
+        if not self.outputs_equal:
+            wrong = f"{self.compared.wrong} of {self.compared.tokens} tokens"
+            check = f"OUTPUTS DIFFER on {wrong}, {self.wrong_slots} slots wrong"
         return (
             f"balancedness {values['balancedness']:.3f} against {values['balancedness_static']:.3f} without "
             f"rebalancing; {values['rebalances']} rebalances moved {values['moves']} experts "
@@ -107,43 +101,40 @@ class DemoOutcome:
         )
 
     def _mean(self, values: list[float]) -> float:
-        """Mean over steps. The first interval runs on the same placement either way, so it is left out."""
+        """Mean over steps without the first interval, which runs on the default placement in both models."""
         scored = range(min(1, len(values) - 1), len(values))
         steps = sum(self.intervals[index].steps for index in scored)
         return sum(values[index] * self.intervals[index].steps for index in scored) / steps
 
 
 class DemoTally:
-    """Puts the records of the ranks together as they arrive, in any order between ranks.
+    """Merges the records of the ranks, in any order between ranks.
 
     Args:
-        num_ranks: ranks that report.
+        num_ranks: ranks of the demo.
     """
 
     def __init__(self, num_ranks: int) -> None:
         self._num_ranks = num_ranks
         self._open: dict[int, list[IntervalRecord]] = defaultdict(list)
         self._intervals: list[IntervalOutcome] = []
-        self._tokens = self._wrong = self._ties = self._wrong_slots = 0
-        self._difference = 0.0
+        self._compared = Comparison()
+        self._wrong_slots = 0
 
     @property
     def intervals(self) -> tuple[IntervalOutcome, ...]:
-        """The intervals that all ranks have reported."""
+        """The intervals with records of all ranks."""
         return tuple(self._intervals)
 
     def add(self, record: IntervalRecord) -> None:
-        """Take in what one rank saw in one interval."""
-        self._tokens += record.tokens
-        self._wrong += record.wrong
-        self._ties += record.ties
+        """Add the record of one rank and interval."""
+        self._compared += record.compared
         self._wrong_slots += record.wrong_slots
-        self._difference = max(self._difference, record.difference)
         records = self._open[record.interval]
         records.append(record)
         if len(records) < self._num_ranks:
             return
-        # Every rank reports its intervals in order, so they are complete in order too.
+        # Each rank reports in order, so intervals are completed in order.
         del self._open[record.interval]
         first_step = sum(item.steps for item in self._intervals)
         self._intervals.append(
@@ -156,37 +147,22 @@ class DemoTally:
             )
         )
         for reports in zip(*(item.reports for item in records), strict=True):
-            self._attach(_slowest(reports))
-
-    def _attach(self, report: RebalanceReport) -> None:
-        """Show a rebalance with the interval whose end began it."""
-        for index, item in enumerate(self._intervals):
-            if item.first_step + item.steps == report.step:
-                self._intervals[index] = replace(item, report=report)
+            # A background rebalance ends after the interval at whose end it began.
+            for index, item in enumerate(self._intervals):
+                if item.first_step + item.steps == reports[0].step:
+                    self._intervals[index] = replace(item, report=_slowest(reports))
 
     def outcome(self) -> DemoOutcome:
         """The run so far."""
-        return DemoOutcome(
-            intervals=self.intervals,
-            tokens=self._tokens,
-            wrong=self._wrong,
-            ties=self._ties,
-            difference=self._difference,
-            wrong_slots=self._wrong_slots,
-        )
+        return DemoOutcome(self.intervals, self._compared, self._wrong_slots)
 
 
 def _slowest(reports: Sequence[RebalanceReport]) -> RebalanceReport:
-    """What the ranks tell of one rebalance, which differs in the seconds alone."""
-    return replace(
-        reports[0],
-        gather_seconds=max(report.gather_seconds for report in reports),
-        plan_seconds=max(report.plan_seconds for report in reports),
-        transfer_seconds=max(report.transfer_seconds for report in reports),
-        commit_seconds=max(report.commit_seconds for report in reports),
-    )
+    """The reports of all ranks on one rebalance, which differ in times only, with the longest times."""
+    times = ("gather_seconds", "plan_seconds", "transfer_seconds", "commit_seconds")
+    return replace(reports[0], **{name: max(getattr(item, name) for item in reports) for name in times})
 
 
 def _balancedness(rows: np.ndarray[Any, np.dtype[np.int64]]) -> float:
-    """Mean over steps of mean / max load; rows: [ranks, steps, layers], computed by each rank."""
+    """Mean over steps of the balancedness of `rows`: [ranks, steps, layers], rank loads."""
     return float((rows.mean(0).sum(1) / rows.max(0).sum(1)).mean())

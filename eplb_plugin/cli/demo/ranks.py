@@ -1,4 +1,4 @@
-"""Starts one process per rank on this machine, and never waits for them without a limit."""
+"""One process for each rank on this machine, joined by gloo; every wait has a time limit."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from ...core.errors import EplbError
 
 __all__ = ["RankError", "run_ranks"]
 
-# Seconds that the other ranks get to say what happened to them once one has failed. Their reports tell
-# the rank that died first from those that only lost the connection to it.
+# Seconds for the reports of the other ranks after a failure. The reports tell the dead rank from ranks that
+# only lost their connection to it.
 _GRACE = 3.0
 
 
 class RankError(EplbError, RuntimeError):
-    """A rank raised or died, or no rank said anything for too long; all of them were stopped."""
+    """A rank raised or died, or no rank sent a message within the time limit; all ranks were stopped."""
 
 
 @dataclass(frozen=True)
 class _Ended:
-    """The last message of a rank: how it failed (the traceback), or None."""
+    """The last message of a rank: the traceback of its failure, or None."""
 
     failure: str | None
 
@@ -45,17 +45,16 @@ def run_ranks(
     """Run `body(rank, send, *args)` in `num_ranks` processes joined by gloo.
 
     Args:
-        body: a function at the top of a module; whatever it gives to `send` is yielded here.
-        num_ranks: processes.
-        args: picklable, the same for each.
-        time_limit: seconds without a message of any rank until all are stopped; also how long a rank waits
-            for another.
+        body: a function at the top level of a module; `send` takes its messages.
+        num_ranks: number of processes.
+        args: picklable arguments, the same for each rank.
+        time_limit: maximum seconds between two messages of any rank, and of a collective operation.
 
     Yields:
-        (rank, message) as they arrive. When it ends, all processes have.
+        (rank, message) in order of arrival. After the last one, all processes have ended.
 
     Raises:
-        RankError: names the ranks that failed and how.
+        RankError: names the failed ranks and their failures.
     """
     context = multiprocessing.get_context("spawn")
     processes: list[BaseProcess] = []
@@ -71,7 +70,7 @@ def run_ranks(
                 )
                 process.start()
                 processes.append(process)
-                # Only the child keeps it open, so that its death shows as the end of the pipe.
+                # With the child as its only holder, the pipe ends when the child dies.
                 sender.close()
             yield from _messages(receivers, processes, time_limit)
         finally:
@@ -131,7 +130,7 @@ def _enter(
     body: Callable[..., None],
     args: tuple[Any, ...],
 ) -> None:
-    # Several ranks share this machine's cores, and talk over its loopback.
+    # All ranks share the cores and the loopback of this machine.
     torch.set_num_threads(1)
     if any(name == "lo" for _, name in socket.if_nameindex()):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

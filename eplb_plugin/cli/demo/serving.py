@@ -1,4 +1,4 @@
-"""What each rank of the demo does: serve the same batches with and without balancing, and compare."""
+"""One rank of the demo: it serves the same batches with and without rebalancing, and compares outputs."""
 
 from __future__ import annotations
 
@@ -16,23 +16,31 @@ from ...observability.server import serve_metrics
 from ...offline.synthetic_traffic import TokenStream
 from ...runtime.rebalancer import RebalanceReport
 
-__all__ = ["IntervalRecord", "MetricsReady", "StepDone", "compare_outputs", "model_config", "serve"]
+__all__ = [
+    "Comparison",
+    "IntervalRecord",
+    "MetricsReady",
+    "StepDone",
+    "compare_outputs",
+    "model_config",
+    "serve",
+]
 
-# Float32 sums of a few hundred terms in another order differ by some 1e-5 of their size.
+# Float32 sums of a few hundred terms in another order differ by about 1e-5 of their size.
 _RELATIVE, _ABSOLUTE = 1e-4, 1e-3
-# Router logits are of size 1; where the last expert chosen and the first one not chosen are this close,
-# rounding decides between them, and either choice is right.
+# Maximum difference between the router logits of the last expert chosen and the first not chosen at which
+# rounding may decide. Router logits have size 1.
 _TIE = 1e-5
 
 
 @dataclass(frozen=True, eq=False)
 class Served:
-    """What a model made of a batch.
+    """The output of a model for a batch.
 
     Attributes:
         logits: float32 [tokens, vocab].
-        rows: per layer, the (token, expert) pairs that this rank computed.
-        tie: bool [tokens], whether rounding may decide which experts a token goes to.
+        rows: [layers], (token, expert) pairs computed by this rank.
+        tie: bool [tokens], whether rounding may decide the choice of experts.
     """
 
     logits: torch.Tensor
@@ -42,57 +50,67 @@ class Served:
 
 @dataclass(frozen=True)
 class StepDone:
-    """Progress: so many steps are done on a rank."""
+    """Progress of a rank: steps done."""
 
     steps: int
 
 
 @dataclass(frozen=True)
 class MetricsReady:
-    """From now on until the rank ends, its metrics are at this address."""
+    """The rank serves its metrics at this address until it ends."""
 
     url: str
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Outputs with rebalancing compared with outputs without it.
+
+    Attributes:
+        tokens: tokens compared.
+        wrong: tokens with another prediction, or logits that differ by more than rounding.
+        ties: tokens that differ, but with a tie in a router: both choices of experts are right.
+        difference: maximum difference between logits, without ties.
+    """
+
+    tokens: int = 0
+    wrong: int = 0
+    ties: int = 0
+    difference: float = 0.0
+
+    def __add__(self, other: Comparison) -> Comparison:
+        return Comparison(
+            self.tokens + other.tokens,
+            self.wrong + other.wrong,
+            self.ties + other.ties,
+            max(self.difference, other.difference),
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class IntervalRecord:
-    """What one rank saw in one interval.
+    """One interval on one rank.
 
     Attributes:
         interval: index of the interval.
-        rows: int64 [steps, layers], (token, expert) pairs that this rank computed, with balancing.
-        rows_static: the same of the model that is never rebalanced.
-        tokens: tokens whose outputs were compared.
-        wrong: those among them with another prediction, or logits that differ by more than rounding.
-        ties: those that differ, but whose router is undecided between two experts.
-        difference: largest difference between logits, apart from those.
-        reports: rebalances that have ended since the last record; in the background they end a few steps
-            after the interval that they are about.
-        wrong_slots: slots of this rank that hold other weights than the placement says, after that.
+        rows: int64 [steps, layers], (token, expert) pairs computed by this rank, with rebalancing.
+        rows_static: int64 [steps, layers], the same without rebalancing.
+        compared: the outputs compared.
+        reports: rebalances that ended since the last record. In the background, a rebalance ends some steps
+            after its interval.
+        wrong_slots: slots of this rank whose weights contradict the placement, at the end of the interval.
     """
 
     interval: int
     rows: np.ndarray[Any, np.dtype[np.int64]]
     rows_static: np.ndarray[Any, np.dtype[np.int64]]
-    tokens: int
-    wrong: int
-    ties: int
-    difference: float
+    compared: Comparison
     reports: tuple[RebalanceReport, ...]
     wrong_slots: int
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Of the outputs of a batch: tokens that differ, ties that differ, largest difference but for those."""
-
-    wrong: int
-    ties: int
-    difference: float
-
-
 class _WatchedModel(MoEModel):  # type: ignore[misc]  # mypy knows the adapters only once installed
-    """The model, which also tells what `Served` says."""
+    """The model with a record of rows and ties for `Served`."""
 
     _rows: list[int]
     _tie: torch.Tensor
@@ -117,10 +135,10 @@ class _WatchedModel(MoEModel):  # type: ignore[misc]  # mypy knows the adapters 
 
 
 def model_config(options: DemoOptions, topics: int) -> MoEConfig:
-    """The model that the demo serves.
+    """The model of the demo.
 
     Raises:
-        ConfigError: a number outside its range.
+        ConfigError: a number is out of range.
     """
     return MoEConfig(
         num_topics=topics,
@@ -142,21 +160,21 @@ def serve(
     metrics: MetricsOptions,
     mix: np.ndarray[Any, np.dtype[np.float64]],
 ) -> None:
-    """The life of one rank. Sends `StepDone`, `IntervalRecord`, and `MetricsReady` where it serves metrics.
+    """Serve all steps on one rank.
 
     Args:
         rank: this rank.
-        send: takes messages to the parent.
-        options: of the demo.
-        planner: of the planner.
-        rebalancer: of the rebalancer; its interval is that of `options`.
-        metrics: whether and where the first rank serves the metrics of the balanced model.
-        mix: float64 [steps, topics], the share of each topic at each step.
+        send: sends a message to the parent: `StepDone`, `IntervalRecord` or, with metrics, `MetricsReady`.
+        options: options of the demo.
+        planner: options of the planner.
+        rebalancer: options of the rebalancer, with the interval of the demo.
+        metrics: options of the metrics of the rebalanced model, which the first rank serves.
+        mix: float64 [steps, topics], share of each topic at each step.
     """
     config = model_config(options, mix.shape[1])
     topology = Topology(num_ranks=options.ranks, num_slots=options.slots)
     balanced = _WatchedModel(config, topology, options=rebalancer, planner=planner)
-    # Longer than the run: the same code, never rebalanced.
+    # The same code with an interval longer than the run.
     never = rebalancer.model_copy(update={"interval": options.steps + 1})
     static = _WatchedModel(config, topology, options=never, planner=planner)
     server = serve_metrics(balanced.rebalancer, metrics, model="demo")
@@ -166,19 +184,15 @@ def serve(
 
     for start in range(0, options.steps, options.interval):
         stop = min(start + options.interval, options.steps)
-        rows, rows_static = [], []
-        wrong, ties, difference = 0, 0, 0.0
-        reports = []
+        rows, rows_static, reports = [], [], []
+        compared = Comparison()
         for step in range(start, stop):
             tokens = stream.batch(step, rank, options.tokens)
             served, expected = balanced.serve(tokens), static.serve(tokens)
             rows.append(served.rows)
             rows_static.append(expected.rows)
-            compared = compare_outputs(served.logits, expected.logits, expected.tie)
-            wrong += compared.wrong
-            ties += compared.ties
-            difference = max(difference, compared.difference)
-            # After the last batch there is nothing left to rebalance for.
+            compared += compare_outputs(served.logits, expected.logits, expected.tie)
+            # A rebalance after the last batch would be useless.
             if step < options.steps - 1:
                 report = balanced.step()
                 reports += [report] if report is not None else []
@@ -194,10 +208,7 @@ def serve(
                 interval=start // options.interval,
                 rows=np.array(rows, np.int64),
                 rows_static=np.array(rows_static, np.int64),
-                tokens=(stop - start) * options.tokens,
-                wrong=wrong,
-                ties=ties,
-                difference=difference,
+                compared=compared,
                 reports=tuple(reports),
                 wrong_slots=balanced.wrong_slots(),
             )
@@ -205,17 +216,18 @@ def serve(
 
 
 def compare_outputs(logits: torch.Tensor, expected: torch.Tensor, tie: torch.Tensor) -> Comparison:
-    """Whether two models say the same.
+    """Compare the outputs of two models for a batch.
 
     Args:
         logits: float32 [tokens, vocab].
-        expected: the same of the reference.
-        tie: bool [tokens], where another choice of experts would have been right too.
+        expected: float32 [tokens, vocab], logits of the reference.
+        tie: bool [tokens], whether another choice of experts is right too.
     """
     close = torch.isclose(logits, expected, rtol=_RELATIVE, atol=_ABSOLUTE).all(1)
-    # A prediction is the same, too, where the reference has the two candidates level within rounding.
+    # The prediction may be another token whose logit in the reference is the maximum, within rounding.
     best = expected.max(1).values
     chosen = expected.gather(1, logits.argmax(1, keepdim=True)).squeeze(1)
     differs = ~close | (chosen < best - _ABSOLUTE - _RELATIVE * best.abs())
     difference = (logits - expected).abs().amax(1).masked_fill(differs & tie, 0)
-    return Comparison(int((differs & ~tie).sum()), int((differs & tie).sum()), float(difference.max()))
+    wrong, ties = int((differs & ~tie).sum()), int((differs & tie).sum())
+    return Comparison(len(logits), wrong, ties, float(difference.max()))
