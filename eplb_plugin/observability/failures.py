@@ -39,5 +39,6 @@ class FailureLog:
                 cause,
                 self._consequence,
                 exc_info=error,
+                stacklevel=2,
             )
         return cause
