@@ -61,7 +61,7 @@ def algorithms(case: Case) -> list[str]:
     theirs = ["deepseek", "deepseek_vec"]
     if case.groups is not None:
         theirs = [f"{name}_hierarchical" for name in theirs]
-    return [*theirs, "ensemble"]
+    return [*theirs, "eplb_plugin"]
 
 
 def run(case: Case, name: str) -> dict[str, object]:
@@ -71,7 +71,7 @@ def run(case: Case, name: str) -> dict[str, object]:
 
     from eplb_plugin.integration.sglang import plugin as sglang_plugin
 
-    sglang_plugin._balancer.cache_clear()  # a server of its own: no history from the last case
+    sglang_plugin.balancer_of.cache_clear()  # a server of its own: no history from the last case
     trace, topology = case.trace, case.topology
     current = eplb.Placement.default(trace.num_layers, trace.num_experts, topology.num_slots)
     seconds, moves, scores = [], [], []

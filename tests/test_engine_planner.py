@@ -15,7 +15,9 @@ from eplb_plugin.integration.common.planner import EnginePlanner
 from eplb_plugin.integration.common.telemetry import bytes_of_one_expert
 from eplb_plugin.observability.prometheus import Telemetry, lower_bound_gap
 from eplb_plugin.offline.synthetic_traffic import generate
+from eplb_plugin.runtime.control.rank_group import RankGroup
 
+from .processes import run_ranks
 from .series import samples
 
 TOPOLOGY = eplb.Topology(num_ranks=4, num_slots=20)
@@ -33,24 +35,32 @@ def traffic(steps: int, seed: int = 0) -> torch.Tensor:
     return (1000 * heat * noise).long()
 
 
+def rebalance(planner, load, current=None, topology=TOPOLOGY, **more) -> torch.Tensor:
+    """One rebalance of an interval, from the default placement unless told otherwise."""
+    current = start().physical_to_logical if current is None else current
+    return planner.rebalance(lambda: (load, topology), current, **more)
+
+
 def test_it_plans_from_the_folded_intervals_that_it_has_seen():
     planner = EnginePlanner(EngineOptions(snapshots=4, history=2))
     steps = traffic(60)
-    given = steps.clone()
+    given, current = steps.clone(), start().physical_to_logical.clone()
     for part in steps.split(20):
-        planner.observe(part)
-    current = start()
-    placement = planner.place(TOPOLOGY, current)
+        ids = rebalance(planner, part, current)
     assert torch.equal(steps, given)
     window = torch.cat([fold_steps(part, 4) for part in steps.split(20)[1:]])
     expected = eplb.plan(window, TOPOLOGY, start()).placement
-    assert torch.equal(placement.physical_to_logical, expected.physical_to_logical)
-    assert torch.equal(current.physical_to_logical, start().physical_to_logical)
-    (report,) = planner.reports
+    assert torch.equal(ids, expected.physical_to_logical)
+    assert torch.equal(current, start().physical_to_logical)
+    *_, report = planner.reports
+    assert report.number == 3
     assert not report.skipped
-    assert report.predicted_after > report.predicted_before
+    assert report.window_balancedness_before == pytest.approx(eplb.balancedness(window, start(), TOPOLOGY))
+    assert report.window_balancedness_after == pytest.approx(eplb.balancedness(window, expected, TOPOLOGY))
+    assert report.window_balancedness_after > report.window_balancedness_before
     last = fold_steps(steps[40:], 4)
-    assert report.observed == pytest.approx(eplb.balancedness(last, start(), TOPOLOGY))
+    assert report.balancedness_before == pytest.approx(eplb.balancedness(last, start(), TOPOLOGY))
+    assert report.balancedness_after == pytest.approx(eplb.balancedness(last, expected, TOPOLOGY))
     assert report.moves == eplb.plan(window, TOPOLOGY, start()).moves > 0
 
 
@@ -58,45 +68,68 @@ def test_ranks_that_make_the_same_calls_get_the_same_placements():
     trace = generate("glm-5.2", layers=2, steps=120).load
     topology = eplb.Topology(num_ranks=8, num_slots=288)
     planners = [EnginePlanner() for _ in range(2)]
-    placements = [eplb.Placement.default(2, 256, 288)] * 2
+    maps = [eplb.Placement.default(2, 256, 288).physical_to_logical] * 2
     for part in trace.split(40):
-        for rank, planner in enumerate(planners):
-            planner.observe(part.clone())
-            placements[rank] = planner.place(topology, placements[rank])
-        assert torch.equal(placements[0].physical_to_logical, placements[1].physical_to_logical)
+        maps = [
+            rebalance(planner, part.clone(), ids, topology)
+            for planner, ids in zip(planners, maps, strict=True)
+        ]
+        assert torch.equal(*maps)
 
 
-def test_without_load_everything_stays():
-    planner = EnginePlanner()
-    planner.observe(torch.zeros(5, LAYERS, LOGICAL, dtype=torch.int32))
-    assert torch.equal(planner.place(TOPOLOGY, start()).physical_to_logical, start().physical_to_logical)
+def test_without_load_everything_stays(caplog):
+    planner = EnginePlanner(model="moe")
+    with caplog.at_level(logging.INFO):
+        ids = rebalance(planner, torch.zeros(5, LAYERS, LOGICAL, dtype=torch.int32))
+    assert torch.equal(ids, start().physical_to_logical)
     assert planner.reports[-1].reason == "no load was seen"
+    assert caplog.messages == ["rebalance 1 of moe: skipped, no load was seen"]
     assert planner.failures == 0
     # A layer without load among others, a dense one, stays too.
     load = traffic(8)
     load[:, 1] = 0
-    planner.observe(load)
-    placement = planner.place(TOPOLOGY, start())
-    same = (placement.physical_to_logical == start().physical_to_logical).all(1)
+    same = (rebalance(planner, load) == start().physical_to_logical).all(1)
     assert same.tolist() == [False, True, False]
+    # So does everything after an idle interval, whatever the history.
+    assert torch.equal(rebalance(planner, torch.zeros_like(load)), start().physical_to_logical)
 
 
-def test_the_history_can_be_dropped():
+def test_the_history_can_be_dropped_and_goes_when_the_group_changes():
+    def fresh(load, topology=TOPOLOGY):
+        return rebalance(EnginePlanner(), load, topology=topology)
+
+    first, second = traffic(8), traffic(8, 1).roll(5, 2)
     planner = EnginePlanner()
-    planner.observe(traffic(8))
+    rebalance(planner, first)
+    assert not torch.equal(rebalance(planner, second), fresh(second))
     planner.forget()
-    planner.place(TOPOLOGY, start())
-    assert planner.reports[-1].reason == "no load was seen"
-    planner.observe(torch.ones(2, LAYERS + 1, LOGICAL))  # another model is welcome now
-    with pytest.raises(eplb.LoadError, match=r"\(3, 16\), the history \(4, 16\)"):
-        planner.observe(traffic(2))
+    assert torch.equal(rebalance(planner, second), fresh(second))
+    wider = eplb.Topology(num_ranks=5, num_slots=20)
+    assert torch.equal(rebalance(planner, first, topology=wider), fresh(first, wider))
+    with pytest.raises(eplb.LoadError, match=r"\(4, 16\), the history \(3, 16\)"):
+        planner.observe(torch.ones(2, LAYERS + 1, LOGICAL))
 
 
-def test_what_gains_too_little_is_skipped():
+def test_what_gains_too_little_is_skipped(caplog):
     planner = EnginePlanner(EngineOptions(planner=eplb.PlannerOptions(min_gain=0.99)))
-    planner.observe(traffic(8))
-    assert torch.equal(planner.place(TOPOLOGY, start()).physical_to_logical, start().physical_to_logical)
+    with caplog.at_level(logging.INFO):
+        assert torch.equal(rebalance(planner, traffic(8)), start().physical_to_logical)
     assert planner.reports[-1].reason == "no layer gains min_gain=0.99"
+    (line,) = caplog.messages
+    assert line.startswith("rebalance 1: skipped, no layer gains min_gain=0.99; balancedness 0.")
+
+
+def test_one_line_says_what_a_rebalance_did(caplog):
+    planner, silent = EnginePlanner(model="moe"), EnginePlanner(speaks=False)
+    with caplog.at_level(logging.INFO):
+        rebalance(planner, traffic(8))
+        rebalance(silent, traffic(8))
+    report = planner.reports[-1]
+    assert caplog.messages == [
+        f"rebalance 1 of moe: balancedness {report.balancedness_before:.3f} observed, "
+        f"{report.window_balancedness_before:.3f} -> {report.window_balancedness_after:.3f} predicted; "
+        f"{report.moves} moves in {report.layers} layers; planned in {1000 * report.plan_seconds:.1f} ms"
+    ]
 
 
 class Raising(EnginePlanner):
@@ -118,20 +151,46 @@ class Short(EnginePlanner):
         return eplb.Placement.default(LAYERS - 1, LOGICAL, TOPOLOGY.num_slots)
 
 
+class Blind(EnginePlanner):
+    def observe(self, interval_load):
+        raise eplb.LoadError("the load cannot be read")
+
+
 @pytest.mark.parametrize(
-    ("kind", "cause"), [(Raising, "no plan today"), (Losing, "expert 3"), (Short, "planned in place of")]
+    ("kind", "cause"),
+    [
+        (Raising, "no plan today"),
+        (Losing, "expert 3"),
+        (Short, "planned in place of"),
+        (Blind, "cannot be read"),
+    ],
 )
 def test_a_planner_that_fails_keeps_the_placement_in_force(kind, cause, caplog):
     planner = kind()
-    planner.observe(traffic(8))
     with caplog.at_level(logging.ERROR):
         for _ in range(3):
-            placement = planner.place(TOPOLOGY, start())
-            assert torch.equal(placement.physical_to_logical, start().physical_to_logical)
+            assert torch.equal(rebalance(planner, traffic(8)), start().physical_to_logical)
     assert planner.failures == 3
     assert cause in planner.reports[-1].reason
-    assert len(caplog.records) == 1
-    assert cause in caplog.records[0].getMessage()
+    assert planner.reports[-1].failed
+    (record,) = caplog.records
+    assert cause in record.getMessage()
+    assert record.getMessage().endswith("; the map in force stays; this is said once")
+    assert record.exc_info
+    with caplog.at_level(logging.INFO):
+        rebalance(planner, traffic(8))
+    assert caplog.messages[-1].startswith("rebalance 4: failed, ")
+    assert caplog.messages[-1].endswith("; the map in force stays; 4 failures so far")
+
+
+def test_whatever_the_inputs_raise_keeps_the_placement_in_force():
+    planner = EnginePlanner()
+    current = start().physical_to_logical
+    assert torch.equal(planner.rebalance(lambda: 1 / 0, current), current)
+    assert planner.reports[-1].reason == "ZeroDivisionError: division by zero"
+    assert torch.equal(rebalance(planner, -traffic(8)), current)
+    assert "LoadError" in planner.reports[-1].reason
+    assert planner.failures == 2
 
 
 def test_bad_options_and_loads_are_refused():
@@ -153,15 +212,15 @@ def test_the_telemetry_shows_what_came_of_each_rebalance():
     sizes = {0: 100, 1: 10, 2: 1}
     loads, current, applied, moved_bytes = [traffic(8), traffic(8), traffic(8, 1)], start(), 0, 0
     for number, load in enumerate(loads, 1):
-        planner.observe(load)
-        placement = planner.place(TOPOLOGY, current)
-        planner.conclude(lambda: sizes)
+        ids = rebalance(planner, load, current.physical_to_logical, expert_bytes=lambda: sizes)
+        placement = eplb.Placement(ids, LOGICAL)
         report, values = planner.reports[-1], samples(generate_latest(registry))
         applied += not report.skipped
         moved = eplb.count_moves(current, placement, TOPOLOGY).tolist()
-        moved_bytes += sum(n * sizes[layer] for layer, n in enumerate(moved))
-        assert values["eplb_observed_balancedness_ratio{tiny}"] == report.observed
-        assert values["eplb_predicted_balancedness_ratio{tiny}"] == report.predicted_after
+        assert report.bytes_moved == sum(n * sizes[layer] for layer, n in enumerate(moved))
+        moved_bytes += report.bytes_moved
+        assert values["eplb_observed_balancedness_ratio{tiny}"] == report.balancedness_before
+        assert values["eplb_predicted_balancedness_ratio{tiny}"] == report.window_balancedness_after
         gap = lower_bound_gap(fold_steps(load.double(), 16), placement, TOPOLOGY)
         assert values["eplb_lower_bound_gap_ratio{tiny}"] == pytest.approx(gap)
         assert values["eplb_rebalances_total{tiny,applied}"] == applied
@@ -174,19 +233,14 @@ def test_the_telemetry_shows_what_came_of_each_rebalance():
     assert [report.skipped for report in planner.reports] == [False, True, False]
 
 
-def test_the_telemetry_counts_what_failed_was_withdrawn_or_never_planned():
+def test_the_telemetry_counts_what_failed_or_was_never_planned():
     planner = Raising()
     registry = watched(planner)
-    planner.place(TOPOLOGY, start())  # without load
-    planner.conclude()
-    planner.conclude()  # an interval that was passed over before it came to a plan
-    planner.observe(traffic(8))
-    planner.place(TOPOLOGY, start())
-    planner.conclude()
-    planner.failures += 1  # another rank disagreed
-    planner.conclude()
+    rebalance(planner, torch.zeros(1, LAYERS, LOGICAL))
+    rebalance(planner, traffic(8))
+    planner.rebalance(lambda: 1 / 0, start().physical_to_logical)
     values = samples(generate_latest(registry))
-    assert values["eplb_rebalances_total{tiny,skipped}"] == 2
+    assert values["eplb_rebalances_total{tiny,skipped}"] == 1
     assert values["eplb_rebalances_total{tiny,failed}"] == 2
     assert values["eplb_rebalances_total{tiny,applied}"] == 0
     assert not any("_ratio" in name for name in values)
@@ -196,14 +250,39 @@ def test_bytes_are_left_out_where_they_are_not_known(caplog):
     for expert_bytes in (None, dict, lambda: 1 / 0):
         planner = EnginePlanner()
         registry = watched(planner)
-        planner.observe(traffic(8))
-        planner.place(TOPOLOGY, start())
-        planner.conclude(expert_bytes)
+        assert not torch.equal(
+            rebalance(planner, traffic(8), expert_bytes=expert_bytes), start().physical_to_logical
+        )
+        assert planner.reports[-1].bytes_moved is None
+        assert not planner.failures
         assert not any("bytes" in name for name in samples(generate_latest(registry)))
-    assert "ZeroDivisionError" in caplog.text
+    assert "reading the size of weights failed: ZeroDivisionError" in caplog.text
     weights = [
         torch.zeros(5, 3, 2, dtype=torch.bfloat16),
         torch.zeros(5),
         torch.zeros(5, 4, dtype=torch.int8),
     ]
     assert bytes_of_one_expert(weights) == 12 + 4 + 4
+
+
+def test_ranks_that_differ_keep_the_placement_in_force_and_say_so():
+    ranks = run_ranks(_differ, 2)
+    for ids, report, message, values in ranks:
+        assert ids == start().physical_to_logical.tolist()
+        assert report.failed
+        assert report.skipped
+        assert report.reason == message
+        assert (report.moves, report.layers, report.bytes_moved) == (0, 0, 0)
+        assert report.balancedness_after == report.balancedness_before < 1
+        assert report.window_balancedness_after == report.window_balancedness_before
+        assert values["eplb_rebalances_total{tiny,failed}"] == 1
+        assert values["eplb_experts_moved_total{tiny}"] == 0
+    assert "one on ranks [0], another on ranks [1]" in ranks[0][2]
+
+
+def _differ(rank: int) -> tuple[list[list[int]], eplb.RebalanceReport, str, dict[str, float]]:
+    planner = EnginePlanner()
+    registry = watched(planner)
+    ids = rebalance(planner, traffic(8).roll(5 * rank, 2), ranks=RankGroup)
+    message = "AgreementError: ranks planned different maps: one on ranks [0], another on ranks [1]"
+    return ids.tolist(), planner.reports[-1], message, samples(generate_latest(registry))

@@ -15,10 +15,11 @@ from prometheus_client import CollectorRegistry, generate_latest
 from eplb_plugin.core.topology import Topology
 from eplb_plugin.integration.common.options import EngineOptions
 from eplb_plugin.integration.common.telemetry import engine_telemetry
-from eplb_plugin.integration.sglang import telemetry as sglang_telemetry
+from eplb_plugin.integration.sglang import seams as sglang_seams
 from eplb_plugin.integration.sglang.policy import SglangBalancer
 from eplb_plugin.integration.vllm.policy import Interval
-from eplb_plugin.integration.vllm.telemetry import count_steps, expert_bytes
+from eplb_plugin.integration.vllm.seams import expert_bytes, wrap_step
+from eplb_plugin.integration.vllm.window import RingKeeper
 from eplb_plugin.observability.prometheus import Telemetry
 
 from .processes import run_ranks
@@ -48,15 +49,19 @@ from prometheus_client import CollectorRegistry, generate_latest, multiprocess
 def work(observed):
     from eplb_plugin.integration.common.options import EngineOptions
     from eplb_plugin.integration.common.telemetry import engine_telemetry
-    from eplb_plugin.observability.prometheus import RebalanceFigures
+    from eplb_plugin import Placement, RebalanceReport, Topology
+    import torch
     telemetry = engine_telemetry(EngineOptions(metrics=True), True)
     assert engine_telemetry(EngineOptions(metrics=True), True) is telemetry
     model = telemetry.of("moe")
-    figures = RebalanceFigures(
-        result="applied", observed=observed, predicted=0.9, gap=observed, moves=3, bytes_moved=7,
-        seconds={"plan": 0.25},
+    report = RebalanceReport(
+        skipped=False, reason="", balancedness_before=observed, balancedness_after=0.8,
+        window_balancedness_before=0.4, window_balancedness_after=0.9, layers=1, moves=3, bytes_moved=7,
+        plan_seconds=0.25,
     )
-    model.record(lambda: figures)
+    # Of 4 tokens, the first of two ranks gets 2 or 3: its peak is 0 or 0.5 above the bound.
+    load = torch.tensor([[[1.0, 1, 1, 1]]]) if observed == 0.5 else torch.tensor([[[2.0, 1, 1, 0]]])
+    model.rebalanced(report, load, Placement.default(1, 4, 4), Topology(num_ranks=2, num_slots=4))
     model.stepped()
 
 if __name__ == "__main__":
@@ -86,7 +91,7 @@ def test_a_server_collects_the_series_of_its_workers(tmp_path):
         "eplb_active{moe}": 1,
         "eplb_observed_balancedness_ratio{moe}": 0.5,
         "eplb_predicted_balancedness_ratio{moe}": 0.9,
-        "eplb_lower_bound_gap_ratio{moe}": 0.75,
+        "eplb_lower_bound_gap_ratio{moe}": 0.5,
         "eplb_steps_since_rebalance{moe}": 1,
         "eplb_rebalances_total{moe,applied}": 2,
         "eplb_rebalances_total{moe,skipped}": 0,
@@ -106,7 +111,7 @@ def test_vllms_policy_tells_what_came_of_each_call():
     call(ours, torch.zeros_like(skewed()), planned)
     ours.expect([Interval("moe", skewed(), error=RuntimeError("no memory for the window"))])
     ours.rebalance_experts(skewed().sum(0), *NUMBERS, planned)
-    (report,) = ours.planners["moe"].reports
+    report = ours.planners["moe"].reports[0]
     values = samples(generate_latest(registry))
     assert [values[f"eplb_rebalances_total{{moe,{x}}}"] for x in ("applied", "skipped", "failed")] == [
         1,
@@ -115,7 +120,7 @@ def test_vllms_policy_tells_what_came_of_each_call():
     ]
     assert values["eplb_experts_moved_total{moe}"] == report.moves > 0
     assert values["eplb_moved_bytes_total{moe}"] == report.moves * 5 * 4
-    assert values["eplb_observed_balancedness_ratio{moe}"] == report.observed
+    assert values["eplb_observed_balancedness_ratio{moe}"] == report.balancedness_before
 
 
 def test_vllms_steps_are_counted_but_for_profiling_ones():
@@ -126,12 +131,13 @@ def test_vllms_steps_are_counted_but_for_profiling_ones():
     class State:
         def __init__(self) -> None:
             self.calls: list[tuple[object, ...]] = []
+            self.model_states: dict[str, object] = {}
 
         def step(self, is_dummy=False, is_profile=False, log_stats=False):
             self.calls.append((is_dummy, is_profile, log_stats))
 
     state = State()
-    count_steps(state, telemetry)
+    wrap_step(state, RingKeeper(state), telemetry)
     state.step()
     state.step(True, log_stats=True)
     state.step(is_profile=True)
@@ -144,7 +150,7 @@ def _rebalance_in_sglang(rank: int, algorithm: str) -> tuple[str, list[int], int
     """Two passes of SGLang's manager, the second one with a rebalance in which rank 1 differs."""
     registry = CollectorRegistry()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sglang_telemetry, "_model_name", lambda: "tiny")
+        patch.setattr(sglang_seams, "_model_name", lambda: "tiny")
         patch.setattr(
             "eplb_plugin.integration.common.telemetry._of_this_process", lambda: Telemetry(registry)
         )
@@ -161,7 +167,7 @@ def _rebalance_in_sglang(rank: int, algorithm: str) -> tuple[str, list[int], int
                 passes.append(int(moved.sum()))
 
         manager = SimpleNamespace(on_forward_pass_end=pass_ended, _get_model=lambda: model)
-        sglang_telemetry.watch(manager, balancer)
+        sglang_seams.watch(manager, balancer)
         for _ in range(2):
             manager.on_forward_pass_end()
         manager.on_forward_pass_end()
@@ -170,7 +176,7 @@ def _rebalance_in_sglang(rank: int, algorithm: str) -> tuple[str, list[int], int
 
 @pytest.mark.parametrize("check", ["true", "false"])
 def test_sglangs_first_rank_shows_what_came_of_a_rebalance(check):
-    algorithm = f"ensemble:metrics=true,check_agreement={check}"
+    algorithm = f"eplb_plugin:metrics=true,check_agreement={check}"
     (text, passes, moves), (elsewhere, _, _) = run_ranks(_rebalance_in_sglang, 2, algorithm)
     assert elsewhere == ""
     values = samples(text)

@@ -11,7 +11,7 @@ import yaml
 
 from eplb_plugin import ConfigError, PlannerOptions
 from eplb_plugin.integration.common.options import EngineOptions
-from eplb_plugin.integration.sglang.options import OPTIONS, is_ours, parse_algorithm
+from eplb_plugin.integration.sglang.options import ALGORITHMS, OPTIONS, is_ours, parse_algorithm
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -26,9 +26,12 @@ def _clean_environment(monkeypatch):
 @pytest.mark.parametrize(
     ("algorithm", "ours"),
     [
+        ("eplb_plugin", True),
+        ("eplb_plugin:history=2", True),
+        ("eplb_plugin:", True),
         ("ensemble", True),
         ("ensemble:history=2", True),
-        ("ensemble:", True),
+        ("eplb_plugins", False),
         ("ensemble_vec", False),
         ("deepseek", False),
         ("auto", False),
@@ -39,13 +42,20 @@ def test_which_names_are_ours(algorithm, ours):
     assert is_ours(algorithm) is ours
 
 
-def test_the_plain_name_has_the_defaults():
-    assert parse_algorithm("ensemble") == EngineOptions()
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_plain_name_has_the_defaults(name):
+    assert parse_algorithm(name) == EngineOptions()
+
+
+def test_the_former_name_takes_the_same_options():
+    options = "history=2,snapshots=8,move_price=0.05,policy=greedy"
+    assert parse_algorithm(f"ensemble:{options}") == parse_algorithm(f"eplb_plugin:{options}")
+    assert parse_algorithm(f"ensemble:{options}").planner.policy == "greedy"
 
 
 def test_options_follow_the_colon():
     options = parse_algorithm(
-        "ensemble:move_price=0.05, max_moves=3,history=2,snapshots=8,check_agreement=false"
+        "eplb_plugin:move_price=0.05, max_moves=3,history=2,snapshots=8,check_agreement=false"
     )
     assert options == EngineOptions(
         planner=PlannerOptions(move_price=0.05, max_moves=3), history=2, snapshots=8, check_agreement=False
@@ -53,10 +63,10 @@ def test_options_follow_the_colon():
 
 
 def test_metrics_are_enabled_like_the_other_options(monkeypatch):
-    assert parse_algorithm("ensemble:metrics=true") == EngineOptions(metrics=True)
+    assert parse_algorithm("eplb_plugin:metrics=true") == EngineOptions(metrics=True)
     monkeypatch.setenv("EPLB_PLUGIN_METRICS__ENABLED", "true")
-    assert parse_algorithm("ensemble").metrics
-    assert not parse_algorithm("ensemble:metrics=false").metrics
+    assert parse_algorithm("eplb_plugin").metrics
+    assert not parse_algorithm("eplb_plugin:metrics=false").metrics
 
 
 def test_the_command_line_goes_over_the_environment_and_the_file(tmp_path, monkeypatch):
@@ -64,15 +74,15 @@ def test_the_command_line_goes_over_the_environment_and_the_file(tmp_path, monke
     path.write_text("planner: {max_moves: 1, min_gain: 0.7, move_price: 0.5}\nrebalancer: {history: 9}\n")
     monkeypatch.setenv("EPLB_PLUGIN_PLANNER__MIN_GAIN", "0.8")
     monkeypatch.setenv("EPLB_PLUGIN_PLANNER__MAX_MOVES", "2")
-    options = parse_algorithm(f"ensemble:config={path},max_moves=3")
+    options = parse_algorithm(f"eplb_plugin:config={path},max_moves=3")
     assert options.planner == PlannerOptions(max_moves=3, min_gain=0.8, move_price=0.5)
     assert options.history == 9
     monkeypatch.setenv("EPLB_PLUGIN_CONFIG", str(path))
-    assert parse_algorithm("ensemble").planner == PlannerOptions(max_moves=2, min_gain=0.8, move_price=0.5)
+    assert parse_algorithm("eplb_plugin").planner == PlannerOptions(max_moves=2, min_gain=0.8, move_price=0.5)
 
 
 def test_the_example_is_read():
-    options = parse_algorithm(f"ensemble:config={ROOT / 'configs' / 'sglang.yaml'}")
+    options = parse_algorithm(f"eplb_plugin:config={ROOT / 'configs' / 'sglang.yaml'}")
     assert options == EngineOptions(planner=PlannerOptions(max_moves=32))
 
 
@@ -88,18 +98,20 @@ def test_the_documentation_has_every_option_with_its_default():
 @pytest.mark.parametrize(
     ("algorithm", "message"),
     [
-        ("deepseek", "'deepseek' is not 'ensemble'"),
+        ("deepseek", "'deepseek' is not 'eplb_plugin'"),
+        ("eplb_plugin:", "no option follows the colon"),
         ("ensemble:", "no option follows the colon"),
-        ("ensemble:history", "'history' is not OPTION=VALUE"),
-        ("ensemble:history=", "'history=' is not OPTION=VALUE"),
-        ("ensemble:history=2,", "'' is not OPTION=VALUE"),
-        ("ensemble:history=2,history=3", "history is given twice"),
-        ("ensemble:candidate=2", "unknown option 'candidate'; there are config, check_agreement, policy"),
-        ("ensemble:interval=5", "unknown option 'interval'"),
-        ("ensemble:history=0", r"history: .* greater than or equal to 1 \(got '0'\)"),
-        ("ensemble:move_price=cheap", r"move_price: .* valid number.* \(got 'cheap'\)"),
-        ("ensemble:check_agreement=perhaps", r"check_agreement: .* boolean"),
-        ("ensemble:config=/no/such.yaml", "/no/such.yaml: no such file"),
+        ("ensemble:seed=x", r"seed: .* valid integer.* \(got 'x'\)"),
+        ("eplb_plugin:history", "'history' is not OPTION=VALUE"),
+        ("eplb_plugin:history=", "'history=' is not OPTION=VALUE"),
+        ("eplb_plugin:history=2,", "'' is not OPTION=VALUE"),
+        ("eplb_plugin:history=2,history=3", "history is given twice"),
+        ("eplb_plugin:candidate=2", "unknown option 'candidate'; there are config, check_agreement, policy"),
+        ("eplb_plugin:interval=5", "unknown option 'interval'"),
+        ("eplb_plugin:history=0", r"history: .* greater than or equal to 1 \(got '0'\)"),
+        ("eplb_plugin:move_price=cheap", r"move_price: .* valid number.* \(got 'cheap'\)"),
+        ("eplb_plugin:check_agreement=perhaps", r"check_agreement: .* boolean"),
+        ("eplb_plugin:config=/no/such.yaml", "/no/such.yaml: no such file"),
     ],
 )
 def test_what_is_wrong_is_named(algorithm, message):
@@ -112,4 +124,4 @@ def test_a_wrong_file_is_named(tmp_path):
     path = tmp_path / "options.yaml"
     path.write_text("planner: {moves: 3}\n")
     with pytest.raises(ConfigError, match=r"options\.yaml: unknown option planner\.moves"):
-        parse_algorithm(f"ensemble:config={path}")
+        parse_algorithm(f"eplb_plugin:config={path}")

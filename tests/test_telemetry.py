@@ -156,7 +156,7 @@ def test_a_rebalance_goes_on_when_its_figures_cannot_be_had(monkeypatch, caplog)
         reports = [run_interval(balancer) for _ in range(2)]
     assert not any(report.failed for report in reports)
     (record,) = caplog.records
-    assert "metrics of tiny: ZeroDivisionError" in record.getMessage()
+    assert "metrics of tiny failed: ZeroDivisionError" in record.getMessage()
     # Nothing half done: what failed counts nowhere.
     assert samples(generate_latest(registry))["eplb_experts_moved_total{tiny}"] == 0
     monkeypatch.undo()

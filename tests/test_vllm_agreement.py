@@ -1,4 +1,4 @@
-"""Ranks of vLLM that were started differently say so at once, and no rank waits for one that is not there."""
+"""Ranks that were started differently say so at once, and no rank waits for one that is not there."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from datetime import timedelta
 import pytest
 
 from eplb_plugin import AgreementError
-from eplb_plugin.integration.vllm import agreement as vllm_agreement
+from eplb_plugin.integration.common import agreement
 from tests.processes import run_ranks
 
 
 def _start(rank: int, options: tuple[str | None, ...], limit: float, ranks: tuple[int, ...]) -> str:
     """What this rank says; None: the plugin is not installed there."""
-    vllm_agreement._LIMIT = timedelta(seconds=limit)
+    agreement._LIMIT = timedelta(seconds=limit)
     mine = options[rank]
     if mine is None:
         return ""
-    compare = vllm_agreement.announce(mine)
+    compare = agreement.announce(mine)
     if not mine or rank not in ranks:
         return ""
     try:
@@ -52,4 +52,4 @@ def test_other_groups_are_not_asked():
 
 
 def test_without_a_group_there_is_nobody_to_ask():
-    vllm_agreement.announce("a")([0])
+    agreement.announce("a")([0])

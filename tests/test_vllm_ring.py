@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from eplb_plugin.integration.vllm.ring import RingKeeper
-from eplb_plugin.integration.vllm.window import fold_window
+from eplb_plugin.integration.vllm.seams import wrap_step
+from eplb_plugin.integration.vllm.window import RingKeeper, fold_window
 
 RING, SLOTS, EXPERTS, INTERVAL = 4, 6, 5, 4
 
@@ -26,8 +26,9 @@ class State:
         self.steps, self.left, self.rebalances_for = 0, 0, rebalances_for
         self.folded: list[torch.Tensor] = []
         self.keeper = RingKeeper(self)
+        wrap_step(self, self.keeper, None)
 
-    def step(self, is_dummy: bool, expert: int = 0) -> None:
+    def step(self, is_dummy: bool, is_profile: bool = False, expert: int = 0) -> None:
         if not is_dummy:
             row = self.model.expert_load_window[self.expert_load_window_step]
             row.copy_((self.map == expert).int().cumsum(1).eq(1) & (self.map == expert))

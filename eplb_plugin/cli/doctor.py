@@ -1,4 +1,4 @@
-"""`eplb-plugin doctor`: what is installed and active, whether it works, which options are in force."""
+"""`eplb-plugin doctor`: versions, engines, a self-test, and the options in force."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.table import Table
 
 from ..config.sources import CONFIG_VARIABLE, Settings, load_settings
-from ..integration.vllm.plugin import KEY
 from .console import compiling
 from .installation import EngineState, engine_states, package_versions
 from .selftest import SelfTest, self_test
@@ -37,7 +36,7 @@ def doctor(
 ) -> None:
     """Check the installation: versions, engines, a self-test, and every option with where it comes from.
 
-    Exit code 1 means that something is wrong; it is said at the end.
+    Exit code 1 means a problem, which the last lines name.
     """
     settings = load_settings(config)
     with compiling(Console(stderr=True), "testing"):
@@ -50,13 +49,14 @@ def doctor(
             "python": platform.python_version(),
             "packages": versions,
             "engines": [asdict(engine) for engine in engines],
+            "policy": settings.planner.policy,
             "self_test": asdict(tested),
             "options": {name: asdict(option) for name, option in options.items()},
             "problems": problems,
         }
         print(json.dumps(content))
     else:
-        _show(Console(), versions, engines, tested, options, problems)
+        _show(Console(), versions, engines, settings.planner.policy, tested, options, problems)
     if problems:
         raise typer.Exit(1)
 
@@ -65,6 +65,7 @@ def _show(
     console: Console,
     versions: dict[str, str | None],
     engines: list[EngineState],
+    policy: str,
     tested: SelfTest,
     options: dict[str, _Option],
     problems: list[str],
@@ -80,6 +81,7 @@ def _show(
             rows.append(("", f"plugin: {engine.plugin}"))
     console.print(_table("Engines", rows))
     rows = [
+        ("policy", policy),
         (
             "self-test",
             f"{'failed' if tested.problems else 'passed'}: balancedness {tested.before:.3f} to "
@@ -118,7 +120,7 @@ def _table(title: str, rows: list[tuple[str, str]]) -> Table:
 
 
 def _options(settings: Settings) -> dict[str, _Option]:
-    """Every option of planning and of the online loop, and those of commands that are set."""
+    """All options of the planner and of the online loop, and options of commands where they are set."""
     found = {}
     for section, options in settings.model_dump(mode="json").items():
         for option, value in options.items():
@@ -130,10 +132,10 @@ def _options(settings: Settings) -> dict[str, _Option]:
 
 
 def _engine_options(engines: list[EngineState], config: Path | None) -> dict[str, _Option]:
-    """The options that the file has for engines alone; commands do not look at them."""
+    """Options of the file for engines alone; commands ignore them."""
     file = config or f"the file of {CONFIG_VARIABLE}"
     return {
-        f"{KEY}.{name}": _Option(value, f"{file}, for {engine.name}")
+        name: _Option(value, f"{file}, for {engine.name}")
         for engine in engines
         for name, value in engine.options.items()
     }

@@ -1,4 +1,4 @@
-"""One small plan, checked from all sides: what `doctor` trusts the installation by."""
+"""A small plan and its checks: the self-test of `doctor`."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _LAYERS = 8
 
 @dataclass(frozen=True)
 class SelfTest:
-    """What came of it.
+    """Result of the self-test.
 
     Attributes:
-        first_ms: time of the first plan, in milliseconds; compiles or loads what was compiled before.
-        plan_ms: time of a plan from then on.
-        before: balancedness of the placement that engines start from.
+        first_ms: time of the first plans in milliseconds, with compiling or loading of the kernels.
+        plan_ms: time of a later plan in milliseconds.
+        before: balancedness of the default placement, with which engines start.
         after: balancedness of the plan.
-        problems: what is wrong, one line for each.
+        problems: one line for each.
     """
 
     first_ms: float

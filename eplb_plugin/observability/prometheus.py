@@ -1,11 +1,11 @@
-"""What the balancer does, as Prometheus series: few, per model, and never in the way of a rebalance."""
+"""Rebalance reports as Prometheus series. A new metric: one field of the report, one entry of METRICS."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import torch
 
@@ -16,48 +16,139 @@ from ..core.topology import Topology
 from ..planning.hierarchy import effective_topology
 from ..planning.lower_bounds import peak_lower_bound
 from ..runtime.reports import RebalanceReport
+from .failures import FailureLog
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
-__all__ = [
-    "ModelTelemetry",
-    "RebalanceFigures",
-    "Telemetry",
-    "lower_bound_gap",
-]
+__all__ = ["METRICS", "Metric", "ModelTelemetry", "Rebalanced", "Telemetry", "lower_bound_gap"]
 
 _logger = logging.getLogger(__name__)
 
 _RESULTS = ("applied", "skipped", "failed")
 _PHASES = ("gather", "plan", "transfer", "commit")
+_UNLABELLED = ""  # key of a metric's only value, where the model's name is its only label
+
+Values: TypeAlias = Mapping[str, float | None]
+"""Value by label; one that is None is unknown and leaves its series alone."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RebalanceFigures:
-    """One rebalance as the series show it. What is None or left out is unknown, and leaves its series alone.
+class Rebalanced(NamedTuple):
+    """A report, and what follows from the load.
 
     Attributes:
-        result: whether the placement changed, stayed, or stayed because something failed.
-        observed: balancedness of the interval that ended.
-        predicted: balancedness of recorded load under the placement now in force.
-        gap: see `lower_bound_gap`.
-        moves: transfers of one expert's weights to one rank.
-        bytes_moved: bytes of these.
-        seconds: time on this rank by phase: gather, plan, transfer, commit.
+        report: the report.
+        busy: whether the interval had load; without load there is no balancedness.
+        gap: `lower_bound_gap` of the interval; None without load.
     """
 
-    result: Literal["applied", "skipped", "failed"]
-    observed: float | None = None
-    predicted: float | None = None
-    gap: float | None = None
-    moves: int = 0
-    bytes_moved: int | None = None
-    seconds: Mapping[str, float] = field(default_factory=dict)
+    report: RebalanceReport
+    busy: bool
+    gap: float | None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One series for each model, or one for each model and value of a second label.
+
+    Attributes:
+        name: of the series; a counter ends in `_total`, a gauge does not.
+        help: one sentence for `/metrics`.
+        values: values after a rebalance; a counter adds them.
+        multiprocess: how an engine's server joins the gauges of pipeline stages: the worst one shows.
+        label: name of the second label, or empty.
+        start: values before the first rebalance.
+    """
+
+    name: str
+    help: str
+    values: Callable[[Rebalanced], Values]
+    multiprocess: Literal["livemin", "livemax"] = "livemax"
+    label: str = ""
+    start: Values | None = None
+
+
+def _one(value: float | None) -> Values:
+    return {_UNLABELLED: value}
+
+
+def _predicted(report: RebalanceReport) -> float:
+    """Engines predict for the window that the plan was made from, the online loop for the interval."""
+    window = report.window_balancedness_after
+    return report.balancedness_after if window is None else window
+
+
+def _result(report: RebalanceReport) -> str:
+    return "failed" if report.failed else "skipped" if report.skipped else "applied"
+
+
+def _seconds(report: RebalanceReport) -> Values:
+    # A phase that takes no time is the engine's own.
+    return {phase: getattr(report, f"{phase}_seconds") or None for phase in _PHASES}
+
+
+STEPS = Metric(
+    "eplb_steps_since_rebalance",
+    "Forward steps since the latest rebalance, whatever its result.",
+    lambda done: _one(0),
+    start=_one(0),
+)
+ACTIVE = Metric(
+    "eplb_active",
+    "1 while rebalances go on, 0 when the balancer has turned itself off after losing a rank.",
+    lambda done: _one(None),
+    "livemin",
+    start=_one(1),
+)
+METRICS = (
+    STEPS,
+    ACTIVE,
+    Metric(
+        "eplb_observed_balancedness_ratio",
+        "Mean over max rank load of the latest interval with load, under its own placement.",
+        lambda done: _one(done.report.balancedness_before if done.busy else None),
+        "livemin",
+    ),
+    Metric(
+        "eplb_predicted_balancedness_ratio",
+        "Mean over max rank load of recorded load, under the placement now in force.",
+        lambda done: _one(_predicted(done.report) if done.busy else None),
+        "livemin",
+    ),
+    Metric(
+        "eplb_lower_bound_gap_ratio",
+        "Excess of the peak rank load over its lower bound, as a fraction of the bound.",
+        lambda done: _one(done.gap),
+    ),
+    Metric(
+        "eplb_rebalances_total",
+        "Rebalances by result: applied, skipped (not worth it) or failed.",
+        lambda done: {_result(done.report): 1},
+        label="result",
+        start=dict.fromkeys(_RESULTS, 0.0),
+    ),
+    Metric(
+        "eplb_experts_moved_total",
+        "Transfers of one expert's weights to one rank, over all ranks.",
+        lambda done: _one(done.report.moves),
+        start=_one(0),
+    ),
+    Metric(
+        "eplb_moved_bytes_total",
+        "Bytes of the transferred weights, over all ranks.",
+        lambda done: _one(done.report.bytes_moved),
+    ),
+    Metric(
+        "eplb_rebalance_seconds_total",
+        "Seconds of rebalances on the first rank, by phase: gather, plan, transfer, commit.",
+        lambda done: _seconds(done.report),
+        label="phase",
+    ),
+)
 
 
 class Telemetry:
-    """The series in one registry, each with one label: the model's name. Models of a process share them.
+    """The series in one registry. Models of a process share them; the label `model_name` tells them apart.
 
     Args:
         registry: where they are collected from; an engine's own is `prometheus_client.REGISTRY`.
@@ -66,74 +157,21 @@ class Telemetry:
     def __init__(self, registry: CollectorRegistry) -> None:
         from prometheus_client import Counter, Gauge
 
-        label = ["model_name"]
-        # In an engine every series is written by the first rank alone. The stages of a pipeline each have
-        # one, though: then gauges show the worst stage, counters the sum.
-        self.observed = Gauge(
-            "eplb_observed_balancedness_ratio",
-            "Mean over max rank load of the latest interval with load, under the placement it ran with.",
-            label,
-            registry=registry,
-            multiprocess_mode="livemin",
-        )
-        self.predicted = Gauge(
-            "eplb_predicted_balancedness_ratio",
-            "Mean over max rank load of recorded load, had it run under the placement now in force.",
-            label,
-            registry=registry,
-            multiprocess_mode="livemin",
-        )
-        self.gap = Gauge(
-            "eplb_lower_bound_gap_ratio",
-            "Share by which the peak rank load under the placement in force exceeds a lower bound on it.",
-            label,
-            registry=registry,
-            multiprocess_mode="livemax",
-        )
-        self.steps = Gauge(
-            "eplb_steps_since_rebalance",
-            "Forward steps since the latest rebalance, whatever came of it.",
-            label,
-            registry=registry,
-            multiprocess_mode="livemax",
-        )
-        self.rebalances = Counter(
-            "eplb_rebalances_total",
-            "Rebalances by result: applied, skipped (not worth it) or failed.",
-            [*label, "result"],
-            registry=registry,
-        )
-        self.moves = Counter(
-            "eplb_experts_moved_total",
-            "Transfers of one expert's weights to one rank, over all ranks.",
-            label,
-            registry=registry,
-        )
-        self.bytes_moved = Counter(
-            "eplb_moved_bytes_total",
-            "Bytes of the transferred weights, over all ranks.",
-            label,
-            registry=registry,
-        )
-        self.seconds = Counter(
-            "eplb_rebalance_seconds_total",
-            "Time spent in rebalances on the first rank, by phase: gather, plan, transfer, commit.",
-            [*label, "phase"],
-            registry=registry,
-        )
-        self.active = Gauge(
-            "eplb_active",
-            "1 while rebalances go on, 0 when the balancer has turned itself off after losing a rank.",
-            label,
-            registry=registry,
-            multiprocess_mode="livemin",
-        )
+        self._series: dict[str, Any] = {}
         self._models: dict[str, ModelTelemetry] = {}
+        for metric in METRICS:
+            labels = ["model_name", *([metric.label] if metric.label else [])]
+            if metric.name.endswith("_total"):
+                series: Any = Counter(metric.name, metric.help, labels, registry=registry)
+            else:
+                mode = metric.multiprocess
+                series = Gauge(metric.name, metric.help, labels, registry=registry, multiprocess_mode=mode)
+            self._series[metric.name] = series
 
     def of(self, model: str) -> ModelTelemetry:
         """The series of one model, the same object for the same name."""
         if model not in self._models:
-            self._models[model] = ModelTelemetry(self, model)
+            self._models[model] = ModelTelemetry(model, self._series)
         return self._models[model]
 
     def stepped(self) -> None:
@@ -143,81 +181,76 @@ class Telemetry:
 
 
 class ModelTelemetry:
-    """The series of one model; a `RebalanceObserver`. None of its methods raises: failures are logged once.
+    """The series of one model; a `RebalanceObserver`. Its methods never raise: a failure is logged once.
 
     Args:
-        telemetry: the series.
-        model: value of their label `model_name`.
+        model: value of the label `model_name`.
+        series: collectors of `prometheus_client` by name of the metric.
     """
 
-    def __init__(self, telemetry: Telemetry, model: str) -> None:
-        self._all = telemetry
+    def __init__(self, model: str, series: Mapping[str, Any]) -> None:
         self._model = model
-        self._told: set[str] = set()
-        self._guard(self._start)
+        self._series = series
+        self._failures = FailureLog(_logger, f"metrics of {model}", "serving goes on")
+        self._guard(lambda: self._write((metric, metric.start or {}) for metric in METRICS))
 
     def stepped(self) -> None:
         """A forward step has ended."""
-        self._guard(lambda: self._all.steps.labels(self._model).inc())
+        self._guard(lambda: self._series[STEPS.name].labels(self._model).inc())
 
     def rebalanced(
-        self, report: RebalanceReport, interval_load: torch.Tensor, placement: Placement, topology: Topology
+        self,
+        report: RebalanceReport,
+        interval_load: torch.Tensor | None = None,
+        placement: Placement | None = None,
+        topology: Topology | None = None,
     ) -> None:
-        """See `RebalanceObserver`."""
-        self.record(lambda: _figures(report, interval_load, placement, topology))
-
-    def failed(self) -> None:
-        """A rebalance has raised."""
-        self.record(lambda: RebalanceFigures(result="failed"))
+        """See `RebalanceObserver`. A load that could not be read is None."""
+        self._guard(lambda: self._rebalanced(report, interval_load, placement, topology))
 
     def ended(self, *, failed: bool) -> None:
         """See `RebalanceObserver`."""
         if failed:
-            self.failed()
-        self._guard(lambda: self._all.active.labels(self._model).set(0))
+            self.rebalanced(RebalanceReport.of_nothing(0, "the balancer is off"))
+        self._guard(lambda: self._series[ACTIVE.name].labels(self._model).set(0))
 
-    def record(self, figures: Callable[[], RebalanceFigures]) -> None:
-        """Take in a rebalance; `figures` is called here, so that it may raise too."""
-        self._guard(lambda: self._record(figures()))
+    def _rebalanced(
+        self,
+        report: RebalanceReport,
+        load: torch.Tensor | None,
+        placement: Placement | None,
+        topology: Topology | None,
+    ) -> None:
+        busy, gap = False, None
+        if load is not None and placement is not None and topology is not None and load.any():
+            busy, gap = True, lower_bound_gap(load, placement, topology)
+        done = Rebalanced(report, busy, gap)
+        # All values first: a rebalance with an error among them counts nowhere.
+        self._write([(metric, metric.values(done)) for metric in METRICS])
 
-    def _start(self) -> None:
-        # So that a rate knows of the first rebalance too.
-        self._all.steps.labels(self._model)
-        self._all.moves.labels(self._model)
-        self._all.active.labels(self._model).set(1)
-        for result in _RESULTS:
-            self._all.rebalances.labels(self._model, result)
-
-    def _record(self, figures: RebalanceFigures) -> None:
-        every, model = self._all, self._model
-        if figures.observed is not None:
-            every.observed.labels(model).set(figures.observed)
-        if figures.predicted is not None:
-            every.predicted.labels(model).set(figures.predicted)
-        if figures.gap is not None:
-            every.gap.labels(model).set(figures.gap)
-        if figures.bytes_moved is not None:
-            every.bytes_moved.labels(model).inc(figures.bytes_moved)
-        for phase, seconds in figures.seconds.items():
-            every.seconds.labels(model, phase).inc(seconds)
-        every.moves.labels(model).inc(figures.moves)
-        every.rebalances.labels(model, figures.result).inc()
-        every.steps.labels(model).set(0)
+    def _write(self, values: Iterable[tuple[Metric, Values]]) -> None:
+        for metric, by_label in values:
+            for label, value in by_label.items():
+                if value is None:
+                    continue
+                series = self._series[metric.name].labels(self._model, *([label] if label else []))
+                if metric.name.endswith("_total"):
+                    series.inc(value)
+                else:
+                    series.set(value)
 
     def _guard(self, write: Callable[[], None]) -> None:
         try:
             write()
         except Exception as error:  # whatever it is, serving is worth more than its figures
-            cause = f"{type(error).__name__}: {error}"
-            if cause not in self._told:
-                self._told.add(cause)
-                _logger.exception("metrics of %s: %s; this is said once", self._model, cause)
+            self._failures.add(error)
 
 
 def lower_bound_gap(load: torch.Tensor, placement: Placement, topology: Topology) -> float | None:
-    """By what share the peak rank load of a load exceeds what no placement can go below, over all layers.
+    """Excess of the peak rank load over its lower bound, as a fraction of the bound, summed over layers.
 
-    The load is summed over its snapshots first: the bound of each of them takes as long as planning.
+    Example: peaks of 100 and 110 tokens over bounds of 100 and 100 give 0.05. Snapshots are summed first: the
+    bound of one snapshot takes as long as a plan.
 
     Args:
         load: [layers, logical] or [snapshots, layers, logical], tokens.
@@ -225,7 +258,7 @@ def lower_bound_gap(load: torch.Tensor, placement: Placement, topology: Topology
         topology: nodes, ranks, slots and groups.
 
     Returns:
-        The share: 0 where no placement can be better. None for a load without tokens.
+        The fraction, 0 where no placement can be better; None for a load without tokens.
 
     Raises:
         As `rank_loads`.
@@ -234,19 +267,3 @@ def lower_bound_gap(load: torch.Tensor, placement: Placement, topology: Topology
     bound = float(peak_lower_bound(total, effective_topology(topology, placement.num_logical)).sum())
     peak = float(peak_rank_loads(total, placement, topology).sum())
     return peak / bound - 1 if bound > 0 else None
-
-
-def _figures(
-    report: RebalanceReport, interval_load: torch.Tensor, placement: Placement, topology: Topology
-) -> RebalanceFigures:
-    """The figures of a report. An interval without load says nothing about balance."""
-    busy = bool(interval_load.any())
-    return RebalanceFigures(
-        result="failed" if report.failed else "skipped" if report.skipped else "applied",
-        observed=report.balancedness_before if busy else None,
-        predicted=report.balancedness_after if busy else None,
-        gap=lower_bound_gap(interval_load, placement, topology) if busy else None,
-        moves=report.moves,
-        bytes_moved=report.bytes_moved,
-        seconds={phase: getattr(report, f"{phase}_seconds") for phase in _PHASES},
-    )

@@ -1,4 +1,4 @@
-"""Reports of rebalances: written while one runs, told to an observer at its end."""
+"""Reports of rebalances, of the online loop and of engines: written while one runs, told at its end."""
 
 from __future__ import annotations
 
@@ -18,34 +18,42 @@ __all__ = ["DraftReport", "RebalanceObserver", "RebalanceReport"]
 
 @dataclass(frozen=True, kw_only=True)
 class RebalanceReport:
-    """The result of one rebalance; the same on every rank, but for the seconds.
+    """The result of one rebalance; all but the seconds is equal on all ranks, unless one of them failed.
+
+    Engines gather loads and move weights themselves: there, those seconds are 0 and nothing is verified.
 
     Attributes:
-        step: steps that the rebalancer had seen.
+        step: forward steps of the rebalancer so far; 0 in an engine.
+        number: rebalances of the model so far, this one included; 0 in the online loop.
         skipped: whether nothing changed.
         reason: why it was skipped, or why layers kept their placement; else empty.
-        failed: whether something failed on some rank. Layers committed before that keep the new placement.
-        balancedness_before: of the interval, under the placement it ran with.
-        balancedness_after: of the same interval under the placement now in force.
-        layers: layers whose placement changed.
-        moves: transfers of one expert to one rank, over all ranks.
-        bytes_moved: bytes sent between ranks, over all ranks; 0 if the engine moves the weights.
+        failed: whether some rank failed. Layers committed before that keep the new placement.
+        balancedness_before: of the latest interval, under the placement it ran with; 1 without load.
+        balancedness_after: of the same interval, under the placement now in force.
+        window_balancedness_before: of the whole window, under the old placement; None if unknown.
+        window_balancedness_after: of the whole window, under the placement now in force; None if unknown.
+        layers: layers with a new placement.
+        moves: transfers of one expert's weights to one rank, over all ranks.
+        bytes_moved: bytes sent between ranks, over all ranks; 0 for a loop without weights, None if unknown.
         mismatches: experts whose weights did not match their fingerprint, in a slot or on arrival.
         gather_seconds: time to sum the interval over the ranks.
-        plan_seconds: time to plan, to exchange the plan and to agree on it.
+        plan_seconds: time to plan; in the online loop also to exchange the plan and to agree on it.
         transfer_seconds: time to get the weights into the staging memory, and to verify them.
         commit_seconds: time of the serving thread to write slots and dispatch tables.
     """
 
-    step: int
+    step: int = 0
+    number: int = 0
     skipped: bool
     reason: str
     failed: bool = False
     balancedness_before: float = 1.0
     balancedness_after: float = 1.0
+    window_balancedness_before: float | None = None
+    window_balancedness_after: float | None = None
     layers: int = 0
     moves: int = 0
-    bytes_moved: int = 0
+    bytes_moved: int | None = 0
     mismatches: int = 0
     gather_seconds: float = 0.0
     plan_seconds: float = 0.0
@@ -53,9 +61,9 @@ class RebalanceReport:
     commit_seconds: float = 0.0
 
     @classmethod
-    def of_nothing(cls, step: int, reason: str) -> RebalanceReport:
-        """The report of a rebalance that was impossible, for `reason`."""
-        return cls(step=step, skipped=True, reason=reason, failed=True)
+    def of_nothing(cls, step: int, reason: str, *, number: int = 0, failed: bool = True) -> RebalanceReport:
+        """The report of a rebalance without figures: it failed, or there was nothing to plan from."""
+        return cls(step=step, number=number, skipped=True, reason=reason, failed=failed)
 
 
 class DraftReport:
@@ -97,7 +105,7 @@ class DraftReport:
 
 
 class RebalanceObserver(Protocol):
-    """Is told of steps and rebalances by a `Rebalancer`. It must neither raise nor wait for other ranks."""
+    """Listens to one model on one rank. No method may raise, or wait for another rank."""
 
     def stepped(self) -> None:
         """A forward step has ended."""
@@ -110,9 +118,9 @@ class RebalanceObserver(Protocol):
         Args:
             report: its result.
             interval_load: [snapshots, layers, logical], tokens of the interval over all ranks.
-            placement: the one in force from now on.
-            topology: ranks and slots.
+            placement: the placement now in force.
+            topology: nodes, ranks, slots and groups.
         """
 
     def ended(self, *, failed: bool) -> None:
-        """There will be no more rebalances: something failed, or the balancer was closed."""
+        """The last rebalance is over: something failed, or the balancer was closed."""

@@ -1,4 +1,4 @@
-"""The options of the plugin in an engine, and what of them is in the package's own settings."""
+"""The options of the plugin in an engine, and their places among the settings of the package."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ SHARED: Mapping[str, str] = MappingProxyType(
         "metrics": "metrics.enabled",
     }
 )
-"""Options of engines, beside those of the planner, that are settings too, and which."""
+"""Setting of each engine option outside the section `planner`."""
 
 
 class EngineOptions(Options):
-    """What an engine's configuration may say about the plugin; when to rebalance, the engine decides."""
+    """Options of the plugin in any engine. The engine itself decides when to rebalance."""
 
     planner: PlannerOptions = Field(default_factory=PlannerOptions)
     """How placements are planned."""
 
     snapshots: int = Field(32, ge=1, le=1024)
-    """Snapshots that the steps between two rebalances are folded into, at most."""
+    """Maximum number of snapshots of one interval: 3,000 steps become 32 sums of 94 steps or fewer."""
 
     history: int = Field(4, ge=1, le=64)
-    """Intervals between rebalances that a plan is made from."""
+    """Intervals in the window: a plan is made from the latest 4."""
 
     check_agreement: bool = True
     """Compare the plan between ranks before the engine acts on it: engines hang when ranks differ."""
 
     metrics: bool = False
-    """Show what happens on the engine's own `/metrics`."""
+    """Show the rebalances on the engine's own `/metrics`."""
 
     @model_validator(mode="after")
     def _refuse_unfit_policy(self) -> Self:
@@ -55,10 +55,10 @@ class EngineOptions(Options):
 def options_in_settings(
     path: str | Path | None = None, overrides: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The options of an engine that the file, the environment and `overrides` have, and defaults.
+    """Engine options from the file, the environment and `overrides`, each over the one before.
 
     Args:
-        path: YAML file; None takes the one that EPLB_PLUGIN_CONFIG names, if any.
+        path: YAML file; None is the file in EPLB_PLUGIN_CONFIG, if any.
         overrides: as for `load_settings`.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The planner as a policy inside an engine: it keeps the history, and always answers with a valid map."""
+"""The planner of one model inside an engine: history, plan, agreement, report. It always has a valid map."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import TypeAlias
 
 import torch
 
@@ -15,76 +16,110 @@ from ...core.errors import LoadError, PlacementError
 from ...core.load import as_snapshots, fold_steps
 from ...core.placement import Placement
 from ...core.topology import Topology
-from ...observability.prometheus import ModelTelemetry, RebalanceFigures, lower_bound_gap
+from ...observability.failures import FailureLog
+from ...observability.prometheus import ModelTelemetry
 from ...planning.planner import plan
+from ...runtime.control.rank_group import RankGroup
+from ...runtime.reports import RebalanceReport
+from .agreement import agree_on_plan
 from .options import EngineOptions
 
-__all__ = ["EnginePlanner", "EngineReport"]
+__all__ = ["EnginePlanner", "ExpertBytes", "Inputs"]
 
 _logger = logging.getLogger(__name__)
 _REPORTS = 64
 
+Inputs: TypeAlias = Callable[[], tuple[torch.Tensor, Topology]]
+"""Gives the load of the interval, [steps, layers, logical] tokens over all ranks, and the topology."""
 
-@dataclass(frozen=True, kw_only=True)
-class EngineReport:
-    """What one call of `EnginePlanner.place` decided. All but the seconds is the same on every rank.
-
-    Attributes:
-        number: calls so far, this one included.
-        skipped: whether the placement in force stays.
-        reason: why it stays, else empty.
-        observed: balancedness of the interval that just ended, under the placement in force.
-        predicted_before: balancedness of the whole window under the placement in force.
-        predicted_after: the same under the planned one.
-        layers: layers whose placement changes.
-        moves: transfers of one expert's weights to one rank.
-        plan_seconds: time that planning took on this rank.
-    """
-
-    number: int
-    skipped: bool
-    reason: str
-    observed: float
-    predicted_before: float
-    predicted_after: float
-    layers: int
-    moves: int
-    plan_seconds: float
+ExpertBytes: TypeAlias = Callable[[], Mapping[int, int]]
+"""Gives the bytes of one expert's weights by layer."""
 
 
 class EnginePlanner:
-    """Plans for an engine that counts tokens and moves weights itself.
+    """Plans for one model of an engine that counts tokens and moves weights itself.
 
-    What it returns depends on nothing but the calls made to it: ranks that make the same calls get the
-    same placements. Hand every interval to `observe` before the call of `place` that ends it.
+    A plan depends on the earlier calls alone: ranks with the same calls get the same plans.
 
     Args:
         options: of the planner and of its window.
+        model: name of the model in log lines, where there is more than one.
+        speaks: whether this rank writes the log line of each rebalance.
 
     Attributes:
-        telemetry: where this rank shows what happens, or None.
+        reports: the latest 64 reports.
+        failures: failed rebalances.
+        telemetry: shows the reports of this rank; None on all ranks but one.
     """
 
-    def __init__(self, options: EngineOptions | None = None) -> None:
+    def __init__(self, options: EngineOptions | None = None, *, model: str = "", speaks: bool = True) -> None:
         self.options = options or EngineOptions()
-        self.telemetry: ModelTelemetry | None = None
-        self.reports: deque[EngineReport] = deque(maxlen=_REPORTS)
+        self.speaks = speaks
+        self.reports: deque[RebalanceReport] = deque(maxlen=_REPORTS)
         self.failures = 0
+        self.telemetry: ModelTelemetry | None = None
+        self._name = f" of {model}" if model else ""
         self._history: deque[torch.Tensor] = deque(maxlen=self.options.history)
+        self._topology: Topology | None = None
         self._calls = 0
-        self._concluded = (0, 0)
-        self._placed: tuple[Topology, Placement, Placement] | None = None
-        self._told: set[str] = set()
+        self._failure_log = FailureLog(_logger, f"rebalance{self._name}", "the map in force stays")
+        self._size_log = FailureLog(_logger, "reading the size of weights", "reports have no bytes")
 
-    def observe(self, interval_load: torch.Tensor) -> None:
-        """Add an interval to the window. One without load, such as a profiling run's, is ignored.
+    def rebalance(
+        self,
+        inputs: Inputs,
+        current: torch.Tensor,
+        *,
+        ranks: Callable[[], RankGroup] | None = None,
+        expert_bytes: ExpertBytes | None = None,
+    ) -> torch.Tensor:
+        """The map for the next interval; `current` after a failure or where the gain is too small.
+
+        All ranks call it together. It raises nothing: failures are logged once, counted and reported.
 
         Args:
-            interval_load: [steps, layers, logical], tokens summed over ranks, in time order; folded into
-                `options.snapshots`. It is neither kept nor written to.
+            inputs: called once; may raise.
+            current: integer [layers, slots], the map in force, equal on all ranks; it is not written to.
+            ranks: gives the ranks that compare their plans; None where each may act alone.
+            expert_bytes: for the bytes in the report; None where they are unknown.
+
+        Returns:
+            int64 [layers, slots] on the CPU, in memory of its own. Experts that stay on a rank keep
+            their slot.
+        """
+        self._calls += 1
+        old = current.to("cpu", torch.int64, copy=True)
+        new, load, topology = old, None, None
+        # A failure has to come before the ranks compare their plans: the others would wait for this one.
+        try:
+            load, topology = inputs()
+            new, report = self._place(load, topology, old, expert_bytes)
+        except Exception as error:
+            report = self._nothing(self._failure_log.add(error), failed=True)
+        if ranks is not None and self.options.check_agreement:
+            try:
+                agree_on_plan(new, ranks())
+            except Exception as error:
+                new, report = old, _withdrawn(report, self._failure_log.add(error))
+        self.failures += report.failed
+        self.reports.append(report)
+        if self.speaks:
+            self._log(report)
+        if self.telemetry is not None:
+            if load is None or report.window_balancedness_before is None:
+                self.telemetry.rebalanced(report)
+            else:
+                self.telemetry.rebalanced(report, load, Placement(new, load.shape[2]), topology)
+        return new
+
+    def observe(self, interval_load: torch.Tensor) -> None:
+        """Add an interval to the history, folded into `options.snapshots`.
+
+        Args:
+            interval_load: [steps, layers, logical], tokens over all ranks, in time order; not written to.
 
         Raises:
-            LoadError: it is malformed, or its layers or experts are not those of the history.
+            LoadError: it is malformed, or has other layers or experts than the history.
         """
         load = fold_steps(as_snapshots(interval_load, "interval_load").cpu(), self.options.snapshots)
         if self._history and self._history[0].shape[1:] != load.shape[1:]:
@@ -92,75 +127,14 @@ class EnginePlanner:
                 f"interval_load has layers and experts {tuple(load.shape[1:])}, "
                 f"the history {tuple(self._history[0].shape[1:])}"
             )
-        if bool(load.any()):
-            self._history.append(load)
+        self._history.append(load)
 
     def forget(self) -> None:
         """Drop the history. On all ranks alike, when the group of ranks changes for instance."""
         self._history.clear()
 
-    def place(self, topology: Topology, current: Placement) -> Placement:
-        """The placement to go to, valid for `topology`; `current` when planning failed or gains too little.
-
-        It never raises: a failure is logged once per cause, counted in `failures`, and reported. On each
-        rank, `current` has to be the same.
-
-        Args:
-            topology: nodes, ranks, slots and groups.
-            current: the placement in force; it is not written to.
-
-        Returns:
-            The placement, on the CPU; experts that stay on a rank keep their slot.
-        """
-        self._calls += 1
-        start = time.perf_counter()
-        in_force = current.to("cpu")
-        new = in_force
-        try:
-            if self._history:
-                window = torch.cat(list(self._history))
-                new = self.plan(window, topology, in_force)
-                if (new.num_layers, new.num_logical) != (current.num_layers, current.num_logical):
-                    raise PlacementError(f"{new} was planned in place of {current}")
-                # Made anew, so that its checks run on what the tensor holds now.
-                new = Placement(new.physical_to_logical, new.num_logical)
-                new.validate(topology)
-                report = self._report(topology, in_force, new, window, start)
-            else:
-                report = self._stays("no load was seen", start)
-        except Exception as error:
-            # Whatever is wrong with the plan must not reach the engine, which would act on it unchecked.
-            self.failures += 1
-            reason = f"planning failed: {type(error).__name__}: {error}"
-            if reason not in self._told:
-                self._told.add(reason)
-                _logger.exception("%s. The placement in force stays; this is said once", reason)
-            new, report = in_force, self._stays(reason, start)
-        self.reports.append(report)
-        self._placed = (topology, in_force, new)
-        return new
-
-    def conclude(self, expert_bytes: Callable[[], Mapping[int, int]] | None = None) -> None:
-        """Tell the telemetry what came of a rebalance, when no rank can withdraw its plan any more.
-
-        It counts as failed where `failures` has risen since the last one. It never raises.
-
-        Args:
-            expert_bytes: gives the bytes of an expert's weights, by layer; None where that is not known.
-        """
-        calls, failures = self._concluded
-        self._concluded = (self._calls, self.failures)
-        if self.telemetry is None:
-            return
-        if self.failures > failures:
-            self.telemetry.failed()
-        elif self._calls == calls or not self._history:
-            self.telemetry.record(lambda: RebalanceFigures(result="skipped"))
-        else:
-            self.telemetry.record(lambda: self._figures(expert_bytes))
-
     def plan(self, window: torch.Tensor, topology: Topology, current: Placement) -> Placement:
-        """`planning.plan` with the options; the seam for planners of one's own.
+        """`planning.plan` with the options; override it for a planner of your own.
 
         Args:
             window: float64 [snapshots, layers, logical] in time order, tokens.
@@ -169,50 +143,85 @@ class EnginePlanner:
         """
         return plan(window, topology, current, self.options.planner).placement
 
-    def _report(
-        self, topology: Topology, old: Placement, new: Placement, window: torch.Tensor, start: float
-    ) -> EngineReport:
+    def _place(
+        self, load: torch.Tensor, topology: Topology, old: torch.Tensor, expert_bytes: ExpertBytes | None
+    ) -> tuple[torch.Tensor, RebalanceReport]:
+        """The map to go to, checked, and its report."""
+        if topology != self._topology:
+            self.forget()
+            self._topology = topology
+        if not bool(load.any()):  # a profiling run, or an idle engine
+            return old, self._nothing("no load was seen")
+        self.observe(load)
+        in_force = Placement(old, load.shape[2])
+        start = time.perf_counter()
+        window = torch.cat(list(self._history))
+        new = self.plan(window, topology, in_force)
+        if (new.num_layers, new.num_logical) != (in_force.num_layers, in_force.num_logical):
+            raise PlacementError(f"{new} was planned in place of {in_force}")
+        # Made anew: its checks run on the present content of the tensor.
+        new = Placement(new.physical_to_logical, new.num_logical)
+        new.validate(topology)
         seconds = time.perf_counter() - start
-        changed = (old.physical_to_logical != new.physical_to_logical).any(1)
-        skipped = not bool(changed.any())
-        return EngineReport(
+
+        interval, ids = self._history[-1], new.physical_to_logical
+        layers, moves = int((old != ids).any(1).sum()), count_moves(in_force, new, topology)
+        report = RebalanceReport(
             number=self._calls,
-            skipped=skipped,
-            reason=f"no layer gains min_gain={self.options.planner.min_gain}" if skipped else "",
-            observed=balancedness(self._history[-1], old, topology),
-            predicted_before=balancedness(window, old, topology),
-            predicted_after=balancedness(window, new, topology),
-            layers=int(changed.sum()),
-            moves=int(count_moves(old, new, topology).sum()),
+            skipped=not layers,
+            reason="" if layers else f"no layer gains min_gain={self.options.planner.min_gain}",
+            balancedness_before=balancedness(interval, in_force, topology),
+            balancedness_after=balancedness(interval, new, topology),
+            window_balancedness_before=balancedness(window, in_force, topology),
+            window_balancedness_after=balancedness(window, new, topology),
+            layers=layers,
+            moves=int(moves.sum()),
+            bytes_moved=self._bytes_moved(moves.tolist(), expert_bytes),
             plan_seconds=seconds,
         )
+        return ids, report
 
-    def _figures(self, expert_bytes: Callable[[], Mapping[int, int]] | None) -> RebalanceFigures:
-        """The latest report as the telemetry shows it; the engine has no figures of its other phases."""
-        assert self._placed is not None
-        report, (topology, old, new) = self.reports[-1], self._placed
-        moves = count_moves(old, new, topology).tolist()
-        sizes = {} if expert_bytes is None else expert_bytes()
-        known = all(layer in sizes for layer, moved in enumerate(moves) if moved)
-        return RebalanceFigures(
-            result="skipped" if report.skipped else "applied",
-            observed=report.observed,
-            predicted=report.predicted_after,
-            gap=lower_bound_gap(self._history[-1], new, topology),
-            moves=report.moves,
-            bytes_moved=sum(n * sizes.get(layer, 0) for layer, n in enumerate(moves)) if known else None,
-            seconds={"plan": report.plan_seconds},
-        )
+    def _bytes_moved(self, moves: list[int], expert_bytes: ExpertBytes | None) -> int | None:
+        """Bytes of the moves of each layer; None unless the size of each moved expert is known."""
+        try:
+            sizes = {} if expert_bytes is None else expert_bytes()
+        except Exception as error:
+            self._size_log.add(error)
+            return None
+        known = all(layer in sizes for layer, count in enumerate(moves) if count)
+        return sum(count * sizes.get(layer, 0) for layer, count in enumerate(moves)) if known else None
 
-    def _stays(self, reason: str, start: float) -> EngineReport:
-        return EngineReport(
-            number=self._calls,
-            skipped=True,
-            reason=reason,
-            observed=1.0,
-            predicted_before=1.0,
-            predicted_after=1.0,
-            layers=0,
-            moves=0,
-            plan_seconds=time.perf_counter() - start,
-        )
+    def _nothing(self, reason: str, *, failed: bool = False) -> RebalanceReport:
+        return RebalanceReport.of_nothing(0, reason, number=self._calls, failed=failed)
+
+    def _log(self, report: RebalanceReport) -> None:
+        observed = f"balancedness {report.balancedness_before:.3f} observed"
+        before, after = report.window_balancedness_before, report.window_balancedness_after
+        if report.failed:
+            said = f"failed, {report.reason}; the map in force stays"
+        elif before is None or after is None:
+            said = f"skipped, {report.reason}"
+        elif report.skipped:
+            said = f"skipped, {report.reason}; {observed}"
+        else:
+            said = (
+                f"{observed}, {before:.3f} -> {after:.3f} predicted; {report.moves} moves in "
+                f"{report.layers} layers; planned in {1000 * report.plan_seconds:.1f} ms"
+            )
+        failures = f"; {self.failures} failures so far" if self.failures else ""
+        _logger.info("rebalance %d%s: %s%s", report.number, self._name, said, failures)
+
+
+def _withdrawn(report: RebalanceReport, cause: str) -> RebalanceReport:
+    """The report of a plan that ranks did not agree on."""
+    return replace(
+        report,
+        skipped=True,
+        failed=True,
+        reason="; ".join([*([report.reason] if report.failed else []), cause]),
+        balancedness_after=report.balancedness_before,
+        window_balancedness_after=report.window_balancedness_before,
+        layers=0,
+        moves=0,
+        bytes_moved=0,
+    )

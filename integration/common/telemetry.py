@@ -1,4 +1,4 @@
-"""The series of a process within an engine: in the registry that the engine's own `/metrics` shows."""
+"""The series of one engine process, in the registry of the engine's own `/metrics`."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _logger = logging.getLogger(__name__)
 
 
 def engine_telemetry(options: EngineOptions, is_first_rank: bool) -> Telemetry | None:
-    """The series of this process, the same ones each time; None where it has nothing to show.
+    """The series of this process, the same object at each call; None without metrics and on other ranks.
 
-    Engines plan in processes of their own, whose series their server reads from the folder that
-    PROMETHEUS_MULTIPROC_DIR names. Without that variable nobody sees them, which is said in the log.
+    Workers of an engine write their series to the folder in PROMETHEUS_MULTIPROC_DIR, its server reads them
+    there. Without that variable a warning says that nobody sees them.
 
     Args:
         options: whether metrics are enabled.
-        is_first_rank: all that is shown is alike on all ranks, so one of them shows it.
+        is_first_rank: reports are equal on all ranks, so the first rank alone shows them.
     """
     if not (options.metrics and is_first_rank):
         return None
@@ -45,5 +45,5 @@ def _of_this_process() -> Telemetry:
 
 
 def bytes_of_one_expert(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of one expert of a layer, given its tensors: each [slots on this rank, ...]."""
+    """Bytes of one expert of a layer from the layer's tensors, each [slots on this rank, ...]."""
     return sum(tensor[0].numel() * tensor.element_size() for tensor in tensors)

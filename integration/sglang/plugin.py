@@ -1,7 +1,6 @@
-"""The plugin that SGLang loads: `--enable-eplb --eplb-algorithm ensemble` plans with this package.
+"""SGLang's entry point: `--enable-eplb --eplb-algorithm eplb_plugin` plans with this package.
 
-SGLang calls `register` in each of its processes, through the entry point of group `sglang.srt.plugins`.
-Nothing changes for a server that names another algorithm.
+SGLang calls `register` in each of its processes. Servers with another algorithm are left alone.
 """
 
 from __future__ import annotations
@@ -9,55 +8,51 @@ from __future__ import annotations
 import inspect
 import logging
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache, partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from ...core.errors import ConfigError
 from ...core.topology import Topology
-from .options import is_ours, parse_algorithm
+from ..adapters import Adapter
+from .options import ALGORITHM, is_ours, parse_algorithm
 from .policy import SglangBalancer, SglangMaps
-from .telemetry import watch
-from .weights import warn_unmoved
-
-__all__ = ["TESTED_VERSIONS", "missing_hooks", "register"]
-
-TESTED_VERSIONS = ("0.5.23",)
-"""The versions of SGLang that the tests ran with."""
-
-_EPLB = "sglang.srt.eplb"
-_RING = f"{_EPLB}.expert_distribution._CircularBuffer"
-_LAUNCH_HOOK = "sglang.srt.arg_groups.resolution_hooks.register_resolution_hook"
-_HOOKED: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        f"{_EPLB}.eplb_algorithms.compute_algorithm": ("raw_algorithm",),
-        f"{_EPLB}.eplb_algorithms.rebalance_experts": (
-            "tokens_per_expert",
-            "num_physical_experts",
-            "num_local_physical_experts",
-            "num_groups",
-            "num_nodes",
-            "algorithm",
-        ),
-        f"{_EPLB}.eplb_manager.EPLBManager.__init__": ("self",),
-        f"{_RING}.get_all": ("self",),
-    }
+from .seams import (
+    HOOKED,
+    LAUNCH_HOOK,
+    algorithm_in_use,
+    map_in_force,
+    missing_seams,
+    warn_unmoved,
+    watch,
 )
-"""What is hooked in SGLang, with the arguments that the hooks use."""
+
+__all__ = ["ADAPTER", "balancer_of", "register"]
+
+ADAPTER = Adapter(
+    name="SGLang",
+    package="sglang",
+    entry_points="sglang.srt.plugins",
+    allowed_plugins="SGLANG_PLUGINS",
+    empty_allows_all=True,
+    tested=("0.5.23",),
+    how_to_enable=f"on in servers started with --enable-eplb --eplb-algorithm {ALGORITHM}",
+)
 
 _logger = logging.getLogger(__name__)
-_balancer: Callable[[str], SglangBalancer] = cache(SglangBalancer)
+
+balancer_of = cache(SglangBalancer)
+"""The balancer of this process for a value of `--eplb-algorithm`."""
 
 
 def register() -> None:
-    """Register the hooks. What this SGLang lacks is said here; a launch that needs it is stopped."""
+    """Register the hooks. A missing function is logged here, and stops each launch with our algorithm."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    missing = missing_hooks()
+    missing = missing_seams()
     if missing:
         _logger.error("eplb-plugin does not fit this SGLang: %s", "; ".join(missing))
     functions: tuple[Callable[..., Any], ...] = (
@@ -66,36 +61,19 @@ def register() -> None:
         _start,
         _in_time_order,
     )
-    for target, function in zip(_HOOKED, functions, strict=True):
+    for target, function in zip(HOOKED, functions, strict=True):
         HookRegistry.register(target, function, HookType.AROUND)
     with suppress(ImportError, AttributeError):  # then it is among `missing`, and `_start` stops the launch
-        pkgutil.resolve_name(_LAUNCH_HOOK)("handle_eplb_and_dispatch")(_check_launch)
-
-
-def missing_hooks() -> list[str]:
-    """What the plugin hooks into and this SGLang lacks, one line for each; empty when all is there."""
-    missing = []
-    for target, arguments in {**_HOOKED, f"{_RING}.__init__": (), _LAUNCH_HOOK: ("name",)}.items():
-        try:
-            function = pkgutil.resolve_name(target)
-        except (ImportError, AttributeError) as error:
-            missing.append(f"{target} is missing ({error})")
-            continue
-        known = inspect.signature(function).parameters
-        missing += [f"{target} has no argument {name!r}" for name in arguments if name not in known]
-        if target == f"{_RING}.__init__" and "_curr_index" not in function.__code__.co_names:
-            missing.append(f"{_RING} has no _curr_index")
-    return missing
+        pkgutil.resolve_name(LAUNCH_HOOK)("handle_eplb_and_dispatch")(_check_launch)
 
 
 def _check_launch(server_args: Any, previous: Callable[[Any], None]) -> None:
-    """Stop the launch on what would otherwise fail hours later, at the first rebalance."""
+    """Stop the launch on an error that SGLang would meet hours later, at the first rebalance."""
     algorithm = str(server_args.eplb_algorithm)
     if is_ours(algorithm):
-        _check_hooks(algorithm)
-        if _version() not in TESTED_VERSIONS:
-            tested = ", ".join(TESTED_VERSIONS)
-            _logger.warning("eplb-plugin was tested with SGLang %s; this is %s", tested, _version())
+        _check_seams(algorithm)
+        if untested := ADAPTER.untested(_version()):
+            _logger.warning(untested)
         parse_algorithm(algorithm)
         if not server_args.enable_eplb:
             raise ConfigError(
@@ -110,11 +88,11 @@ def _check_launch(server_args: Any, previous: Callable[[Any], None]) -> None:
     previous(server_args)
 
 
-def _check_hooks(algorithm: str) -> None:
-    missing = missing_hooks()
+def _check_seams(algorithm: str) -> None:
+    missing = missing_seams()
     if missing:
         raise ConfigError(
-            f"--eplb-algorithm {algorithm}: this SGLang ({_version()}, tested: {', '.join(TESTED_VERSIONS)}) "
+            f"--eplb-algorithm {algorithm}: this SGLang ({_version()}, tested: {', '.join(ADAPTER.tested)}) "
             f"lacks what eplb-plugin hooks into: {'; '.join(missing)}"
         )
 
@@ -128,7 +106,7 @@ def _version() -> str:
 def _compute_algorithm(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Our name, options and all, becomes the object that `_rebalance_experts` knows."""
     algorithm = _arguments(original, args, kwargs)["raw_algorithm"]
-    return _balancer(algorithm) if is_ours(algorithm) else original(*args, **kwargs)
+    return balancer_of(algorithm) if is_ours(algorithm) else original(*args, **kwargs)
 
 
 def _rebalance_experts(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -145,7 +123,7 @@ def _rebalance_experts(original: Callable[..., Any], *args: Any, **kwargs: Any) 
         num_slots=slots,
         num_groups=int(given["num_groups"] or 1),
     )
-    current = _map_in_force()
+    current = map_in_force()
     maps = (
         balancer.place_at_start(counts, topology)
         if current is None
@@ -155,38 +133,24 @@ def _rebalance_experts(original: Callable[..., Any], *args: Any, **kwargs: Any) 
 
 
 def _start(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-    """When SGLang's manager is made, which is when the model loads, get the planner ready."""
+    """SGLang makes its manager when the model loads: get the planner ready then."""
     original(*args, **kwargs)
-    algorithm = _algorithm_in_use()
+    algorithm = algorithm_in_use()
     if is_ours(algorithm):
-        _check_hooks(algorithm)
-        current = _map_in_force()
-        _balancer(algorithm).start(current.physical_to_logical_map, current.num_logical_experts)
-        watch(args[0], _balancer(algorithm))
-        _balancer(algorithm).before_first = partial(warn_unmoved, args[0])
+        _check_seams(algorithm)
+        current = map_in_force()
+        balancer = balancer_of(algorithm)
+        balancer.start(current.physical_to_logical_map, current.num_logical_experts)
+        watch(args[0], balancer)
+        balancer.before_first = partial(warn_unmoved, args[0])
 
 
 def _in_time_order(original: Callable[..., torch.Tensor], buffer: Any) -> torch.Tensor:
-    """SGLang's ring of steps from the oldest on; it goes round by the steps that chunks of layers take."""
+    """SGLang's ring of steps from the oldest on. Steps for moving chunks of layers turn the ring further."""
     steps = original(buffer)
     # Rolling copies the whole ring; without chunks of layers it is full, and in order, when it is asked for.
-    in_order = buffer._curr_index == 0 or not is_ours(_algorithm_in_use())
+    in_order = buffer._curr_index == 0 or not is_ours(algorithm_in_use())
     return steps if in_order else steps.roll(-buffer._curr_index, 0)
-
-
-def _algorithm_in_use() -> str:
-    """The algorithm of this process's server; one that never rebalances has none."""
-    from sglang.srt.runtime_context import get_exec
-
-    moe = get_exec().moe
-    return str(moe.eplb_algorithm) if moe.enable_eplb else ""
-
-
-def _map_in_force() -> Any:
-    """SGLang's ExpertLocationMetadata, or None while the model has no placement yet."""
-    from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
-
-    return get_global_expert_location_metadata()
 
 
 def _arguments(function: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:

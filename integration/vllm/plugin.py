@@ -1,4 +1,4 @@
-"""vLLM's entry point: `register` is called in each of its processes, and acts where the plugin is enabled."""
+"""vLLM's entry point: vLLM calls `register` in each of its processes; it acts where the plugin is enabled."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ import functools
 import logging
 from collections.abc import Callable, Mapping
 from importlib.metadata import version as version_of
+from pathlib import Path
 from typing import Any
 
 from ...config.environment import pass_on
 from ...config.sources import CONFIG_VARIABLE, ENV_PREFIX, read_section
 from ...core.errors import ConfigError
+from ...core.safe_files import read_yaml
+from ..adapters import Adapter, InFile
+from ..common.agreement import announce
 from ..common.options import EngineOptions, options_in_settings
-from .agreement import announce
 from .policy import VllmPolicy
 from .seams import bind_policy, missing_seams
 
-__all__ = ["KEY", "TESTED", "VllmOptions", "register", "vllm_options"]
+__all__ = ["ADAPTER", "KEY", "VllmOptions", "register", "vllm_options"]
 
 _logger = logging.getLogger(__name__)
 
 KEY = "eplb_plugin"
-"""Where our options are, in vLLM's `additional_config` and in the configuration file."""
-
-TESTED = ("0.32",)
-"""The releases of vLLM that the tests run with."""
+"""Section of the plugin's options in vLLM's `additional_config` and in the configuration file."""
 
 _WRAPPED = "_eplb_plugin_wrapped"
-_RAY_PREFIXES = "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"  # what workers on Ray get, of their names
+_RAY_PREFIXES = "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"  # prefixes of the variables for workers on Ray
 _active: list[VllmPolicy] = []  # of this process, the newest last
 
 
@@ -41,8 +41,8 @@ class VllmOptions(EngineOptions):
 def vllm_options(additional_config: object) -> VllmOptions:
     """The options that vLLM was started with.
 
-    Those under `eplb_plugin` in its `additional_config`, or else in the file, go over those of the
-    environment, and these over the file's other sections.
+    Options under `eplb_plugin` in its `additional_config`, or else in the file, go over the environment. The
+    environment goes over the file's other sections.
 
     Raises:
         ConfigError: an unknown option or a wrong value.
@@ -72,8 +72,8 @@ def vllm_options(additional_config: object) -> VllmOptions:
 
 
 def register() -> None:
-    """Make vLLM's workers and its `EplbState` look for our options when they are made. It may be called more
-    than once.
+    """Make vLLM's workers and its `EplbState` look for our options when they are made. A second call does
+    nothing.
 
     Raises:
         ConfigError: the configuration file or a variable is wrong; the start of vLLM ends with that.
@@ -94,7 +94,7 @@ def register() -> None:
 
 
 def _after_init(owner: Any, then: Callable[[Any], None]) -> None:
-    """Have every new object of a class handed to `then`."""
+    """Call `then` with every new object of a class."""
     original = owner.__init__
     if hasattr(original, _WRAPPED):
         return
@@ -109,7 +109,7 @@ def _after_init(owner: Any, then: Callable[[Any], None]) -> None:
 
 
 def _check_worker(worker: Any) -> None:
-    """Say what would otherwise show in nothing: the plugin is enabled, and vLLM's load balancer is not."""
+    """Warn where the plugin is enabled and vLLM's load balancer is not: nothing else shows it."""
     enabled = vllm_options(worker.vllm_config.additional_config).enabled
     if enabled and not worker.vllm_config.parallel_config.enable_eplb and worker.rank == 0:
         _share_log()
@@ -136,26 +136,55 @@ def _enable(state: Any) -> None:
             "tested with vLLM %s",
             vllm.__version__,
             "; ".join(missing),
-            ", ".join(TESTED),
+            ", ".join(ADAPTER.tested),
         )
         return
-    if ".".join(vllm.__version__.split(".")[:2]) not in TESTED:
-        _logger.warning("eplb_plugin was tested with vLLM %s, not %s", ", ".join(TESTED), vllm.__version__)
+    if untested := ADAPTER.untested(vllm.__version__):
+        _logger.warning(untested)
     about = f"{version_of('eplb-plugin')} in vLLM {vllm.__version__}, options {options.model_dump_json()}"
     bind_policy(state, options, about, _active.append, compare)
     WorkerBase.eplb_plugin_report = _report
 
 
 def _share_log() -> None:
-    """Let our lines come out as vLLM's do, at the level and through the handlers that it configures."""
+    """Send our lines through vLLM's logger, at its level and to its handlers."""
     logging.getLogger(__name__.partition(".")[0]).parent = logging.getLogger("vllm")
 
 
 def _report(worker: Any) -> dict[str, Any]:
-    """`llm.collective_rpc("eplb_plugin_report")`: what this rank's policy did, as plain data."""
+    """`llm.collective_rpc("eplb_plugin_report")`: the rebalances of this rank, as plain data."""
     import vllm
     from vllm.distributed.parallel_state import get_ep_group
 
     rank = get_ep_group().rank_in_group
     about = {"vllm": vllm.__version__, "plugin": version_of("eplb-plugin"), "rank": rank}
     return {**about, **(_active[-1].report() if _active else {})}
+
+
+def _in_file(config: Path | None) -> InFile:
+    """The plugin's options in a file, for `doctor`; see `Adapter.in_file`."""
+    section = read_section(KEY) if config is None else (read_yaml(config, 2**20, 10_000) or {}).get(KEY, {})
+    try:
+        found = vllm_options(None if config is None else {KEY: section})
+    except ConfigError as error:
+        if config is None:
+            raise
+        raise ConfigError(f"{config}: {str(error).removeprefix('additional_config: ')}") from None
+    given = {name: value for name, value in found.model_dump(mode="json").items() if name in (section or {})}
+    planner = given.pop("planner", {})
+    given |= {f"planner.{name}": planner[name] for name in (section or {}).get("planner", {})}
+    named = "the configuration file" if config is None else f"{config}, where {CONFIG_VARIABLE} names it"
+    return InFile(named if found.enabled else None, {f"{KEY}.{name}": given[name] for name in given})
+
+
+ADAPTER = Adapter(
+    name="vLLM",
+    package="vllm",
+    entry_points="vllm.general_plugins",
+    allowed_plugins="VLLM_PLUGINS",
+    empty_allows_all=False,
+    tested=("0.32",),
+    how_to_enable="off in the configuration; on with --additional-config "
+    '\'{"eplb_plugin": {"enabled": true}}\'',
+    in_file=_in_file,
+)

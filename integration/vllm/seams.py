@@ -1,4 +1,4 @@
-"""All that is wrapped in one `EplbState` of vLLM: our policy in place of its own, and the snapshots."""
+"""Everything that is wrapped or read in one `EplbState` of vLLM: policy, steps, rearrangements, weights."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ import torch
 import torch.distributed as dist
 
 from ...core.topology import Topology
+from ...observability.prometheus import Telemetry
 from ...planning.warmup import warmup
+from ...runtime.control.rank_group import RankGroup
 from ...runtime.verify.unregistered import warn_unregistered
 from ..common.options import EngineOptions
-from ..common.telemetry import engine_telemetry
-from .hook import VllmHookPolicy, has_hook
+from ..common.telemetry import bytes_of_one_expert, engine_telemetry
 from .policy import Interval, VllmPolicy
-from .ring import RingKeeper
-from .telemetry import count_steps, expert_bytes
-from .window import fold_window, no_window, sum_over_ranks
+from .window import RingKeeper, fold_window, no_window, sum_over_ranks
 
-__all__ = ["bind_policy", "missing_seams", "warn_unmoved"]
+__all__ = ["bind_policy", "expert_bytes", "missing_seams", "warn_unmoved", "wrap_rearrange", "wrap_step"]
 
 _logger = logging.getLogger(__name__)
 
@@ -45,7 +44,7 @@ def bind_policy(
         options: of the planner and its window.
         about: versions and options, for the log.
         made: gets the policy when there is one.
-        compare: called with the ranks of the group once; raises where they were started otherwise.
+        compare: called once with the ranks of the group; raises where they were started otherwise.
     """
     from vllm.distributed import parallel_state
 
@@ -70,19 +69,13 @@ def bind_policy(
                 return result
             policy = _make_policy(state, options)
             made(policy)
-            policy.telemetry = engine_telemetry(options, _is_first_rank())
-            if policy.telemetry is not None:
-                count_steps(state, policy.telemetry)
             _warm_up(state)
         state.policy = policy
+        if policy.telemetry is not None:
+            policy.telemetry.of(_names(state)[-1])
         if _is_first_rank():
             _say(state, options, about)
             warn_unmoved(list(state.model_states.values())[-1].model)
-        if isinstance(policy, VllmHookPolicy):
-            for model_state in state.model_states.values():
-                model_state.policy_state = policy.create_state(model_state.model.num_moe_layers)
-        elif policy.telemetry is not None:
-            policy.telemetry.of(_names(state)[-1])
         return result
 
     state.add_model = add
@@ -97,101 +90,87 @@ def warn_unmoved(model: Any) -> None:
         _logger.exception("whether vLLM moves all weights of the experts could not be checked; it goes on")
 
 
+def expert_bytes(model: Any) -> dict[int, int]:
+    """Bytes of an expert's weights, by MoE layer, of a model with vLLM's `expert_weights`."""
+    return {layer: bytes_of_one_expert(tensors) for layer, tensors in enumerate(model.expert_weights)}
+
+
 def missing_seams(state: Any) -> list[str]:
-    """What the plugin reads or wraps in vLLM and does not find, for the log; empty when all is there."""
+    """Names in vLLM that the plugin reads or wraps and that are absent; empty when all are there."""
     from vllm.distributed import parallel_state
     from vllm.distributed.eplb import policy as policies
 
     abstract = getattr(policies, "AbstractEplbPolicy", None)
     if abstract is None:
         return ["policy.AbstractEplbPolicy"]
-    wanted: list[tuple[Any, str, tuple[str, ...]]] = [
-        (state, "EplbState", ("add_model", "model_states", "policy", "step")),
-        (parallel_state, "parallel_state", ("get_ep_group",)),
-    ]
-    if has_hook(abstract):
-        wanted.append((policies, "policy", ("EplbPlan",)))
-    else:
-        ring = ("rearrange", "expert_load_window_step", "expert_rearrangement_step_interval")
-        wanted += [(state, "EplbState", ring), (parallel_state, "parallel_state", ("get_eplb_group",))]
+    ring = ("expert_load_window_step", "expert_rearrangement_step_interval")
+    wanted: tuple[tuple[Any, str, tuple[str, ...]], ...] = (
+        (state, "EplbState", ("add_model", "model_states", "policy", "rearrange", "step", *ring)),
+        (parallel_state, "parallel_state", ("get_ep_group", "get_eplb_group")),
+    )
     missing = [
         f"{name}.{part}" for owner, name, parts in wanted for part in parts if not hasattr(owner, part)
     ]
-    if not has_hook(abstract) and not missing:
-        taken = set(inspect.signature(VllmPolicy.rebalance_experts).parameters) - {"self"}
-        given = set(inspect.signature(abstract.rebalance_experts).parameters)
-        if taken != given:
-            missing.append(f"AbstractEplbPolicy.rebalance_experts({', '.join(sorted(taken))})")
-        if not {"is_profile", "rank_mapping"} <= set(inspect.signature(state.rearrange).parameters):
-            missing.append("EplbState.rearrange(is_profile, rank_mapping)")
+    if missing:
+        return missing
+    taken = set(inspect.signature(VllmPolicy.rebalance_experts).parameters) - {"self"}
+    if taken != set(inspect.signature(abstract.rebalance_experts).parameters):
+        missing.append(f"AbstractEplbPolicy.rebalance_experts({', '.join(sorted(taken))})")
+    if not {"is_profile", "rank_mapping"} <= set(inspect.signature(state.rearrange).parameters):
+        missing.append("EplbState.rearrange(is_profile, rank_mapping)")
     return missing
 
 
 def _missing_fields(state: Any) -> list[str]:
-    """What the plugin reads of the models of a state and does not find, once one was added."""
-    from vllm.distributed.eplb import policy as policies
-
-    of_states = () if has_hook(policies.AbstractEplbPolicy) else _READ_OF_STATES
+    """Fields of the models of a state that the plugin reads and that are absent."""
     missing = []
     for model_state in state.model_states.values():
-        missing += [f"EplbModelState.{name}" for name in of_states if not hasattr(model_state, name)]
+        missing += [f"EplbModelState.{name}" for name in _READ_OF_STATES if not hasattr(model_state, name)]
         missing += [f"model.{name}" for name in _READ_OF_MODELS if not hasattr(model_state.model, name)]
     return missing
 
 
 def _make_policy(state: Any, options: EngineOptions) -> VllmPolicy:
     from vllm.distributed import parallel_state
-    from vllm.distributed.eplb import policy as policies
 
-    speaks = _is_first_rank()
-    if has_hook(policies.AbstractEplbPolicy):
-        own = state.policy() if inspect.isclass(state.policy) else state.policy
-        return VllmHookPolicy(options, own, policies.EplbPlan, speaks)
     # In the asynchronous mode only vLLM's own thread uses this group, and it calls the policy; in the
     # synchronous mode only the main thread does, and it calls the policy. So all ranks agree in order.
-    policy = VllmPolicy(options, state.policy, lambda: parallel_state.get_eplb_group().cpu_group, speaks)
-    state.rearrange = _expecting(state, state.rearrange, policy, RingKeeper(state))
+    policy = VllmPolicy(
+        options,
+        state.policy,
+        lambda: RankGroup(parallel_state.get_eplb_group().cpu_group, "cpu"),
+        speaks=_is_first_rank(),
+    )
+    policy.telemetry = engine_telemetry(options, _is_first_rank())
+    ring = RingKeeper(state)
+    wrap_step(state, ring, policy.telemetry)
+    wrap_rearrange(state, ring, policy)
     return policy
 
 
-def _warm_up(state: Any) -> None:
-    """Compile the planner."""
-    from vllm.distributed import parallel_state
+def wrap_step(state: Any, ring: RingKeeper, telemetry: Telemetry | None) -> None:
+    """Have `state` count its forward steps, but for profiling ones, and keep its rings clear."""
+    step = state.step
 
-    model = next(iter(state.model_states.values())).model
-    started = time.perf_counter()
-    slots, groups = model.num_physical_experts, max(model.num_expert_groups, 1)
-    warmup(Topology(num_ranks=parallel_state.get_ep_group().world_size, num_slots=slots, num_groups=groups))
-    if _is_first_rank():
-        _logger.info("eplb_plugin: the planner was set up in %.1f s", time.perf_counter() - started)
+    @functools.wraps(step)
+    def stepping(is_dummy: bool = False, is_profile: bool = False, *args: Any, **kwargs: Any) -> Any:
+        # Before: the step may end with a rebalance, which starts the count anew.
+        if telemetry is not None and not is_profile:
+            telemetry.stepped()
+        result = step(is_dummy, is_profile, *args, **kwargs)
+        ring.clear()
+        return result
 
-
-def _say(state: Any, options: EngineOptions, about: str) -> None:
-    """Say that we are there, for the model that was added last."""
-    from vllm.distributed import parallel_state
-
-    name, model = _names(state)[-1], list(state.model_states.values())[-1].model
-    _logger.info(
-        "eplb_plugin %s: plans %s %s by policy %s: %d layers, %d experts, %d slots, %d ranks",
-        about,
-        name,
-        "asynchronously" if state.is_async else "synchronously",
-        options.planner.policy,
-        model.num_moe_layers,
-        model.num_logical_experts,
-        model.num_physical_experts,
-        parallel_state.get_ep_group().world_size,
-    )
+    state.step = stepping
 
 
-def _expecting(
-    state: Any, rearrange: Callable[..., Any], policy: VllmPolicy, ring: RingKeeper
-) -> Callable[..., Any]:
-    """`rearrange`, with the snapshots of the window handed to the policy first."""
+def wrap_rearrange(state: Any, ring: RingKeeper, policy: VllmPolicy) -> None:
+    """Have `state` hand the snapshots of its window to the policy before each rearrangement."""
+    rearrange = state.rearrange
     signature = inspect.signature(rearrange)
 
     @functools.wraps(rearrange)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
+    def rearranging(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs).arguments
         if given.get("is_profile"):
             policy.expect_profiling()
@@ -205,7 +184,7 @@ def _expecting(
         ring.rearranged()
         return result
 
-    return wrapped
+    state.rearrange = rearranging
 
 
 def _intervals(state: Any, options: EngineOptions) -> list[Interval]:
@@ -245,8 +224,38 @@ def _intervals(state: Any, options: EngineOptions) -> list[Interval]:
     ]
 
 
+def _warm_up(state: Any) -> None:
+    """Compile the planner."""
+    from vllm.distributed import parallel_state
+
+    model = next(iter(state.model_states.values())).model
+    started = time.perf_counter()
+    slots, groups = model.num_physical_experts, max(model.num_expert_groups, 1)
+    warmup(Topology(num_ranks=parallel_state.get_ep_group().world_size, num_slots=slots, num_groups=groups))
+    if _is_first_rank():
+        _logger.info("eplb_plugin: the planner was set up in %.1f s", time.perf_counter() - started)
+
+
+def _say(state: Any, options: EngineOptions, about: str) -> None:
+    """Say that the plugin is active, for the model that was added last."""
+    from vllm.distributed import parallel_state
+
+    name, model = _names(state)[-1], list(state.model_states.values())[-1].model
+    _logger.info(
+        "eplb_plugin %s: plans %s %s by policy %s: %d layers, %d experts, %d slots, %d ranks",
+        about,
+        name,
+        "asynchronously" if state.is_async else "synchronously",
+        options.planner.policy,
+        model.num_moe_layers,
+        model.num_logical_experts,
+        model.num_physical_experts,
+        parallel_state.get_ep_group().world_size,
+    )
+
+
 def _names(state: Any) -> list[str]:
-    """A name for each model: vLLM's, with a number where it has used that name before."""
+    """A name for each model: vLLM's, with a number after its second use."""
     names = [model.model_name for model in state.model_states.values()]
     seen = [names[:n].count(name) for n, name in enumerate(names)]
     return [f"{name} ({count})" if count else name for name, count in zip(names, seen, strict=True)]

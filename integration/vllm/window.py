@@ -1,13 +1,14 @@
-"""From vLLM's sliding windows of slot loads to snapshots of expert loads, summed over the ranks."""
+"""vLLM's ring of recorded steps: slot loads become snapshots of expert loads, summed over the ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 
-__all__ = ["fold_window", "no_window", "sum_over_ranks"]
+__all__ = ["RingKeeper", "fold_window", "no_window", "sum_over_ranks"]
 
 
 def fold_window(
@@ -21,17 +22,16 @@ def fold_window(
 ) -> torch.Tensor:
     """This rank's loads per logical expert, folded into snapshots in time order.
 
-    Ranks write their rings at positions of their own, since idle ranks do not advance; so steps are taken
-    by age: the newest of every rank meet in the last snapshot. Device work only, nothing waits for it.
+    Idle ranks do not advance in their rings, so ranks stand at different positions. Steps are therefore taken
+    by age: the newest step of every rank is in the last snapshot. Device work only; nothing waits for it.
 
     Args:
         window: integer [ring, layers, slots], tokens of each step; not written to.
-        physical_to_logical: integer [layers, slots], the map that the loads were recorded under; -1 is an
-            unused slot.
+        physical_to_logical: integer [layers, slots], the map during recording; -1 is an unused slot.
         num_logical: logical experts per layer.
-        position: where the ring is written next: its oldest step.
-        steps: newest steps to take; older ones belong to an interval that was seen before.
-        snapshots: snapshots to fold into, at most; fewer where there are fewer steps.
+        position: next position to write, which holds the oldest step.
+        steps: number of newest steps to take; older steps belong to earlier intervals.
+        snapshots: maximum number of snapshots; there are no more than steps.
 
     Returns:
         int64 [snapshots, layers, logical], tokens, on the device of `window`.
@@ -39,10 +39,10 @@ def fold_window(
     ring = window.shape[0]
     steps = min(steps, ring)
     snapshots = min(snapshots, steps)
-    # Summed range by range: a copy of the window would be the largest tensor of the whole rebalance.
+    # Summed range by range: a copy of the window would be the largest tensor of the rebalance.
     edges = [position - steps - (-snapshot * steps // snapshots) for snapshot in range(snapshots + 1)]
     per_slot = torch.stack([_sum_steps(window, *edge) for edge in pairwise(edges)])
-    # Unused slots are counted for an expert beyond the last one, which is cut off.
+    # Unused slots count for one more expert at the end, which is cut off.
     expert = physical_to_logical.to(torch.int64)
     expert = torch.where(expert < 0, num_logical, expert).expand_as(per_slot)
     per_expert = per_slot.new_zeros(*per_slot.shape[:2], num_logical + 1)
@@ -50,7 +50,7 @@ def fold_window(
 
 
 def _sum_steps(window: torch.Tensor, first: int, end: int) -> torch.Tensor:
-    """int64 [layers, slots]: the sum of the steps `first` to `end`, which count round the ring."""
+    """int64 [layers, slots]: the sum of the steps `first` to `end`, modulo the ring's length."""
     ring = window.shape[0]
     count, first = end - first, first % ring
     total = window[first : first + count].sum(0, dtype=torch.int64)
@@ -60,7 +60,7 @@ def _sum_steps(window: torch.Tensor, first: int, end: int) -> torch.Tensor:
 
 
 def no_window(window: torch.Tensor, num_logical: int, *, steps: int, snapshots: int) -> torch.Tensor:
-    """Zeros in place of what `fold_window` returns, for a rank on which it failed."""
+    """Zeros in the shape of `fold_window`'s result, for a rank where that failed."""
     shape = (min(snapshots, steps, window.shape[0]), window.shape[1], num_logical)
     return torch.zeros(shape, dtype=torch.int64, device=window.device)
 
@@ -72,13 +72,42 @@ def sum_over_ranks(
 
     Args:
         loads: int64 tensors on one device, of the same shapes on every rank.
-        failed: whether this rank has no loads, but zeros.
+        failed: whether this rank has zeros in place of its loads.
         all_reduce: sums a tensor over the ranks in place.
 
     Returns:
-        The sums, in the shapes of `loads`; and int64 [1], how many ranks failed.
+        The sums, in the shapes of `loads`; and int64 [1], the number of failed ranks.
     """
     flat = torch.cat([*(load.flatten() for load in loads), loads[0].new_full((1,), int(failed))])
     all_reduce(flat)
     *parts, failures = flat.split([*(load.numel() for load in loads), 1])
     return [part.view(load.shape) for part, load in zip(parts, loads, strict=True)], failures
+
+
+class RingKeeper:
+    """Clears the rings of an `EplbState` when a rearrangement is over.
+
+    vLLM never clears a ring. An idle rank writes nothing to its own, so its old steps would count again, for
+    the experts that their slots hold by then. And while weights move layer by layer in the asynchronous mode,
+    steps are recorded partly under the old map and partly under the new one.
+
+    Args:
+        state: an `EplbState`.
+    """
+
+    def __init__(self, state: Any) -> None:
+        self._state = state
+        self._stale = False
+
+    def rearranged(self) -> None:
+        """A rearrangement has begun: `clear` clears the steps that are recorded until its end."""
+        self._stale = True
+
+    def clear(self) -> None:
+        """Clear the rings if a rearrangement has ended since the last call. Device work only."""
+        models = list(self._state.model_states.values())
+        if not self._stale or any(model.rebalanced for model in models):
+            return
+        self._stale = False
+        for model in models:
+            model.expert_load_window.zero_()

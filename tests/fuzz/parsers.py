@@ -241,7 +241,7 @@ PARSERS = {
     "algorithm": Parser(
         "algorithm",
         _read_algorithm,
-        (b"ensemble", b"ensemble:move_price=0.05, max_moves=3,history=2,check_agreement=false"),
+        (b"ensemble", b"eplb_plugin:move_price=0.05, max_moves=3,history=2,check_agreement=false"),
         (*NUMBERS, b",", b"=", b":", b"config=/", b"config=."),
     ),
     "additional": Parser(

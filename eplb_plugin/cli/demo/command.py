@@ -154,7 +154,7 @@ def _table(options: DemoOptions, intervals: tuple[IntervalOutcome, ...]) -> Tabl
                 f"{report.balancedness_before:.3f}",
                 f"{report.balancedness_after:.3f}",
                 str(report.moves),
-                f"{report.bytes_moved / 1e6:.1f}",
+                f"{(report.bytes_moved or 0) / 1e6:.1f}",
                 f"{1000 * report.plan_seconds:.1f}",
                 f"{1000 * (report.transfer_seconds + report.commit_seconds):.1f}",
             ]

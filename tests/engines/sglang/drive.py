@@ -16,7 +16,7 @@ from sglang import Engine
 
 import eplb_plugin
 
-eplb_plugin.planning.warmup()
+eplb_plugin.warmup()
 
 
 def start(arguments: dict[str, Any]) -> Engine:

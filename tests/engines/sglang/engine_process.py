@@ -30,7 +30,7 @@ SMALL_ENGINE = {
     "max_running_requests": 8,
     "mem_fraction_static": 0.3,
 }
-REBALANCE = re.compile(r"rebalance (\d+): (?:.*?; (\d+) moves in|the map in force stays: (.*))")
+REBALANCE = re.compile(r"rebalance (\d+): (?:balancedness .*?; (\d+) moves in|((?:skipped|failed), .*))")
 
 
 class EngineLog:

@@ -107,7 +107,7 @@ class Server:
 def serve(rank: int, setup: Setup) -> Outcome:
     """Run `setup.rebalances` rebalances on traffic that drifts, the last one to its end."""
     server = Server(rank, setup)
-    metadata, planner = server.metadata, sglang_plugin._balancer(setup.algorithm).planner
+    metadata, planner = server.metadata, sglang_plugin.balancer_of(setup.algorithm).planner
     outcome = Outcome(metadata.physical_to_logical_map_cpu.tolist(), [], [], 0, 0, 0, False, [], [])
     observe, plan = planner.observe, planner.plan
 
@@ -147,7 +147,7 @@ def serve_with_their_algorithm(rank: int) -> tuple[int, bool]:
     server = Server(rank, setup)
     before = server.metadata.physical_to_logical_map_cpu.clone()
     wrong = [server.step()[0] for _ in range(2 * setup.interval)]
-    assert sglang_plugin._balancer.cache_info().currsize == 0
+    assert sglang_plugin.balancer_of.cache_info().currsize == 0
     return sum(wrong), not torch.equal(before, server.metadata.physical_to_logical_map_cpu)
 
 

@@ -15,7 +15,7 @@ class Setup:
     interval: int = 12
     rebalances: int = 6
     layers_per_chunk: int | None = None
-    algorithm: str = "ensemble"
+    algorithm: str = "eplb_plugin"
     nodes: int = 1
     groups: int | None = None
     recorded: tuple[int, ...] | None = None

@@ -31,7 +31,7 @@ def test_tokens_are_equal_before_between_and_after_live_rebalances(tiny, tmp_pat
         "ep_size": 2,
         "log_level": "info",
         "enable_eplb": True,
-        "eplb_algorithm": "ensemble:history=2,move_price=0.005",
+        "eplb_algorithm": "eplb_plugin:history=2,move_price=0.005",
         "eplb_rebalance_num_iterations": INTERVAL,
         "ep_num_redundant_experts": SLOTS - EXPERTS,
         "init_expert_location": str(planned),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from eplb_plugin import ConfigError
 from eplb_plugin.integration.sglang import plugin as sglang_plugin
 from eplb_plugin.integration.sglang.policy import SglangBalancer
-from eplb_plugin.integration.sglang.weights import warn_unmoved
+from eplb_plugin.integration.sglang.seams import missing_seams, warn_unmoved
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,17 +35,21 @@ def resolve(tiny, **arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"eplb_algorithm": "ensemble"}, "does nothing without --enable-eplb"),
-        ({"eplb_algorithm": "ensemble:history=9"}, "does nothing without --enable-eplb"),
-        ({"enable_eplb": True, "eplb_algorithm": "ensemble:"}, "no option follows the colon"),
         (
-            {"enable_eplb": True, "eplb_algorithm": "ensemble:history=0"},
+            {"eplb_algorithm": "eplb_plugin"},
+            "--eplb-algorithm eplb_plugin does nothing without --enable-eplb",
+        ),
+        ({"eplb_algorithm": "ensemble"}, "--eplb-algorithm ensemble does nothing without --enable-eplb"),
+        ({"eplb_algorithm": "eplb_plugin:history=9"}, "does nothing without --enable-eplb"),
+        ({"enable_eplb": True, "eplb_algorithm": "eplb_plugin:"}, "no option follows the colon"),
+        (
+            {"enable_eplb": True, "eplb_algorithm": "eplb_plugin:history=0"},
             "history: .* greater than or equal to 1",
         ),
-        ({"enable_eplb": True, "eplb_algorithm": "ensemble:history"}, "'history' is not OPTION=VALUE"),
-        ({"enable_eplb": True, "eplb_algorithm": "ensemble:config=/no/such"}, "/no/such: no such file"),
+        ({"enable_eplb": True, "eplb_algorithm": "eplb_plugin:history"}, "'history' is not OPTION=VALUE"),
+        ({"enable_eplb": True, "eplb_algorithm": "eplb_plugin:config=/no/such"}, "/no/such: no such file"),
         (
-            {"enable_eplb": True, "eplb_algorithm": "ensemble", "elastic_ep_backend": "nixl"},
+            {"enable_eplb": True, "eplb_algorithm": "eplb_plugin", "elastic_ep_backend": "nixl"},
             "cannot plan around failed ranks",
         ),
     ],
@@ -54,7 +59,18 @@ def test_launch_is_refused(tiny, arguments, message):
         resolve(tiny, **arguments)
 
 
-@pytest.mark.parametrize("algorithm", ["auto", "deepseek", "deepseek_vec", "ensemble", "ensemble:history=2"])
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        "auto",
+        "deepseek",
+        "deepseek_vec",
+        "eplb_plugin",
+        "eplb_plugin:history=2",
+        "ensemble",
+        "ensemble:history=2",
+    ],
+)
 def test_launch_is_allowed(tiny, algorithm):
     assert resolve(tiny, enable_eplb=True, eplb_algorithm=algorithm).eplb_algorithm == algorithm
 
@@ -62,13 +78,14 @@ def test_launch_is_allowed(tiny, algorithm):
 def test_an_untested_version_is_told(tiny, monkeypatch, caplog):
     from sglang.version import __version__
 
-    assert __version__ in sglang_plugin.TESTED_VERSIONS
+    adapter = sglang_plugin.ADAPTER
+    assert adapter.untested(__version__) is None
     with caplog.at_level(logging.WARNING):
-        resolve(tiny, enable_eplb=True, eplb_algorithm="ensemble")
+        resolve(tiny, enable_eplb=True, eplb_algorithm="eplb_plugin")
         assert "was tested with" not in caplog.text
-        monkeypatch.setattr(sglang_plugin, "TESTED_VERSIONS", ("0.5.1", "0.5.2"))
-        resolve(tiny, enable_eplb=True, eplb_algorithm="ensemble")
-        assert f"eplb-plugin was tested with SGLang 0.5.1, 0.5.2; this is {__version__}" in caplog.text
+        monkeypatch.setattr(sglang_plugin, "ADAPTER", replace(adapter, tested=("0.5.1", "0.5.2")))
+        resolve(tiny, enable_eplb=True, eplb_algorithm="eplb_plugin")
+        assert f"eplb_plugin was tested with SGLang 0.5.1, 0.5.2, not {__version__}" in caplog.text
         caplog.clear()
         resolve(tiny, enable_eplb=True, eplb_algorithm="deepseek")
         assert "was tested with" not in caplog.text
@@ -77,17 +94,17 @@ def test_an_untested_version_is_told(tiny, monkeypatch, caplog):
 def test_a_missing_hook_stops_the_launch(tiny, monkeypatch, caplog):
     from sglang.srt.eplb import eplb_algorithms, expert_distribution
 
-    assert sglang_plugin.missing_hooks() == []
+    assert missing_seams() == []
     monkeypatch.delattr(eplb_algorithms, "compute_algorithm")
     monkeypatch.setattr(eplb_algorithms, "rebalance_experts", lambda tokens_per_expert: None)
     monkeypatch.setattr(expert_distribution._CircularBuffer, "__init__", lambda self: None)
-    missing = sglang_plugin.missing_hooks()
+    missing = missing_seams()
     assert sum("compute_algorithm is missing" in line for line in missing) == 1
     assert sum("rebalance_experts has no argument" in line for line in missing) == 5
     assert sum("has no _curr_index" in line for line in missing) == 1
     assert len(missing) == 7
     with pytest.raises(ConfigError, match=r"eplb-plugin hooks into: .*compute_algorithm is missing"):
-        resolve(tiny, enable_eplb=True, eplb_algorithm="ensemble")
+        resolve(tiny, enable_eplb=True, eplb_algorithm="eplb_plugin")
     # Other algorithms start all the same.
     resolve(tiny, enable_eplb=True, eplb_algorithm="deepseek")
 
@@ -99,7 +116,7 @@ def test_without_a_launch_hook_loading_the_model_is_refused(monkeypatch):
 
     monkeypatch.delattr(resolution_hooks, "register_resolution_hook")
     sglang_plugin.register()  # it does not raise: SGLang would swallow that
-    monkeypatch.setattr(sglang_plugin, "_algorithm_in_use", lambda: "ensemble")
+    monkeypatch.setattr(sglang_plugin, "algorithm_in_use", lambda: "eplb_plugin")
     with pytest.raises(ConfigError, match="register_resolution_hook is missing"):
         sglang_plugin._start(lambda manager: None, object.__new__(EPLBManager))
 
@@ -133,9 +150,10 @@ def test_a_recorded_load_is_planned_from_at_start():
     from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
 
     assert get_global_expert_location_metadata() is None
-    algorithm = eplb_algorithms.compute_algorithm(raw_algorithm="ensemble", num_groups=None, num_nodes=1)
+    algorithm = eplb_algorithms.compute_algorithm(raw_algorithm="eplb_plugin", num_groups=None, num_nodes=1)
     assert isinstance(algorithm, SglangBalancer)
-    assert eplb_algorithms.compute_algorithm("ensemble", None, 1) is algorithm
+    assert eplb_algorithms.compute_algorithm("eplb_plugin", None, 1) is algorithm
+    assert isinstance(eplb_algorithms.compute_algorithm("ensemble", None, 1), SglangBalancer)
     counts = torch.zeros(1, 2, 8, dtype=torch.int64)
     counts[0, 1] = torch.tensor([50, 1, 1, 1, 1, 1, 1, 50])
     placed, slots, count = eplb_algorithms.rebalance_experts(

@@ -79,7 +79,7 @@ def _drive(scenario, result):
 @pytest.fixture(scope="session", autouse=True)
 def prepared():
     """Engines find the planner compiled and vLLM imported."""
-    eplb_plugin.planning.warmup()
+    eplb_plugin.warmup()
     preload("tests.engines.vllm.drive")
 
 

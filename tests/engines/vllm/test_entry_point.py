@@ -127,58 +127,6 @@ def test_without_a_seam_vllms_own_policy_stays_and_the_log_says_what_is_missing(
     assert "0.32" in said
 
 
-class ProposedPolicy:
-    """vLLM's own policy, in the form that upstream proposes."""
-
-    def create_state(self, num_moe_layers):
-        return PolicyState()
-
-    def plan_rebalance(self, context, policy_state):
-        raise AssertionError("vLLM's own policy was asked")
-
-
-class PolicyState:
-    pass
-
-
-def test_the_hook_proposed_upstream_is_used_where_it_is_present(monkeypatch):
-    monkeypatch.setattr(policies.AbstractEplbPolicy, "plan_rebalance", None, raising=False)
-    assert missing_seams(state_with({})) == [], "None is no hook"
-    monkeypatch.setattr(policies.AbstractEplbPolicy, "plan_rebalance", lambda *_: None)
-    monkeypatch.setattr(policies, "EplbPlan", lambda ids: ("plan", ids), raising=False)
-    group = SimpleNamespace(rank_in_group=0, world_size=2, ranks=[0, 1])
-    monkeypatch.setattr("vllm.distributed.parallel_state.get_ep_group", lambda: group)
-    model = SimpleNamespace(
-        num_moe_layers=2, num_logical_experts=4, num_physical_experts=6, num_expert_groups=1
-    )
-    first = PolicyState()
-
-    def add_model(state):
-        state.policy = ProposedPolicy()
-        state.model_states["model"] = SimpleNamespace(model=model, model_name="tiny", policy_state=first)
-
-    monkeypatch.setattr(EplbState, "add_model", add_model)
-    options = {"enabled": True, "check_agreement": False}
-    state = state_with({"eplb_plugin": options})
-    state.add_model()
-    assert "rearrange" not in vars(state), "the window comes with the call"
-    model_state = state.model_states["model"]
-    assert model_state.policy_state is not first
-    load = torch.tensor([[[8, 1, 1, 1], [1, 1, 1, 8]]] * 3)
-    old = eplb.Placement.default(2, 4, 6).physical_to_logical
-    context = SimpleNamespace(
-        load_window_cpu=load,
-        physical_to_logical_map_cpu=old,
-        topology=SimpleNamespace(num_groups=1, num_nodes=1, num_ranks=2),
-        num_replicas=6,
-        cpu_group=None,
-    )
-    kind, ids = state.policy.plan_rebalance(context, model_state.policy_state)
-    assert kind == "plan"
-    topology = eplb.Topology(num_ranks=2, num_slots=6)
-    assert torch.equal(ids, eplb.plan(load, topology, old).placement.physical_to_logical)
-
-
 @pytest.mark.parametrize("gone", ["expert_load_window", "rebalanced", "num_logical_experts"])
 def test_a_model_without_what_is_read_leaves_vllm_its_own_policy(gone, monkeypatch, caplog):
     group = SimpleNamespace(rank_in_group=0, world_size=2, ranks=[0, 1])

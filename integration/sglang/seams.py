@@ -1,0 +1,139 @@
+"""Everything that is hooked or read in SGLang: functions, placement, manager, weights."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import pkgutil
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from ...runtime.verify.unregistered import warn_unregistered
+from ..common.telemetry import bytes_of_one_expert, engine_telemetry
+from .policy import SglangBalancer, is_first_rank
+
+__all__ = [
+    "HOOKED",
+    "LAUNCH_HOOK",
+    "algorithm_in_use",
+    "map_in_force",
+    "missing_seams",
+    "warn_unmoved",
+    "watch",
+]
+
+_logger = logging.getLogger(__name__)
+
+_EPLB = "sglang.srt.eplb"
+_RING = f"{_EPLB}.expert_distribution._CircularBuffer"
+HOOKED: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        f"{_EPLB}.eplb_algorithms.compute_algorithm": ("raw_algorithm",),
+        f"{_EPLB}.eplb_algorithms.rebalance_experts": (
+            "tokens_per_expert",
+            "num_physical_experts",
+            "num_local_physical_experts",
+            "num_groups",
+            "num_nodes",
+            "algorithm",
+        ),
+        f"{_EPLB}.eplb_manager.EPLBManager.__init__": ("self",),
+        f"{_RING}.get_all": ("self",),
+    }
+)
+"""Functions of SGLang with a hook, and the arguments that the hook uses."""
+
+LAUNCH_HOOK = "sglang.srt.arg_groups.resolution_hooks.register_resolution_hook"
+"""SGLang's way to check arguments at launch."""
+
+
+def missing_seams() -> list[str]:
+    """Functions and arguments that the plugin needs and this SGLang lacks, one line for each."""
+    missing = []
+    for target, arguments in {**HOOKED, f"{_RING}.__init__": (), LAUNCH_HOOK: ("name",)}.items():
+        try:
+            function = pkgutil.resolve_name(target)
+        except (ImportError, AttributeError) as error:
+            missing.append(f"{target} is missing ({error})")
+            continue
+        known = inspect.signature(function).parameters
+        missing += [f"{target} has no argument {name!r}" for name in arguments if name not in known]
+        if target == f"{_RING}.__init__" and "_curr_index" not in function.__code__.co_names:
+            missing.append(f"{_RING} has no _curr_index")
+    return missing
+
+
+def algorithm_in_use() -> str:
+    """The algorithm of this process's server; empty where that never rebalances."""
+    from sglang.srt.runtime_context import get_exec
+
+    moe = get_exec().moe
+    return str(moe.eplb_algorithm) if moe.enable_eplb else ""
+
+
+def map_in_force() -> Any:
+    """SGLang's ExpertLocationMetadata, or None while the model has no placement yet."""
+    from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
+
+    return get_global_expert_location_metadata()
+
+
+def watch(manager: Any, balancer: SglangBalancer) -> None:
+    """Read weight sizes from SGLang's EPLBManager, and show rebalances on `/metrics` where that is enabled.
+
+    Args:
+        manager: SGLang's EPLBManager; with metrics, its forward passes are counted.
+        balancer: gets the telemetry.
+    """
+
+    def expert_bytes() -> dict[int, int]:
+        layers = manager._get_model().routed_experts_weights_of_layer
+        return {layer: bytes_of_one_expert(tensors) for layer, tensors in layers.items()}
+
+    balancer.expert_bytes = expert_bytes
+    telemetry = engine_telemetry(balancer.options, is_first_rank())
+    if telemetry is None:
+        return
+    model = telemetry.of(_model_name())
+    pass_ended = manager.on_forward_pass_end
+
+    def counting() -> None:
+        # Before: the pass may end with a rebalance, which starts the count anew.
+        model.stepped()
+        pass_ended()
+
+    manager.on_forward_pass_end = counting
+    balancer.planner.telemetry = model
+
+
+def warn_unmoved(manager: Any) -> None:
+    """Warn, on the first rank, of tensors that look like an expert's and that SGLang will not move.
+
+    To be called just before the first move: SGLang keeps the model's first answer, and before loading that
+    would name the wrong tensors. Raises nothing.
+
+    Args:
+        manager: SGLang's EPLBManager.
+    """
+    if not is_first_rank():
+        return
+    try:
+        from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+
+        model = manager._get_model()
+        moved = model.routed_experts_weights_of_layer
+        experts = {part.layer_id: part for part in model.modules() if isinstance(part, FusedMoE)}
+        layers = sorted(experts.keys() & moved.keys())
+        if layers:
+            slots = experts[layers[0]].num_local_experts
+            warn_unregistered([experts[n] for n in layers], [moved[n] for n in layers], slots, layers)
+    except Exception:
+        _logger.exception("whether SGLang moves all weights of the experts could not be checked; it goes on")
+
+
+def _model_name() -> str:
+    """The name under which SGLang's own metrics show the model."""
+    from sglang.srt.runtime_context import get_serving
+
+    return str(get_serving().served_model_name)
