@@ -27,6 +27,7 @@ __all__ = [
     "MovePrice",
     "Nodes",
     "Policies",
+    "RankSlots",
     "Ranks",
     "SETTINGS",
     "Seed",
@@ -56,6 +57,12 @@ def option(place: str, meaning: str, *names: str) -> Any:
 Ranks = Annotated[int | None, option("simulate.ranks", "Ranks (GPUs) of the expert-parallel group.")]
 Slots = Annotated[
     int | None, option("simulate.slots", "Physical experts over all ranks; unset: one spare slot per rank.")
+]
+RankSlots = Annotated[
+    list[int] | None,
+    option(
+        "simulate.rank_slots", "Slots of one rank, in place of --ranks and --slots; repeat for each rank."
+    ),
 ]
 Nodes = Annotated[int | None, option("simulate.nodes", "Nodes that the ranks are spread over.")]
 Groups = Annotated[int | None, option("simulate.groups", "Groups of experts per layer.")]
@@ -91,6 +98,7 @@ SETTINGS: Mapping[str, str] = MappingProxyType(
         for name in (
             "ranks",
             "slots",
+            "rank_slots",
             "nodes",
             "groups",
             "policies",

@@ -30,7 +30,8 @@ PLACEMENT_FORMATS: Mapping[str, Callable[[Path, Placement, tuple[int, ...], Topo
 )
 """What writes each format, by name."""
 
-_EMPTY_SLOTS = frozenset({"json"})  # formats that can say that a slot is empty; engines cannot load that
+# Formats with empty slots, and with ranks that differ in slots; engines can load neither.
+_EMPTY_SLOTS = _UNEVEN_RANKS = frozenset({"json"})
 
 
 def write_placement(
@@ -40,12 +41,15 @@ def write_placement(
 
     Raises:
         TraceError: there is no such format, or the file cannot be written. TopologyError: ranks differ in
-            slots. PlacementError: slots are empty, for which only `json` has a way to say so.
+            slots, and the format is not `json`. PlacementError: the same for empty slots.
     """
     if form not in PLACEMENT_FORMATS:
         raise TraceError(f"no format {form!r} of placements; there are {', '.join(PLACEMENT_FORMATS)}")
-    if not topology.is_even:
-        raise TopologyError(f"no format of placements has room for rank_slots={topology.rank_slots}")
+    if not topology.is_even and form not in _UNEVEN_RANKS:
+        raise TopologyError(
+            f"the format {form!r} has no room for rank_slots={topology.rank_slots}; "
+            f"{', '.join(sorted(_UNEVEN_RANKS))} has"
+        )
     if placement.has_empty_slots and form not in _EMPTY_SLOTS:
         layer, slot = (placement.physical_to_logical < 0).nonzero()[0].tolist()
         raise PlacementError(

@@ -137,7 +137,7 @@ class Rebalancer:
         with torch.inference_mode(False):
             self._physical_to_logical = parts.start.physical_to_logical.clone()
         if modules is not None and weights is not None:
-            warn_unregistered(modules, weights, topology.slots_per_rank)
+            warn_unregistered(modules, weights, topology.slots_by_rank[self.rank])
         self._steps = 0
         self._number = 0
         # Intervals that ended while a rebalance was under way wait for the next one.

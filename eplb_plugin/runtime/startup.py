@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from ..config.options import PlannerOptions, RebalancerOptions
-from ..core.errors import LoadError, PlacementError, TransferError
+from ..core.errors import LoadError, PlacementError, TopologyError, TransferError
 from ..core.load import as_snapshots
 from ..core.placement import Placement
 from ..core.topology import Topology
@@ -56,12 +56,14 @@ def start_up(
     control = channels.control
 
     def check() -> tuple[torch.Tensor, ExpertWeights]:
+        if not min(topology.slots_by_rank):
+            raise TopologyError(f"{topology} has ranks without slots; leave them out of the group")
         held = _check_placement(placement, num_layers, num_logical, topology)
         if weights is not None and len(weights) != num_layers:
             raise TransferError(f"weights of {len(weights)} layers were given, num_layers={num_layers}")
         if load is not None:
             as_snapshots(load)
-        return held, ExpertWeights(weights or [[]] * num_layers, topology)
+        return held, ExpertWeights(weights or [[]] * num_layers, topology, control.rank)
 
     # What can be wrong on one rank is checked before anyone goes on.
     held, registered = control.attempt("registration", check)
