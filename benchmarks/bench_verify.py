@@ -1,9 +1,9 @@
-"""What verifying moved experts costs: per expert, beside copying its bytes, and for a rank at the start.
+"""Cost of verification: per moved expert, beside a copy of its bytes, and per rank at the start.
 
     python benchmarks/bench_verify.py [--layers 2] [--repeats 20] [--device cpu]
 
-Several experts take turns, so that none is still in the cache from the last time. Copies and fingerprints
-alternate, so that whatever else the machine does hits both alike.
+Several experts take turns, so that none is in the cache from the last time. Copies and fingerprints
+alternate, so that other work of the machine slows both alike.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ SHAPES = (
 
 @dataclass(frozen=True)
 class Row:
-    """Medians; off costs nothing."""
+    """Medians; `verify: off` costs nothing."""
 
     name: str
     mib: float
@@ -84,7 +84,7 @@ def copy(rows: list[torch.Tensor], staged: list[torch.Tensor]) -> None:
 
 
 def measure(shape: Shape, layers: int, repeats: int, device: torch.device) -> Row:
-    """Fingerprint one expert after the other of a rank's slots, and copy it."""
+    """Copy and fingerprint the experts of a rank's slots in turn."""
     topology = Topology(num_ranks=1, num_slots=SLOTS)
     tensors = [
         [

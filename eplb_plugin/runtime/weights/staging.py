@@ -146,16 +146,20 @@ class _Memory:
     ) -> None:
         self._first = slots.start
         self._slots = [list(zip(*(row.unbind() for row in weights.rows[n]), strict=True)) for n in layers]
-        self._coalesced = [weights.coalesced(layer) for layer in layers]
-        self._free = buffer
+        self.coalesced = [weights.coalesced(layer) for layer in layers]
+        self.alone = [
+            [index for index in range(len(weights.rows[layer])) if index not in coalesced]
+            for layer, coalesced in zip(layers, self.coalesced, strict=True)
+        ]
+        self._buffer, self._used = buffer, 0
 
     def slot(self, layer: int, slot: int) -> list[torch.Tensor]:
         """uint8 [bytes] of each tensor of a slot of this rank."""
         return list(self._slots[layer][slot - self._first]) if self._slots[layer] else []
 
     def take(self, num_bytes: int) -> torch.Tensor:
-        taken, self._free = self._free[:num_bytes], self._free[num_bytes:]
-        return taken
+        self._used += num_bytes
+        return self._buffer[self._used - num_bytes : self._used]
 
     def take_rows(self, rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return [self.take(padded(row))[: row.numel()] for row in rows]
@@ -163,17 +167,9 @@ class _Memory:
     def received(self, layer: int) -> list[torch.Tensor]:
         """Space for an expert's rows; coalesced rows get theirs with their messages, and are any slot's."""
         rows = self.slot(layer, self._first)
-        for index in self.alone(layer):
+        for index in self.alone[layer]:
             (rows[index],) = self.take_rows([rows[index]])
         return rows
-
-    def coalesced(self, layer: int) -> Sequence[int]:
-        return self._coalesced[layer]
-
-    def alone(self, layer: int) -> list[int]:
-        """Indices of the tensors with messages of their own."""
-        num_tensors = len(self._slots[layer][0]) if self._slots[layer] else 0
-        return [index for index in range(num_tensors) if index not in self._coalesced[layer]]
 
 
 def stage_batch(
@@ -195,13 +191,16 @@ def stage_batch(
         limits: of a round, the same on every rank.
     """
     layers, plan = batch.layers, batch.migration
+    sends, copies = plan.sends, plan.copies
     memory = _Memory(layers, weights, topology.slots_of_rank(rank), buffer)
     outgoing: list[_Transfer] = []
     incoming: list[_Transfer] = []
     arrivals: dict[int, Arrival] = {}  # by send, in the order of `incoming`
     sizes = [expert_size(weights, layer) for layer in layers]
-    numbers = plan_rounds(plan.sends, topology.num_ranks, sizes, limits)
-    for send, (layer, expert, sender, source_slot, receiver) in enumerate(_entries(plan.sends)):
+    numbers = plan_rounds(sends, topology.num_ranks, sizes, limits)
+    for send, layer, expert, sender, source_slot, receiver in _chosen(
+        (sends.source_rank == rank) | (sends.rank == rank), sends
+    ):
         if sender == rank:
             outgoing.append(_Transfer(receiver, numbers[send], layer, memory.slot(layer, source_slot)))
         if receiver == rank:
@@ -213,13 +212,12 @@ def stage_batch(
     writes: dict[int, Fills] = {layer: [] for layer in layers}
     local: list[Arrival] = []
     fills: list[Fills] = []
-    for send, slot in _entries(plan.arrivals):
-        if send in arrivals:
-            target = memory.slot(layers.index(arrivals[send].layer), slot)
-            writes[arrivals[send].layer] += zip(target, arrivals[send].rows, strict=True)
-    for layer, copying, source_slot, slot, staged in _entries(plan.copies):
-        if copying != rank:
-            continue
+    index = {layer: number for number, layer in enumerate(layers)}
+    for _, send, slot in _chosen((sends.rank == rank)[plan.arrivals.send], plan.arrivals):
+        arrival = arrivals[send]
+        target = memory.slot(index[arrival.layer], slot)
+        writes[arrival.layer] += zip(target, arrival.rows, strict=True)
+    for _, layer, _, source_slot, slot, staged in _chosen(copies.rank == rank, copies):
         rows = source = memory.slot(layer, source_slot)
         # Slots that keep their expert are read at the commit.
         if staged:
@@ -268,8 +266,8 @@ def _messages(
     """
     coalesced: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
     for number, (peer, round_number, layer, rows) in enumerate(transfers):
-        coalesced[round_number, peer] += [(number, row) for row in memory.coalesced(layer)]
-        alone = memory.alone(layer)
+        coalesced[round_number, peer] += [(number, row) for row in memory.coalesced[layer]]
+        alone = memory.alone[layer]
         for part, at, first, end in split([rows[row].numel() for row in alone], most):
             row = rows[alone[at]]
             tensor = row if end - first == row.numel() else row[first:end]
@@ -279,19 +277,16 @@ def _messages(
         sizes = [padded(row) for row in originals]
         for run in coalesce(sizes):
             tensor = memory.take(sum(sizes[run]))
-            spaces = tensor.split_with_sizes(sizes[run])
-            yield (
-                (round_number, 0),
-                Message(peer, tensor),
-                [
-                    _Space(number, row, space[: original.numel()])
-                    for (number, row), space, original in zip(
-                        entries[run], spaces, originals[run], strict=True
-                    )
-                ],
-            )
+            spaces = [
+                _Space(number, row, space if space.numel() == original.numel() else space[: original.numel()])
+                for (number, row), original, space in zip(
+                    entries[run], originals[run], tensor.split_with_sizes(sizes[run]), strict=True
+                )
+            ]
+            yield (round_number, 0), Message(peer, tensor), spaces
 
 
-def _entries(table: Iterable[torch.Tensor]) -> Iterator[tuple[int, ...]]:
-    """The rows of a table that is given by its columns."""
-    return zip(*(column.tolist() for column in table), strict=True)
+def _chosen(mask: torch.Tensor, table: Iterable[torch.Tensor]) -> Iterator[tuple[int, ...]]:
+    """(index, values) of the rows of a table, given by its columns, for which bool [rows] is true."""
+    indices = mask.nonzero().flatten()
+    return zip(indices.tolist(), *(column[indices].tolist() for column in table), strict=True)
