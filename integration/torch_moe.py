@@ -165,9 +165,12 @@ class MoEModel:
         # Rows sorted by slot are sorted by rank too.
         slots, order = slots.sort(stable=True)
         rows = x[order // top_k]
-        sent = torch.bincount(slots, minlength=self.topology.num_slots).view(self.topology.num_ranks, -1)
-        received = self._exchange(sent, None, None)  # [ranks, slots on this rank]
-        to_rank, from_rank = sent.sum(1).tolist(), received.sum(1).tolist()
+        sent = torch.bincount(slots, minlength=self.topology.num_slots)
+        slots_by_rank, num_ranks = list(self.topology.slots_by_rank), self.topology.num_ranks
+        here = slots_by_rank[self.rebalancer.rank]
+        received = self._exchange(sent, slots_by_rank, [here] * num_ranks).view(num_ranks, here)
+        to_rank = [int(part.sum()) for part in sent.split(slots_by_rank)]
+        from_rank = received.sum(1).tolist()
         rows = self._exchange(rows, to_rank, from_rank)
 
         # Rows arrive sorted by source rank, then slot; the experts need them by slot.
@@ -193,14 +196,11 @@ class MoEModel:
         ]
         return torch.cat(outs)
 
-    def _exchange(
-        self, rows: torch.Tensor, to_rank: list[int] | None, from_rank: list[int] | None
-    ) -> torch.Tensor:
-        """All-to-all of rows sorted by rank; row counts to and from each rank, None for equal counts."""
+    def _exchange(self, rows: torch.Tensor, to_rank: list[int], from_rank: list[int]) -> torch.Tensor:
+        """All-to-all of rows sorted by rank, given the row counts to and from each rank."""
         if self.topology.num_ranks == 1:
             return rows
-        num_rows = rows.shape[0] if from_rank is None else sum(from_rank)
-        received = rows.new_empty(num_rows, *rows.shape[1:])
+        received = rows.new_empty(sum(from_rank), *rows.shape[1:])
         dist.all_to_all_single(received, rows, from_rank, to_rank, group=self.group)
         return received
 

@@ -109,6 +109,20 @@ def test_without_a_terminal_a_long_silence_is_explained(monkeypatch):
     assert len(timers) == 1
 
 
+def test_ranks_may_differ_in_slots(tmp_path, load_file):
+    config = tmp_path / "config.yaml"
+    config.write_text("simulate: {rank_slots: [14, 14, 9]}\n")
+    flags = [word for slots in (14, 14, 9) for word in ("--rank-slots", slots)]
+    by_flags, by_file = (
+        run("simulate", load_file, "--interval", 4, "--json", *options)
+        for options in (flags, ["--config", config])
+    )
+    assert "37 slots on 3 ranks" in " ".join(by_flags.stdout.split())
+    first, second = (last_json(result) for result in (by_flags, by_file))
+    assert [item["balancedness"] for item in first] == [item["balancedness"] for item in second]
+    assert first[-1]["balancedness"] > first[0]["balancedness"]
+
+
 def test_the_price_of_moves_can_be_given(load_file):
     common = [load_file, "--ranks", 4, "--interval", 10, "--policy", "adaptive", "--json"]
     (free,) = last_json(run("simulate", *common, "--move-price", 0))

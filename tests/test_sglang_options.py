@@ -101,7 +101,7 @@ def test_the_documentation_has_every_option_with_its_default():
         ("deepseek", "'deepseek' is not 'eplb_plugin'"),
         ("eplb_plugin:", "no option follows the colon"),
         ("ensemble:", "no option follows the colon"),
-        ("ensemble:seed=x", r"seed: .* valid integer.* \(got 'x'\)"),
+        ("ensemble:max_moves=x", r"max_moves: .* valid integer.* \(got 'x'\)"),
         ("eplb_plugin:history", "'history' is not OPTION=VALUE"),
         ("eplb_plugin:history=", "'history=' is not OPTION=VALUE"),
         ("eplb_plugin:history=2,", "'' is not OPTION=VALUE"),

@@ -26,6 +26,7 @@ __all__ = [
     "MovePrice",
     "Nodes",
     "Policies",
+    "RankSlots",
     "Ranks",
     "Seed",
     "Slots",
@@ -70,6 +71,7 @@ Load = Annotated[
 ]
 Ranks = Annotated[int | None, option("simulate.ranks")]
 Slots = Annotated[int | None, option("simulate.slots")]
+RankSlots = Annotated[list[int] | None, option("simulate.rank_slots")]
 Nodes = Annotated[int | None, option("simulate.nodes")]
 Groups = Annotated[int | None, option("simulate.groups")]
 Interval = Annotated[

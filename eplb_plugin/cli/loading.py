@@ -87,14 +87,20 @@ def fit_interval(settings: Settings, load: LoadTrace) -> Settings:
 
 
 def topology_for(load: LoadTrace, options: SimulateOptions) -> Topology:
-    """The topology of the options; without `slots`, there is one spare slot per rank.
+    """The topology of the options; without `slots` and `rank_slots`, there is one spare slot per rank.
 
     Raises:
         TopologyError: the numbers contradict each other, or there are more experts than slots.
     """
-    slots = options.slots or (-(-load.num_experts // options.ranks) + 1) * options.ranks
+    rank_slots = options.rank_slots
+    ranks = options.ranks if rank_slots is None else len(rank_slots)
+    slots = (-(-load.num_experts // ranks) + 1) * ranks if rank_slots is None else sum(rank_slots)
     topology = Topology(
-        num_nodes=options.nodes, num_ranks=options.ranks, num_slots=slots, num_groups=options.groups
+        num_nodes=options.nodes,
+        num_ranks=ranks,
+        num_slots=options.slots or slots,
+        num_groups=options.groups,
+        rank_slots=rank_slots,
     )
     topology.check_experts(load.num_experts)
     return topology

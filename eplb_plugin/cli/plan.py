@@ -36,6 +36,7 @@ def plan(
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write the placement to.")],
     ranks: arguments.Ranks = None,
     slots: arguments.Slots = None,
+    rank_slots: arguments.RankSlots = None,
     nodes: arguments.Nodes = None,
     groups: arguments.Groups = None,
     current: Annotated[

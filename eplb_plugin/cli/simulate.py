@@ -27,6 +27,7 @@ def simulate(
     trace: arguments.Load,
     ranks: arguments.Ranks = None,
     slots: arguments.Slots = None,
+    rank_slots: arguments.RankSlots = None,
     nodes: arguments.Nodes = None,
     groups: arguments.Groups = None,
     interval: arguments.Interval = None,

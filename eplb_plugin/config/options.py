@@ -5,7 +5,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -212,6 +212,9 @@ class SimulateOptions(Options):
 
     slots: int | None = Field(None, ge=1, le=2**20)
     """Physical experts over all ranks; by default one spare slot per rank."""
+
+    rank_slots: tuple[Annotated[int, Field(ge=0, le=2**20)], ...] | None = Field(None, min_length=1)
+    """Slots of each rank, such as [5, 5, 3], in place of `ranks` and `slots`; null: as many on all ranks."""
 
     nodes: int = Field(1, ge=1)
     """Nodes, with equally many ranks each."""

@@ -23,6 +23,7 @@ class _File(BaseModel):
     num_ranks: int
     num_nodes: int
     num_groups: int
+    rank_slots: list[int] | None = None
     layer_ids: list[int]
     physical_to_logical: list[list[int]]
 
@@ -34,6 +35,11 @@ def read_placement_json(path: Path) -> dict[int, list[int]]:
         raise TraceError(
             f"{path}: {len(content.layer_ids)} layer_ids for {len(content.physical_to_logical)} rows"
         )
+    for layer, row in zip(content.layer_ids, content.physical_to_logical, strict=True):
+        if content.rank_slots is not None and sum(content.rank_slots) != len(row):
+            raise TraceError(
+                f"{path}: layer {layer} has {len(row)} slots, rank_slots {sum(content.rank_slots)} in all"
+            )
     return dict(zip(content.layer_ids, content.physical_to_logical, strict=True))
 
 
@@ -41,7 +47,7 @@ def write_placement_json(
     path: Path, placement: Placement, layer_ids: tuple[int, ...], topology: Topology
 ) -> None:
     """Write a placement, one line for each layer."""
-    head = {
+    head: dict[str, object] = {
         "format": "eplb-plugin placement 1",
         "num_logical": placement.num_logical,
         "num_ranks": topology.num_ranks,
@@ -49,6 +55,8 @@ def write_placement_json(
         "num_groups": topology.num_groups,
         "layer_ids": list(layer_ids),
     }
+    if topology.rank_slots is not None:
+        head["rank_slots"] = list(topology.rank_slots)
     rows = ",\n  ".join(json.dumps(row) for row in placement.physical_to_logical.tolist())
     text = json.dumps(head)[:-1] + f',\n "physical_to_logical": [\n  {rows}\n]}}\n'
     with written_whole(path) as part:

@@ -30,7 +30,8 @@ PLACEMENT_FORMATS: Mapping[str, Callable[[Path, Placement, tuple[int, ...], Topo
 )
 """Writers by name of the format: `write(path, placement, layer_ids, topology)`. They raise TraceError."""
 
-_EMPTY_SLOTS = frozenset({"json"})  # formats with empty slots; engines cannot load them
+# Formats with empty slots, and with ranks that differ in slots; engines can load neither.
+_EMPTY_SLOTS = _UNEVEN_RANKS = frozenset({"json"})
 
 
 def write_placement(
@@ -40,13 +41,16 @@ def write_placement(
 
     Raises:
         TraceError: unknown format, or the file cannot be written.
-        TopologyError: ranks have different numbers of slots.
+        TopologyError: ranks differ in slots, and the format is not `json`.
         PlacementError: a slot is empty, and the format is not `json`.
     """
     if form not in PLACEMENT_FORMATS:
         raise TraceError(f"no format {form!r} of placements; there are {', '.join(PLACEMENT_FORMATS)}")
-    if not topology.is_even:
-        raise TopologyError(f"no format of placements has room for rank_slots={topology.rank_slots}")
+    if not topology.is_even and form not in _UNEVEN_RANKS:
+        raise TopologyError(
+            f"the format {form!r} has no room for rank_slots={topology.rank_slots}; "
+            f"{', '.join(sorted(_UNEVEN_RANKS))} has"
+        )
     if placement.has_empty_slots and form not in _EMPTY_SLOTS:
         layer, slot = (placement.physical_to_logical < 0).nonzero()[0].tolist()
         raise PlacementError(

@@ -132,7 +132,7 @@ class Rebalancer:
         self._context.weights.claim()
         self.window, self.tables = self._context.window, self._context.in_force.tables
         if modules is not None and weights is not None:
-            warn_unregistered(modules, weights, topology.slots_per_rank)
+            warn_unregistered(modules, weights, topology.slots_by_rank[self.rank])
         self._steps = 0
         self._number = 0
         # Intervals that ended while a rebalance was under way wait for the next one.

@@ -59,13 +59,15 @@ def start_up(
     control = connections.control
 
     def check() -> tuple[torch.Tensor, ExpertWeights]:
+        if not min(topology.slots_by_rank):
+            raise TopologyError(f"{topology} has ranks without slots; leave them out of the group")
         held = _check_placement(placement, num_layers, num_logical, topology)
         if weights is not None and len(weights) != num_layers:
             raise TransferError(f"weights of {len(weights)} layers were given, num_layers={num_layers}")
         if load is not None:
             as_snapshots(load)
         find_dispatch(options.dispatch)
-        return held, ExpertWeights(weights or [[]] * num_layers, topology)
+        return held, ExpertWeights(weights or [[]] * num_layers, topology, control.rank)
 
     # 1. Check what can be wrong on one rank, before any rank goes on.
     held, registered = control.attempt("registration", check)
@@ -144,20 +146,28 @@ def register_again(context: Context) -> Context:
     return replace(context, weights=weights, fingerprints=prints)
 
 
-def regroup(placement: Placement, topology: Topology, ranks: Sequence[int | None]) -> torch.Tensor:
+def regroup(
+    placement: Placement,
+    topology: Topology,
+    ranks: Sequence[int | None],
+    *,
+    new_slots: int | None = None,
+) -> torch.Tensor:
     """The slots of a smaller or larger group, filled from the old one: its `Rebalancer` starts from them.
 
     Args:
         placement: in force when the old group ended.
         topology: of the old group.
         ranks: for each rank of the new group its old rank, or None if it is new. `[0, 1, 3]`: rank 2 is gone.
+        new_slots: slots of each new rank; None: as many as every old rank has.
 
     Returns:
         int64 [layers, slots of the new group], the logical expert in each slot; -1 in the slots of a new
         rank. Experts that only missing ranks held do not occur.
 
     Raises:
-        TopologyError: a rank that the old group did not have, or one twice.
+        TopologyError: a rank that the old group did not have, or one twice; or old ranks differ in slots,
+            and new ranks have no `new_slots`.
         PlacementError: the placement does not fit the topology.
     """
     placement.validate(topology)
@@ -168,7 +178,9 @@ def regroup(placement: Placement, topology: Topology, ranks: Sequence[int | None
             f"ranks={list(ranks)} are not ranks of an old group of {topology.num_ranks}, each once"
         )
     held = placement.physical_to_logical.cpu()
-    new = held.new_full((placement.num_layers, topology.slots_per_rank), -1)
+    if None in ranks and new_slots is None:
+        new_slots = topology.slots_per_rank
+    new = held.new_full((placement.num_layers, new_slots or 0), -1)
     return torch.cat([new if rank is None else held[:, topology.slots_of_rank(rank)] for rank in ranks], 1)
 
 

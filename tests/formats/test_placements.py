@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from eplb_plugin.core.errors import EplbError, PlacementError, TraceError
+from eplb_plugin.core.errors import EplbError, PlacementError, TopologyError, TraceError
 from eplb_plugin.core.placement import Placement
 from eplb_plugin.core.topology import Topology
 from eplb_plugin.formats.placements import PLACEMENT_FORMATS, read_placement, write_placement
@@ -49,6 +49,25 @@ def test_empty_slots_are_written_only_where_they_can_be(tmp_path, form):
     else:
         with pytest.raises(PlacementError, match=f"layer 0, slot 6 is empty, which the format '{form}'"):
             write_placement(path, placement, (3,), TOPOLOGY, form)
+        assert not path.exists()
+
+
+@pytest.mark.parametrize("form", PLACEMENT_FORMATS)
+def test_uneven_ranks_are_written_only_where_they_can_be(tmp_path, form):
+    torch.manual_seed(0)
+    placement, topology = placement_of(), Topology(num_ranks=3, num_slots=8, rank_slots=(4, 1, 3))
+    path = tmp_path / "map"
+    if form == "json":
+        write_placement(path, placement, LAYERS, topology, form)
+        content = json.loads(path.read_text())
+        assert content["rank_slots"] == [4, 1, 3]
+        assert read_placement(path, 6, LAYERS) == placement
+        path.write_text(json.dumps(content | {"rank_slots": [4, 1, 4]}))
+        with pytest.raises(TraceError, match="has 8 slots, rank_slots 9 in all"):
+            read_placement(path, 6, LAYERS)
+    else:
+        with pytest.raises(TopologyError, match=r"no room for rank_slots=\(4, 1, 3\); json has"):
+            write_placement(path, placement, LAYERS, topology, form)
         assert not path.exists()
 
 

@@ -52,7 +52,7 @@ def test_rows_of_tensors_made_in_inference_mode_stay_writable() -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_layouts_that_do_not_move_are_refused() -> None:
     for tensor, rule in [
-        (torch.zeros(4, 2), r"\(4, 2\).*3 on each rank"),
+        (torch.zeros(4, 2), r"\(4, 2\).*3 on this rank"),
         (torch.zeros(()), "slots first"),
         (torch.zeros(1).expand(3), "0 bytes apart, 4 each"),
         (torch.zeros(3, 4, 2).transpose(1, 2), "do not lie in one piece"),

@@ -55,7 +55,7 @@ def byte_rows(tensor: torch.Tensor, name: str, slots: int) -> torch.Tensor:
         raise TransferError(f"{name} has layout {tensor.layout}, not strided")
     described = f"{name} ({tensor.dtype} {tuple(tensor.shape)}, strides {tensor.stride()})"
     if tensor.dim() == 0 or tensor.shape[0] != slots:
-        raise TransferError(f"{described} has to have slots first, {slots} on each rank")
+        raise TransferError(f"{described} has to have slots first, {slots} on this rank")
     if tensor.is_conj() or tensor.is_neg():
         raise TransferError(f"{described} is a lazy conjugate or negation; call resolve_conj, resolve_neg")
     if tensor.dtype in _SUB_BYTE_DTYPES or (
@@ -103,6 +103,7 @@ class ExpertWeights:
     Args:
         layers: for each layer, its tensors: weights, scales, biases.
         topology: gives the slots of a rank.
+        rank: this rank, if ranks differ in slots.
 
     Attributes:
         rows: for each layer and tensor that is not empty, uint8 [slots on this rank, bytes per slot].
@@ -114,8 +115,8 @@ class ExpertWeights:
             claimed.
     """
 
-    def __init__(self, layers: Sequence[Sequence[torch.Tensor]], topology: Topology) -> None:
-        self._layers, self._topology = layers, topology
+    def __init__(self, layers: Sequence[Sequence[torch.Tensor]], topology: Topology, rank: int = 0) -> None:
+        self._layers, self._topology, self._rank = layers, topology, rank
         self._registered: list[tuple[str, torch.Tensor, tuple[object, ...]]] = []
         self._claimed = False
         self.rows: list[list[torch.Tensor]] = []
@@ -128,7 +129,7 @@ class ExpertWeights:
             self.rows.append([])
             for index, tensor in enumerate(tensors):
                 name = f"tensor {index} of layer {layer}"
-                row = byte_rows(tensor, name, topology.slots_per_rank)
+                row = byte_rows(tensor, name, topology.slots_by_rank[rank])
                 described.append(f"{layer} {tensor.dtype} {tuple(tensor.shape[1:])} {_quantisation(tensor)}")
                 if not row.numel():
                     continue
@@ -180,7 +181,7 @@ class ExpertWeights:
 
     def again(self) -> ExpertWeights:
         """A new registration of the same tensors, at their present memory."""
-        return ExpertWeights(self._layers, self._topology)
+        return ExpertWeights(self._layers, self._topology, self._rank)
 
     @property
     def num_layers(self) -> int:
