@@ -12,12 +12,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..advisor.advice import Advice, Rated, busy_layers
+from ..advisor.advice import Advice, Rated, busy_layers, is_worth_it, verdict
 from ..advisor.advice import advise as sweep
-from ..advisor.cache import TrialCache
-from ..advisor.machine import Machine
-from ..advisor.models import ModelPreset, model_preset, model_presets
-from ..advisor.verdict import is_worth_it, verdict
+from ..advisor.machine import Machine, ModelPreset, model_preset, model_presets
+from ..advisor.trial import TrialCache
 from ..config.environment import cache_folder
 from ..config.sources import Settings
 from ..core.errors import ConfigError
