@@ -43,18 +43,15 @@ def advise(
     nodes: arguments.Nodes = None,
     groups: arguments.Groups = None,
     bandwidth: Annotated[
-        float,
-        typer.Option(help="GB/s of a GPU within its node, per direction (NVLink of H100: about 400)."),
+        float, typer.Option(help="GB/s of a GPU within its node, per direction (NVLink of H100: about 400).")
     ] = 400.0,
     node_bandwidth: Annotated[
-        float,
-        typer.Option(help="GB/s of a GPU to other nodes, per direction (400 Gbit/s: about 45)."),
+        float, typer.Option(help="GB/s of a GPU to other nodes, per direction (400 Gbit/s: about 45).")
     ] = 45.0,
     step_ms: Annotated[float, typer.Option(help="Duration of one engine step in milliseconds.")] = 40.0,
     redundant: Annotated[list[int] | None, typer.Option(help="Redundant experts to try; repeatable.")] = None,
     intervals: Annotated[
-        list[int] | None,
-        typer.Option("--interval", help="Steps between two rebalances to try; repeatable."),
+        list[int] | None, typer.Option("--interval", help="Steps between two rebalances to try; repeatable.")
     ] = None,
     prices: Annotated[
         list[float] | None, typer.Option("--move-price", help="Price of moves to try; repeatable.")

@@ -68,11 +68,7 @@ def _write_json(path: Path, placement: Placement, layer_ids: tuple[int, ...], to
 
 PLACEMENT_FORMATS: Mapping[str, Callable[[Path, Placement, tuple[int, ...], Topology], None]] = (
     MappingProxyType(
-        {
-            "json": _write_json,
-            "sglang": write_sglang_location,
-            "tensorrt-llm": write_tensorrt_llm_config,
-        }
+        {"json": _write_json, "sglang": write_sglang_location, "tensorrt-llm": write_tensorrt_llm_config}
     )
 )
 """Writers by name of the format: `write(path, placement, layer_ids, topology)`. They raise TraceError."""

@@ -84,10 +84,7 @@ def _count(count: Any, file: Path) -> torch.Tensor:
 
 
 def _add_records(
-    content: dict[Any, Any],
-    file: Path,
-    passes: dict[int, torch.Tensor],
-    seen: dict[tuple[int, int], Path],
+    content: dict[Any, Any], file: Path, passes: dict[int, torch.Tensor], seen: dict[tuple[int, int], Path]
 ) -> None:
     """Add the records of one rank to `passes`, the load [layers, logical] by number of the forward pass.
 
