@@ -16,8 +16,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from eplb_plugin.cli import app
-from eplb_plugin.cli.demo import command as demo_module
+from eplb_plugin.cli import app, demo
 from eplb_plugin.cli.demo import ranks as ranks_module
 from eplb_plugin.cli.demo import serving
 from eplb_plugin.cli.demo.outcome import DemoOutcome, DemoTally, IntervalOutcome
@@ -42,7 +41,7 @@ def quiet():
 
 
 def run_small(**changes):
-    return demo_module.run_demo(Settings(demo=DemoOptions(**{**SMALL, **changes})), quiet())
+    return demo.run_demo(Settings(demo=DemoOptions(**{**SMALL, **changes})), quiet())
 
 
 @pytest.mark.parametrize(("planning", "mode"), [("leader", "sync"), ("sharded", "async")])
@@ -52,7 +51,7 @@ def test_the_demo_balances_and_changes_no_output(planning, mode):
         planner={"min_gain": 0},
         rebalancer={"planning": planning, "mode": mode, "interval": 1000},
     )
-    outcome = demo_module.run_demo(settings, quiet())
+    outcome = demo.run_demo(settings, quiet())
     assert outcome.outputs_equal
     assert outcome.compared.wrong == outcome.wrong_slots == 0
     assert outcome.compared.tokens == 2 * 12 * 64
@@ -80,10 +79,10 @@ def _serve_without_moving(rank, send, *args):
 
 
 def test_the_check_fails_when_a_map_is_switched_without_its_weights(monkeypatch):
-    monkeypatch.setattr(demo_module, "serve", _serve_without_moving)
+    monkeypatch.setattr(demo, "serve", _serve_without_moving)
     # Within the step, so that no steps are over before anything is switched.
     settings = Settings(demo=DemoOptions(**SMALL), rebalancer={"mode": "sync"})
-    outcome = demo_module.run_demo(settings, quiet())
+    outcome = demo.run_demo(settings, quiet())
     assert not outcome.outputs_equal
     assert outcome.compared.wrong > 0.1 * outcome.compared.tokens
     assert outcome.wrong_slots > 0
@@ -139,7 +138,7 @@ def test_a_run_of_one_interval_is_scored_on_it():
     ],
 )
 def test_the_exit_code_tells_whether_outputs_are_equal(monkeypatch, changes, exit_code, text):
-    monkeypatch.setattr(demo_module, "run_demo", lambda settings, console: outcome_of(**changes))
+    monkeypatch.setattr(demo, "run_demo", lambda settings, console: outcome_of(**changes))
     result = CliRunner().invoke(app, ["demo", "--json"])
     assert result.exit_code == exit_code
     *table, summary, last = result.stdout.splitlines()
@@ -162,9 +161,9 @@ def test_the_command_runs_with_a_trace(tmp_path):
     assert values["outputs_equal"] is True
     assert values["tokens_compared"] == 2 * 8 * 32
     assert "2 ranks, 1 layer, 8 experts in 10 slots" in result.stdout
-    mix = demo_module._mix(DemoOptions(trace=str(path), mode="prefill", steps=8))
+    mix = demo._mix(DemoOptions(trace=str(path), mode="prefill", steps=8))
     np.testing.assert_allclose(mix, np.repeat([[0, 1], [1, 0]], 4, 0))
-    mix = demo_module._mix(DemoOptions(trace=str(path), steps=8))
+    mix = demo._mix(DemoOptions(trace=str(path), steps=8))
     assert mix.shape == (8, 2)
     np.testing.assert_allclose(mix.sum(1), 1)
 
@@ -291,10 +290,10 @@ def test_a_demo_that_fails_shows_what_it_has_measured(monkeypatch):
             yield rank, record(0, [[4, 0], [2, 2]])
         raise RankError("rank 1 died")
 
-    monkeypatch.setattr(demo_module, "run_ranks", some_ranks)
+    monkeypatch.setattr(demo, "run_ranks", some_ranks)
     said = io.StringIO()
     with pytest.raises(RankError, match="rank 1 died"):
-        demo_module.run_demo(Settings(demo=DemoOptions(**SMALL)), Console(file=said, width=100))
+        demo.run_demo(Settings(demo=DemoOptions(**SMALL)), Console(file=said, width=100))
     assert "0-1" in said.getvalue()
 
 
@@ -323,8 +322,8 @@ def test_the_metrics_show_what_the_demo_prints(monkeypatch):
                 scraped.append(message)
             yield rank, message
 
-    monkeypatch.setattr(demo_module, "serve", _serve_and_scrape)
-    monkeypatch.setattr(demo_module, "run_ranks", watched_ranks)
+    monkeypatch.setattr(demo, "serve", _serve_and_scrape)
+    monkeypatch.setattr(demo, "run_ranks", watched_ranks)
     settings = Settings(
         demo=DemoOptions(**SMALL),
         planner={"min_gain": 0},
@@ -332,7 +331,7 @@ def test_the_metrics_show_what_the_demo_prints(monkeypatch):
         metrics={"enabled": True, "port": 0},
     )
     said = io.StringIO()
-    outcome = demo_module.run_demo(settings, Console(file=said))
+    outcome = demo.run_demo(settings, Console(file=said))
     assert "metrics at http://127.0.0.1:" in said.getvalue()
     assert len(scraped) == len(outcome.intervals) == 3
     values = {}
@@ -362,7 +361,7 @@ def test_the_metrics_show_what_the_demo_prints(monkeypatch):
 def test_a_metrics_port_enables_them(monkeypatch):
     given = []
     monkeypatch.setattr(
-        demo_module, "run_demo", lambda settings, console: given.append(settings.metrics) or outcome_of()
+        demo, "run_demo", lambda settings, console: given.append(settings.metrics) or outcome_of()
     )
     assert CliRunner().invoke(app, ["demo", "--metrics-port", "9411"]).exit_code == 0
     assert CliRunner().invoke(app, ["demo"]).exit_code == 0

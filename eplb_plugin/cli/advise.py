@@ -12,12 +12,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..advisor.advice import Advice, Rated, busy_layers
+from ..advisor.advice import Advice, Rated, busy_layers, is_worth_it, verdict
 from ..advisor.advice import advise as sweep
-from ..advisor.cache import TrialCache
-from ..advisor.machine import Machine
-from ..advisor.models import ModelPreset, model_preset, model_presets
-from ..advisor.verdict import is_worth_it, verdict
+from ..advisor.machine import Machine, ModelPreset, model_preset, model_presets
+from ..advisor.trial import TrialCache
 from ..config.environment import cache_folder
 from ..config.sources import Settings
 from ..core.errors import ConfigError
@@ -45,18 +43,15 @@ def advise(
     nodes: arguments.Nodes = None,
     groups: arguments.Groups = None,
     bandwidth: Annotated[
-        float,
-        typer.Option(help="GB/s of a GPU within its node, per direction (NVLink of H100: about 400)."),
+        float, typer.Option(help="GB/s of a GPU within its node, per direction (NVLink of H100: about 400).")
     ] = 400.0,
     node_bandwidth: Annotated[
-        float,
-        typer.Option(help="GB/s of a GPU to other nodes, per direction (400 Gbit/s: about 45)."),
+        float, typer.Option(help="GB/s of a GPU to other nodes, per direction (400 Gbit/s: about 45).")
     ] = 45.0,
     step_ms: Annotated[float, typer.Option(help="Duration of one engine step in milliseconds.")] = 40.0,
     redundant: Annotated[list[int] | None, typer.Option(help="Redundant experts to try; repeatable.")] = None,
     intervals: Annotated[
-        list[int] | None,
-        typer.Option("--interval", help="Steps between two rebalances to try; repeatable."),
+        list[int] | None, typer.Option("--interval", help="Steps between two rebalances to try; repeatable.")
     ] = None,
     prices: Annotated[
         list[float] | None, typer.Option("--move-price", help="Price of moves to try; repeatable.")

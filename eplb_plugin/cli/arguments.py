@@ -66,8 +66,7 @@ def _model_of(place: str) -> tuple[type[Options], str]:
 
 
 Load = Annotated[
-    str,
-    typer.Argument(help=f"Recorded load of any format, token trace, or profile: {', '.join(PROFILES)}."),
+    str, typer.Argument(help=f"Recorded load of any format, token trace, or profile: {', '.join(PROFILES)}.")
 ]
 Ranks = Annotated[int | None, option("simulate.ranks")]
 Slots = Annotated[int | None, option("simulate.slots")]
@@ -75,8 +74,7 @@ RankSlots = Annotated[list[int] | None, option("simulate.rank_slots")]
 Nodes = Annotated[int | None, option("simulate.nodes")]
 Groups = Annotated[int | None, option("simulate.groups")]
 Interval = Annotated[
-    int | None,
-    option("rebalancer.interval", meaning="Steps between two rebalances; fewer for a short load."),
+    int | None, option("rebalancer.interval", meaning="Steps between two rebalances; fewer for a short load.")
 ]
 MovePrice = Annotated[
     float | None,

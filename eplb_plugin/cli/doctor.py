@@ -1,10 +1,14 @@
-"""`eplb-plugin doctor`: versions, engines, a self-test, and the options in force."""
+"""`eplb-plugin doctor`: versions, engines by their metadata, a self-test, and the options in force."""
 
 from __future__ import annotations
 
 import json
 import platform
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, entry_points, packages_distributions, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,12 +18,19 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ..config.environment import allowed_plugins
+from ..config.options import PlannerOptions
 from ..config.sources import CONFIG_VARIABLE, Settings, load_settings
+from ..core.balancedness import balancedness, peak_rank_loads
+from ..core.errors import ConfigError
+from ..core.placement import Placement
+from ..core.topology import Topology
+from ..integration.adapters import Adapter, adapters
+from ..offline.synthetic_traffic import generate
+from ..planning.planner import plan
 from .console import compiling
-from .installation import EngineState, engine_states, package_versions
-from .selftest import SelfTest, self_test
 
-__all__ = ["doctor"]
+__all__ = ["EngineState", "SelfTest", "doctor", "engine_states", "package_versions", "self_test"]
 
 _ALWAYS_SHOWN = ("planner", "rebalancer")
 
@@ -139,3 +150,149 @@ def _engine_options(engines: list[EngineState], config: Path | None) -> dict[str
         for engine in engines
         for name, value in engine.options.items()
     }
+
+
+_TOPOLOGY = Topology(num_nodes=2, num_ranks=8, num_slots=40, num_groups=4)
+_LAYERS = 8
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """Result of the self-test.
+
+    Attributes:
+        first_ms: time of the first plans in milliseconds, with compiling or loading of the kernels.
+        plan_ms: time of a later plan in milliseconds.
+        before: balancedness of the default placement, with which engines start.
+        after: balancedness of the plan.
+        problems: one line for each.
+    """
+
+    first_ms: float
+    plan_ms: float
+    before: float
+    after: float
+    problems: tuple[str, ...]
+
+
+def self_test(options: PlannerOptions) -> SelfTest:
+    """Plan for a small load from scratch and from the placement in force, and check the plans."""
+    load = generate("gpt-oss-20b", layers=_LAYERS, steps=16, tokens_per_step=256).load
+    default = Placement.default(_LAYERS, load.shape[2], _TOPOLOGY.num_slots)
+    began = time.perf_counter()
+    plan(load, _TOPOLOGY, None, options)
+    plan(load, _TOPOLOGY, default, options)
+    first_ms = 1000 * (time.perf_counter() - began)
+
+    scratch = plan(load, _TOPOLOGY, None, options)
+    grown = plan(load, _TOPOLOGY, default, options)
+    before = balancedness(load, default, _TOPOLOGY)
+    problems = []
+    for name, made in (("from scratch", scratch), ("from the placement in force", grown)):
+        made.placement.validate(_TOPOLOGY)
+        after = balancedness(load, made.placement, _TOPOLOGY)
+        if abs(after - made.balancedness) > 1e-9:
+            problems.append(f"plan {name}: promises a balancedness of {made.balancedness}, but has {after}")
+        if after < before:
+            problems.append(f"plan {name}: balancedness {after:.4f} is worse than {before:.4f} without one")
+        peak = peak_rank_loads(load, made.placement, _TOPOLOGY).mean(0)
+        if bool((peak < made.lower_bound * (1 - 1e-9)).any()):
+            problems.append(f"plan {name}: its peak is below the lower bound")
+    again = plan(load, _TOPOLOGY, default, options)
+    if not torch.equal(again.placement.physical_to_logical, grown.placement.physical_to_logical):
+        problems.append("the same load gave two different plans")
+    return SelfTest(first_ms, 1000 * grown.seconds, before, grown.balancedness, tuple(problems))
+
+
+_PLUGIN = "eplb_plugin"
+
+
+@dataclass(frozen=True)
+class EngineState:
+    """One engine.
+
+    Attributes:
+        name: as people write it.
+        version: of the installed package, with the package's name where that differs; None if absent.
+        plugin: whether it would load the plugin, and how to enable it.
+        problems: obstacles, one line for each.
+        notes: remarks that are no obstacle, one line for each.
+        options: options in the file for this engine alone, by `section.option`, as they were understood.
+    """
+
+    name: str
+    version: str | None
+    plugin: str
+    problems: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def package_versions() -> dict[str, str | None]:
+    """Versions of the packages for planning and reports; None where a package is absent."""
+    found: dict[str, str | None] = {}
+    for name in ("eplb-plugin", "torch", "numba", "numpy", "scipy", "matplotlib"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def engine_states(config: Path | None = None) -> list[EngineState]:
+    """State of each engine by its metadata, the environment and the configuration file.
+
+    Args:
+        config: the file; None is the file in EPLB_PLUGIN_CONFIG, which engines read.
+
+    Raises:
+        ConfigError, TraceError: the file cannot be read.
+    """
+    return [_state(adapter, config) for adapter in adapters()]
+
+
+def _state(adapter: Adapter, config: Path | None) -> EngineState:
+    installed, problems, notes = _installed(adapter.package), [], []
+    plugin, options = adapter.how_to_enable, {}
+    try:
+        found = adapter.in_file(config)
+        options = dict(found.options)
+        if found.enabled_by is not None:
+            plugin = f"on by {found.enabled_by}"
+    except ConfigError as error:
+        problems.append(str(error))
+    if installed is not None:
+        problems += _obstacles(adapter)
+        untested = adapter.untested(installed.partition(" ")[0])
+        notes += [untested] if untested else []
+    return EngineState(adapter.name, installed, plugin, tuple(problems), tuple(notes), options)
+
+
+def _installed(module: str) -> str | None:
+    """`1.2.0`, or `1.2.0 (NAME)` where the package has another name than the module; None if absent."""
+    for name in sorted(set(packages_distributions().get(module, []))):
+        return version(name) if name == module else f"{version(name)} ({name})"
+    return None
+
+
+def _obstacles(adapter: Adapter) -> list[str]:
+    """Reasons why the engine would not load the plugin."""
+    ours = [item for item in entry_points(group=adapter.entry_points) if item.name == _PLUGIN]
+    if not ours:
+        return [
+            f"{adapter.name} cannot find the plugin: no entry point {_PLUGIN} in the group "
+            f"{adapter.entry_points}"
+        ]
+    problems = []
+    module = ours[0].value.partition(":")[0]
+    try:
+        there = find_spec(module) is not None
+    except ModuleNotFoundError:
+        there = False
+    if not there:
+        problems.append(f"{adapter.name} would look for the plugin in {module}, which is not there")
+    variable = adapter.allowed_plugins
+    allowed = allowed_plugins(variable, empty_is_all=adapter.empty_allows_all)
+    if allowed is not None and _PLUGIN not in allowed:
+        problems.append(f"{variable}={','.join(allowed)} keeps {adapter.name} from loading {_PLUGIN}")
+    return problems

@@ -13,9 +13,9 @@ from ..core.errors import TraceError
 from ..core.safe_files import check_output
 from ..offline.simulation import policy_setup
 from ..planning.warmup import warmup
+from ..report.figures import picture
 from ..report.page import picture_set, write_page
 from ..report.replay import replay
-from ..report.style import picture
 from . import arguments
 from .console import compiling, progress_bar
 from .loading import fit_interval, load_for, topology_for

@@ -14,8 +14,8 @@ from ..offline.traces import LoadTrace, TokenTrace
 from .benchmark_json import read_benchmark_json, write_benchmark_json
 from .csv_table import read_csv, write_csv
 from .npz import read_npz_trace, save_load_trace
-from .sglang_dump import read_sglang_dump, write_sglang_dump
-from .tensorrt_llm_statistics import (
+from .sglang import read_sglang_dump, write_sglang_dump
+from .tensorrt_llm import (
     META_FILE,
     check_statistics_output,
     read_tensorrt_llm_statistics,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from eplb_plugin.advisor.models import model_preset
+from eplb_plugin.advisor.machine import model_preset
 from eplb_plugin.cli import app, main
 from eplb_plugin.formats.npz import save_load_trace
 

@@ -9,9 +9,8 @@ import pytest
 
 from eplb_plugin.advisor import advice as advice_module
 from eplb_plugin.advisor.advice import advise
-from eplb_plugin.advisor.cache import TrialCache
-from eplb_plugin.advisor.models import model_preset, model_presets
-from eplb_plugin.advisor.trial import Setting, Trial, try_setting
+from eplb_plugin.advisor.machine import model_preset, model_presets
+from eplb_plugin.advisor.trial import Setting, Trial, TrialCache, try_setting
 from eplb_plugin.config.options import PlannerOptions, RebalancerOptions
 from eplb_plugin.core.errors import ConfigError, TraceError
 from eplb_plugin.core.placement import Placement

@@ -1,26 +1,32 @@
-"""Dumps of SGLang's expert distribution recorder (`.pt`), in all of its modes.
+"""SGLang's files: dumps of its expert distribution recorder (`.pt`), and JSON for `--init-expert-location`.
 
-Modes `stat` and `stat_approx` write one file with `logical_count [steps, layers, logical]`. Modes `per_pass`
-and `per_token` write one file per rank, with one record for each forward pass. A record counts the tokens of
-physical experts; in `per_token` it also has the choices of each token, which are ignored here.
+Modes `stat` and `stat_approx` of the recorder write one file with `logical_count [steps, layers, logical]`.
+Modes `per_pass` and `per_token` write one file per rank, with one record for each forward pass. A record
+counts the tokens of physical experts; in `per_token` it also has the choices of each token, which are ignored
+here. The JSON is `{"physical_to_logical_map": [[...], ...]}`, by layer.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import pickletools
 import reprlib
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict
 
 from ..core.errors import TraceError
-from ..core.safe_files import MAX_BYTES, written_whole
+from ..core.placement import Placement
+from ..core.safe_files import MAX_BYTES, opened_zip, read_json, written_whole
+from ..core.topology import Topology
 from ..offline.traces import MAX_COUNT, LoadTrace, as_load
-from .torch_file import load_torch_file
 
-__all__ = ["read_sglang_dump", "write_sglang_dump"]
+__all__ = ["read_sglang_dump", "read_sglang_location", "write_sglang_dump", "write_sglang_location"]
 
 
 def read_sglang_dump(path: Path, max_bytes: int) -> LoadTrace:
@@ -35,7 +41,7 @@ def read_sglang_dump(path: Path, max_bytes: int) -> LoadTrace:
     passes: dict[int, torch.Tensor] = {}
     seen: dict[tuple[int, int], Path] = {}
     for file in files:
-        content = load_torch_file(file, max_bytes)
+        content = _load_torch_file(file, max_bytes)
         max_bytes -= file.stat().st_size
         if not isinstance(content, dict):
             raise TraceError(f"{file}: holds a {type(content).__name__}, not a dict")
@@ -78,10 +84,7 @@ def _count(count: Any, file: Path) -> torch.Tensor:
 
 
 def _add_records(
-    content: dict[Any, Any],
-    file: Path,
-    passes: dict[int, torch.Tensor],
-    seen: dict[tuple[int, int], Path],
+    content: dict[Any, Any], file: Path, passes: dict[int, torch.Tensor], seen: dict[tuple[int, int], Path]
 ) -> None:
     """Add the records of one rank to `passes`, the load [layers, logical] by number of the forward pass.
 
@@ -166,3 +169,93 @@ def _without_idle(load: torch.Tensor, file: Path) -> torch.Tensor:
     if not bool(busy.any()):
         raise TraceError(f"{file}: none of its {load.shape[0]} steps has any tokens")
     return load[busy]
+
+
+_PROTOCOL = 2
+# Globals in the pickle of plain tensors. `weights_only` alone also allows a bytearray of any size.
+_STORAGES = ("Byte", "Char", "Short", "Int", "Long", "Half", "Float", "Double")
+_ALLOWED = frozenset(
+    {"torch._utils _rebuild_tensor_v2", "collections OrderedDict"}
+    | {f"torch {name}Storage" for name in _STORAGES}
+)
+
+
+def _load_torch_file(path: Path, max_bytes: int) -> Any:
+    """Load the content of a file of `torch.save`, tensors on the CPU. Nothing of the file is executed.
+
+    Args:
+        path: the file.
+        max_bytes: bound on its unpacked size.
+
+    Raises:
+        TraceError: the file is missing, damaged, compressed, too large, or holds other Python objects.
+    """
+    with opened_zip(path, "a file of torch.save (zip)") as archive:
+        infos = archive.infolist()
+        packed = [info.filename for info in infos if info.compress_type != zipfile.ZIP_STORED]
+        size = sum(info.file_size for info in infos)
+        pickles = [info for info in infos if info.filename.split("/")[1:] == ["data.pkl"]]
+        if size > max_bytes:
+            raise TraceError(f"{path}: declares {size} bytes, {max_bytes} are allowed")
+        if len(pickles) != 1:
+            raise TraceError(f"{path}: not a file of torch.save: no data.pkl in it")
+        if packed:
+            raise TraceError(f"{path}: {packed[0]} is compressed, which torch.save never does")
+        content = archive.read(pickles[0])
+    _check_globals(path, content)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file raises many types
+        raise TraceError(f"{path}: is damaged: {_last_line(error)}") from None
+
+
+def _check_globals(path: Path, content: bytes) -> None:
+    try:
+        for opcode, argument, _ in pickletools.genops(content):
+            if opcode.name == "PROTO" and argument != _PROTOCOL:
+                raise TraceError(
+                    f"{path}: its pickle is of protocol {argument}, torch.save writes {_PROTOCOL}"
+                )
+            if opcode.name == "STACK_GLOBAL" or opcode.name.startswith("EXT"):
+                raise TraceError(f"{path}: refers to Python objects in a way that torch.save does not")
+            if opcode.name in ("GLOBAL", "INST") and argument not in _ALLOWED:
+                name = str(argument).replace(" ", ".")
+                raise TraceError(f"{path}: holds the Python object {name}: only plain tensors are read")
+    except TraceError:
+        raise
+    except Exception as error:  # pickletools raises ValueError and, on some inputs, others
+        raise TraceError(f"{path}: its pickle is damaged: {_last_line(error)}") from None
+
+
+def _last_line(error: Exception) -> str:
+    """The last line of a message without torch's advice."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if "http" not in line and "weights_only" not in line]
+    return told[-1] if told else type(error).__name__
+
+
+_MAX_SLOTS = 2**26  # over all layers
+
+
+class _Map(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+    physical_to_logical_map: list[list[int]]
+
+
+def read_sglang_location(path: Path) -> dict[int, list[int]]:
+    """Read the logical expert of each slot, by layer of the model."""
+    return dict(enumerate(read_json(path, _Map).physical_to_logical_map))
+
+
+def write_sglang_location(
+    path: Path, placement: Placement, layer_ids: tuple[int, ...], topology: Topology
+) -> None:
+    """Write a placement. SGLang wants a row for dense layers too: they get SGLang's default placement."""
+    default = Placement.default(1, placement.num_logical, placement.num_slots).physical_to_logical
+    size = (layer_ids[-1] + 1) * placement.num_slots
+    if size > _MAX_SLOTS:
+        raise TraceError(f"{path}: layers up to {layer_ids[-1]} would take {size} slots")
+    rows: torch.Tensor = default.repeat(layer_ids[-1] + 1, 1)
+    rows[list(layer_ids)] = placement.physical_to_logical.cpu()
+    with written_whole(path) as part:
+        part.write_text(json.dumps({"physical_to_logical_map": rows.tolist()}) + "\n", encoding="utf-8")
