@@ -24,11 +24,6 @@ class LocalFirstDispatch(EvenDispatch):
     """
 
     def __init__(
-        self,
-        placement: Placement,
-        topology: Topology,
-        *,
-        rank: int = 0,
-        device: torch.device | str = "cpu",
+        self, placement: Placement, topology: Topology, *, rank: int = 0, device: torch.device | str = "cpu"
     ) -> None:
         super().__init__(placement, topology, rank=rank, near=topology.slots_of_rank(rank), device=device)

@@ -147,11 +147,7 @@ def register_again(context: Context) -> Context:
 
 
 def regroup(
-    placement: Placement,
-    topology: Topology,
-    ranks: Sequence[int | None],
-    *,
-    new_slots: int | None = None,
+    placement: Placement, topology: Topology, ranks: Sequence[int | None], *, new_slots: int | None = None
 ) -> torch.Tensor:
     """The slots of a smaller or larger group, filled from the old one: its `Rebalancer` starts from them.
 

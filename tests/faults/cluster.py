@@ -195,11 +195,7 @@ def _run(seat: Seat, store: StoreKind, fn: Callable[..., Any], args: Any) -> Non
     assert seat.sender is not None
     try:
         dist.init_process_group(
-            "gloo",
-            store=_open(seat, store),
-            rank=seat.rank,
-            world_size=seat.size,
-            timeout=_ENGINE_LIMIT,
+            "gloo", store=_open(seat, store), rank=seat.rank, world_size=seat.size, timeout=_ENGINE_LIMIT
         )
         seat.sender.send(("done", fn(seat, *args)))
     except BaseException:

@@ -112,11 +112,7 @@ def arriving(batch: MigrationBatch, topology: eplb.Topology, rank: int) -> list[
 @mock.patch.object(staged_weights, "_GROUPS", 5)
 @mock.patch.object(rows_of_weights, "_OWN_MESSAGE", OWN)
 def move_around(
-    rank: int,
-    size: int,
-    slots_per_rank: int,
-    staging_bytes: int,
-    limits: RoundLimits = NO_LIMITS,
+    rank: int, size: int, slots_per_rank: int, staging_bytes: int, limits: RoundLimits = NO_LIMITS
 ) -> tuple[int, int]:
     """Random migrations, each checked to the byte; returns (most batches, most staging bytes)."""
     layers, slots = 4, size * slots_per_rank

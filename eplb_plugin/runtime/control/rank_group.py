@@ -50,11 +50,7 @@ class RankGroup:
     """
 
     def __init__(
-        self,
-        group: AnyGroup | None = None,
-        device: torch.device | str | None = None,
-        *,
-        alone: bool = False,
+        self, group: AnyGroup | None = None, device: torch.device | str | None = None, *, alone: bool = False
     ) -> None:
         if alone and group is not None:
             raise EplbError("a lone rank has no group, but one was given")

@@ -100,9 +100,7 @@ def sample(row: torch.Tensor) -> torch.Tensor:
     return row.index_select(1, sampled_bytes(num_bytes, row.device))
 
 
-def sample_experts(
-    experts: Sequence[Sequence[torch.Tensor]],
-) -> Iterator[tuple[list[int], torch.Tensor]]:
+def sample_experts(experts: Sequence[Sequence[torch.Tensor]]) -> Iterator[tuple[list[int], torch.Tensor]]:
     """The sampled bytes of many experts, those of one expert's tensors behind each other.
 
     Args:

@@ -43,11 +43,7 @@ class MigrationBatch:
 
 
 def plan_batches(
-    before: torch.Tensor,
-    after: torch.Tensor,
-    weights: ExpertWeights,
-    topology: Topology,
-    bound: int,
+    before: torch.Tensor, after: torch.Tensor, weights: ExpertWeights, topology: Topology, bound: int
 ) -> tuple[list[MigrationBatch], dict[int, str]]:
     """Divide a migration into batches: neighbouring layers together, as many as fit.
 
