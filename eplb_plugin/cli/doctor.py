@@ -34,6 +34,10 @@ from .console import compiling
 __all__ = ["EngineState", "SelfTest", "doctor", "engine_states", "package_versions", "self_test"]
 
 _ALWAYS_SHOWN = ("planner", "rebalancer")
+_TOPOLOGY = Topology(num_nodes=2, num_ranks=8, num_slots=40, num_groups=4)
+_LAYERS = 8
+_PLUGIN = "eplb_plugin"
+_PACKAGES = ("eplb-plugin", "torch", "numba", "numpy", "scipy", "matplotlib")
 
 
 @dataclass(frozen=True)
@@ -138,10 +142,6 @@ def _options(settings: Settings) -> dict[str, _Option]:
     return found
 
 
-_TOPOLOGY = Topology(num_nodes=2, num_ranks=8, num_slots=40, num_groups=4)
-_LAYERS = 8
-
-
 @dataclass(frozen=True)
 class SelfTest:
     """Result of the self-test.
@@ -188,10 +188,6 @@ def self_test(options: PlannerOptions) -> SelfTest:
     if not torch.equal(again.placement.physical_to_logical, grown.placement.physical_to_logical):
         problems.append("the same load gave two different plans")
     return SelfTest(first_ms, 1000 * grown.seconds, before, grown.balancedness, tuple(problems))
-
-
-_PLUGIN = "eplb_plugin"
-_PACKAGES = ("eplb-plugin", "torch", "numba", "numpy", "scipy", "matplotlib")
 
 
 @dataclass(frozen=True)
