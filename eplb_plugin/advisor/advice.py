@@ -41,6 +41,9 @@ _WORTH_MOVES = 0.005  # minimum relative gain of a setting with more moves
 _REDUNDANT_PER_RANK = (0, 1, 2, 4)
 _INTERVALS_PER_HALF = (16, 8, 4)
 _PRICES = (0.25, 4.0)
+_WORTH = 1.05  # minimum net speed-up that is worth it
+_LITTLE = 1.02  # minimum net speed-up that is worth little
+_BUSY_LINKS = 0.05  # maximum share of time with transfers that needs no warning
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,10 @@ def advise(
     half = trace.num_steps // 2
     if trace.num_steps < LEAST_STEPS:
         raise TraceError(f"{trace.name} has {trace.num_steps} steps; advice needs {LEAST_STEPS} at least")
-    first, second = (_part(trace, part) for part in (slice(0, half), slice(half, None)))
+    first, second = (
+        LoadTrace(part.contiguous(), trace.name, trace.layer_ids)
+        for part in (trace.load[:half], trace.load[half:])
+    )
     for name, part in (("first", first), ("second", second)):
         if not bool(part.load.any()):
             raise TraceError(f"{trace.name}: its {name} half, {part.num_steps} steps, has no tokens")
@@ -217,10 +223,6 @@ def busy_layers(trace: LoadTrace) -> int:
     return int((trace.load != 0).any(2).any(0).sum())
 
 
-def _part(trace: LoadTrace, steps: slice) -> LoadTrace:
-    return LoadTrace(trace.load[steps].contiguous(), trace.name, trace.layer_ids)
-
-
 def _redundant(experts: int, ranks: int) -> list[int]:
     even = -(-experts // ranks) * ranks - experts
     # Nobody spends memory on more than one redundant expert for two experts.
@@ -245,11 +247,6 @@ def _best(rated: Sequence[Rated]) -> Rated:
     return min(good, key=lambda item: (item.cost.bytes_per_hour, -item.net))
 
 
-_WORTH = 1.05
-_LITTLE = 1.02
-_BUSY_LINKS = 0.05
-
-
 def is_worth_it(advice: Advice) -> bool:
     """Whether the MoE layers gain at least 5% on both halves."""
     return _gain(advice) >= _WORTH
@@ -259,10 +256,8 @@ def verdict(advice: Advice, num_experts: int) -> list[str]:
     """Sentences for people, the verdict first."""
     best, test = advice.best, advice.back_test
     gain, redundant = _gain(advice), best.setting.slots - num_experts
-    use = (
-        f"{redundant} redundant experts, a rebalance every {best.setting.interval} steps and "
-        f"move_price {best.setting.move_price:g}"
-    )
+    interval, price = best.setting.interval, best.setting.move_price
+    use = f"{redundant} redundant experts, a rebalance every {interval} steps and move_price {price:g}"
     if gain >= _WORTH:
         said = [f"Worth it: with {use}, MoE layers run {gain:.2f} times as fast as without balancing."]
     elif gain >= _LITTLE:

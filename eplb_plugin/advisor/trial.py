@@ -23,6 +23,8 @@ from ..runtime.weights.migration import plan_migration
 
 __all__ = ["Setting", "Trial", "TrialCache", "try_setting"]
 
+_RUN_BY_TRIALS = ("advisor", "core", "offline", "planning", "runtime/weights")
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -121,9 +123,6 @@ def _transfers(old: Placement, new: Placement, topology: Topology) -> tuple[int,
         return max(int(torch.bincount(ranks, minlength=1).max()) for ranks in ends)
 
     return sends.rank.numel(), busiest(within), busiest(~within)
-
-
-_RUN_BY_TRIALS = ("advisor", "core", "offline", "planning", "runtime/weights")
 
 
 class TrialCache:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Annotated
 
@@ -17,7 +16,6 @@ from ..advisor.advice import advise as sweep
 from ..advisor.machine import Machine, ModelPreset, model_preset, model_presets
 from ..advisor.trial import TrialCache
 from ..config.environment import cache_folder
-from ..config.sources import Settings
 from ..core.errors import ConfigError
 from ..offline.traces import LoadTrace
 from ..planning.warmup import warmup
@@ -70,14 +68,10 @@ def advise(
     settings = arguments.settings_for(context)
     if settings.simulate.steps is None:
         settings = settings.replaced("simulate.steps", _STEPS)
-    _check_above_zero(
-        {
-            "--expert-mb": expert_mb,
-            "--bandwidth": bandwidth,
-            "--node-bandwidth": node_bandwidth,
-            "--step-ms": step_ms,
-        }
-    )
+    above_zero = {"--bandwidth": bandwidth, "--node-bandwidth": node_bandwidth, "--step-ms": step_ms}
+    for flag, value in {"--expert-mb": 1.0 if expert_mb is None else expert_mb, **above_zero}.items():
+        if not 0 < value < float("inf"):
+            raise ConfigError(f"{flag}: {value:g} is not above 0")
     for count in redundant or ():
         if count < 0:
             raise ConfigError(f"--redundant: {count} is below 0")
@@ -89,10 +83,24 @@ def advise(
     errors = Console(stderr=True)
     with errors.status("reading the load"):
         load = load_for(trace, settings)
-    _check_fit(load, model, preset)
+    if preset is not None and preset.experts != load.num_experts:
+        name = model or "the model"
+        raise ConfigError(f"{name} has {preset.experts} experts, {load.name} {load.num_experts}")
     with compiling(errors, "loading the planner"):
         warmup()
-    machine = _machine(settings, preset, expert_mb, bandwidth, node_bandwidth, step_ms)
+    options = settings.simulate
+    groups = options.groups
+    if preset is not None and "simulate.groups" not in settings.origins:
+        groups = preset.groups
+    machine = Machine(
+        ranks=options.ranks,
+        nodes=options.nodes,
+        groups=groups,
+        bytes_per_expert=preset.bytes_per_expert if preset else 1e6 * (expert_mb or 0),
+        bandwidth=1e9 * bandwidth,
+        node_bandwidth=1e9 * node_bandwidth,
+        step_seconds=step_ms / 1000,
+    )
     with progress_bar(errors) as bar:
         task = bar.add_task("trying settings", total=None)
         advice = sweep(
@@ -133,53 +141,16 @@ def _plain(item: Rated) -> dict[str, object]:
     return {**asdict(item.setting), **item.trial.model_dump(), **asdict(item.cost), **gains}
 
 
-def _check_above_zero(given: Mapping[str, float | None]) -> None:
-    for flag, value in given.items():
-        if value is not None and not 0 < value < float("inf"):
-            raise ConfigError(f"{flag}: {value:g} is not above 0")
-
-
 def _preset(trace: str, model: str | None, expert_mb: float | None) -> ModelPreset | None:
     """The model of the option, or of the traffic profile; None with `--expert-mb`."""
     if model is not None and expert_mb is not None:
         raise ConfigError(f"--model {model} and --expert-mb {expert_mb:g} both give the size of an expert")
-    if model is not None:
-        return model_preset(model)
-    if expert_mb is None and trace in model_presets():
-        return model_presets()[trace]
-    if expert_mb is None:
-        raise ConfigError(
-            f"how large is an expert? Give --expert-mb, or --model with one of {', '.join(model_presets())}"
-        )
-    return None
-
-
-def _check_fit(load: LoadTrace, model: str | None, preset: ModelPreset | None) -> None:
-    if preset is not None and preset.experts != load.num_experts:
-        name = model or "the model"
-        raise ConfigError(f"{name} has {preset.experts} experts, {load.name} {load.num_experts}")
-
-
-def _machine(
-    settings: Settings,
-    preset: ModelPreset | None,
-    expert_mb: float | None,
-    bandwidth: float,
-    node_bandwidth: float,
-    step_ms: float,
-) -> Machine:
-    options = settings.simulate
-    groups = options.groups
-    if preset is not None and "simulate.groups" not in settings.origins:
-        groups = preset.groups
-    return Machine(
-        ranks=options.ranks,
-        nodes=options.nodes,
-        groups=groups,
-        bytes_per_expert=preset.bytes_per_expert if preset else 1e6 * (expert_mb or 0),
-        bandwidth=1e9 * bandwidth,
-        node_bandwidth=1e9 * node_bandwidth,
-        step_seconds=step_ms / 1000,
+    if expert_mb is not None:
+        return None
+    if model is not None or trace in model_presets():
+        return model_preset(model or trace)
+    raise ConfigError(
+        f"how large is an expert? Give --expert-mb, or --model with one of {', '.join(model_presets())}"
     )
 
 

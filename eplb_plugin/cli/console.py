@@ -9,9 +9,10 @@ from threading import Timer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ..core.topology import Topology
 from ..offline.traces import LoadTrace
 
-__all__ = ["compiling", "counted", "progress_bar", "size_of"]
+__all__ = ["compiling", "counted", "progress_bar", "size_in", "size_of"]
 
 _PATIENCE = 5.0
 """Seconds until the line on an output without a terminal."""
@@ -28,16 +29,16 @@ def size_of(load: LoadTrace) -> str:
     return ", ".join(counted(number, word) for word, number in counts.items())
 
 
+def size_in(load: LoadTrace, topology: Topology) -> str:
+    """For example `40 steps, 2 layers, 32 experts in 40 slots on 8 ranks`."""
+    slots, ranks = counted(topology.num_slots, "slot"), counted(topology.num_ranks, "rank")
+    return f"{size_of(load)} in {slots} on {ranks}"
+
+
 def progress_bar(console: Console) -> Progress:
     """A progress bar with a description, done of all, and the time; it disappears at the end."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-    )
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True)
 
 
 @contextmanager

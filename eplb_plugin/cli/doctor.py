@@ -6,6 +6,7 @@ import json
 import platform
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, entry_points, packages_distributions, version
 from importlib.util import find_spec
@@ -33,6 +34,10 @@ from .console import compiling
 __all__ = ["EngineState", "SelfTest", "doctor", "engine_states", "package_versions", "self_test"]
 
 _ALWAYS_SHOWN = ("planner", "rebalancer")
+_TOPOLOGY = Topology(num_nodes=2, num_ranks=8, num_slots=40, num_groups=4)
+_LAYERS = 8
+_PLUGIN = "eplb_plugin"
+_PACKAGES = ("eplb-plugin", "torch", "numba", "numpy", "scipy", "matplotlib")
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,11 @@ def doctor(
     with compiling(Console(stderr=True), "testing"):
         versions, engines = package_versions(), engine_states(config)
         tested = self_test(settings.planner)
-    options = _options(settings) | _engine_options(engines, config)
+    options = _options(settings)
+    file = config or f"the file of {CONFIG_VARIABLE}"
+    for engine in engines:  # commands ignore these
+        for name, value in engine.options.items():
+            options[name] = _Option(value, f"{file}, for {engine.name}")
     problems = [*tested.problems, *(line for engine in engines for line in engine.problems)]
     if as_json:
         content = {
@@ -67,20 +76,23 @@ def doctor(
         }
         print(json.dumps(content))
     else:
-        _show(Console(), versions, engines, settings.planner.policy, tested, options, problems)
+        _show(versions, engines, settings.planner.policy, tested, options)
+        for line in problems:
+            Console().print(f"problem: {line}", style="bold red", highlight=False, soft_wrap=True)
+        if not problems:
+            print("no problems found")
     if problems:
         raise typer.Exit(1)
 
 
 def _show(
-    console: Console,
     versions: dict[str, str | None],
     engines: list[EngineState],
     policy: str,
     tested: SelfTest,
     options: dict[str, _Option],
-    problems: list[str],
 ) -> None:
+    console = Console()
     rows = [("Python", f"{platform.python_version()} on {platform.platform()}")]
     rows += [(name, number or "not installed") for name, number in versions.items()]
     rows.append(("accelerator", torch.cuda.get_device_name() if torch.cuda.is_available() else "none"))
@@ -91,18 +103,10 @@ def _show(
         if engine.version:
             rows.append(("", f"plugin: {engine.plugin}"))
     console.print(_table("Engines", rows))
-    rows = [
-        ("policy", policy),
-        (
-            "self-test",
-            f"{'failed' if tested.problems else 'passed'}: balancedness {tested.before:.3f} to "
-            f"{tested.after:.3f}",
-        ),
-        (
-            "time",
-            f"{tested.plan_ms:.1f} ms a plan; first plans, which load the planner, {tested.first_ms:.0f} ms",
-        ),
-    ]
+    passed = "failed" if tested.problems else "passed"
+    gain = f"balancedness {tested.before:.3f} to {tested.after:.3f}"
+    times = f"{tested.plan_ms:.1f} ms a plan; first plans, which load the planner, {tested.first_ms:.0f} ms"
+    rows = [("policy", policy), ("self-test", f"{passed}: {gain}"), ("time", times)]
     console.print(_table("Planning", rows))
     table = Table(title="Options in force", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("option", no_wrap=True)
@@ -115,10 +119,6 @@ def _show(
     for engine in engines:
         for line in engine.notes:
             console.print(f"note: {line}", style="yellow", highlight=False, soft_wrap=True)
-    for line in problems:
-        console.print(f"problem: {line}", style="bold red", highlight=False, soft_wrap=True)
-    if not problems:
-        console.print("no problems found")
 
 
 def _table(title: str, rows: list[tuple[str, str]]) -> Table:
@@ -140,20 +140,6 @@ def _options(settings: Settings) -> dict[str, _Option]:
             if section in _ALWAYS_SHOWN or origin != "default":
                 found[name] = _Option(value, origin)
     return found
-
-
-def _engine_options(engines: list[EngineState], config: Path | None) -> dict[str, _Option]:
-    """Options of the file for engines alone; commands ignore them."""
-    file = config or f"the file of {CONFIG_VARIABLE}"
-    return {
-        name: _Option(value, f"{file}, for {engine.name}")
-        for engine in engines
-        for name, value in engine.options.items()
-    }
-
-
-_TOPOLOGY = Topology(num_nodes=2, num_ranks=8, num_slots=40, num_groups=4)
-_LAYERS = 8
 
 
 @dataclass(frozen=True)
@@ -204,9 +190,6 @@ def self_test(options: PlannerOptions) -> SelfTest:
     return SelfTest(first_ms, 1000 * grown.seconds, before, grown.balancedness, tuple(problems))
 
 
-_PLUGIN = "eplb_plugin"
-
-
 @dataclass(frozen=True)
 class EngineState:
     """One engine.
@@ -230,12 +213,10 @@ class EngineState:
 
 def package_versions() -> dict[str, str | None]:
     """Versions of the packages for planning and reports; None where a package is absent."""
-    found: dict[str, str | None] = {}
-    for name in ("eplb-plugin", "torch", "numba", "numpy", "scipy", "matplotlib"):
-        try:
+    found: dict[str, str | None] = dict.fromkeys(_PACKAGES)
+    for name in _PACKAGES:
+        with suppress(PackageNotFoundError):
             found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
     return found
 
 
@@ -285,10 +266,9 @@ def _obstacles(adapter: Adapter) -> list[str]:
         ]
     problems = []
     module = ours[0].value.partition(":")[0]
-    try:
+    there = False
+    with suppress(ModuleNotFoundError):
         there = find_spec(module) is not None
-    except ModuleNotFoundError:
-        there = False
     if not there:
         problems.append(f"{adapter.name} would look for the plugin in {module}, which is not there")
     variable = adapter.allowed_plugins

@@ -47,14 +47,13 @@ def load_for(source: str, settings: Settings, *, alone: bool = True) -> LoadTrac
     options = settings.simulate
     steps = options.steps or _INTERVALS * settings.rebalancer.interval
     trace = None if source in PROFILES else _read(source)
-    if trace is None:
-        kind = _GENERATED
-    elif isinstance(trace, LoadTrace):
-        kind = _RECORDED
-    else:
-        kind = _PREFILL if options.mode == "prefill" else _DECODE
-    if alone:
-        _refuse_unused(source, kind, settings)
+    kind = _PREFILL if options.mode == "prefill" else _DECODE
+    if not isinstance(trace, TokenTrace):
+        kind = _GENERATED if trace is None else _RECORDED
+    for option, kinds in _USED_FOR.items() if alone else ():
+        if settings.origins.get(f"simulate.{option}") == COMMAND_LINE and kind not in kinds:
+            flag = f"--{option.replace('_', '-')}"
+            raise ConfigError(f"{flag} is of no use for {source}, {kind}; it is for {' or '.join(kinds)}")
     mix: Any = {"steps": steps, "drift": options.drift, "period": options.period, "seed": options.seed}
     if trace is None:
         return generate(source, tokens_per_step=options.tokens_per_step, topics=options.topics, **mix)
@@ -80,8 +79,8 @@ def fit_interval(settings: Settings, load: LoadTrace) -> Settings:
         has = f"{load.name} has {counted(load.num_steps, 'step')}"
         if origin is None:
             raise TraceError(f"{has}: none is left to score after a rebalance")
-        option = f"rebalancer.interval={interval} ({origin})"
-        option = f"--interval {interval}" if origin == COMMAND_LINE else option
+        given = f"rebalancer.interval={interval} ({origin})"
+        option = f"--interval {interval}" if origin == COMMAND_LINE else given
         raise TraceError(f"{has}: with {option} none are left to score")
     return settings.replaced("rebalancer.interval", interval)
 
@@ -114,12 +113,3 @@ def _read(source: str) -> LoadTrace | TokenTrace:
     if not looks_like_a_file and not os.path.exists(source):
         raise TraceError(f"{source}: no such file, and no traffic profile; there are {', '.join(PROFILES)}")
     return read_trace(source)
-
-
-def _refuse_unused(source: str, kind: str, settings: Settings) -> None:
-    for option, kinds in _USED_FOR.items():
-        if settings.origins.get(f"simulate.{option}") == COMMAND_LINE and kind not in kinds:
-            raise ConfigError(
-                f"--{option.replace('_', '-')} is of no use for {source}, {kind}; it is for "
-                f"{' or '.join(kinds)}"
-            )

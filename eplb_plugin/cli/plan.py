@@ -23,7 +23,7 @@ from ..planning.planner import plan as plan_placement
 from ..planning.policies import policy_for
 from ..planning.warmup import warmup
 from . import arguments
-from .console import compiling, counted
+from .console import compiling, size_in
 from .convert import with_first_layer
 from .loading import load_for, topology_for
 
@@ -93,13 +93,8 @@ def _table(
     steps = trace.load
     peak = float(peak_rank_loads(window, made.placement, topology).mean(0).sum())
     bound = float(made.lower_bound.sum())
-    table = Table(
-        title=f"{trace.name}: {counted(trace.num_steps, 'step')}, {counted(trace.num_layers, 'layer')}, "
-        f"{counted(trace.num_experts, 'expert')} in {counted(topology.num_slots, 'slot')} on "
-        f"{counted(topology.num_ranks, 'rank')}",
-        box=box.SIMPLE_HEAD,
-        show_header=False,
-    )
+    title = f"{trace.name}: {size_in(trace, topology)}"
+    table = Table(title=title, box=box.SIMPLE_HEAD, show_header=False)
     table.add_column()
     table.add_column(justify="right")
     start = "the placement in force" if in_force else "the engine's default placement"

@@ -89,13 +89,9 @@ def report(
         for index, (_, drawn) in enumerate(sections):
             for item in drawn:
                 path = png / f"{f'{index + 1}_' if len(sections) > 1 else ''}{item.key}.png"
-                _write(path, item.png)
+                try:
+                    png.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(item.png)
+                except OSError as error:
+                    raise TraceError(f"{path}: cannot be written: {error.strerror or error}") from None
                 console.print(f"{path}: written", highlight=False, soft_wrap=True)
-
-
-def _write(path: Path, content: bytes) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    except OSError as error:
-        raise TraceError(f"{path}: cannot be written: {error.strerror or error}") from None

@@ -7,7 +7,6 @@ from dataclasses import asdict
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from ..core.topology import Topology
@@ -16,7 +15,7 @@ from ..offline.simulation import simulate as replay
 from ..offline.traces import LoadTrace
 from ..planning.warmup import warmup
 from . import arguments
-from .console import compiling, counted
+from .console import compiling, counted, progress_bar, size_in
 from .loading import fit_interval, load_for, topology_for
 
 __all__ = ["simulate"]
@@ -53,10 +52,9 @@ def simulate(
     with compiling(errors, "loading the planner"):
         warmup()
     results: list[SimulationResult] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("rebalances"))
-    with Progress(*columns, console=errors, transient=True) as bar:
+    with progress_bar(errors) as bar:
         for setup in setups:
-            task = bar.add_task(setup.name, total=None)
+            task = bar.add_task(f"{setup.name}: rebalances", total=None)
             results.append(
                 replay(
                     load,
@@ -83,12 +81,7 @@ def _table(
     caption = f"{rebalances}, one every {counted(interval, 'step')}, each scored on the steps after it"
     if shortened is not None:
         caption += f". The load is short for one every {shortened}; --interval sets another"
-    table = Table(
-        title=f"{load.name}: {counted(load.num_steps, 'step')}, {counted(load.num_layers, 'layer')}, "
-        f"{counted(load.num_experts, 'expert')} in {counted(topology.num_slots, 'slot')} on "
-        f"{counted(topology.num_ranks, 'rank')}",
-        caption=caption,
-    )
+    table = Table(title=f"{load.name}: {size_in(load, topology)}", caption=caption)
     table.add_column("policy")
     for name in ("balancedness", "worst interval", "slots moved", "planning"):
         table.add_column(name, justify="right")

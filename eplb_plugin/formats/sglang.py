@@ -28,6 +28,15 @@ from ..offline.traces import MAX_COUNT, LoadTrace, as_load
 
 __all__ = ["read_sglang_dump", "read_sglang_location", "write_sglang_dump", "write_sglang_location"]
 
+_PROTOCOL = 2  # of the pickles that torch.save writes
+# Globals in the pickle of plain tensors. `weights_only` alone also allows a bytearray of any size.
+_STORAGES = ("Byte", "Char", "Short", "Int", "Long", "Half", "Float", "Double")
+_ALLOWED = frozenset(
+    {"torch._utils _rebuild_tensor_v2", "collections OrderedDict"}
+    | {f"torch {name}Storage" for name in _STORAGES}
+)
+_MAX_SLOTS = 2**26  # over all layers
+
 
 def read_sglang_dump(path: Path, max_bytes: int) -> LoadTrace:
     """Read one `.pt` file, or a folder with one file per rank of one recording, which are summed.
@@ -171,15 +180,6 @@ def _without_idle(load: torch.Tensor, file: Path) -> torch.Tensor:
     return load[busy]
 
 
-_PROTOCOL = 2
-# Globals in the pickle of plain tensors. `weights_only` alone also allows a bytearray of any size.
-_STORAGES = ("Byte", "Char", "Short", "Int", "Long", "Half", "Float", "Double")
-_ALLOWED = frozenset(
-    {"torch._utils _rebuild_tensor_v2", "collections OrderedDict"}
-    | {f"torch {name}Storage" for name in _STORAGES}
-)
-
-
 def _load_torch_file(path: Path, max_bytes: int) -> Any:
     """Load the content of a file of `torch.save`, tensors on the CPU. Nothing of the file is executed.
 
@@ -232,9 +232,6 @@ def _last_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = [line for line in lines if "http" not in line and "weights_only" not in line]
     return told[-1] if told else type(error).__name__
-
-
-_MAX_SLOTS = 2**26  # over all layers
 
 
 class _Map(BaseModel):

@@ -37,6 +37,9 @@ __all__ = [
 META_FILE = "meta_info.json"
 _MAX_META = 2**20
 _LONGEST_KEY = 40
+# 100 layers of 1,000 slots are 0.5 MiB. Reading YAML takes a few seconds per MiB.
+_MAX_BYTES = 16 * 2**20
+_MAX_VALUES = 2**21
 
 
 class _Meta(BaseModel):
@@ -128,11 +131,6 @@ def _add_rank(counts: dict[tuple[int, int], np.ndarray[Any, Any]], file: Path, n
                 counts[place] = counts[place] + wide if place in counts else wide
     except (SafetensorError, OSError, TypeError, AttributeError) as error:
         raise TraceError(f"{file}: not a readable safetensors file: {error}") from None
-
-
-# 100 layers of 1,000 slots are 0.5 MiB. Reading YAML takes a few seconds per MiB.
-_MAX_BYTES = 16 * 2**20
-_MAX_VALUES = 2**21
 
 
 class _Config(BaseModel):

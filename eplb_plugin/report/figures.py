@@ -15,13 +15,9 @@ from .replay import PolicyReplay, Replay
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 __all__ = [
-    "MUTED",
     "balancedness_over_time",
-    "colour",
     "hottest_experts",
     "moves_over_time",
     "picture",
@@ -29,12 +25,13 @@ __all__ = [
     "rank_load_maps",
 ]
 
+_HOTTEST = 10  # experts in their picture
 _WIDTH = 4.8  # inches; narrow, so that text is readable on a page of 400 pixels
 
-MUTED = "#6b6b6b"
+_MUTED = "#6b6b6b"
 
 # Okabe and Ito's palette, its strongest colour for the default policy.
-_NAMED = {"static": "#999999", "greedy": "#E69F00", "adaptive": "#0072B2"}
+_COLOURS = {"static": "#999999", "greedy": "#E69F00", "adaptive": "#0072B2"}
 _OTHERS = ("#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 _RC: Any = {
     "font.size": 9.5,
@@ -57,9 +54,9 @@ _RC: Any = {
 }
 
 
-def colour(policy: str, index: int) -> str:
+def _colour(policy: str, index: int) -> str:
     """The colour of a policy; `index` chooses among those without a policy of their own."""
-    return _NAMED.get(policy, _OTHERS[index % len(_OTHERS)])
+    return _COLOURS.get(policy, _OTHERS[index % len(_OTHERS)])
 
 
 @contextmanager
@@ -80,9 +77,6 @@ def picture(height: float) -> Iterator[Figure]:
         yield Figure(figsize=(_WIDTH, height), layout="constrained")
 
 
-_HOTTEST = 10
-
-
 def rank_load_maps(replay: Replay, policy: PolicyReplay) -> Figure:
     """Load of each rank and layer, before and after, on one colour scale."""
     before = replay.mean_rank_loads(_static(replay)).numpy()
@@ -93,12 +87,10 @@ def rank_load_maps(replay: Replay, policy: PolicyReplay) -> Figure:
         axes = drawn.subplots(1, 2, sharey=True)
         names = ("before: not rebalanced", f"after: {policy.result.policy}")
         for axis, values, name in zip(axes, (before, after), names, strict=True):
-            image = axis.imshow(
-                values, aspect="auto", cmap="cividis", vmin=0, vmax=top, interpolation="nearest"
-            )
+            scale: Any = {"aspect": "auto", "cmap": "cividis", "vmin": 0, "vmax": top}
+            image = axis.imshow(values, interpolation="nearest", **scale)
             axis.set_title(f"{name}\nfullest rank: {np.nanmax(values):.2f} x mean", fontsize=9)
-            axis.set_xlabel("rank")
-            axis.set_xticks(_some(ranks))
+            axis.set(xlabel="rank", xticks=_some(ranks))
             axis.spines[:].set_visible(False)
             axis.tick_params(length=0)
         axes[0].set_ylabel("layer")
@@ -117,60 +109,38 @@ def balancedness_over_time(replay: Replay) -> Figure:
         for index, policy in enumerate(replay.policies):
             parts = policy.result.intervals
             edges = [part.first_step for part in parts] + [parts[-1].first_step + parts[-1].steps]
-            tint = colour(policy.result.policy, index)
+            name, tint = policy.result.policy, _colour(policy.result.policy, index)
             values = [part.balancedness for part in parts]
-            axis.stairs(values, edges, color=tint, linewidth=2, baseline=None, label=policy.result.policy)
-            if policy.result.policy != "static":
-                axis.plot(
-                    [part.first_step + part.steps / 2 for part in parts],
-                    policy.predicted,
-                    linestyle="none",
-                    marker="o",
-                    markersize=4,
-                    markerfacecolor="white",
-                    markeredgecolor=tint,
-                    label=f"{policy.result.policy}, predicted",
-                )
+            axis.stairs(values, edges, color=tint, linewidth=2, baseline=None, label=name)
+            if name != "static":
+                middles = [part.first_step + part.steps / 2 for part in parts]
+                circle: Any = {"markersize": 4, "markerfacecolor": "white", "markeredgecolor": tint}
+                axis.plot(middles, policy.predicted, "o", **circle, label=f"{name}, predicted")
         axis.axvspan(0, replay.interval, color="#f0f0f0", linewidth=0)
-        axis.text(
-            replay.interval / 2,
-            0.02,
-            "recording",
-            transform=axis.get_xaxis_transform(),
-            rotation=90,
-            ha="center",
-            va="bottom",
-            fontsize=8,
-            color=MUTED,
-        )
-        axis.set_xlim(0, replay.trace.num_steps)
-        axis.set_ylim(None, 1)
+        upright: Any = {"rotation": 90, "ha": "center", "va": "bottom", "fontsize": 8, "color": _MUTED}
+        axis.text(replay.interval / 2, 0.02, "recording", transform=axis.get_xaxis_transform(), **upright)
+        axis.set(xlim=(0, replay.trace.num_steps), ylim=(None, 1))
+        axis.set(xlabel="step", ylabel="balancedness (1 is perfect)")
         axis.grid(axis="y")
-        axis.set_xlabel("step")
-        axis.set_ylabel("balancedness (1 is perfect)")
         _legend_above(axis)
     return drawn
 
 
 def moves_over_time(replay: Replay) -> Figure:
     """Moves of each rebalance as a share of all slots, for each policy."""
-    moving = [(index, item) for index, item in enumerate(replay.policies) if item.result.policy != "static"]
     cells = replay.trace.num_layers * replay.topology.num_slots
     with picture(2.9) as drawn:
         axis = drawn.subplots()
-        for index, policy in moving:
-            parts = policy.result.intervals
-            steps = [part.first_step for part in parts]
-            shares = [100 * part.moves / cells for part in parts]
-            tint = colour(policy.result.policy, index)
-            axis.plot(
-                steps, shares, color=tint, marker="o", markersize=4, linewidth=1.5, label=policy.result.policy
-            )
-        axis.set_xlim(0, replay.trace.num_steps)
-        axis.set_ylim(0, None)
+        for index, policy in enumerate(replay.policies):
+            name, parts = policy.result.policy, policy.result.intervals
+            if name != "static":
+                steps = [part.first_step for part in parts]
+                shares = [100 * part.moves / cells for part in parts]
+                tint = _colour(name, index)
+                axis.plot(steps, shares, "o-", color=tint, markersize=4, linewidth=1.5, label=name)
+        axis.set(xlim=(0, replay.trace.num_steps), ylim=(0, None))
+        axis.set(xlabel="step of the rebalance", ylabel="experts moved (% of all slots)")
         axis.grid(axis="y")
-        axis.set_xlabel("step of the rebalance")
-        axis.set_ylabel("experts moved (% of all slots)")
         _legend_above(axis)
     return drawn
 
@@ -189,19 +159,17 @@ def hottest_experts(replay: Replay, policy: PolicyReplay) -> Figure:
         axis = drawn.subplots()
         place = np.arange(len(rows))
         axis.barh(place, total, color="#cfcfcf", height=0.72, label="all its tokens")
-        axis.barh(
-            place, total / replicas, color=colour("adaptive", 0), height=0.36, label="each replica's part"
-        )
+        tint = _COLOURS["adaptive"]
+        axis.barh(place, total / replicas, color=tint, height=0.36, label="each replica's part")
         for index, number in enumerate(replicas):
             label = "1 replica" if number == 1 else f"{number} replicas"
-            axis.text(total[index] + 0.015 * total[0], index, label, va="center", fontsize=8.5, color=MUTED)
+            axis.text(total[index] + 0.015 * total[0], index, label, va="center", fontsize=8.5, color=_MUTED)
         names = [f"layer {replay.trace.layer_ids[layer]}, expert {expert}" for layer, expert in rows]
         axis.set_yticks(place, names)
         axis.invert_yaxis()
-        axis.set_xlim(0, total[0] * 1.22)
+        axis.set(xlim=(0, total[0] * 1.22), xlabel="tokens, 1 = a mean expert of that layer")
         axis.tick_params(axis="y", length=0)
         axis.grid(axis="x")
-        axis.set_xlabel("tokens, 1 = a mean expert of that layer")
         _legend_above(axis)
     return drawn
 
@@ -209,7 +177,7 @@ def hottest_experts(replay: Replay, policy: PolicyReplay) -> Figure:
 def policies_compared(replay: Replay) -> Figure:
     """Balancedness and moves of each policy."""
     names = [item.result.policy for item in replay.policies]
-    tints = [colour(name, index) for index, name in enumerate(names)]
+    tints = [_colour(name, index) for index, name in enumerate(names)]
     balance = [item.result.balancedness for item in replay.policies]
     moved = [100 * item.result.moved_share for item in replay.policies]
     with picture(0.9 + 0.42 * len(names)) as drawn:
@@ -222,8 +190,7 @@ def policies_compared(replay: Replay) -> Figure:
             bars = axis.barh(names, values, color=tints, height=0.62)
             axis.bar_label(bars, [form.format(value) for value in values], padding=3, fontsize=8.5)
             axis.set_title(title, fontsize=9)
-            axis.set_xlim(0, end * 1.25)
-            axis.set_xticks([])
+            axis.set(xlim=(0, end * 1.25), xticks=[])
             axis.spines[["bottom", "left"]].set_visible(False)
             axis.tick_params(length=0)
         left.invert_yaxis()

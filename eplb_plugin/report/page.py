@@ -11,13 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core.safe_files import written_whole
-from .figures import (
-    balancedness_over_time,
-    hottest_experts,
-    moves_over_time,
-    policies_compared,
-    rank_load_maps,
-)
+from . import figures
 from .replay import PolicyReplay, Replay
 
 if TYPE_CHECKING:
@@ -74,34 +68,34 @@ def picture_set(replay: Replay) -> Iterator[Picture]:
         "Policies side by side",
         "Balancedness is measured on the steps after each plan. A move is a transfer of one expert's weights "
         "to another rank.",
-        _png(policies_compared(replay)),
+        _png(figures.policies_compared(replay)),
     )
     yield Picture(
         "rank_loads",
         "Load of each rank",
         "Each cell is one rank in one layer, over all steps. A layer waits for its fullest rank: an even "
         "colour is good, bright cells cost time.",
-        _png(rank_load_maps(replay, chosen)),
+        _png(figures.rank_load_maps(replay, chosen)),
     )
     yield Picture(
         "balancedness",
         "Balancedness over time",
         "Lines: measured in each interval. Circles: predicted, for the same placement on the interval before "
         "it, from which it was planned. A circle far above its line is a change of traffic.",
-        _png(balancedness_over_time(replay)),
+        _png(figures.balancedness_over_time(replay)),
     )
     yield Picture(
         "moves",
         "Moves over time",
         "Transfers of each rebalance. The first rebalance leaves the engine's default placement.",
-        _png(moves_over_time(replay)),
+        _png(figures.moves_over_time(replay)),
     )
     yield Picture(
         "hottest_experts",
         "The hottest experts and their replicas",
         f"In the last interval, under {chosen.result.policy}. Grey: tokens of the expert. Blue: tokens of "
         "each of its replicas.",
-        _png(hottest_experts(replay, chosen)),
+        _png(figures.hottest_experts(replay, chosen)),
     )
 
 
@@ -134,7 +128,7 @@ def write_page(path: str | Path, sections: list[tuple[Replay, list[Picture]]]) -
 def _section(replay: Replay, pictures: list[Picture]) -> str:
     trace, topology = replay.trace, replay.topology
     nodes = f" on {topology.num_nodes} nodes" if topology.num_nodes > 1 else ""
-    figures = "".join(
+    shown = "".join(
         f"<figure><h3>{escape(item.title)}</h3>"
         f'<img alt="{escape(item.title)}" src="data:image/png;base64,{base64.b64encode(item.png).decode()}">'
         f'<figcaption class="quiet">{escape(item.note)}</figcaption></figure>\n'
@@ -145,7 +139,7 @@ def _section(replay: Replay, pictures: list[Picture]) -> str:
         f'<p class="quiet">{trace.num_steps} steps, {trace.num_layers} layers, {trace.num_experts} experts '
         f"in {topology.num_slots} slots on {topology.num_ranks} ranks{nodes}; rebalanced every "
         f"{replay.interval} steps.</p>\n"
-        f'<div class="grid">\n<div>{_numbers(replay)}</div>\n{figures}</div>\n'
+        f'<div class="grid">\n<div>{_numbers(replay)}</div>\n{shown}</div>\n'
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -78,18 +78,17 @@ def run_demo(settings: Settings, console: Console) -> DemoOutcome:
     mix = _mix(options)
     model_config(options, mix.shape[1])
     # Steps of this model take milliseconds: throttled background work would outlast the intervals.
-    rebalancer = settings.rebalancer.model_copy(
-        update={"interval": options.interval, "background_share": 1.0}
-    )
+    settings = settings.replaced("rebalancer.background_share", 1.0)
+    settings = settings.replaced("rebalancer.interval", options.interval)
     with compiling(console, "loading the planner"):
         warmup()
     bar = progress_bar(console)
     task = bar.add_task("steps served", total=options.steps)
     tally = DemoTally(options.ranks)
-    args = (options, settings.planner, rebalancer, settings.metrics, mix)
+    messages = run_ranks(serve, options.ranks, (settings, mix), time_limit=options.time_limit)
     try:
         with Live(bar, console=console, transient=True) as live:
-            for rank, message in run_ranks(serve, options.ranks, args, time_limit=options.time_limit):
+            for rank, message in messages:
                 if isinstance(message, StepDone) and rank == 0:
                     bar.update(task, completed=message.steps)
                 if isinstance(message, MetricsReady):
@@ -116,15 +115,8 @@ def _mix(options: DemoOptions) -> npt.NDArray[np.float64]:
         )
     if options.mode == "prefill":
         return category_mix(trace, steps=options.steps)
-    schedule = decode_schedule(
-        trace,
-        options.ranks * options.tokens,
-        options.steps,
-        drift=options.drift,
-        period=options.period,
-        seed=options.seed,
-    )
-    return category_mix(trace, schedule)
+    order: Any = {"drift": options.drift, "period": options.period, "seed": options.seed}
+    return category_mix(trace, decode_schedule(trace, options.ranks * options.tokens, options.steps, **order))
 
 
 def _table(options: DemoOptions, intervals: tuple[IntervalOutcome, ...]) -> Table:
@@ -143,13 +135,9 @@ def _table(options: DemoOptions, intervals: tuple[IntervalOutcome, ...]) -> Tabl
     for name in ("steps", "static", "balanced", "before", "after", "moved", "MB", "plan ms", "move ms"):
         table.add_column(name, justify="right", no_wrap=True)
     for item in intervals:
-        cells = [
-            f"{item.first_step}-{item.first_step + item.steps - 1}",
-            f"{item.balancedness_static:.3f}",
-            f"{item.balancedness:.3f}",
-        ]
-        report = item.report
-        if report is not None:
+        steps = f"{item.first_step}-{item.first_step + item.steps - 1}"
+        cells = [steps, f"{item.balancedness_static:.3f}", f"{item.balancedness:.3f}"]
+        if (report := item.report) is not None:
             cells += [
                 f"{report.balancedness_before:.3f}",
                 f"{report.balancedness_after:.3f}",

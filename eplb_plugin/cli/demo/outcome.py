@@ -55,11 +55,6 @@ class DemoOutcome:
         return self.compared.wrong == 0 and self.wrong_slots == 0
 
     @property
-    def reports(self) -> tuple[RebalanceReport, ...]:
-        """All rebalances, including those without moves."""
-        return tuple(item.report for item in self.intervals if item.report is not None)
-
-    @property
     def balancedness(self) -> float:
         return self._mean([item.balancedness for item in self.intervals])
 
@@ -69,7 +64,7 @@ class DemoOutcome:
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON of `--json`."""
-        reports = self.reports
+        reports = [item.report for item in self.intervals if item.report is not None]
         return {
             "outputs_equal": self.outputs_equal,
             "tokens_compared": self.compared.tokens,
@@ -137,15 +132,9 @@ class DemoTally:
         # Each rank reports in order, so intervals are completed in order.
         del self._open[record.interval]
         first_step = sum(item.steps for item in self._intervals)
-        self._intervals.append(
-            IntervalOutcome(
-                first_step=first_step,
-                steps=record.rows.shape[0],
-                balancedness=_balancedness(np.stack([item.rows for item in records])),
-                balancedness_static=_balancedness(np.stack([item.rows_static for item in records])),
-                report=None,
-            )
-        )
+        balanced = _balancedness([item.rows for item in records])
+        static = _balancedness([item.rows_static for item in records])
+        self._intervals.append(IntervalOutcome(first_step, len(record.rows), balanced, static, report=None))
         for reports in zip(*(item.reports for item in records), strict=True):
             # A background rebalance ends after the interval at whose end it began.
             for index, item in enumerate(self._intervals):
@@ -163,6 +152,6 @@ def _slowest(reports: Sequence[RebalanceReport]) -> RebalanceReport:
     return replace(reports[0], **{name: max(getattr(item, name) for item in reports) for name in times})
 
 
-def _balancedness(rows: np.ndarray[Any, np.dtype[np.int64]]) -> float:
-    """Mean over steps of the balancedness of `rows`: [ranks, steps, layers], rank loads."""
-    return float((rows.mean(0).sum(1) / rows.max(0).sum(1)).mean())
+def _balancedness(rows: Sequence[np.ndarray[Any, np.dtype[np.int64]]]) -> float:
+    """Mean over steps of the balancedness of `rows`: int64 [steps, layers] of each rank, rank loads."""
+    return float((np.mean(rows, 0).sum(1) / np.max(rows, 0).sum(1)).mean())

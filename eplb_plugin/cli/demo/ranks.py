@@ -59,14 +59,16 @@ def run_ranks(
     context = multiprocessing.get_context("spawn")
     processes: list[BaseProcess] = []
     receivers: dict[Connection, int] = {}
+    timeout = datetime.timedelta(seconds=time_limit)
     with tempfile.TemporaryDirectory(prefix="eplb-plugin-") as folder:
         store = str(Path(folder) / "store")
         try:
             for rank in range(num_ranks):
                 receiver, sender = context.Pipe(duplex=False)
                 receivers[receiver] = rank
+                group = {"rank": rank, "world_size": num_ranks, "timeout": timeout}
                 process: BaseProcess = context.Process(
-                    target=_enter, args=(sender, store, rank, num_ranks, time_limit, body, args), daemon=True
+                    target=_enter, args=(sender, store, group, body, args), daemon=True
                 )
                 process.start()
                 processes.append(process)
@@ -122,27 +124,16 @@ def _messages(
 
 
 def _enter(
-    sender: Connection,
-    store: str,
-    rank: int,
-    num_ranks: int,
-    time_limit: float,
-    body: Callable[..., None],
-    args: tuple[Any, ...],
+    sender: Connection, store: str, group: dict[str, Any], body: Callable[..., None], args: tuple[Any, ...]
 ) -> None:
     # All ranks share the cores and the loopback of this machine.
     torch.set_num_threads(1)
     if any(name == "lo" for _, name in socket.if_nameindex()):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     try:
-        dist.init_process_group(
-            "gloo",
-            store=dist.FileStore(store, num_ranks),  # type: ignore[attr-defined]
-            rank=rank,
-            world_size=num_ranks,
-            timeout=datetime.timedelta(seconds=time_limit),
-        )
-        body(rank, sender.send, *args)
+        file = dist.FileStore(store, group["world_size"])  # type: ignore[attr-defined]
+        dist.init_process_group("gloo", store=file, **group)
+        body(group["rank"], sender.send, *args)
         dist.barrier()
         dist.destroy_process_group()
         sender.send(_Ended(None))

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...config.options import DemoOptions, MetricsOptions, PlannerOptions, RebalancerOptions
+from ...config.options import DemoOptions
+from ...config.sources import Settings
 from ...core.topology import Topology
 from ...integration.torch_moe import MoEConfig, MoEModel
 from ...observability.server import serve_metrics
@@ -154,10 +155,7 @@ def model_config(options: DemoOptions, topics: int) -> MoEConfig:
 def serve(
     rank: int,
     send: Callable[[Any], None],
-    options: DemoOptions,
-    planner: PlannerOptions,
-    rebalancer: RebalancerOptions,
-    metrics: MetricsOptions,
+    settings: Settings,
     mix: np.ndarray[Any, np.dtype[np.float64]],
 ) -> None:
     """Serve all steps on one rank.
@@ -165,18 +163,19 @@ def serve(
     Args:
         rank: this rank.
         send: sends a message to the parent: `StepDone`, `IntervalRecord` or, with metrics, `MetricsReady`.
-        options: options of the demo.
-        planner: options of the planner.
-        rebalancer: options of the rebalancer, with the interval of the demo.
-        metrics: options of the metrics of the rebalanced model, which the first rank serves.
+        settings: the rebalancer has the interval of the demo. The first rank serves the metrics of the
+            rebalanced model.
         mix: float64 [steps, topics], share of each topic at each step.
     """
+    options, metrics = settings.demo, settings.metrics
     config = model_config(options, mix.shape[1])
     topology = Topology(num_ranks=options.ranks, num_slots=options.slots)
-    balanced = _WatchedModel(config, topology, options=rebalancer, planner=planner)
-    # The same code with an interval longer than the run.
-    never = rebalancer.model_copy(update={"interval": options.steps + 1})
-    static = _WatchedModel(config, topology, options=never, planner=planner)
+    # Without rebalancing: the same code with an interval longer than the run.
+    never = settings.replaced("rebalancer.interval", options.steps + 1)
+    balanced, static = (
+        _WatchedModel(config, topology, options=item.rebalancer, planner=settings.planner)
+        for item in (settings, never)
+    )
     server = serve_metrics(balanced.rebalancer, metrics, model="demo")
     if server is not None:
         send(MetricsReady(f"http://{metrics.host}:{server.port}/metrics"))
@@ -194,8 +193,8 @@ def serve(
             compared += compare_outputs(served.logits, expected.logits, expected.tie)
             # A rebalance after the last batch would be useless.
             if step < options.steps - 1:
-                report = balanced.step()
-                reports += [report] if report is not None else []
+                if (report := balanced.step()) is not None:
+                    reports.append(report)
                 static.step()
             send(StepDone(step + 1))
         if stop == options.steps:
@@ -203,16 +202,8 @@ def serve(
             balanced.rebalancer.close()
             static.rebalancer.close()
             reports += list(balanced.rebalancer.reports)[known:]
-        send(
-            IntervalRecord(
-                interval=start // options.interval,
-                rows=np.array(rows, np.int64),
-                rows_static=np.array(rows_static, np.int64),
-                compared=compared,
-                reports=tuple(reports),
-                wrong_slots=balanced.wrong_slots(),
-            )
-        )
+        counts, wrong = (np.array(rows, np.int64), np.array(rows_static, np.int64)), balanced.wrong_slots()
+        send(IntervalRecord(start // options.interval, *counts, compared, tuple(reports), wrong))
 
 
 def compare_outputs(logits: torch.Tensor, expected: torch.Tensor, tie: torch.Tensor) -> Comparison:
