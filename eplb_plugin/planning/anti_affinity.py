@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ..core.load import to_exact
 from ..core.topology import Topology
-from .exact import to_exact
 from .kernels.api import count_shared, keep_slots
 from .replica_counts import count_replicas
 

@@ -7,7 +7,7 @@ from itertools import combinations
 import torch
 
 from ..core.topology import Topology
-from .groups_to_nodes import MOST_PACKINGS, num_packings, packings
+from .hierarchy import MOST_PACKINGS, num_packings, packings
 from .kernels.api import shared_bounds
 from .replica_counts import count_replicas, replicate
 
