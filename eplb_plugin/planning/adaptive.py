@@ -14,17 +14,14 @@ from ..core.topology import Topology
 from .anti_affinity import set_replicas_apart
 from .elastic import held_slots
 from .hierarchy import MOST_PACKINGS, best_nodes, num_packings
-from .kernels.api import choose_nodes, grow, pack_rows, plan_from_scratch, step_peaks
+from .kernels.api import choose_nodes, grow, plan_from_scratch, step_peaks
 
 __all__ = ["Adaptive"]
 
-_ROUNDS = 200  # most exchanges of the search
-_TOLERANCE = 5e-4  # the search of a layer ends when its peak is this close to the lower bound
 _CANDIDATES = 128  # plans from scratch of a single load, and packings of its groups
 _PATIENCE = 1  # candidates in a row that may fail to improve on the best
 _GROUP_PATIENCE = 8  # the same for packing groups of a single load: few items, and all else depends on it
 _GROUP_DISCOUNT = 0.5  # measured: the gain of moving a group lasts longer than that of an expert
-_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -55,12 +52,9 @@ class Adaptive:
         options = self.options
         # The kernels take the price as a fraction of the mean rank load.
         price = options.move_price / (topology.num_slots / topology.num_ranks)
-        node, start = choose_nodes(load, topology, held, start, price=_GROUP_DISCOUNT * price)
+        node, start = choose_nodes(load, topology, held, start, _GROUP_DISCOUNT * price)
         most = topology.num_slots if options.max_moves is None else options.max_moves
-        ids = grow(
-            load, topology, held, start, node,
-            price=price, max_moves=most, rounds=_ROUNDS, tolerance=_TOLERANCE,
-        )  # fmt: skip
+        ids = grow(load, topology, held, start, node, price=price, max_moves=most)
         if options.move_price == 0 and options.max_moves is None:
             fresh = match_ranks(_from_scratch(load, topology), held, topology)
             ids = _better(fresh, ids, load, topology)
@@ -70,23 +64,12 @@ class Adaptive:
 def _from_scratch(load: torch.Tensor, topology: Topology) -> torch.Tensor:
     """int64 [layers, slots] of a load, float64 [snapshots, layers, logical]."""
     node = _expert_nodes(load, topology)
-    ids = plan_from_scratch(
-        load,
-        topology,
-        node,
-        rounds=_ROUNDS,
-        # With several snapshots, further candidates gain 0.1 to 0.2 % on these and nothing on the next ones.
-        candidates=_CANDIDATES if load.shape[0] == 1 else 1,
-        patience=_PATIENCE,
-        tolerance=_TOLERANCE,
-        seed=_SEED,
-    )
+    # With several snapshots, further candidates gain 0.1 to 0.2 % on these and nothing on the next ones.
+    candidates = _CANDIDATES if load.shape[0] == 1 else 1
+    ids = plan_from_scratch(load, topology, node, candidates=candidates, patience=_PATIENCE)
     if not topology.is_even:
         # LPT packing gives a rank of many slots too much load, which other replica counts mend.
-        grown = grow(
-            load, topology, ids, ids, node,
-            price=0.0, max_moves=topology.num_slots, rounds=_ROUNDS, tolerance=_TOLERANCE,
-        )  # fmt: skip
+        grown = grow(load, topology, ids, ids, node, price=0.0, max_moves=topology.num_slots)
         ids = _better(grown, ids, load, topology)
     return ids
 
@@ -108,15 +91,16 @@ def _expert_nodes(load: torch.Tensor, topology: Topology) -> torch.Tensor:
     group_load = sum_over_last(load.view(num_snapshots, num_layers, topology.num_groups, group_size))
     if num_packings(topology.num_groups, topology.num_nodes) <= MOST_PACKINGS:
         return best_nodes(group_load, topology.num_nodes).repeat_interleave(group_size, dim=1)
-    node, _ = pack_rows(
+    # Groups are packed to nodes by the search that packs experts to ranks.
+    nodes = Topology(num_ranks=topology.num_nodes, num_slots=topology.num_groups)
+    groups = plan_from_scratch(
         group_load,
-        topology.num_nodes,
-        rounds=_ROUNDS,
+        nodes,
+        torch.zeros(group_load.shape[1:], dtype=torch.int64, device="cpu"),
         candidates=_CANDIDATES,
         patience=_GROUP_PATIENCE if num_snapshots == 1 else _PATIENCE,
-        tolerance=_TOLERANCE,
-        seed=_SEED,
     )
+    node = torch.empty_like(groups).scatter_(1, groups, nodes.rank_of_slot().expand_as(groups))
     return node.repeat_interleave(group_size, dim=1)
 
 

@@ -24,8 +24,10 @@ def expect_loads(load, weights, bins, recency, persistence, decay, first, last, 
     Args:
         load: float64 [snapshots, layers, logical], tokens.
         weights: float64 [snapshots].
-        bins: int64 [snapshots], bin of each snapshot.
-        recency, persistence, decay: as for `api.expect_loads`.
+        bins: int64 [snapshots], bin of each snapshot; each number from 0 on occurs.
+        recency: weight of a snapshot relative to the next one, in the load of the moment.
+        persistence: from 0, the mean of the window, to 1, the load of the moment.
+        decay: weight of a snapshot relative to the next one, in the window.
         condensed: float64 [bins, layers, logical], zeros; written. A load shifted below 0 is 0.
     """
     num_snapshots, _, num_logical = load.shape

@@ -32,69 +32,48 @@ class SearchState(NamedTuple):
     Slots are interleaved here: of each node first the first slot of each rank, then the second of each, and
     so on. Loops over the slots of a node then run over ranks as well. Arrays of one element are counters that
     change during the search.
-
-    Attributes:
-        capacity: slots of each rank, closed ones included.
-        ranks_per_node: ranks of each node.
-        expert, current: int64 [slots], expert of a slot now, and in the placement in force; -1 for none.
-        rank_of: int64 [slots], rank of a slot.
-        copies: int64 [slots], replicas of the slot's expert on its rank.
-        saves: float32 [slots], moves saved when the expert leaves the slot: 0 or 1.
-        share: float32 [snapshots, slots], load of a slot.
-        share_power: float32 [snapshots, slots], `share` times `derivative` of the rank.
-        replicas: int64 [logical], replicas of each expert.
-        first, next_: int64 [logical] and [slots], slots of each expert as linked lists, -1 at the end.
-        current_first, current_next: the same for `current`.
-        expert_load: float32 [logical, snapshots].
-        fraction: float64 [slots + 2], fraction of an expert's load that one replica counts as, by the number
-            of replicas.
-        load, power: float32 [ranks, snapshots], rank load, and (load * unit) ** 16.
-        powers, derivative: float32 [snapshots, ranks], `power` transposed, and its derivative by the load /
-            16.
-        unit: float32 [snapshots], 1 / peak at the start.
-        slope: float32 [snapshots], derivative of the norm by the sum of powers.
-        weight: float32 [ranks], weight of a rank in the smooth peak: `slope` times `power`, summed over
-            snapshots.
-        total, highest: float32 [snapshots], sum of powers, and peak.
-        failed: bool [ranks]; `failed[rank]`: no improving exchange was found, and the rank is unchanged
-            since.
-        tried_at: int64 [ranks], value of `exchanges` when the last search for a rank found nothing; -1:
-            never.
-        moves: int64 [1], moves away from `current`.
-        exchanges: int64 [1], swaps and replica changes made so far.
-        stale: bool [1], whether a swap was made after some rank failed.
     """
 
-    capacity: int
-    ranks_per_node: int
+    capacity: int  # slots of each rank, closed ones included
+    ranks_per_node: int  # ranks of each node
+    # int64 [slots], expert of a slot now, and in the placement in force; -1 for none
     expert: np.ndarray
     current: np.ndarray
-    rank_of: np.ndarray
-    copies: np.ndarray
-    saves: np.ndarray
-    share: np.ndarray
-    share_power: np.ndarray
-    replicas: np.ndarray
+    rank_of: np.ndarray  # int64 [slots], rank of a slot
+    copies: np.ndarray  # int64 [slots], replicas of the slot's expert on its rank
+    saves: np.ndarray  # float32 [slots], moves saved when the expert leaves the slot: 0 or 1
+    share: np.ndarray  # float32 [snapshots, slots], load of a slot
+    share_power: np.ndarray  # float32 [snapshots, slots], `share` times `derivative` of the rank
+    replicas: np.ndarray  # int64 [logical], replicas of each expert
+    # int64 [logical] and [slots], slots of each expert as linked lists, -1 at the end
     first: np.ndarray
     next_: np.ndarray
+    # the same for `current`
     current_first: np.ndarray
     current_next: np.ndarray
-    expert_load: np.ndarray
+    expert_load: np.ndarray  # float32 [logical, snapshots]
+    # float64 [slots + 2], fraction of an expert's load that one replica counts as, by the number of replicas
     fraction: np.ndarray
+    # float32 [ranks, snapshots], rank load, and (load * unit) ** 16
     load: np.ndarray
     power: np.ndarray
+    # float32 [snapshots, ranks], `power` transposed, and its derivative by the load / 16
     powers: np.ndarray
     derivative: np.ndarray
-    unit: np.ndarray
-    slope: np.ndarray
+    unit: np.ndarray  # float32 [snapshots], 1 / peak at the start
+    slope: np.ndarray  # float32 [snapshots], derivative of the norm by the sum of powers
+    # float32 [ranks], weight of a rank in the smooth peak: `slope` times `power`, summed over snapshots
     weight: np.ndarray
+    # float32 [snapshots], sum of powers, and peak
     total: np.ndarray
     highest: np.ndarray
+    # bool [ranks]; `failed[rank]`: no improving exchange was found, and the rank is unchanged since
     failed: np.ndarray
+    # int64 [ranks], value of `exchanges` when the last search for a rank found nothing; -1: never
     tried_at: np.ndarray
-    moves: np.ndarray
-    exchanges: np.ndarray
-    stale: np.ndarray
+    moves: np.ndarray  # int64 [1], moves away from `current`
+    exchanges: np.ndarray  # int64 [1], swaps and replica changes made so far
+    stale: np.ndarray  # bool [1], whether a swap was made after some rank failed
 
 
 @jitted

@@ -21,45 +21,32 @@ _LEAST_WEIGHT = np.float32(1e-30)
 
 
 class Scratch(NamedTuple):
-    """Memory for the search around one heavy rank. Slots, in interleaved order, and ranks are of its node.
+    """Memory for the search around one heavy rank. Slots, in interleaved order, and ranks are of its node."""
 
-    Attributes:
-        at_heavy: float32 [slots], load of a slot, weighted as on the heavy rank.
-        rest_at_heavy: float32 [slots], the same for the other slots of its rank, summed.
-        at_own: float32 [slots], load of a slot, weighted as on its own rank.
-        at_rank: float32 [capacity, ranks], load of each slot of the heavy rank, weighted as on each rank.
-        at_rank_of_slot: float32 [slots], a row of `at_rank`, repeated for each slot.
-        weight: float32 [slots], weight of the slot's rank in the smooth peak.
-        inverse: float32 [slots], 1 / weight, or 0 where the weight is too low for a meaningful quotient.
-        cost, usual_cost: float32 [slots], moves of a swap with a slot of the heavy rank, but for those of
-            the expert that leaves it: for the slot in question, and for an expert that is new on all ranks.
-        bound: float32 [capacity, slots], upper bounds on the net gain of each swap.
-        slot_bound, rank_bound: float32 [slots] and [ranks], the highest of them.
-        expert_cost: float32 [logical], moves to bring an expert to the heavy rank; 1 between searches.
-        weights, terms, growth: float32 [snapshots].
-        surplus: int64 [slots], the slots whose expert has several replicas.
-        surplus_*: float32 [slots], by place in `surplus`; see `snapshot_replicas`.
-        own_growth: float32 [slots], least growth of a rank by the loss of a replica of its expert elsewhere.
-        expert_growth: float64 [logical], the same, summed over the replicas of an expert; 0 between searches.
-    """
-
-    at_heavy: np.ndarray
-    rest_at_heavy: np.ndarray
-    at_own: np.ndarray
+    at_heavy: np.ndarray  # float32 [slots], load of a slot, weighted as on the heavy rank
+    rest_at_heavy: np.ndarray  # float32 [slots], the same for the other slots of its rank, summed
+    at_own: np.ndarray  # float32 [slots], load of a slot, weighted as on its own rank
+    # float32 [capacity, ranks], load of each slot of the heavy rank, weighted as on each rank
     at_rank: np.ndarray
-    at_rank_of_slot: np.ndarray
-    weight: np.ndarray
+    at_rank_of_slot: np.ndarray  # float32 [slots], a row of `at_rank`, repeated for each slot
+    weight: np.ndarray  # float32 [slots], weight of the slot's rank in the smooth peak
+    # float32 [slots], 1 / weight, or 0 where the weight is too low for a meaningful quotient
     inverse: np.ndarray
+    # float32 [slots], moves of a swap with a slot of the heavy rank, but for those of the expert that leaves
+    # it: for the slot in question, and for an expert that is new on all ranks
     cost: np.ndarray
     usual_cost: np.ndarray
-    bound: np.ndarray
+    bound: np.ndarray  # float32 [capacity, slots], upper bounds on the net gain of each swap
+    # float32 [slots] and [ranks], the highest of them
     slot_bound: np.ndarray
     rank_bound: np.ndarray
+    # float32 [logical], moves to bring an expert to the heavy rank; 1 between searches
     expert_cost: np.ndarray
+    # float32 [snapshots]
     weights: np.ndarray
     terms: np.ndarray
     growth: np.ndarray
-    surplus: np.ndarray
+    surplus: np.ndarray  # int64 [slots], the slots whose expert has several replicas
     surplus_arriving: np.ndarray
     surplus_at_own: np.ndarray
     surplus_weight: np.ndarray
@@ -67,7 +54,9 @@ class Scratch(NamedTuple):
     surplus_growth: np.ndarray
     surplus_cost: np.ndarray
     surplus_bound: np.ndarray
+    # float32 [slots], least growth of a rank by the loss of a replica of its expert elsewhere
     own_growth: np.ndarray
+    # float64 [logical], the same, summed over the replicas of an expert; 0 between searches
     expert_growth: np.ndarray
 
 
