@@ -93,13 +93,9 @@ def _expert_nodes(load: torch.Tensor, topology: Topology) -> torch.Tensor:
         return best_nodes(group_load, topology.num_nodes).repeat_interleave(group_size, dim=1)
     # Groups are packed to nodes by the search that packs experts to ranks.
     nodes = Topology(num_ranks=topology.num_nodes, num_slots=topology.num_groups)
-    groups = plan_from_scratch(
-        group_load,
-        nodes,
-        torch.zeros(group_load.shape[1:], dtype=torch.int64, device="cpu"),
-        candidates=_CANDIDATES,
-        patience=_GROUP_PATIENCE if num_snapshots == 1 else _PATIENCE,
-    )
+    together = torch.zeros(group_load.shape[1:], dtype=torch.int64, device="cpu")
+    patience = _GROUP_PATIENCE if num_snapshots == 1 else _PATIENCE
+    groups = plan_from_scratch(group_load, nodes, together, candidates=_CANDIDATES, patience=patience)
     node = torch.empty_like(groups).scatter_(1, groups, nodes.rank_of_slot().expand_as(groups))
     return node.repeat_interleave(group_size, dim=1)
 
@@ -111,12 +107,8 @@ def match_ranks(physical_to_logical: torch.Tensor, current: torch.Tensor, topolo
     assignment problems, solved exactly (Jonker and Volgenant, in scipy).
 
     Args:
-        physical_to_logical: int64 [layers, slots] on the CPU, the new placement.
-        current: int64 [layers, slots] on the CPU, the placement in force, -1 for an empty slot.
-        topology: nodes, ranks and slots.
-
-    Returns:
-        int64 [layers, slots].
+        physical_to_logical: int64 [layers, slots], the new placement; so is the result.
+        current: int64 [layers, slots], the placement in force, -1 for an empty slot.
     """
     # scipy is slow to import, and only plans from scratch need it.
     from scipy.optimize import linear_sum_assignment

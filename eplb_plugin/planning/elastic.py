@@ -39,30 +39,26 @@ class ActivePart:
     Attributes:
         topology: of the ranks that are alive and have slots, in their order. It has one node if the nodes
             differ in active ranks.
-        spans: the slots of each active rank in the whole topology; None if all ranks are active.
+        slots: the slots of the active ranks in the whole topology; None if all ranks are active.
         rank_slots: usable slots of each rank of the whole topology, 0 for a dead one.
         num_slots: slots over all ranks, dead ones included.
     """
 
     topology: Topology
-    spans: tuple[slice, ...] | None
+    slots: tuple[int, ...] | None
     rank_slots: tuple[int, ...]
     num_slots: int
 
     def compact(self, ids: torch.Tensor) -> torch.Tensor:
         """[layers, slots] over all ranks to [layers, active slots]."""
-        return ids if self.spans is None else torch.cat([ids[:, span] for span in self.spans], dim=1)
+        return ids if self.slots is None else ids[:, list(self.slots)]
 
     def expand(self, ids: torch.Tensor) -> torch.Tensor:
         """[layers, active slots] to [layers, slots] over all ranks, -1 on dead ranks."""
-        if self.spans is None:
+        if self.slots is None:
             return ids
         every = ids.new_full((ids.shape[0], self.num_slots), -1)
-        first = 0
-        for span in self.spans:
-            last = first + span.stop - span.start
-            every[:, span] = ids[:, first:last]
-            first = last
+        every[:, list(self.slots)] = ids
         return every
 
 
@@ -98,16 +94,16 @@ def active_part(
         num_groups=topology.num_groups,
         rank_slots=tuple(rank_slots[rank] for rank in kept),
     )
-    spans = tuple(topology.slots_of_rank(rank) for rank in kept)
-    return ActivePart(left, spans, rank_slots, topology.num_slots)
+    first = topology.first_slots
+    slots = tuple(slot for rank in kept for slot in range(first[rank], first[rank + 1]))
+    return ActivePart(left, slots, rank_slots, topology.num_slots)
 
 
 class CompletedPlacement(Placement):
     """A placement in force whose empty slots and missing experts were filled, to plan from.
 
-    Attributes:
-        held: int64 [layers, slots], the table before completion, -1 for an empty slot. Moves are counted from
-            it: the weights of what was filled in have to be transferred, wherever it ends.
+    `held`, int64 [layers, slots], is the table before completion, -1 for an empty slot. Moves are counted
+    from it: the weights of what was filled in have to be transferred, wherever it ends.
     """
 
     def __init__(self, physical_to_logical: torch.Tensor, num_logical: int, held: torch.Tensor) -> None:
@@ -147,12 +143,9 @@ def complete(ids: torch.Tensor, load: torch.Tensor, topology: Topology) -> torch
     together.
 
     Args:
-        ids: int64 [layers, slots] on the CPU, -1 for an empty slot.
+        ids: int64 [layers, slots] on the CPU, -1 for an empty slot; so is the result, without empty slots.
         load: float64 [snapshots, layers, logical] on the CPU, tokens.
         topology: as from `effective_topology`.
-
-    Returns:
-        int64 [layers, slots] without empty slots and missing experts.
     """
     weight = to_exact(load.sum(0, keepdim=True))[0].numpy()
     rows = ids.numpy().copy()

@@ -6,7 +6,6 @@ After the packer that ADRS/OpenEvolve evolved for EPLB: noisy candidates, chunke
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -190,11 +189,11 @@ class Ensemble:
             )
         # Whole numbers: the sums of a group are then the same on every device.
         load = to_exact(window).sum(0)
-        ids = place_from_scratch(load, topology, self._pack, max_replicas=topology.ranks_per_node)
+        ids = place_from_scratch(
+            load,
+            topology,
+            lambda weight, sizes, expert: pack_items(weight, len(sizes), expert, self.options.ensemble),
+            max_replicas=topology.ranks_per_node,
+        )
         ids = set_replicas_apart(ids.cpu(), load[None].cpu(), topology)
         return Placement(ids.to(window.device), window.shape[2])
-
-    def _pack(
-        self, weight: torch.Tensor, capacities: Sequence[int], expert: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return pack_items(weight, len(capacities), expert, self.options.ensemble)

@@ -75,12 +75,7 @@ def num_packings(num_groups: int, num_nodes: int) -> int:
 def best_nodes(group_load: torch.Tensor, num_nodes: int) -> torch.Tensor:
     """The packing with the lowest load of the heaviest node, summed over the snapshots.
 
-    Args:
-        group_load: float64 [snapshots, layers, groups] on the CPU.
-        num_nodes: nodes; divides the groups.
-
-    Returns:
-        int64 [layers, groups], the node of each group.
+    Of float64 [snapshots, layers, groups] on the CPU: int64 [layers, groups], the node of each group.
     """
     members = _all_members(group_load.shape[2], num_nodes)
     loads = group_load.numpy()

@@ -149,8 +149,7 @@ def rebalance_experts(
         weight: [layers, logical] or [snapshots, layers, logical], tokens.
         num_replicas: slots over all ranks.
         num_groups: groups of experts per layer.
-        num_nodes: nodes.
-        num_gpus: ranks.
+        num_nodes, num_gpus: nodes and ranks.
         current: int64 [layers, slots], the placement in force, or None.
 
     Returns:
@@ -180,19 +179,14 @@ def warmup(topology: Topology | None = None) -> None:
     """
     small = Topology(num_nodes=2, num_ranks=4, num_slots=12, num_groups=2)
     for each in (small,) if topology is None else (small, topology):
-        _plan_once(each)
-
-
-def _plan_once(topology: Topology) -> None:
-    """Plan from scratch, from a placement in force, and from both."""
-    num_logical = topology.num_groups * max(1, topology.num_slots // (2 * topology.num_groups))
-    num_logical = min(num_logical, topology.num_slots)
-    load = torch.arange(1, num_logical + 1, dtype=torch.float64).expand(2, 1, -1)
-    current = Placement.default(1, num_logical, topology.num_slots)
-    _ = plan(load, topology).lower_bound
-    plan(load, topology, current)
-    # With free moves, a plan from scratch is matched to the placement in force, which imports scipy.
-    plan(load, topology, current, PlannerOptions(move_price=0))
+        num_logical = each.num_groups * max(1, each.num_slots // (2 * each.num_groups))
+        num_logical = min(num_logical, each.num_slots)
+        load = torch.arange(1, num_logical + 1, dtype=torch.float64).expand(2, 1, -1)
+        current = Placement.default(1, num_logical, each.num_slots)
+        _ = plan(load, each).lower_bound
+        plan(load, each, current)
+        # With free moves, a plan from scratch is matched to the placement in force, which imports scipy.
+        plan(load, each, current, PlannerOptions(move_price=0))
 
 
 def _checked_current(

@@ -122,11 +122,7 @@ def _plan(
 
 
 def choose_nodes(
-    weight: torch.Tensor,
-    topology: Topology,
-    current: torch.Tensor,
-    start: torch.Tensor,
-    price: float,
+    weight: torch.Tensor, topology: Topology, current: torch.Tensor, start: torch.Tensor, price: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose the node of each group: the load of the heaviest node against the price of the moves.
 
@@ -157,12 +153,8 @@ def choose_nodes(
 def shared_bounds(load: torch.Tensor, rank_slots: Sequence[int]) -> torch.Tensor:
     """A lower bound on the peak of ranks that share all experts of a load, see `lower_bounds`.
 
-    Args:
-        load: float64 [X, experts], any device.
-        rank_slots: slots of each rank; together no fewer than experts.
-
-    Returns:
-        float64 [X], on that device.
+    `load` is float64 [X, experts] on any device, the result float64 [X]. `rank_slots` are the slots of each
+    rank, together no fewer than experts.
     """
     from .lower_bounds import bound_rows
 
@@ -172,14 +164,9 @@ def shared_bounds(load: torch.Tensor, rank_slots: Sequence[int]) -> torch.Tensor
 
 
 def step_peaks(weight: torch.Tensor, physical_to_logical: torch.Tensor, topology: Topology) -> torch.Tensor:
-    """The peak rank load of each snapshot and layer.
+    """The peak rank load of each snapshot and layer, float64 [snapshots, layers], in tokens.
 
-    Args:
-        weight: float64 [snapshots, layers, logical] on the CPU, tokens.
-        physical_to_logical: int64 [layers, slots] on the CPU.
-
-    Returns:
-        float64 [snapshots, layers], tokens.
+    Of float64 [snapshots, layers, logical], tokens, and int64 [layers, slots], both on the CPU.
     """
     from . import placement_tables
 
@@ -202,11 +189,7 @@ def expect_loads(
     persistence: float,
     decay: float,
 ) -> torch.Tensor:
-    """`forecast.expect_loads` of a load, float64 [snapshots, layers, logical] on the CPU.
-
-    Returns:
-        float64 [bins, layers, logical], tokens.
-    """
+    """`forecast.expect_loads` of float64 [snapshots, layers, logical] on the CPU, tokens: the same by bin."""
     from . import forecast
 
     condensed = np.zeros((max(bins) + 1, *load.shape[1:]))
@@ -246,12 +229,7 @@ def keep_slots(
 
 def count_shared(physical_to_logical: torch.Tensor, topology: Topology, num_logical: int) -> torch.Tensor:
     """Slots that repeat an expert of their rank: int64 [layers], of a placement on the CPU."""
-    from . import placement_tables
-
-    shared = np.empty(len(physical_to_logical), _INT64)
-    first_slot = np.array(topology.first_slots, _INT64)
-    placement_tables.count_shared(_array(physical_to_logical), first_slot, num_logical, shared)
-    return torch.from_numpy(shared)
+    return keep_slots(physical_to_logical, physical_to_logical, topology, num_logical)[2]
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:

@@ -90,12 +90,10 @@ def interleaved(slot, capacity, ranks_per_node):
 
 @jitted
 def start_search(load, slot_expert, current, num_ranks, ranks_per_node):
-    """A search that starts from a placement.
+    """A search for `load`, float32 [snapshots, logical], that starts from the placement `slot_expert`.
 
-    Args:
-        load: float32 [snapshots, logical].
-        slot_expert: int64 [slots], the placement to start from, -1 for closed slots.
-        current: int64 [slots], the placement in force, -1 for closed and empty slots.
+    That is int64 [slots], -1 for closed slots. So is the placement in force, `current`, with -1 for empty
+    slots too.
     """
     num_snapshots, num_logical = load.shape
     num_slots = slot_expert.shape[0]
@@ -121,37 +119,24 @@ def start_search(load, slot_expert, current, num_ranks, ranks_per_node):
             current_next[slot] = current_first[before]
             current_first[before] = slot
     state = SearchState(
-        capacity=capacity,
-        ranks_per_node=ranks_per_node,
-        expert=expert,
-        current=in_force,
-        rank_of=rank_of,
-        copies=np.ones(num_slots, np.int64),
-        saves=np.zeros(num_slots, np.float32),
+        capacity=capacity, ranks_per_node=ranks_per_node,
+        expert=expert, current=in_force, rank_of=rank_of,
+        copies=np.ones(num_slots, np.int64), saves=np.zeros(num_slots, np.float32),
         share=np.zeros((num_snapshots, num_slots), np.float32),
         share_power=np.zeros((num_snapshots, num_slots), np.float32),
-        replicas=replicas,
-        first=first,
-        next_=next_,
-        current_first=current_first,
-        current_next=current_next,
-        expert_load=np.ascontiguousarray(load.T),
-        fraction=_fractions(num_slots, num_snapshots),
+        replicas=replicas, first=first, next_=next_,
+        current_first=current_first, current_next=current_next,
+        expert_load=np.ascontiguousarray(load.T), fraction=_fractions(num_slots, num_snapshots),
         load=np.zeros((num_ranks, num_snapshots), np.float32),
         power=np.zeros((num_ranks, num_snapshots), np.float32),
         powers=np.zeros((num_snapshots, num_ranks), np.float32),
         derivative=np.zeros((num_snapshots, num_ranks), np.float32),
-        unit=np.ones(num_snapshots, np.float32),
-        slope=np.zeros(num_snapshots, np.float32),
+        unit=np.ones(num_snapshots, np.float32), slope=np.zeros(num_snapshots, np.float32),
         weight=np.zeros(num_ranks, np.float32),
-        total=np.zeros(num_snapshots, np.float32),
-        highest=np.zeros(num_snapshots, np.float32),
-        failed=np.zeros(num_ranks, np.bool_),
-        tried_at=np.full(num_ranks, -1),
-        moves=np.zeros(1, np.int64),
-        exchanges=np.zeros(1, np.int64),
-        stale=np.zeros(1, np.bool_),
-    )
+        total=np.zeros(num_snapshots, np.float32), highest=np.zeros(num_snapshots, np.float32),
+        failed=np.zeros(num_ranks, np.bool_), tried_at=np.full(num_ranks, -1),
+        moves=np.zeros(1, np.int64), exchanges=np.zeros(1, np.int64), stale=np.zeros(1, np.bool_),
+    )  # fmt: skip
     state.moves[0] = _count_moves(expert, first, next_, rank_of, current_first, current_next)
     _choose_units(state, slot_expert)
     for rank in range(num_ranks):
@@ -200,15 +185,8 @@ def _refresh_rank(state, rank):
     """Compute all that depends on the experts of `rank`."""
     expert, current, replicas, expert_load = state.expert, state.current, state.replicas, state.expert_load
     copies, saves, share, share_power = state.copies, state.saves, state.share, state.share_power
-    fraction = state.fraction
-    load, power, powers, derivative, unit = (
-        state.load,
-        state.power,
-        state.powers,
-        state.derivative,
-        state.unit,
-    )
-    ranks_per_node = state.ranks_per_node
+    load, power, powers, derivative = state.load, state.power, state.powers, state.derivative
+    fraction, unit, ranks_per_node = state.fraction, state.unit, state.ranks_per_node
     num_snapshots = unit.shape[0]
     node = rank // ranks_per_node
     start = node * state.capacity * ranks_per_node + rank - node * ranks_per_node
@@ -316,10 +294,7 @@ def is_first_on_rank(first, next_, rank_of, expert, slot):
 def set_costs(slot, next_, rank_of, first_rank, ranks_per_node, usual, change, cost):
     """Set `cost` to `usual` plus `change` on each rank of the node that has a slot in a linked list.
 
-    Args:
-        slot: first of the list, or -1.
-        first_rank: of the node.
-        usual, cost: float32, by rank of the node, or by slot of the node.
+    The list starts with `slot`, or is empty (-1). `usual` and `cost`, float32, are by rank or slot of a node.
     """
     while slot >= 0:
         rank = rank_of[slot] - first_rank

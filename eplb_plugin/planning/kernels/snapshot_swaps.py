@@ -47,6 +47,7 @@ class Scratch(NamedTuple):
     terms: np.ndarray
     growth: np.ndarray
     surplus: np.ndarray  # int64 [slots], the slots whose expert has several replicas
+    # float32 [slots], by place in `surplus`; see `snapshot_replicas`
     surplus_arriving: np.ndarray
     surplus_at_own: np.ndarray
     surplus_weight: np.ndarray
@@ -64,43 +65,28 @@ class Scratch(NamedTuple):
 def new_scratch(num_snapshots, num_logical, capacity, ranks_per_node):
     width = capacity * ranks_per_node
     return Scratch(
-        at_heavy=np.empty(width, np.float32),
-        rest_at_heavy=np.empty(width, np.float32),
-        at_own=np.empty(width, np.float32),
-        at_rank=np.empty((capacity, ranks_per_node), np.float32),
-        at_rank_of_slot=np.empty(width, np.float32),
-        weight=np.empty(width, np.float32),
-        inverse=np.empty(width, np.float32),
-        cost=np.empty(width, np.float32),
-        usual_cost=np.empty(width, np.float32),
-        bound=np.empty((capacity, width), np.float32),
-        slot_bound=np.empty(width, np.float32),
-        rank_bound=np.empty(ranks_per_node, np.float32),
-        expert_cost=np.ones(num_logical, np.float32),
-        weights=np.empty(num_snapshots, np.float32),
-        terms=np.empty(num_snapshots, np.float32),
-        growth=np.empty(num_snapshots, np.float32),
-        surplus=np.empty(width, np.int64),
-        surplus_arriving=np.empty(width, np.float32),
-        surplus_at_own=np.empty(width, np.float32),
-        surplus_weight=np.empty(width, np.float32),
-        surplus_inverse=np.empty(width, np.float32),
-        surplus_growth=np.empty(width, np.float32),
-        surplus_cost=np.empty(width, np.float32),
-        surplus_bound=np.empty(width, np.float32),
-        own_growth=np.empty(width, np.float32),
-        expert_growth=np.zeros(num_logical, np.float64),
-    )
+        at_heavy=np.empty(width, np.float32), rest_at_heavy=np.empty(width, np.float32),
+        at_own=np.empty(width, np.float32), at_rank=np.empty((capacity, ranks_per_node), np.float32),
+        at_rank_of_slot=np.empty(width, np.float32), weight=np.empty(width, np.float32),
+        inverse=np.empty(width, np.float32), cost=np.empty(width, np.float32),
+        usual_cost=np.empty(width, np.float32), bound=np.empty((capacity, width), np.float32),
+        slot_bound=np.empty(width, np.float32), rank_bound=np.empty(ranks_per_node, np.float32),
+        expert_cost=np.ones(num_logical, np.float32), weights=np.empty(num_snapshots, np.float32),
+        terms=np.empty(num_snapshots, np.float32), growth=np.empty(num_snapshots, np.float32),
+        surplus=np.empty(width, np.int64), surplus_arriving=np.empty(width, np.float32),
+        surplus_at_own=np.empty(width, np.float32), surplus_weight=np.empty(width, np.float32),
+        surplus_inverse=np.empty(width, np.float32), surplus_growth=np.empty(width, np.float32),
+        surplus_cost=np.empty(width, np.float32), surplus_bound=np.empty(width, np.float32),
+        own_growth=np.empty(width, np.float32), expert_growth=np.zeros(num_logical, np.float64),
+    )  # fmt: skip
 
 
 @jitted
 def best_swap(state, scratch, heavy, price, moves_left):
-    """The swap of a slot of `heavy` with the highest net gain.
+    """The swap of a slot of `heavy` with the highest net gain: that gain, slot of `heavy`, other slot, moves.
 
     Swaps are computed exactly in falling order of upper bounds, until no bound is above the best net gain.
-
-    Returns:
-        Net gain, slot of `heavy`, other slot, moves. The slots are -1 where no swap is worth a round.
+    The slots are -1 where no swap is worth a round.
     """
     _weigh_slots(state, scratch, heavy)
     capacity, ranks_per_node = state.capacity, state.ranks_per_node
@@ -165,19 +151,9 @@ def best_swap(state, scratch, heavy, price, moves_left):
                     continue
                 x, y = expert[mine], expert[begin + at]
                 gain = _swap_gain(
-                    load,
-                    power,
-                    unit,
-                    slope,
-                    expert_load,
-                    fraction,
-                    replicas,
-                    heavy,
-                    first + rank,
-                    x,
-                    y,
+                    load, power, unit, slope, expert_load, fraction, replicas, heavy, first + rank, x, y,
                     terms,
-                )
+                )  # fmt: skip
                 moves = moves_to(current_first, current_next, rank_of, x, first + rank)
                 moves += moves_to(current_first, current_next, rank_of, y, heavy)
                 moves -= int(saves[mine]) + int(saves[begin + at])
