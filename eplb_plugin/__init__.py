@@ -19,9 +19,8 @@ from .core.errors import (
 from .core.placement import Placement
 from .core.topology import Topology
 from .observability.server import MetricsServer, serve_metrics
-from .planning.ensemble.packing import balanced_packing
-from .planning.planner import Plan, plan, rebalance_experts
-from .planning.warmup import warmup
+from .planning.ensemble import balanced_packing
+from .planning.planner import Plan, plan, rebalance_experts, warmup
 from .runtime.rebalancer import Rebalancer, RebalanceReport
 from .runtime.startup import regroup
 from .runtime.weights.migration import MigrationPlan, plan_migration

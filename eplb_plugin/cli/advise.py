@@ -18,7 +18,7 @@ from ..advisor.trial import TrialCache
 from ..config.environment import cache_folder
 from ..core.errors import ConfigError
 from ..offline.traces import LoadTrace
-from ..planning.warmup import warmup
+from ..planning.planner import warmup
 from . import arguments
 from .console import compiling, counted, progress_bar, size_of
 from .loading import load_for

@@ -18,10 +18,9 @@ from ..core.safe_files import check_output
 from ..core.topology import Topology
 from ..formats.placements import PLACEMENT_FORMATS, read_placement, write_placement
 from ..offline.traces import LoadTrace
-from ..planning.planner import Plan
+from ..planning.planner import Plan, warmup
 from ..planning.planner import plan as plan_placement
 from ..planning.policies import policy_for
-from ..planning.warmup import warmup
 from . import arguments
 from .console import compiling, size_in
 from .convert import with_first_layer

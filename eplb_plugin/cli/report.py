@@ -12,7 +12,7 @@ from rich.console import Console
 from ..core.errors import TraceError
 from ..core.safe_files import check_output
 from ..offline.simulation import policy_setup
-from ..planning.warmup import warmup
+from ..planning.planner import warmup
 from ..report.figures import picture
 from ..report.page import picture_set, write_page
 from ..report.replay import replay

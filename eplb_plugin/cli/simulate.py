@@ -13,7 +13,7 @@ from ..core.topology import Topology
 from ..offline.simulation import SimulationResult, policy_setup
 from ..offline.simulation import simulate as replay
 from ..offline.traces import LoadTrace
-from ..planning.warmup import warmup
+from ..planning.planner import warmup
 from . import arguments
 from .console import compiling, counted, progress_bar, size_in
 from .loading import fit_interval, load_for, topology_for

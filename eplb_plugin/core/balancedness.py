@@ -28,7 +28,12 @@ def rank_loads(load: torch.Tensor, placement: Placement, topology: Topology) -> 
         PlacementError: the placement's slots differ from the topology's.
     """
     load = as_snapshots(load)
-    _check_fit(load, placement, topology)
+    if load.shape[1:] != (placement.num_layers, placement.num_logical):
+        raise LoadError(
+            f"load has {load.shape[1]} layers of {load.shape[2]} experts, "
+            f"the placement {placement.num_layers} of {placement.num_logical}"
+        )
+    placement.validate(topology)
     placement = placement.to(load.device)
     per_replica = load / placement.replica_count
     ids = placement.physical_to_logical
@@ -97,12 +102,3 @@ def _held(placement: Placement, topology: Topology) -> torch.Tensor:
     ids = topology.by_rank(placement.physical_to_logical + 1, 0)
     held = torch.zeros((*ids.shape[:2], placement.num_logical + 1), dtype=torch.bool, device=ids.device)
     return held.scatter_(2, ids, True)[:, :, 1:]
-
-
-def _check_fit(load: torch.Tensor, placement: Placement, topology: Topology) -> None:
-    if load.shape[1:] != (placement.num_layers, placement.num_logical):
-        raise LoadError(
-            f"load has {load.shape[1]} layers of {load.shape[2]} experts, "
-            f"the placement {placement.num_layers} of {placement.num_logical}"
-        )
-    placement.validate(topology)

@@ -24,17 +24,13 @@ def cached_njit(**options: Any) -> Callable[[Callable[..., Any]], Any]:
         try:
             return numba.njit(cache=True, **options)(function)
         except RuntimeError as error:  # numba looks for a folder when it decorates
-            _warn_of_no_cache(str(error))
+            if not _warned:
+                _log.warning(
+                    "compiled code cannot be kept on disk: each process compiles it anew, for up to minutes; "
+                    "set NUMBA_CACHE_DIR to a writable folder (numba: %s)",
+                    error,
+                )
+            _warned.append(str(error))
             return numba.njit(**options)(function)
 
     return decorate
-
-
-def _warn_of_no_cache(reason: str) -> None:
-    if not _warned:
-        _log.warning(
-            "compiled code cannot be kept on disk: each process compiles it anew, for up to minutes; "
-            "set NUMBA_CACHE_DIR to a writable folder (numba: %s)",
-            reason,
-        )
-    _warned.append(reason)

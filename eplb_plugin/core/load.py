@@ -1,4 +1,4 @@
-"""The one place that checks a load before anything is computed from it."""
+"""The one place that checks a load before anything is computed from it, and makes its sums exact."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import torch
 
 from .errors import LoadError
 
-__all__ = ["as_snapshots", "fold_steps", "sum_over_last"]
+__all__ = ["as_snapshots", "fold_steps", "sum_over_last", "to_exact"]
 
 _OF_NUMPY = (torch.float64, torch.float32, torch.float16, torch.int64, torch.int32, torch.int16, torch.uint8)
+_TOTAL_BITS = 50  # of the sum over a row and its snapshots: room for differences and doubling below 2^53
 
 
 def as_snapshots(load: torch.Tensor, name: str = "load") -> torch.Tensor:
@@ -68,6 +69,28 @@ def fold_steps(load: torch.Tensor, snapshots: int) -> torch.Tensor:
     index = torch.arange(steps, device=load.device) * count // steps
     wide = load.to(torch.float64 if load.is_floating_point() else torch.int64)
     return wide.new_zeros(count, *load.shape[1:]).index_add_(0, index, wide)
+
+
+def to_exact(weight: torch.Tensor) -> torch.Tensor:
+    """Scale each row to whole numbers whose sums are exact, on every device.
+
+    The rounding of a floating-point sum depends on its order, and the order on device, batch and threads.
+    Sums of whole numbers below 2^53 need no rounding: all that is computed from them is equal on every rank.
+
+    Args:
+        weight: float64 [snapshots, X, n], finite and not negative.
+
+    Returns:
+        float64 [snapshots, X, n]: whole numbers, each row `weight` times its own power of two, rounded. The
+        sum of a row over snapshots and items is below 2^50.
+    """
+    snapshots, _, num_items = weight.shape
+    largest = weight.amax(dim=(0, 2), keepdim=True)
+    terms_bits = (snapshots * num_items).bit_length()
+    exponent = (_TOTAL_BITS - terms_bits - torch.frexp(largest).exponent).to(torch.float64)
+    # The power itself may lie outside of float64: it is applied in two halves.
+    half = torch.floor(exponent / 2)
+    return torch.round(weight * torch.exp2(half) * torch.exp2(exponent - half))
 
 
 def _check_values(snapshots: torch.Tensor, name: str) -> None:

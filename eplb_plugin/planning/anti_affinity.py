@@ -1,4 +1,8 @@
-"""Anti-affinity: replicas of one expert on distinct ranks, where that hardly raises the peak rank load."""
+"""Anti-affinity: replicas of one expert on distinct ranks, where that hardly raises the peak rank load.
+
+Placements are int64 [layers, slots] on the CPU, loads float64 [snapshots, layers, logical], topologies as
+from `effective_topology`.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ..core.load import to_exact
 from ..core.topology import Topology
-from .exact import to_exact
 from .kernels.api import count_shared, keep_slots
 from .replica_counts import count_replicas
 
 __all__ = ["exchange_repeats", "replace_repeats", "set_replicas_apart", "shared_replicas"]
 
 _PEAK_ALLOWANCE = 0.01  # an exchange may raise the peak by this share
-_SENTINEL = torch.inf
 _Ints = npt.NDArray[np.int64]
 _Floats = npt.NDArray[np.float64]
 
@@ -39,16 +42,9 @@ def set_replicas_apart(
     First by exchanges (`exchange_repeats`), then by other replica counts (`replace_repeats`).
 
     Args:
-        physical_to_logical: int64 [layers, slots] on the CPU.
-        load: float64 [snapshots, layers, logical] on the CPU.
-        topology: as from `effective_topology`.
-        current: int64 [layers, slots] on the CPU, the placement that moves are counted from, -1 for an empty
-            slot; None without one.
+        current: the placement that moves are counted from, -1 for an empty slot; None without one.
         max_moves: bound on the moves of a layer. A layer stays as it is where it would exceed both the bound
             and its own moves; None is no bound.
-
-    Returns:
-        int64 [layers, slots].
     """
     num_logical = load.shape[2]
     layers = count_shared(physical_to_logical, topology, num_logical).nonzero()[:, 0]
@@ -69,15 +65,8 @@ def exchange_repeats(
     """Exchange slots between ranks of a node until no rank holds an expert twice, where that is cheap.
 
     One exchange for each layer and round, the one with the lowest peak rank load after it. No exchange may
-    raise the peak of a layer by more than 1 % over its start: from 100 to at most 101 tokens.
-
-    Args:
-        physical_to_logical: int64 [layers, slots].
-        share: float64 [snapshots, layers, logical], load of one replica of each expert.
-        topology: as from `effective_topology`.
-
-    Returns:
-        int64 [layers, slots]; `shared_replicas` names the repeats that are left.
+    raise the peak of a layer by more than 1 % over its start: from 100 to at most 101 tokens. `share` is the
+    load of one replica of each expert. `shared_replicas` names the repeats that are left.
     """
     result = physical_to_logical.clone()
     repeated = _exchangeable(result, topology, share.shape[2])
@@ -107,14 +96,6 @@ def replace_repeats(
 
     For replica counts that no exchange can spread over distinct ranks. As with exchanges, the peak rank load
     of a layer may rise by 1 %, and the expert with the lowest peak afterwards is taken.
-
-    Args:
-        physical_to_logical: int64 [layers, slots] on the CPU.
-        load: float64 [snapshots, layers, logical] on the CPU.
-        topology: as from `effective_topology`.
-
-    Returns:
-        int64 [layers, slots].
     """
     num_logical = load.shape[2]
     result = physical_to_logical.clone()
@@ -149,13 +130,8 @@ def _loads_after_replacing(
     loads: _Floats, held: _Floats, weight: _Floats, rank: int, old: int, new: _Ints
 ) -> _Floats:
     """The rank loads after a replica of `old` on `rank` became a replica of each of `new` in turn: float64
-    [snapshots, new, ranks].
-
-    Args:
-        loads: [snapshots, ranks].
-        held: [ranks, logical], how many slots of a rank hold an expert.
-        weight: [snapshots, logical].
-    """
+    [snapshots, new, ranks]. `loads` is [snapshots, ranks], `weight` [snapshots, logical]. `held`,
+    [ranks, logical], is how many slots of a rank hold an expert."""
     count = held.sum(0)
     staying, arriving = weight[:, old] / (count[old] - 1), weight[:, new] / (count[new] + 1)
     rest = loads + held[:, old] * (staying - weight[:, old] / count[old])[:, None]
@@ -220,14 +196,14 @@ def _best_exchange(
         rest = _peak_without(loads, rank)[:, rank_of_slot]
         pair = torch.maximum(loads[row, rank][:, None] - shift, loads[:, rank_of_slot] + shift)
         peak += torch.maximum(rest, pair)
-    peak = torch.where(possible, peak, _SENTINEL)
+    peak = torch.where(possible, peak, torch.inf)
     best = peak.argmin(dim=1)
     return peak[row, best], best
 
 
 def _peak_without(loads: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
     """Largest load among the ranks other than `rank` [layers] and each rank in turn: [layers, ranks]."""
-    rest = loads.scatter(1, rank[:, None], -_SENTINEL)
+    rest = loads.scatter(1, rank[:, None], -torch.inf)
     first = rest.argmax(dim=1, keepdim=True)
-    without_first = rest.scatter(1, first, -_SENTINEL).amax(1, keepdim=True)
+    without_first = rest.scatter(1, first, -torch.inf).amax(1, keepdim=True)
     return rest.amax(1, keepdim=True).expand_as(rest).scatter(1, first, without_first)

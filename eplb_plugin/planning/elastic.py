@@ -1,27 +1,109 @@
-"""Complete a placement that lacks slots or experts after ranks failed or joined, with the fewest moves."""
+"""Planning after ranks failed or joined.
+
+Policies never see a dead rank: the active ranks are planned as a topology of their own. A placement in force
+that lacks slots or experts is completed first, with the fewest moves.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from ..core.errors import TopologyError
+from ..core.load import to_exact
 from ..core.placement import Placement
 from ..core.topology import Topology
-from .exact import to_exact
 
-__all__ = ["CompletedPlacement", "complete", "complete_placement", "held_slots", "missing_experts"]
+__all__ = [
+    "ActivePart",
+    "CompletedPlacement",
+    "active_part",
+    "complete",
+    "complete_placement",
+    "held_slots",
+    "missing_experts",
+]
 
 _Ints = npt.NDArray[np.int64]
 _Floats = npt.NDArray[np.float64]
 
 
+@dataclass(frozen=True)
+class ActivePart:
+    """The part of a topology that can hold experts.
+
+    Attributes:
+        topology: of the ranks that are alive and have slots, in their order. It has one node if the nodes
+            differ in active ranks.
+        slots: the slots of the active ranks in the whole topology; None if all ranks are active.
+        rank_slots: usable slots of each rank of the whole topology, 0 for a dead one.
+        num_slots: slots over all ranks, dead ones included.
+    """
+
+    topology: Topology
+    slots: tuple[int, ...] | None
+    rank_slots: tuple[int, ...]
+    num_slots: int
+
+    def compact(self, ids: torch.Tensor) -> torch.Tensor:
+        """[layers, slots] over all ranks to [layers, active slots]."""
+        return ids if self.slots is None else ids[:, list(self.slots)]
+
+    def expand(self, ids: torch.Tensor) -> torch.Tensor:
+        """[layers, active slots] to [layers, slots] over all ranks, -1 on dead ranks."""
+        if self.slots is None:
+            return ids
+        every = ids.new_full((ids.shape[0], self.num_slots), -1)
+        every[:, list(self.slots)] = ids
+        return every
+
+
+def active_part(
+    topology: Topology, active_ranks: Sequence[bool] | torch.Tensor | None, num_logical: int
+) -> ActivePart:
+    """Leave out ranks that are dead by `active_ranks` (bool [ranks], None: all are alive) or have no slots.
+
+    Raises:
+        TopologyError: a malformed mask, no rank left, or fewer slots than `num_logical` experts.
+    """
+    alive = topology.living_ranks(active_ranks)
+    topology.check_experts(num_logical)
+    rank_slots = tuple(
+        slots if lives else 0 for slots, lives in zip(topology.slots_by_rank, alive, strict=True)
+    )
+    kept = [rank for rank, slots in enumerate(rank_slots) if slots]
+    if len(kept) == topology.num_ranks:
+        return ActivePart(topology, None, rank_slots, topology.num_slots)
+    num_slots = sum(rank_slots)
+    if num_slots < num_logical:
+        raise TopologyError(
+            f"num_logical={num_logical} experts do not fit into the {num_slots} slots of the "
+            f"{sum(alive)} living ranks of {topology.num_ranks}"
+        )
+    per_node = [0] * topology.num_nodes
+    for rank in kept:
+        per_node[rank // topology.ranks_per_node] += 1
+    left = Topology(
+        num_nodes=topology.num_nodes if len(set(per_node)) == 1 else 1,
+        num_ranks=len(kept),
+        num_slots=num_slots,
+        num_groups=topology.num_groups,
+        rank_slots=tuple(rank_slots[rank] for rank in kept),
+    )
+    first = topology.first_slots
+    slots = tuple(slot for rank in kept for slot in range(first[rank], first[rank + 1]))
+    return ActivePart(left, slots, rank_slots, topology.num_slots)
+
+
 class CompletedPlacement(Placement):
     """A placement in force whose empty slots and missing experts were filled, to plan from.
 
-    Attributes:
-        held: int64 [layers, slots], the table before completion, -1 for an empty slot. Moves are counted from
-            it: the weights of what was filled in have to be transferred, wherever it ends.
+    `held`, int64 [layers, slots], is the table before completion, -1 for an empty slot. Moves are counted
+    from it: the weights of what was filled in have to be transferred, wherever it ends.
     """
 
     def __init__(self, physical_to_logical: torch.Tensor, num_logical: int, held: torch.Tensor) -> None:
@@ -61,12 +143,9 @@ def complete(ids: torch.Tensor, load: torch.Tensor, topology: Topology) -> torch
     together.
 
     Args:
-        ids: int64 [layers, slots] on the CPU, -1 for an empty slot.
+        ids: int64 [layers, slots] on the CPU, -1 for an empty slot; so is the result, without empty slots.
         load: float64 [snapshots, layers, logical] on the CPU, tokens.
         topology: as from `effective_topology`.
-
-    Returns:
-        int64 [layers, slots] without empty slots and missing experts.
     """
     weight = to_exact(load.sum(0, keepdim=True))[0].numpy()
     rows = ids.numpy().copy()

@@ -30,14 +30,8 @@ def lpt_packing(weight: torch.Tensor, capacities: Sequence[int]) -> tuple[torch.
     """Put each item, from the heaviest to the lightest, into the lightest pack with room.
 
     Graham's longest-processing-time rule (LPT) with a capacity, as in DeepSeek's EPLB. One step for each
-    item, all rows at once. Ties go to the earlier item and the lower pack.
-
-    Args:
-        weight: float [X, n].
-        capacities: items of each pack, n in all.
-
-    Returns:
-        pack_index and rank_in_pack, both int64 [X, n].
+    item, all rows at once. Ties go to the earlier item and the lower pack. `weight` is float [X, n],
+    `capacities` the items of each pack, n in all. The result is that of a `pipeline.Packer`.
     """
     rows, num_items = weight.shape
     device = weight.device

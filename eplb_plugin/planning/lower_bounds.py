@@ -7,7 +7,7 @@ from itertools import combinations
 import torch
 
 from ..core.topology import Topology
-from .groups_to_nodes import MOST_PACKINGS, num_packings, packings
+from .hierarchy import MOST_PACKINGS, num_packings, packings
 from .kernels.api import shared_bounds
 from .replica_counts import count_replicas, replicate
 
@@ -20,7 +20,7 @@ _EQUAL = 1e-12
 
 
 def peak_lower_bound(load: torch.Tensor, topology: Topology) -> torch.Tensor:
-    """A lower bound on the peak rank load of every layer, mean over the snapshots.
+    """A lower bound on the peak rank load of every layer, mean over the snapshots: float64 [layers], tokens.
 
     The largest of three bounds of each snapshot:
 
@@ -35,9 +35,6 @@ def peak_lower_bound(load: torch.Tensor, topology: Topology) -> torch.Tensor:
     Args:
         load: float64 [snapshots, layers, logical], tokens.
         topology: as from `effective_topology`.
-
-    Returns:
-        float64 [layers], tokens.
     """
     at_once = max(1, _ROWS_AT_ONCE // load.shape[1])
     return torch.cat([_step_bounds(part, topology) for part in torch.split(load, at_once)]).mean(0)
@@ -127,5 +124,4 @@ def _hottest_replica(load: torch.Tensor, num_slots: int) -> torch.Tensor:
     """
     rows = load.flatten(0, -2)
     count = count_replicas(replicate(rows, num_slots), load.shape[-1])
-    hottest: torch.Tensor = (rows / count).amax(1).view(load.shape[:-1])
-    return hottest
+    return (rows / count).amax(1).view(load.shape[:-1])

@@ -25,16 +25,13 @@ Two items of one expert should not share a pack."""
 def place_from_scratch(
     load: torch.Tensor, topology: Topology, pack: Packer, max_replicas: int | None = None
 ) -> torch.Tensor:
-    """Plan without regard to any placement in force.
+    """Plan without regard to any placement in force: int64 [layers, slots].
 
     Args:
         load: float64 [layers, logical], tokens, on any device.
         topology: as from `effective_topology`.
         pack: packs groups to nodes, and replicas to the ranks of a node.
         max_replicas: most replicas of one expert, see `replicate`.
-
-    Returns:
-        physical_to_logical: int64 [layers, slots].
     """
     layers, num_logical = load.shape
     nodes, groups, width = topology.num_nodes, topology.num_groups, topology.ranks_per_node

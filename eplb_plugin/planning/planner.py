@@ -16,8 +16,7 @@ from ..core.errors import ConfigError, LoadError, PlacementError, TopologyError
 from ..core.load import as_snapshots, sum_over_last
 from ..core.placement import Placement, checked_ids
 from ..core.topology import Topology
-from .active_ranks import ActivePart, active_part
-from .elastic import complete_placement, missing_experts
+from .elastic import ActivePart, active_part, complete_placement, missing_experts
 from .forecast import expected_load
 from .hierarchy import effective_topology
 from .kernels.api import count_shared, step_peaks
@@ -25,7 +24,7 @@ from .lower_bounds import peak_lower_bound
 from .policies import policy_for
 from .skip_rule import apply_skip_rule
 
-__all__ = ["Plan", "plan", "rebalance_experts"]
+__all__ = ["Plan", "plan", "rebalance_experts", "warmup"]
 
 _logger = logging.getLogger(__name__)
 _warned: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
@@ -150,8 +149,7 @@ def rebalance_experts(
         weight: [layers, logical] or [snapshots, layers, logical], tokens.
         num_replicas: slots over all ranks.
         num_groups: groups of experts per layer.
-        num_nodes: nodes.
-        num_gpus: ranks.
+        num_nodes, num_gpus: nodes and ranks.
         current: int64 [layers, slots], the placement in force, or None.
 
     Returns:
@@ -167,6 +165,28 @@ def rebalance_experts(
     )
     placement = plan(weight, topology, current).placement
     return placement.physical_to_logical, placement.logical_to_physical, placement.replica_count
+
+
+def warmup(topology: Topology | None = None) -> None:
+    """Compile whatever the first plan would compile, or load it from the cache on disk.
+
+    Compiling takes 30 to 90 seconds, once for each version and location of the package. Loading takes about
+    one second.
+
+    Args:
+        topology: planned for as well, so that everything its plans need is loaded; None plans for a small
+            topology of several nodes alone.
+    """
+    small = Topology(num_nodes=2, num_ranks=4, num_slots=12, num_groups=2)
+    for each in (small,) if topology is None else (small, topology):
+        num_logical = each.num_groups * max(1, each.num_slots // (2 * each.num_groups))
+        num_logical = min(num_logical, each.num_slots)
+        load = torch.arange(1, num_logical + 1, dtype=torch.float64).expand(2, 1, -1)
+        current = Placement.default(1, num_logical, each.num_slots)
+        _ = plan(load, each).lower_bound
+        plan(load, each, current)
+        # With free moves, a plan from scratch is matched to the placement in force, which imports scipy.
+        plan(load, each, current, PlannerOptions(move_price=0))
 
 
 def _checked_current(

@@ -16,8 +16,8 @@ from ..config.options import PlannerOptions
 from ..core.errors import ConfigError
 from ..core.placement import Placement
 from ..core.topology import Topology
-from .adaptive.search import Adaptive
-from .ensemble.policy import Ensemble
+from .adaptive import Adaptive
+from .ensemble import Ensemble
 from .greedy import Greedy
 
 __all__ = ["POLICIES", "Policy", "Registration", "policy_for"]

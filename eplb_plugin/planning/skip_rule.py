@@ -17,17 +17,11 @@ __all__ = ["Kept", "apply_skip_rule"]
 
 
 class Kept(NamedTuple):
-    """A placement after the skip rule.
+    """A placement after the skip rule."""
 
-    Attributes:
-        physical_to_logical: int64 [layers, slots].
-        moves: transfers of one expert's weights to one rank, over all layers.
-        shared_replicas: replicas on a rank beside another of the same expert, over all layers.
-    """
-
-    physical_to_logical: torch.Tensor
-    moves: int
-    shared_replicas: int
+    physical_to_logical: torch.Tensor  # int64 [layers, slots]
+    moves: int  # transfers of one expert's weights to one rank, over all layers
+    shared_replicas: int  # replicas on a rank beside another of the same expert, over all layers
 
 
 def apply_skip_rule(

@@ -14,8 +14,8 @@ from ..config.options import PlannerOptions, RebalancerOptions
 from ..core.errors import EplbError, RankLostError, UndecidedError
 from ..core.placement import Placement
 from ..core.topology import Topology
+from ..planning.planner import warmup
 from ..planning.policies import policy_for
-from ..planning.warmup import warmup
 from .background import Runner
 from .connections import connect
 from .control.rank_group import RankGroup

@@ -12,8 +12,7 @@ import torch.distributed as dist
 from ...core.errors import LoadError
 from ...core.placement import Placement
 from ...core.topology import Topology
-from ...planning.planner import plan
-from ...planning.warmup import warmup
+from ...planning.planner import plan, warmup
 from ...runtime.control.rank_group import RankGroup, fingerprint
 from ..common.agreement import agree_on_plan, announce
 from ..common.planner import EnginePlanner, ExpertBytes

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from ...core.topology import Topology
 from ...observability.prometheus import Telemetry
-from ...planning.warmup import warmup
+from ...planning.planner import warmup
 from ...runtime.control.rank_group import RankGroup
 from ...runtime.verify.unregistered import warn_unregistered
 from ..common.options import EngineOptions

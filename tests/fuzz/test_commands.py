@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from eplb_plugin.cli import main
 from eplb_plugin.formats.loads import LOAD_FORMATS, write_load
 from eplb_plugin.offline.traces import LoadTrace
-from eplb_plugin.planning.warmup import warmup
+from eplb_plugin.planning.planner import warmup
 
 from .effort import effort
 from .parsers import PARSERS, odd

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eplb_plugin as eplb
+from eplb_plugin.core.load import to_exact
 from eplb_plugin.planning import anti_affinity
 from eplb_plugin.planning.anti_affinity import (
     exchange_repeats,
@@ -15,7 +16,6 @@ from eplb_plugin.planning.anti_affinity import (
     set_replicas_apart,
     shared_replicas,
 )
-from eplb_plugin.planning.exact import to_exact
 from eplb_plugin.planning.replica_counts import count_replicas
 
 

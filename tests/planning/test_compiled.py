@@ -11,12 +11,12 @@ import torch
 
 import eplb_plugin as eplb
 from eplb_plugin.planning.kernels import (
+    api,
     forecast,
     group_to_node,
     lower_bounds,
     placement_tables,
     plan_layers,
-    threads,
 )
 
 TOPOLOGY = eplb.Topology(num_ranks=8, num_slots=72)
@@ -31,7 +31,7 @@ def planned(load: torch.Tensor) -> torch.Tensor:
 def test_any_number_of_threads_gives_the_same_plan(monkeypatch, cores):
     load = torch.empty(8, 12, 64).log_normal_(3, 1, generator=torch.Generator().manual_seed(0))
     expected = planned(load)
-    monkeypatch.setattr(threads, "_usable_cores", lambda: cores)
+    monkeypatch.setattr(api, "_usable_cores", lambda: cores)
     assert torch.equal(planned(load), expected)
     found = []
     thread = threading.Thread(target=lambda: found.append(planned(load)))
@@ -41,13 +41,13 @@ def test_any_number_of_threads_gives_the_same_plan(monkeypatch, cores):
 
 
 def test_a_failure_in_any_chunk_is_raised(monkeypatch):
-    monkeypatch.setattr(threads, "_usable_cores", lambda: 2)
+    monkeypatch.setattr(api, "_usable_cores", lambda: 2)
 
     def work(first: int, last: int) -> None:
         raise RuntimeError(f"layers {first}..{last - 1}")
 
     with pytest.raises(RuntimeError, match="layers"):
-        threads.over_layers(work, torch.ones(2, 64, 64))
+        api.over_layers(work, torch.ones(2, 64, 64))
 
 
 def compiled_versions() -> dict[str, int]:

@@ -9,7 +9,7 @@ import torch
 
 import eplb_plugin as eplb
 from eplb_plugin.planning import lower_bounds
-from eplb_plugin.planning.groups_to_nodes import MOST_PACKINGS, best_nodes, num_packings, packings
+from eplb_plugin.planning.hierarchy import MOST_PACKINGS, best_nodes, num_packings, packings
 from eplb_plugin.planning.kernels.api import shared_bounds
 from eplb_plugin.planning.lower_bounds import _heaviest_node
 

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eplb_plugin import EnsembleOptions, LoadError, TopologyError, balanced_packing
+from eplb_plugin.core.load import to_exact
 from eplb_plugin.core.splitmix import splitmix64, uniform
-from eplb_plugin.planning.ensemble.packing import pack_items
-from eplb_plugin.planning.exact import to_exact
+from eplb_plugin.planning.ensemble import pack_items
 from eplb_plugin.planning.greedy import lpt_packing
 from eplb_plugin.planning.replica_counts import count_replicas, replicate
 

@@ -153,8 +153,8 @@ def test_what_needs_even_ranks_says_so(tmp_path):
     with pytest.raises(eplb.TopologyError, match=r"'ensemble' .* not \(3, 1\)"):
         eplb.plan(load, topology, options=eplb.PlannerOptions(policy="ensemble"))
     placement = eplb.plan(load, topology).placement
-    with pytest.raises(eplb.TopologyError, match=r"no format .* rank_slots=\(3, 1\)"):
-        write_placement(tmp_path / "a.json", placement, (0,), topology, "json")
+    with pytest.raises(eplb.TopologyError, match=r"no room for rank_slots=\(3, 1\)"):
+        write_placement(tmp_path / "a.json", placement, (0,), topology, "sglang")
 
 
 def test_nodes_that_differ_are_planned_globally_and_say_so(caplog, monkeypatch):

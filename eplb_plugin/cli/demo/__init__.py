@@ -21,7 +21,7 @@ from ...formats.loads import read_trace
 from ...offline.synthetic_traffic import topic_mix
 from ...offline.token_replay import category_mix, decode_schedule
 from ...offline.traces import LoadTrace
-from ...planning.warmup import warmup
+from ...planning.planner import warmup
 from ..arguments import AsJson, Config, option, settings_for
 from ..console import compiling, counted, progress_bar
 from .outcome import DemoOutcome, DemoTally, IntervalOutcome

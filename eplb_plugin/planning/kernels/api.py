@@ -5,17 +5,16 @@ Kernels are imported within functions: importing numba takes a while and reads t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
 
 from ...core.topology import Topology
-from .threads import WORTH_THREADS_TO_SUM, over_layers
-
-if TYPE_CHECKING:
-    from .plan_layers import Problem
 
 __all__ = [
     "choose_nodes",
@@ -23,7 +22,7 @@ __all__ = [
     "expect_loads",
     "grow",
     "keep_slots",
-    "pack_rows",
+    "over_layers",
     "plan_from_scratch",
     "shared_bounds",
     "step_peaks",
@@ -31,18 +30,19 @@ __all__ = [
 
 _INT64 = np.dtype(np.int64)
 _UNBOUNDED = 1 << 40
+_ROUNDS = 200  # most exchanges of the search
+_TOLERANCE = 5e-4  # the search of a layer ends when its peak is this close to the lower bound
+_SEED = 0
+
+_MAX_THREADS = 8
+_CHUNKS_PER_THREAD = 16  # layers differ in effort; small chunks even that out
+# With fewer loads, starting a thread costs more than it saves: in a search, and in a pass of sums.
+_WORTH_THREADS = 4096
+_WORTH_THREADS_TO_SUM = 1 << 18
 
 
 def plan_from_scratch(
-    weight: torch.Tensor,
-    topology: Topology,
-    expert_node: torch.Tensor,
-    *,
-    rounds: int,
-    candidates: int,
-    patience: int,
-    tolerance: float,
-    seed: int,
+    weight: torch.Tensor, topology: Topology, expert_node: torch.Tensor, *, candidates: int, patience: int
 ) -> torch.Tensor:
     """Plan each layer from greedy replica counts and LPT packings, improved by swaps and replica changes.
 
@@ -50,30 +50,13 @@ def plan_from_scratch(
         weight: float64 [snapshots, layers, logical] on the CPU, tokens times the weight of their snapshot.
         topology: nodes, ranks and slots.
         expert_node: int64 [layers, logical], the node of each expert.
-        rounds, candidates, patience, tolerance, seed: as in `plan_layers.Problem`.
+        candidates, patience: as in `plan_layers.Problem`.
 
     Returns:
         physical_to_logical: int64 [layers, slots].
     """
-    from .plan_layers import Problem
-
-    none = np.empty((weight.shape[1], 0), _INT64)
-    problem = Problem(
-        weight=_array(weight),
-        expert_node=_array(expert_node),
-        current=none,
-        start=none,
-        rank_slots=np.array(topology.slots_by_rank, _INT64),
-        ranks_per_node=topology.ranks_per_node,
-        price=0.0,
-        max_moves=_UNBOUNDED,
-        rounds=rounds,
-        candidates=candidates,
-        patience=patience,
-        tolerance=tolerance,
-        seed=seed,
-    )
-    return _plan(problem, weight, topology)
+    none = torch.empty((weight.shape[1], 0), dtype=torch.int64, device="cpu")
+    return _plan(weight, topology, expert_node, none, none, 0.0, _UNBOUNDED, candidates, patience)
 
 
 def grow(
@@ -85,8 +68,6 @@ def grow(
     *,
     price: float,
     max_moves: int,
-    rounds: int,
-    tolerance: float,
 ) -> torch.Tensor:
     """Improve a placement by swaps and replica changes that earn the price of their moves.
 
@@ -99,15 +80,27 @@ def grow(
             where that is better.
         price: of one move, as a fraction of the mean rank load.
         max_moves: most moves of a layer.
-        rounds, tolerance: as in `plan_layers.Problem`.
 
     Returns:
         physical_to_logical: int64 [layers, slots].
     """
-    from .plan_layers import Problem
+    current, start = (topology.by_rank(ids, -1).flatten(1) for ids in (current, start))
+    return _plan(weight, topology, expert_node, current, start, price, max_moves, candidates=1, patience=1)
 
-    if not topology.is_even:
-        current, start = (topology.by_rank(ids, -1).flatten(1) for ids in (current, start))
+
+def _plan(
+    weight: torch.Tensor,
+    topology: Topology,
+    expert_node: torch.Tensor,
+    current: torch.Tensor,
+    start: torch.Tensor,
+    price: float,
+    max_moves: int,
+    candidates: int,
+    patience: int,
+) -> torch.Tensor:
+    from .plan_layers import Problem, plan_layers
+
     problem = Problem(
         weight=_array(weight),
         expert_node=_array(expert_node),
@@ -117,40 +110,24 @@ def grow(
         ranks_per_node=topology.ranks_per_node,
         price=price,
         max_moves=max_moves,
-        rounds=rounds,
-        candidates=1,
-        patience=1,
-        tolerance=tolerance,
-        seed=0,
+        rounds=_ROUNDS,
+        candidates=candidates,
+        patience=patience,
+        tolerance=_TOLERANCE,
+        seed=_SEED,
     )
-    return _plan(problem, weight, topology)
-
-
-def _plan(problem: Problem, weight: torch.Tensor, topology: Topology) -> torch.Tensor:
-    from .plan_layers import plan_layers
-
     slot_expert = np.empty((weight.shape[1], topology.num_ranks * topology.most_slots), _INT64)
     over_layers(lambda first, last: plan_layers(problem, first, last, slot_expert), weight)
-    by_rank = torch.from_numpy(slot_expert).view(len(slot_expert), topology.num_ranks, -1)
-    return topology.from_ranks(by_rank)
+    return _from_ranks(slot_expert, topology)
 
 
 def choose_nodes(
-    weight: torch.Tensor,
-    topology: Topology,
-    current: torch.Tensor,
-    start: torch.Tensor,
-    *,
-    price: float,
+    weight: torch.Tensor, topology: Topology, current: torch.Tensor, start: torch.Tensor, price: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose the node of each group: the load of the heaviest node against the price of the moves.
 
     Args:
-        weight: float64 [snapshots, layers, logical] on the CPU, tokens times the weight of their snapshot.
-        topology: nodes, ranks, slots and groups.
-        current: int64 [layers, slots], the placement in force, -1 for an empty slot.
-        start: int64 [layers, slots], `current` completed.
-        price: of one move, as a fraction of the mean rank load.
+        weight, topology, current, start, price: as for `grow`.
 
     Returns:
         expert_node: int64 [layers, logical].
@@ -161,65 +138,23 @@ def choose_nodes(
     expert_node = np.zeros(weight.shape[1:], _INT64)
     if topology.num_nodes == 1:
         return torch.from_numpy(expert_node), start
-    held, begin = (_array(topology.by_rank(ids, -1).flatten(1)) for ids in (current, start))
-    begin = begin.copy()
-    load = _array(weight)
-    fee = price / topology.ranks_per_node
+    # `current` may share memory with `start`, which is written.
+    held, begin = (_array(topology.by_rank(ids, -1).flatten(1)).copy() for ids in (current, start))
+    load, fee = _array(weight), price / topology.ranks_per_node
     over_layers(
         lambda first, last: group_to_node.choose_nodes(
             load, first, last, topology.num_nodes, topology.num_groups, fee, held, begin, expert_node
         ),
         weight,
     )
-    shape = (len(begin), topology.num_ranks, -1)
-    return torch.from_numpy(expert_node), topology.from_ranks(torch.from_numpy(begin).view(shape))
-
-
-def pack_rows(
-    weight: torch.Tensor,
-    num_packs: int,
-    *,
-    rounds: int,
-    candidates: int,
-    patience: int,
-    tolerance: float,
-    seed: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pack items rather than replicas, with the search of `plan_from_scratch`.
-
-    Args:
-        weight: float64 [snapshots, X, n] on the CPU.
-        num_packs: packs of n / num_packs items each.
-        rounds, candidates, patience, tolerance, seed: as in `plan_layers.Problem`.
-
-    Returns:
-        pack_index, rank_in_pack: int64 [X, n] each.
-    """
-    topology = Topology(num_ranks=num_packs, num_slots=weight.shape[2])
-    items = plan_from_scratch(
-        weight,
-        topology,
-        torch.zeros(weight.shape[1:], dtype=torch.int64, device="cpu"),
-        rounds=rounds,
-        candidates=candidates,
-        patience=patience,
-        tolerance=tolerance,
-        seed=seed,
-    )
-    place = torch.arange(items.shape[1], device="cpu").expand_as(items)
-    slot = torch.empty_like(items).scatter_(1, items, place)
-    return slot // topology.slots_per_rank, slot % topology.slots_per_rank
+    return torch.from_numpy(expert_node), _from_ranks(begin, topology)
 
 
 def shared_bounds(load: torch.Tensor, rank_slots: Sequence[int]) -> torch.Tensor:
     """A lower bound on the peak of ranks that share all experts of a load, see `lower_bounds`.
 
-    Args:
-        load: float64 [X, experts], any device.
-        rank_slots: slots of each rank; together no fewer than experts.
-
-    Returns:
-        float64 [X], on that device.
+    `load` is float64 [X, experts] on any device, the result float64 [X]. `rank_slots` are the slots of each
+    rank, together no fewer than experts.
     """
     from .lower_bounds import bound_rows
 
@@ -229,14 +164,9 @@ def shared_bounds(load: torch.Tensor, rank_slots: Sequence[int]) -> torch.Tensor
 
 
 def step_peaks(weight: torch.Tensor, physical_to_logical: torch.Tensor, topology: Topology) -> torch.Tensor:
-    """The peak rank load of each snapshot and layer.
+    """The peak rank load of each snapshot and layer, float64 [snapshots, layers], in tokens.
 
-    Args:
-        weight: float64 [snapshots, layers, logical] on the CPU, tokens.
-        physical_to_logical: int64 [layers, slots] on the CPU.
-
-    Returns:
-        float64 [snapshots, layers], tokens.
+    Of float64 [snapshots, layers, logical], tokens, and int64 [layers, slots], both on the CPU.
     """
     from . import placement_tables
 
@@ -246,7 +176,7 @@ def step_peaks(weight: torch.Tensor, physical_to_logical: torch.Tensor, topology
     over_layers(
         lambda first, last: placement_tables.peak_loads(load, ids, first_slot, first, last, peaks),
         weight,
-        WORTH_THREADS_TO_SUM,
+        _WORTH_THREADS_TO_SUM,
     )
     return torch.from_numpy(peaks)
 
@@ -259,19 +189,7 @@ def expect_loads(
     persistence: float,
     decay: float,
 ) -> torch.Tensor:
-    """Sum the snapshots of each bin, weighted, and shift them to the forecast of `planning.forecast`.
-
-    Args:
-        load: float64 [snapshots, layers, logical] on the CPU, tokens.
-        weights: of each snapshot.
-        bins: bin of each snapshot; each number from 0 on occurs.
-        recency: weight of a snapshot relative to the next one, in the load of the moment.
-        persistence: from 0, the mean of the window, to 1, the load of the moment.
-        decay: weight of a snapshot relative to the next one, in the window.
-
-    Returns:
-        float64 [bins, layers, logical], tokens.
-    """
+    """`forecast.expect_loads` of float64 [snapshots, layers, logical] on the CPU, tokens: the same by bin."""
     from . import forecast
 
     condensed = np.zeros((max(bins) + 1, *load.shape[1:]))
@@ -281,7 +199,7 @@ def expect_loads(
             array, weight, place, recency, persistence, decay, first, last, condensed
         ),
         load,
-        WORTH_THREADS_TO_SUM,
+        _WORTH_THREADS_TO_SUM,
     )
     return torch.from_numpy(condensed)
 
@@ -311,13 +229,54 @@ def keep_slots(
 
 def count_shared(physical_to_logical: torch.Tensor, topology: Topology, num_logical: int) -> torch.Tensor:
     """Slots that repeat an expert of their rank: int64 [layers], of a placement on the CPU."""
-    from . import placement_tables
-
-    shared = np.empty(len(physical_to_logical), _INT64)
-    first_slot = np.array(topology.first_slots, _INT64)
-    placement_tables.count_shared(_array(physical_to_logical), first_slot, num_logical, shared)
-    return torch.from_numpy(shared)
+    return keep_slots(physical_to_logical, physical_to_logical, topology, num_logical)[2]
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     return np.ascontiguousarray(tensor.detach().numpy())
+
+
+def _from_ranks(slot_expert: np.ndarray[Any, Any], topology: Topology) -> torch.Tensor:
+    """[layers, ranks * most_slots] to [layers, slots]."""
+    return topology.from_ranks(torch.from_numpy(slot_expert).view(len(slot_expert), topology.num_ranks, -1))
+
+
+def over_layers(
+    work: Callable[[int, int], object], weight: torch.Tensor, worth_threads: int = _WORTH_THREADS
+) -> None:
+    """Call `work(first, last)` for chunks of the layers `first..last-1`, in any order, on a few threads.
+
+    Numba's own threading layers do not serve: workqueue does not allow several threads to start work, GNU
+    OpenMP does not survive a fork, and engines do both.
+
+    Args:
+        weight: [snapshots, layers, logical]; with fewer than `worth_threads` loads, one thread does it all.
+    """
+    num_layers = weight.shape[1]
+    threads = min(_MAX_THREADS, _usable_cores(), num_layers)
+    if threading.current_thread() is not threading.main_thread():
+        # In the background, the engine's own thread keeps a core.
+        threads = max(1, threads - 1)
+    if threads == 1 or weight.numel() < worth_threads:
+        work(0, num_layers)
+        return
+    size = -(-num_layers // (threads * _CHUNKS_PER_THREAD))
+    chunks = iter([(at, min(at + size, num_layers)) for at in range(0, num_layers, size)])
+
+    def drain() -> None:
+        # Taking the next item of a list iterator is one step of the interpreter, hence thread-safe.
+        for first, last in chunks:
+            work(first, last)
+
+    # One pool a call: after a later fork, a kept pool would have lost its threads.
+    with ThreadPoolExecutor(threads - 1, thread_name_prefix="eplb-plan") as pool:
+        others = [pool.submit(drain) for _ in range(threads - 1)]
+        drain()
+        for other in others:
+            other.result()
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

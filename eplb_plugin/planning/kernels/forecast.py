@@ -24,8 +24,10 @@ def expect_loads(load, weights, bins, recency, persistence, decay, first, last, 
     Args:
         load: float64 [snapshots, layers, logical], tokens.
         weights: float64 [snapshots].
-        bins: int64 [snapshots], bin of each snapshot.
-        recency, persistence, decay: as for `api.expect_loads`.
+        bins: int64 [snapshots], bin of each snapshot; each number from 0 on occurs.
+        recency: weight of a snapshot relative to the next one, in the load of the moment.
+        persistence: from 0, the mean of the window, to 1, the load of the moment.
+        decay: weight of a snapshot relative to the next one, in the window.
         condensed: float64 [bins, layers, logical], zeros; written. A load shifted below 0 is 0.
     """
     num_snapshots, _, num_logical = load.shape
@@ -53,10 +55,7 @@ def _find_shift(load, layer, per_token, recency, persistence, decay, lanes, shif
 
     It leads from the mean of the condensed snapshots to that of the window, and from there towards the load
     of the moment: by `persistence`, less the part of that change explained by chance (James-Stein shrinkage).
-
-    Args:
-        per_token: float64 [snapshots], 1 / tokens, 0 for an empty snapshot.
-        lanes: scratch of `_sum`.
+    `per_token`, float64 [snapshots], is 1 / tokens, 0 for an empty snapshot.
     """
     num_snapshots, _, num_logical = load.shape
     whole = np.empty(num_snapshots, np.float64)
@@ -95,9 +94,7 @@ def _weigh(per_token, rate, weights):
     """Write the weight of a token of each snapshot in the mean share of an expert.
 
     Each snapshot weighs `rate` times the next one; empty ones are left out. Weights of snapshots add up to 1.
-
-    Returns:
-        Variance of the mean / variance of a snapshot.
+    Returns the variance of the mean / the variance of a snapshot.
     """
     in_all, squares, one = 0.0, 0.0, 1.0
     for snapshot in range(per_token.shape[0] - 1, -1, -1):

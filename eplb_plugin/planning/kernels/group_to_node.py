@@ -14,17 +14,10 @@ _LEAST_GROUP_GAIN = 1e-6  # as a fraction of the mean node load
 
 @inlined
 def _best_exchange(group_load, node_load, fee, node_of):
-    """The best exchange of two groups of different nodes.
+    """The best exchange of two groups of different nodes: gain, group, other group.
 
-    It gains most in the load of the heaviest node, summed over snapshots, plus the price of all moves.
-
-    Args:
-        group_load, node_load: float64 [groups, snapshots] and [nodes, snapshots].
-        fee: float64 [groups, nodes], price of the moves that bring a group to a node.
-        node_of: int64 [groups].
-
-    Returns:
-        Gain, group, other group.
+    It gains most in the load of the heaviest node, summed over snapshots, plus the price of all moves: `fee`,
+    float64 [groups, nodes]. `group_load` and `node_load` are float64 [groups or nodes, snapshots].
     """
     num_groups, num_snapshots = group_load.shape
     num_nodes = node_load.shape[0]
@@ -67,16 +60,10 @@ def _count_experts(slot_expert, group_size, node_slots, seen, held):
 
 @inlined
 def _locate(held, free, node_of):
-    """Write the node of each group to `node_of`, int64 [groups].
+    """Write the node of each group to `node_of`; say whether groups span nodes or fill them unevenly.
 
-    Where groups span nodes or fill them unevenly, each group in turn gets the node that holds most of it.
-
-    Args:
-        held: int64 [groups, nodes], experts of each group on each node.
-        free: int64 [nodes], scratch for groups that a node may still get.
-
-    Returns:
-        Whether groups span nodes or fill them unevenly.
+    If they do, each group in turn gets the node that holds most of it: `held`, int64 [groups, nodes]. `free`,
+    int64 [nodes], is scratch for the groups that a node may still get.
     """
     num_groups, num_nodes = held.shape
     spans = False
@@ -154,12 +141,12 @@ def _build(sources):
                 gain, group, other = _best_exchange(group_load, node_load, fee, node_of)
                 if gain <= _LEAST_GROUP_GAIN:
                     break
-                here, other_node = node_of[group], node_of[other]
+                here, there = node_of[group], node_of[other]
                 for snapshot in range(num_snapshots):
                     shift = group_load[group, snapshot] - group_load[other, snapshot]
                     node_load[here, snapshot] -= shift
-                    node_load[other_node, snapshot] += shift
-                node_of[group], node_of[other] = other_node, here
+                    node_load[there, snapshot] += shift
+                node_of[group], node_of[other] = there, here
             for expert in range(num_logical):
                 expert_node[layer, expert] = node_of[expert // group_size]
             if spans:

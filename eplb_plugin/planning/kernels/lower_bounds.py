@@ -26,11 +26,9 @@ _DEPTH = 3  # most experts taken to be on every rank
 
 @jitable
 def rank_bound(load, rank_slots):
-    """A lower bound on the peak of any placement.
+    """A lower bound on the peak of any placement of `load`, float64 [experts], all experts of these ranks.
 
-    Args:
-        load: float64 [experts], all experts of these ranks.
-        rank_slots: int64 [ranks], slots of each rank; together no fewer than experts.
+    `rank_slots`: int64 [ranks], slots of each rank; together no fewer than experts.
     """
     falling = -np.sort(-load)
     slots = np.sort(rank_slots)
@@ -62,10 +60,8 @@ def rank_bound(load, rank_slots):
 def _slots_bound(falling, slots, spare):
     """The bound by counting slots, and the least peak with the hottest expert on all ranks but one.
 
-    Args:
-        falling: float64 [experts], loads in falling order.
-        slots: int64 [ranks], slots of each rank in rising order.
-        spare: slots beyond one per expert.
+    `falling` is float64 [experts], loads in falling order; `slots` is int64 [ranks], slots of each rank in
+    rising order; `spare` is the number of slots beyond one per expert.
     """
     num_experts, num_ranks = falling.shape[0], slots.shape[0]
     heaviest = np.zeros(num_experts + 1)
@@ -102,12 +98,8 @@ def counts_bound(weight, count, rank_slots):
 
     Two of the k heaviest replicas share a rank, or all k are on different ranks. In the second case the other
     slots of these k ranks hold at least the lightest replicas. The peak is then at least the mean of these
-    ranks. It is also at least the load of the rank with the heaviest of the lightest replicas.
-
-    Args:
-        weight: float64 [experts].
-        count: int64 [experts], replicas.
-        rank_slots: int64 [ranks].
+    ranks. It is also at least the load of the rank with the heaviest of the lightest replicas. `weight` is
+    float64 [experts], `count` int64 [experts] the replicas of each.
     """
     least_slots = rank_slots.min()
     key = np.empty(weight.shape[0], np.float64)
@@ -144,12 +136,8 @@ def counts_bound(weight, count, rank_slots):
 def snapshots_bound(load, count, capacity):
     """A lower bound on the sum of the snapshots' peaks, for any packing of given replicas.
 
-    The heaviest replica of a snapshot shares its rank with at least the lightest replicas.
-
-    Args:
-        load: float32 [snapshots, logical].
-        count: int64 [logical], replicas.
-        capacity: fewest slots of a rank.
+    The heaviest replica of a snapshot shares its rank with at least the lightest replicas. `load` is float32
+    [snapshots, logical], `count` int64 [logical] the replicas, `capacity` the fewest slots of a rank.
     """
     num_snapshots, num_logical = load.shape
     num_slots = count.sum()

@@ -91,9 +91,7 @@ def _splitmix64(x):
 def sift_down(heap, size, at, key):
     """Restore the order of a binary heap below `at`: the lowest key on top, of equal keys the lowest item.
 
-    Args:
-        heap: int64, items in its first `size` places.
-        key: by item.
+    `heap` is int64, items in its first `size` places; `key` is by item.
     """
     item = heap[at]
     while True:

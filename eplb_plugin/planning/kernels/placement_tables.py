@@ -9,7 +9,7 @@ import numpy as np
 
 from .compiling import entry_point
 
-__all__ = ["count_shared", "keep_slots", "peak_loads"]
+__all__ = ["keep_slots", "peak_loads"]
 
 
 @entry_point
@@ -17,10 +17,9 @@ def peak_loads(weight, slot_expert, first_slot, first, last, peaks):
     """Write the peak rank load of each snapshot, for layers `first..last-1`.
 
     Args:
-        weight: float64 [snapshots, layers, logical], tokens.
+        weight, peaks: float64 [snapshots, layers, logical], tokens, and [snapshots, layers], written.
         slot_expert: int64 [layers, slots].
         first_slot: int64 [ranks + 1], the first slot of each rank, then the number of slots.
-        peaks: float64 [snapshots, layers], written.
     """
     num_snapshots, _, num_logical = weight.shape
     num_slots = slot_expert.shape[1]
@@ -47,31 +46,13 @@ def peak_loads(weight, slot_expert, first_slot, first, last, peaks):
 
 
 @entry_point
-def count_shared(slot_expert, first_slot, num_logical, shared):
-    """Count the slots that repeat an expert of their rank, in `shared`, int64 [layers].
-
-    `slot_expert` and `first_slot` are as for `peak_loads`.
-    """
-    seen = np.full(num_logical, -1, np.int64)
-    shared[:] = 0
-    for layer in range(slot_expert.shape[0]):
-        for rank in range(first_slot.shape[0] - 1):
-            name = layer * first_slot.shape[0] + rank
-            for slot in range(first_slot[rank], first_slot[rank + 1]):
-                if seen[slot_expert[layer, slot]] == name:
-                    shared[layer] += 1
-                seen[slot_expert[layer, slot]] = name
-
-
-@entry_point
 def keep_slots(new, current, first_slot, num_logical, kept, moves, shared):
     """Reorder the slots of each rank so that experts which stay keep their slots.
 
     Args:
         new, current: int64 [layers, slots], -1 in `current` for an empty slot.
-        first_slot: int64 [ranks + 1], the first slot of each rank, then the number of slots.
-        kept: int64 [layers, slots], written: `new` reordered.
-        moves: int64 [layers], written.
+        first_slot: as for `peak_loads`.
+        kept, moves: int64 [layers, slots] and [layers], written: `new` reordered, and its moves.
         shared: int64 [2, layers], written: slots of `new` and of `current` that repeat an expert of the rank.
     """
     num_layers = new.shape[0]

@@ -19,38 +19,25 @@ class Problem(NamedTuple):
 
     Where ranks differ in slots, each is given as many as the largest has: the last slots of the others are
     closed and hold -1.
-
-    Attributes:
-        weight: float64 [snapshots, layers, logical], tokens times the weight of their snapshot.
-        expert_node: int64 [layers, logical], node of each expert; from a start, the node it may be moved to.
-        current: int64 [layers, slots], the placement in force, -1 for an empty slot; moves are counted from
-            it.
-        start: int64 [layers, slots], the placement to start from, -2 for a slot to be filled; [layers, 0] to
-            plan from scratch.
-        rank_slots: int64 [ranks], open slots of each rank.
-        ranks_per_node: ranks of each node.
-        price: of one move, as a fraction of the mean rank load; 0 from scratch.
-        max_moves: most moves of a layer away from `current`.
-        rounds: most rounds of improvement of a candidate.
-        candidates: most candidates of a layer from scratch.
-        patience: candidates in a row that may fail to beat the best.
-        tolerance: the search ends within this fraction of the mean rank load above the lower bound.
-        seed: of the noise in all candidates but the first.
     """
 
-    weight: np.ndarray
+    weight: np.ndarray  # float64 [snapshots, layers, logical], tokens times the weight of their snapshot
+    # int64 [layers, logical], node of each expert; from a start, the node it may be moved to
     expert_node: np.ndarray
+    # int64 [layers, slots], the placement in force, -1 for an empty slot; moves are counted from it
     current: np.ndarray
+    # int64 [layers, slots], the placement to start from, -2 for a slot to be filled; [layers, 0] to plan from
+    # scratch
     start: np.ndarray
-    rank_slots: np.ndarray
-    ranks_per_node: int
-    price: float
-    max_moves: int
-    rounds: int
-    candidates: int
-    patience: int
-    tolerance: float
-    seed: int
+    rank_slots: np.ndarray  # int64 [ranks], open slots of each rank
+    ranks_per_node: int  # ranks of each node
+    price: float  # of one move, as a fraction of the mean rank load; 0 from scratch
+    max_moves: int  # most moves of a layer away from `current`
+    rounds: int  # most rounds of improvement of a candidate
+    candidates: int  # most candidates of a layer from scratch
+    patience: int  # candidates in a row that may fail to beat the best
+    tolerance: float  # the search ends within this fraction of the mean rank load above the lower bound
+    seed: int  # of the noise in all candidates but the first
 
 
 def _build(sources):

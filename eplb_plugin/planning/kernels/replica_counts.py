@@ -20,7 +20,8 @@ VACANT = -2  # a slot to be filled; -1 is a closed slot
 def greedy_counts(total, expert_node, in_force, bonus, num_slots, num_ranks, ranks_per_node):
     """Give every slot beyond one per expert to the expert of its node with the most load per replica.
 
-    No expert gets more replicas than its node has ranks, unless slots would be left over.
+    No expert gets more replicas than its node has ranks, unless slots would be left over. Returns the
+    replicas of each expert, int64 [logical].
 
     Args:
         total: float64 [logical], load of each expert.
@@ -28,9 +29,6 @@ def greedy_counts(total, expert_node, in_force, bonus, num_slots, num_ranks, ran
         in_force: int64 [logical], replicas in the placement in force, or zeros.
         bonus: factor on the load of an expert that has fewer replicas than `in_force`.
         num_slots: open slots of all ranks.
-
-    Returns:
-        int64 [logical].
     """
     num_logical = total.shape[0]
     num_nodes = num_ranks // ranks_per_node
@@ -56,10 +54,9 @@ def greedy_counts(total, expert_node, in_force, bonus, num_slots, num_ranks, ran
 
 @jitable
 def add_replicas(total, in_force, bonus, heap, size, spare, most, key, count):
-    """Add `spare` replicas, each to the expert with the most load per replica.
+    """Add `spare` replicas, each to the expert with the most load per replica; see also `greedy_counts`.
 
     Args:
-        total, in_force, bonus: as for `greedy_counts`.
         heap: int64, the experts in its first `size` places, one replica each; reordered.
         most: bound on the replicas of an expert.
         key: float64 [logical], minus the load per replica; written.
@@ -129,13 +126,8 @@ def apply_counts(total, count, target, expert_node, slot_expert, num_ranks, rank
 def _remove_surplus(total, count, target, slot_expert, capacity, load, vacant):
     """Vacate the slots of surplus replicas, those on the heaviest ranks first.
 
-    Args:
-        total, count, target, slot_expert: as for `apply_counts`.
-        load: float64 [ranks]; written.
-        vacant: int64 [slots]; written: all vacant slots in rising order.
-
-    Returns:
-        Number of vacant slots.
+    Writes all vacant slots in rising order to `vacant`, int64 [slots], and returns their number. Updates
+    `load`, float64 [ranks].
     """
     num_logical, num_slots = total.shape[0], slot_expert.shape[0]
     # The slots of each expert, as linked lists in rising order.
@@ -182,10 +174,8 @@ def _holds(slot_expert, rank, capacity, expert):
 def _relocate_other(slot_expert, vacant, expert, total, target, load, capacity, ranks_per_node):
     """Move another expert of the node into `vacant`, whose rank holds `expert` already.
 
-    Of all such experts, the one with the lower peak of the two ranks afterwards.
-
-    Returns:
-        The slot that becomes free; `vacant` itself where no other expert may move.
+    Of all such experts, the one with the lower peak of the two ranks afterwards. Returns the slot that
+    becomes free; `vacant` itself where no other expert may move.
     """
     here = vacant // capacity
     node_slots = capacity * ranks_per_node

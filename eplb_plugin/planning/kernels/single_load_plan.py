@@ -31,12 +31,9 @@ _EFFORT = 1536  # slots of all these packings together, so that a node of any si
 
 @inlined
 def plan_single_load(problem, layer, load, slot_expert):
-    """Plan one layer, the heaviest node first: the others need not be better than it.
+    """Plan one layer of a `Problem`, the heaviest node first: the others need not be better than it.
 
-    Args:
-        problem: `plan_layers.Problem`.
-        load: float32 [logical], scaled to a mean rank load of 1.
-        slot_expert: int64 [slots], written.
+    Writes `slot_expert`, int64 [slots], for `load`, float32 [logical], scaled to a mean rank load of 1.
     """
     expert_node, rank_slots = problem.expert_node[layer], problem.rank_slots
     num_logical, ranks_per_node = load.shape[0], problem.ranks_per_node
@@ -75,14 +72,8 @@ def plan_single_load(problem, layer, load, slot_expert):
 def plan_node(problem, load, rank_slots, target, best):
     """Plan the ranks of a node until the peak is at most `target`, or nothing more is found.
 
-    Args:
-        problem: effort, tolerance and seed.
-        load: float32 [experts of the node].
-        rank_slots: int64 [ranks of the node].
-        best: int64 [slots of the node], written; experts are numbered within the node.
-
-    Returns:
-        The peak.
+    `load` is float32 [experts of the node]. Writes `best`, int64 [slots of the node], with experts numbered
+    within the node, and returns its peak.
     """
     num_experts, num_ranks = load.shape[0], rank_slots.shape[0]
     capacity, tolerance = best.shape[0] // num_ranks, problem.tolerance
@@ -122,17 +113,9 @@ def _isolate_hottest(node, one_node, rounds, target, tolerance, peak, best):
 
     The hottest experts together get one replica a rank, or leave up to `_MOST_WITHOUT` ranks without any.
     Other spare slots go greedily to the other experts, or to the lightest ones: their replicas take little
-    room.
+    room. The search ends within `tolerance` of `target`. `one_node` is int64 [experts], zeros.
 
-    Args:
-        node: `NodeState`, written.
-        one_node: int64 [experts], zeros.
-        target, tolerance: the search ends within `tolerance` of `target`.
-        peak: of `best`.
-        best: int64 [slots], written where a better packing is found.
-
-    Returns:
-        The peak of `best`.
+    Writes better packings to `best`, int64 [slots] with peak `peak`, and returns the peak of `best`.
     """
     num_ranks, num_slots = node.rank_slots.shape[0], node.rank_slots.sum()
     order = np.argsort(-node.weight, kind="mergesort")
@@ -184,14 +167,8 @@ def isolating_counts(total, order, hot, num_slots, num_ranks, ranks, to_lightest
 def _shift_replicas(node, one_node, target, peak, best):
     """Lower the peak by one replica less of one expert and one more of an expert of the heaviest rank.
 
-    Each pair of experts is packed anew. The search ends when no pair helps, or `_EFFORT` is spent.
-
-    Args:
-        node: `NodeState` with the packing `best`; written.
-        one_node, target, peak, best: as for `_isolate_hottest`.
-
-    Returns:
-        The peak of `best`.
+    Each pair of experts is packed anew. The search ends when no pair helps, or `_EFFORT` is spent. `node` has
+    the packing `best`; arguments and result are otherwise as for `_isolate_hottest`.
     """
     weight, num_ranks = node.weight, node.rank_slots.shape[0]
     count = node.replicas.copy()

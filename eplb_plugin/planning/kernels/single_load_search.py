@@ -23,9 +23,7 @@ def lower_peak(node, rounds, target):
     A round relieves the heaviest rank. There are `rounds`, and one more for every four ranks where ranks have
     more than two slots; with two, many exchanges gain little. A quarter of `rounds` try replica changes too,
     which take longer than swaps. Skip rule: a rank without improving exchange is skipped until it changes.
-
-    Returns:
-        The peak.
+    Returns the peak.
     """
     refresh_node(node)
     load, order = node.load, node.order
@@ -109,10 +107,8 @@ def best_swap(node, heavy):
 def _closest_pair(node, heavy, rank, half, limit):
     """The slots of two ranks whose loads differ by `half` most nearly, closer than `limit`.
 
-    The slots of both ranks fall in load, so one pass over both suffices.
-
-    Returns:
-        Distance, slot of `heavy`, slot of `rank`; -1 where there are none.
+    The slots of both ranks fall in load, so one pass over both suffices. Returns the distance, the slot of
+    `heavy` and that of `rank`; -1 where there are none.
     """
     expert, share, replicas, capacity = node.expert, node.share, node.replicas, node.capacity
     best_mine, best_other = -1, -1
@@ -144,13 +140,10 @@ def _closest_pair(node, heavy, rank, half, limit):
 
 @jitable
 def best_replica_change(node, heavy):
-    """One more replica for an expert of `heavy`, with the lowest peak of the node.
+    """One more replica for an expert of `heavy`, with the lowest peak of the node: the expert and its slot.
 
     It takes the slot of an expert that has several replicas (surplus). A bound of the peak selects a few
-    slots for each expert, whose peak is then computed.
-
-    Returns:
-        Expert, slot; -1 where no change helps.
+    slots for each expert, whose peak is then computed. The slot is -1 where no change helps.
     """
     weight, replicas, expert, capacity = node.weight, node.replicas, node.expert, node.capacity
     share, load = node.share, node.load
@@ -199,13 +192,8 @@ def best_replica_change(node, heavy):
 def _list_surplus(node, best, heaviest, surplus):
     """List the slots that an expert with several replicas may leave with a peak below `best`.
 
-    Args:
-        heaviest: float64 [experts], zeros; written: the heaviest rank that holds an expert with several
-            replicas.
-        surplus: int64 [slots], written.
-
-    Returns:
-        Number of slots.
+    Writes them to `surplus`, int64 [slots], and returns their number. Writes to `heaviest`, float64 [experts]
+    of zeros, the heaviest rank that holds an expert with several replicas.
     """
     weight, replicas, expert, capacity = node.weight, node.replicas, node.expert, node.capacity
     share, load = node.share, node.load

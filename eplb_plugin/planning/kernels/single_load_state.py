@@ -16,29 +16,18 @@ __all__ = ["NodeState", "holds", "make_replica_change", "make_swap", "new_node",
 
 
 class NodeState(NamedTuple):
-    """The ranks of a node and their experts.
+    """The ranks of a node and their experts."""
 
-    Attributes:
-        capacity: slots of each rank, closed ones included.
-        weight: float64 [experts], load of each expert.
-        rank_slots: int64 [ranks], open slots.
-        replicas: int64 [experts], replicas of each expert.
-        expert: int64 [slots], expert of a slot; of each rank the heaviest first, and closed slots (-1) last.
-        share: float64 [slots], load of a slot; -1 for closed ones.
-        load: float64 [ranks], rank load.
-        order: int64 [ranks], ranks from the lightest to the heaviest, equal ones by number.
-        place: int64 [ranks], place of each rank in `order`.
-    """
-
-    capacity: int
-    weight: np.ndarray
-    rank_slots: np.ndarray
-    replicas: np.ndarray
+    capacity: int  # slots of each rank, closed ones included
+    weight: np.ndarray  # float64 [experts], load of each expert
+    rank_slots: np.ndarray  # int64 [ranks], open slots
+    replicas: np.ndarray  # int64 [experts], replicas of each expert
+    # int64 [slots], expert of a slot; of each rank the heaviest first, and closed slots (-1) last
     expert: np.ndarray
-    share: np.ndarray
-    load: np.ndarray
-    order: np.ndarray
-    place: np.ndarray
+    share: np.ndarray  # float64 [slots], load of a slot; -1 for closed ones
+    load: np.ndarray  # float64 [ranks], rank load
+    order: np.ndarray  # int64 [ranks], ranks from the lightest to the heaviest, equal ones by number
+    place: np.ndarray  # int64 [ranks], place of each rank in `order`
 
 
 @jitable

@@ -38,12 +38,9 @@ def power_16(x):
 
 @jitted
 def smooth_peak(state):
-    """Compute the smooth peak, and write `slope` and `weight`.
+    """The norms and the peaks, each summed over snapshots; writes `slope` and `weight`.
 
     The norm is concave in the sum of powers, so the actual gain is at least the one that `slope` predicts.
-
-    Returns:
-        The norms and the peaks, each summed over snapshots.
     """
     load, power, unit, slope = state.load, state.power, state.unit, state.slope
     total, highest = state.total, state.highest

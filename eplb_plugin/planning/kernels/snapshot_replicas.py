@@ -20,10 +20,8 @@ _MOST_GROWTH = np.float32(1e6)
 def best_replica_change(state, scratch, heavy, price, moves_left, gain_of_swap):
     """The replica change for an expert of `heavy` with the highest net gain above `gain_of_swap`.
 
-    `best_swap` must have been called for this rank before: it fills `scratch`.
-
-    Returns:
-        Expert, slot, moves. The slot is -1 where no change is better.
+    `best_swap` must have been called for this rank before: it fills `scratch`. Returns expert, slot and
+    moves; the slot is -1 where no change is better.
     """
     ranks_per_node = state.ranks_per_node
     first = heavy // ranks_per_node * ranks_per_node
@@ -100,10 +98,8 @@ def best_replica_change(state, scratch, heavy, price, moves_left, gain_of_swap):
 
 @jitted
 def _list_surplus(state, scratch, begin):
-    """List the slots whose expert has several replicas, with the terms of the bound of a change of each.
-
-    Writes `scratch.surplus` and `scratch.surplus_*`. Returns the number of these slots.
-    """
+    """List the slots whose expert has several replicas, with the terms of the bound of a change of each, in
+    `scratch.surplus` and `scratch.surplus_*`. Returns their number."""
     expert, replicas, copies, fraction = state.expert, state.replicas, state.copies, state.fraction
     surplus, own_growth, expert_growth = scratch.surplus, scratch.own_growth, scratch.expert_growth
     at_own, inverse, weight = scratch.at_own, scratch.inverse, scratch.weight
@@ -136,12 +132,9 @@ def _list_surplus(state, scratch, begin):
 def _bound_changes(relief, price, most, part, arriving, at_own, weight, inverse, growth, cost, bound):
     """Bound the net gain of one more replica of an expert from above, in each surplus slot.
 
-    The bound is that of `_bound_swaps`. It is -1 where a change cannot be worth a round.
-
-    Args:
-        relief: fall of the norms by less load on the ranks that hold the expert.
-        part: load of each replica afterwards / now.
-        growth: float32 [slots], least growth of the other ranks that hold the expert of the slot.
+    The bound is that of `_bound_swaps`, and -1 where a change cannot be worth a round. `relief` is the fall
+    of the norms by less load on the ranks that hold the expert, `part` the load of each replica afterwards /
+    now, `growth`, float32 [slots], the least growth of the other ranks that hold the expert of a slot.
     """
     fee = np.float32(price)
     limit = np.float32(most)
@@ -157,10 +150,7 @@ def _bound_changes(relief, price, most, part, arriving, at_own, weight, inverse,
 def _add_growth_of_holders(
     load, power, unit, expert_load, first, next_, rank_of, copies, expert, factor, left_out, growth
 ):
-    """Apply `_add_growth` to each rank that holds an expert, but for `left_out`.
-
-    `factor` is for each replica.
-    """
+    """Apply `_add_growth` to each rank that holds an expert, but for `left_out`; `factor` is of a replica."""
     slot = first[expert]
     while slot >= 0:
         rank = rank_of[slot]

@@ -23,12 +23,9 @@ _LEAST_PROGRESS = 1e-5  # by which a candidate has to beat the best one
 
 @inlined
 def plan_snapshots(problem, layer, load, slot_expert):
-    """Plan one layer, from its start or, where the problem has none, from scratch.
+    """Plan one layer of a `Problem`, from its start or, where it has none, from scratch.
 
-    Args:
-        problem: `plan_layers.Problem`.
-        load: float32 [snapshots, logical], scaled to a mean rank load of 1.
-        slot_expert: int64 [slots], written.
+    Writes `slot_expert`, int64 [slots], for `load`, float32 [snapshots, logical] of a mean rank load of 1.
     """
     num_snapshots, num_logical = load.shape
     total = np.zeros(num_logical, np.float64)
@@ -158,12 +155,8 @@ def _lower_smooth_peak(problem, state, scratch, rounds, rival):
 
     A round relieves the rank with the largest weight in the smooth peak, by the exchange with the highest net
     gain. Skip rule: a rank without improving exchange is skipped until it changes. The search is given up
-    where `rival` is out of reach: even if each round left gained as much as the best of the last three.
-
-    Args:
-        problem: price and bound of moves, and tolerance.
-        rounds: most rounds.
-        rival: smooth peak plus price of moves of another start.
+    where `rival`, the smooth peak plus price of moves of another start, is out of reach: even if each round
+    left gained as much as the best of the last three.
 
     Returns:
         The smooth peak; whether more rounds would change nothing.

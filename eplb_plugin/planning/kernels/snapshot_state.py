@@ -32,69 +32,48 @@ class SearchState(NamedTuple):
     Slots are interleaved here: of each node first the first slot of each rank, then the second of each, and
     so on. Loops over the slots of a node then run over ranks as well. Arrays of one element are counters that
     change during the search.
-
-    Attributes:
-        capacity: slots of each rank, closed ones included.
-        ranks_per_node: ranks of each node.
-        expert, current: int64 [slots], expert of a slot now, and in the placement in force; -1 for none.
-        rank_of: int64 [slots], rank of a slot.
-        copies: int64 [slots], replicas of the slot's expert on its rank.
-        saves: float32 [slots], moves saved when the expert leaves the slot: 0 or 1.
-        share: float32 [snapshots, slots], load of a slot.
-        share_power: float32 [snapshots, slots], `share` times `derivative` of the rank.
-        replicas: int64 [logical], replicas of each expert.
-        first, next_: int64 [logical] and [slots], slots of each expert as linked lists, -1 at the end.
-        current_first, current_next: the same for `current`.
-        expert_load: float32 [logical, snapshots].
-        fraction: float64 [slots + 2], fraction of an expert's load that one replica counts as, by the number
-            of replicas.
-        load, power: float32 [ranks, snapshots], rank load, and (load * unit) ** 16.
-        powers, derivative: float32 [snapshots, ranks], `power` transposed, and its derivative by the load /
-            16.
-        unit: float32 [snapshots], 1 / peak at the start.
-        slope: float32 [snapshots], derivative of the norm by the sum of powers.
-        weight: float32 [ranks], weight of a rank in the smooth peak: `slope` times `power`, summed over
-            snapshots.
-        total, highest: float32 [snapshots], sum of powers, and peak.
-        failed: bool [ranks]; `failed[rank]`: no improving exchange was found, and the rank is unchanged
-            since.
-        tried_at: int64 [ranks], value of `exchanges` when the last search for a rank found nothing; -1:
-            never.
-        moves: int64 [1], moves away from `current`.
-        exchanges: int64 [1], swaps and replica changes made so far.
-        stale: bool [1], whether a swap was made after some rank failed.
     """
 
-    capacity: int
-    ranks_per_node: int
+    capacity: int  # slots of each rank, closed ones included
+    ranks_per_node: int  # ranks of each node
+    # int64 [slots], expert of a slot now, and in the placement in force; -1 for none
     expert: np.ndarray
     current: np.ndarray
-    rank_of: np.ndarray
-    copies: np.ndarray
-    saves: np.ndarray
-    share: np.ndarray
-    share_power: np.ndarray
-    replicas: np.ndarray
+    rank_of: np.ndarray  # int64 [slots], rank of a slot
+    copies: np.ndarray  # int64 [slots], replicas of the slot's expert on its rank
+    saves: np.ndarray  # float32 [slots], moves saved when the expert leaves the slot: 0 or 1
+    share: np.ndarray  # float32 [snapshots, slots], load of a slot
+    share_power: np.ndarray  # float32 [snapshots, slots], `share` times `derivative` of the rank
+    replicas: np.ndarray  # int64 [logical], replicas of each expert
+    # int64 [logical] and [slots], slots of each expert as linked lists, -1 at the end
     first: np.ndarray
     next_: np.ndarray
+    # the same for `current`
     current_first: np.ndarray
     current_next: np.ndarray
-    expert_load: np.ndarray
+    expert_load: np.ndarray  # float32 [logical, snapshots]
+    # float64 [slots + 2], fraction of an expert's load that one replica counts as, by the number of replicas
     fraction: np.ndarray
+    # float32 [ranks, snapshots], rank load, and (load * unit) ** 16
     load: np.ndarray
     power: np.ndarray
+    # float32 [snapshots, ranks], `power` transposed, and its derivative by the load / 16
     powers: np.ndarray
     derivative: np.ndarray
-    unit: np.ndarray
-    slope: np.ndarray
+    unit: np.ndarray  # float32 [snapshots], 1 / peak at the start
+    slope: np.ndarray  # float32 [snapshots], derivative of the norm by the sum of powers
+    # float32 [ranks], weight of a rank in the smooth peak: `slope` times `power`, summed over snapshots
     weight: np.ndarray
+    # float32 [snapshots], sum of powers, and peak
     total: np.ndarray
     highest: np.ndarray
+    # bool [ranks]; `failed[rank]`: no improving exchange was found, and the rank is unchanged since
     failed: np.ndarray
+    # int64 [ranks], value of `exchanges` when the last search for a rank found nothing; -1: never
     tried_at: np.ndarray
-    moves: np.ndarray
-    exchanges: np.ndarray
-    stale: np.ndarray
+    moves: np.ndarray  # int64 [1], moves away from `current`
+    exchanges: np.ndarray  # int64 [1], swaps and replica changes made so far
+    stale: np.ndarray  # bool [1], whether a swap was made after some rank failed
 
 
 @jitted
@@ -111,12 +90,10 @@ def interleaved(slot, capacity, ranks_per_node):
 
 @jitted
 def start_search(load, slot_expert, current, num_ranks, ranks_per_node):
-    """A search that starts from a placement.
+    """A search for `load`, float32 [snapshots, logical], that starts from the placement `slot_expert`.
 
-    Args:
-        load: float32 [snapshots, logical].
-        slot_expert: int64 [slots], the placement to start from, -1 for closed slots.
-        current: int64 [slots], the placement in force, -1 for closed and empty slots.
+    That is int64 [slots], -1 for closed slots. So is the placement in force, `current`, with -1 for empty
+    slots too.
     """
     num_snapshots, num_logical = load.shape
     num_slots = slot_expert.shape[0]
@@ -142,37 +119,24 @@ def start_search(load, slot_expert, current, num_ranks, ranks_per_node):
             current_next[slot] = current_first[before]
             current_first[before] = slot
     state = SearchState(
-        capacity=capacity,
-        ranks_per_node=ranks_per_node,
-        expert=expert,
-        current=in_force,
-        rank_of=rank_of,
-        copies=np.ones(num_slots, np.int64),
-        saves=np.zeros(num_slots, np.float32),
+        capacity=capacity, ranks_per_node=ranks_per_node,
+        expert=expert, current=in_force, rank_of=rank_of,
+        copies=np.ones(num_slots, np.int64), saves=np.zeros(num_slots, np.float32),
         share=np.zeros((num_snapshots, num_slots), np.float32),
         share_power=np.zeros((num_snapshots, num_slots), np.float32),
-        replicas=replicas,
-        first=first,
-        next_=next_,
-        current_first=current_first,
-        current_next=current_next,
-        expert_load=np.ascontiguousarray(load.T),
-        fraction=_fractions(num_slots, num_snapshots),
+        replicas=replicas, first=first, next_=next_,
+        current_first=current_first, current_next=current_next,
+        expert_load=np.ascontiguousarray(load.T), fraction=_fractions(num_slots, num_snapshots),
         load=np.zeros((num_ranks, num_snapshots), np.float32),
         power=np.zeros((num_ranks, num_snapshots), np.float32),
         powers=np.zeros((num_snapshots, num_ranks), np.float32),
         derivative=np.zeros((num_snapshots, num_ranks), np.float32),
-        unit=np.ones(num_snapshots, np.float32),
-        slope=np.zeros(num_snapshots, np.float32),
+        unit=np.ones(num_snapshots, np.float32), slope=np.zeros(num_snapshots, np.float32),
         weight=np.zeros(num_ranks, np.float32),
-        total=np.zeros(num_snapshots, np.float32),
-        highest=np.zeros(num_snapshots, np.float32),
-        failed=np.zeros(num_ranks, np.bool_),
-        tried_at=np.full(num_ranks, -1),
-        moves=np.zeros(1, np.int64),
-        exchanges=np.zeros(1, np.int64),
-        stale=np.zeros(1, np.bool_),
-    )
+        total=np.zeros(num_snapshots, np.float32), highest=np.zeros(num_snapshots, np.float32),
+        failed=np.zeros(num_ranks, np.bool_), tried_at=np.full(num_ranks, -1),
+        moves=np.zeros(1, np.int64), exchanges=np.zeros(1, np.int64), stale=np.zeros(1, np.bool_),
+    )  # fmt: skip
     state.moves[0] = _count_moves(expert, first, next_, rank_of, current_first, current_next)
     _choose_units(state, slot_expert)
     for rank in range(num_ranks):
@@ -221,15 +185,8 @@ def _refresh_rank(state, rank):
     """Compute all that depends on the experts of `rank`."""
     expert, current, replicas, expert_load = state.expert, state.current, state.replicas, state.expert_load
     copies, saves, share, share_power = state.copies, state.saves, state.share, state.share_power
-    fraction = state.fraction
-    load, power, powers, derivative, unit = (
-        state.load,
-        state.power,
-        state.powers,
-        state.derivative,
-        state.unit,
-    )
-    ranks_per_node = state.ranks_per_node
+    load, power, powers, derivative = state.load, state.power, state.powers, state.derivative
+    fraction, unit, ranks_per_node = state.fraction, state.unit, state.ranks_per_node
     num_snapshots = unit.shape[0]
     node = rank // ranks_per_node
     start = node * state.capacity * ranks_per_node + rank - node * ranks_per_node
@@ -337,10 +294,7 @@ def is_first_on_rank(first, next_, rank_of, expert, slot):
 def set_costs(slot, next_, rank_of, first_rank, ranks_per_node, usual, change, cost):
     """Set `cost` to `usual` plus `change` on each rank of the node that has a slot in a linked list.
 
-    Args:
-        slot: first of the list, or -1.
-        first_rank: of the node.
-        usual, cost: float32, by rank of the node, or by slot of the node.
+    The list starts with `slot`, or is empty (-1). `usual` and `cost`, float32, are by rank or slot of a node.
     """
     while slot >= 0:
         rank = rank_of[slot] - first_rank

@@ -21,45 +21,33 @@ _LEAST_WEIGHT = np.float32(1e-30)
 
 
 class Scratch(NamedTuple):
-    """Memory for the search around one heavy rank. Slots, in interleaved order, and ranks are of its node.
+    """Memory for the search around one heavy rank. Slots, in interleaved order, and ranks are of its node."""
 
-    Attributes:
-        at_heavy: float32 [slots], load of a slot, weighted as on the heavy rank.
-        rest_at_heavy: float32 [slots], the same for the other slots of its rank, summed.
-        at_own: float32 [slots], load of a slot, weighted as on its own rank.
-        at_rank: float32 [capacity, ranks], load of each slot of the heavy rank, weighted as on each rank.
-        at_rank_of_slot: float32 [slots], a row of `at_rank`, repeated for each slot.
-        weight: float32 [slots], weight of the slot's rank in the smooth peak.
-        inverse: float32 [slots], 1 / weight, or 0 where the weight is too low for a meaningful quotient.
-        cost, usual_cost: float32 [slots], moves of a swap with a slot of the heavy rank, but for those of
-            the expert that leaves it: for the slot in question, and for an expert that is new on all ranks.
-        bound: float32 [capacity, slots], upper bounds on the net gain of each swap.
-        slot_bound, rank_bound: float32 [slots] and [ranks], the highest of them.
-        expert_cost: float32 [logical], moves to bring an expert to the heavy rank; 1 between searches.
-        weights, terms, growth: float32 [snapshots].
-        surplus: int64 [slots], the slots whose expert has several replicas.
-        surplus_*: float32 [slots], by place in `surplus`; see `snapshot_replicas`.
-        own_growth: float32 [slots], least growth of a rank by the loss of a replica of its expert elsewhere.
-        expert_growth: float64 [logical], the same, summed over the replicas of an expert; 0 between searches.
-    """
-
-    at_heavy: np.ndarray
-    rest_at_heavy: np.ndarray
-    at_own: np.ndarray
+    at_heavy: np.ndarray  # float32 [slots], load of a slot, weighted as on the heavy rank
+    rest_at_heavy: np.ndarray  # float32 [slots], the same for the other slots of its rank, summed
+    at_own: np.ndarray  # float32 [slots], load of a slot, weighted as on its own rank
+    # float32 [capacity, ranks], load of each slot of the heavy rank, weighted as on each rank
     at_rank: np.ndarray
-    at_rank_of_slot: np.ndarray
-    weight: np.ndarray
+    at_rank_of_slot: np.ndarray  # float32 [slots], a row of `at_rank`, repeated for each slot
+    weight: np.ndarray  # float32 [slots], weight of the slot's rank in the smooth peak
+    # float32 [slots], 1 / weight, or 0 where the weight is too low for a meaningful quotient
     inverse: np.ndarray
+    # float32 [slots], moves of a swap with a slot of the heavy rank, but for those of the expert that leaves
+    # it: for the slot in question, and for an expert that is new on all ranks
     cost: np.ndarray
     usual_cost: np.ndarray
-    bound: np.ndarray
+    bound: np.ndarray  # float32 [capacity, slots], upper bounds on the net gain of each swap
+    # float32 [slots] and [ranks], the highest of them
     slot_bound: np.ndarray
     rank_bound: np.ndarray
+    # float32 [logical], moves to bring an expert to the heavy rank; 1 between searches
     expert_cost: np.ndarray
+    # float32 [snapshots]
     weights: np.ndarray
     terms: np.ndarray
     growth: np.ndarray
-    surplus: np.ndarray
+    surplus: np.ndarray  # int64 [slots], the slots whose expert has several replicas
+    # float32 [slots], by place in `surplus`; see `snapshot_replicas`
     surplus_arriving: np.ndarray
     surplus_at_own: np.ndarray
     surplus_weight: np.ndarray
@@ -67,7 +55,9 @@ class Scratch(NamedTuple):
     surplus_growth: np.ndarray
     surplus_cost: np.ndarray
     surplus_bound: np.ndarray
+    # float32 [slots], least growth of a rank by the loss of a replica of its expert elsewhere
     own_growth: np.ndarray
+    # float64 [logical], the same, summed over the replicas of an expert; 0 between searches
     expert_growth: np.ndarray
 
 
@@ -75,43 +65,28 @@ class Scratch(NamedTuple):
 def new_scratch(num_snapshots, num_logical, capacity, ranks_per_node):
     width = capacity * ranks_per_node
     return Scratch(
-        at_heavy=np.empty(width, np.float32),
-        rest_at_heavy=np.empty(width, np.float32),
-        at_own=np.empty(width, np.float32),
-        at_rank=np.empty((capacity, ranks_per_node), np.float32),
-        at_rank_of_slot=np.empty(width, np.float32),
-        weight=np.empty(width, np.float32),
-        inverse=np.empty(width, np.float32),
-        cost=np.empty(width, np.float32),
-        usual_cost=np.empty(width, np.float32),
-        bound=np.empty((capacity, width), np.float32),
-        slot_bound=np.empty(width, np.float32),
-        rank_bound=np.empty(ranks_per_node, np.float32),
-        expert_cost=np.ones(num_logical, np.float32),
-        weights=np.empty(num_snapshots, np.float32),
-        terms=np.empty(num_snapshots, np.float32),
-        growth=np.empty(num_snapshots, np.float32),
-        surplus=np.empty(width, np.int64),
-        surplus_arriving=np.empty(width, np.float32),
-        surplus_at_own=np.empty(width, np.float32),
-        surplus_weight=np.empty(width, np.float32),
-        surplus_inverse=np.empty(width, np.float32),
-        surplus_growth=np.empty(width, np.float32),
-        surplus_cost=np.empty(width, np.float32),
-        surplus_bound=np.empty(width, np.float32),
-        own_growth=np.empty(width, np.float32),
-        expert_growth=np.zeros(num_logical, np.float64),
-    )
+        at_heavy=np.empty(width, np.float32), rest_at_heavy=np.empty(width, np.float32),
+        at_own=np.empty(width, np.float32), at_rank=np.empty((capacity, ranks_per_node), np.float32),
+        at_rank_of_slot=np.empty(width, np.float32), weight=np.empty(width, np.float32),
+        inverse=np.empty(width, np.float32), cost=np.empty(width, np.float32),
+        usual_cost=np.empty(width, np.float32), bound=np.empty((capacity, width), np.float32),
+        slot_bound=np.empty(width, np.float32), rank_bound=np.empty(ranks_per_node, np.float32),
+        expert_cost=np.ones(num_logical, np.float32), weights=np.empty(num_snapshots, np.float32),
+        terms=np.empty(num_snapshots, np.float32), growth=np.empty(num_snapshots, np.float32),
+        surplus=np.empty(width, np.int64), surplus_arriving=np.empty(width, np.float32),
+        surplus_at_own=np.empty(width, np.float32), surplus_weight=np.empty(width, np.float32),
+        surplus_inverse=np.empty(width, np.float32), surplus_growth=np.empty(width, np.float32),
+        surplus_cost=np.empty(width, np.float32), surplus_bound=np.empty(width, np.float32),
+        own_growth=np.empty(width, np.float32), expert_growth=np.zeros(num_logical, np.float64),
+    )  # fmt: skip
 
 
 @jitted
 def best_swap(state, scratch, heavy, price, moves_left):
-    """The swap of a slot of `heavy` with the highest net gain.
+    """The swap of a slot of `heavy` with the highest net gain: that gain, slot of `heavy`, other slot, moves.
 
     Swaps are computed exactly in falling order of upper bounds, until no bound is above the best net gain.
-
-    Returns:
-        Net gain, slot of `heavy`, other slot, moves. The slots are -1 where no swap is worth a round.
+    The slots are -1 where no swap is worth a round.
     """
     _weigh_slots(state, scratch, heavy)
     capacity, ranks_per_node = state.capacity, state.ranks_per_node
@@ -176,19 +151,9 @@ def best_swap(state, scratch, heavy, price, moves_left):
                     continue
                 x, y = expert[mine], expert[begin + at]
                 gain = _swap_gain(
-                    load,
-                    power,
-                    unit,
-                    slope,
-                    expert_load,
-                    fraction,
-                    replicas,
-                    heavy,
-                    first + rank,
-                    x,
-                    y,
+                    load, power, unit, slope, expert_load, fraction, replicas, heavy, first + rank, x, y,
                     terms,
-                )
+                )  # fmt: skip
                 moves = moves_to(current_first, current_next, rank_of, x, first + rank)
                 moves += moves_to(current_first, current_next, rank_of, y, heavy)
                 moves -= int(saves[mine]) + int(saves[begin + at])

@@ -1,4 +1,4 @@
-"""The vectorized ensemble packer: many packings of every row at once, the best of them refined by 2-opt.
+"""The policy `ensemble` and its packer: many packings of each row at once, the best refined by 2-opt.
 
 After the packer that ADRS/OpenEvolve evolved for EPLB: noisy candidates, chunked greedy packing, vectorized
 2-opt. All loads are whole numbers and the noise is a hash, so that every device finds the same packing.
@@ -6,16 +6,21 @@ After the packer that ADRS/OpenEvolve evolved for EPLB: noisy candidates, chunke
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-from ...config.options import EnsembleOptions
-from ...core.errors import LoadError, TopologyError
-from ...core.load import as_snapshots
-from ...core.splitmix import GOLDEN_GAMMA, splitmix64, uniform
-from ..exact import to_exact
-from ..greedy import lpt_packing
+from ..config.options import EnsembleOptions, PlannerOptions
+from ..core.errors import LoadError, TopologyError
+from ..core.load import as_snapshots, to_exact
+from ..core.placement import Placement
+from ..core.splitmix import GOLDEN_GAMMA, splitmix64, uniform
+from ..core.topology import Topology
+from .anti_affinity import set_replicas_apart
+from .greedy import lpt_packing
+from .pipeline import place_from_scratch
 
-__all__ = ["balanced_packing", "pack_items"]
+__all__ = ["Ensemble", "balanced_packing", "pack_items"]
 
 _WIDEST_NOISE = 2.0  # the last candidate multiplies weights by factors from 0 to 2
 _FINALISTS = 16  # candidates of each row that are refined
@@ -168,3 +173,27 @@ def _by_pack(values: torch.Tensor, items: torch.Tensor, num_packs: int) -> torch
 def _select(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """`values[..., index, :]`: the rows `index` [..., k] of [..., m, n], as [..., k, n]."""
     return values.gather(-2, index[..., None].expand(*index.shape, values.shape[-1]))
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """Plans from the summed load, on its device, whatever is in force. It needs equal slots on every rank."""
+
+    options: PlannerOptions
+
+    def __call__(self, window: torch.Tensor, topology: Topology, current: Placement | None) -> Placement:
+        if not topology.is_even:
+            raise TopologyError(
+                f"policy='ensemble' plans ranks with equal slots only, not {topology.rank_slots}; "
+                "'adaptive' plans any"
+            )
+        # Whole numbers: the sums of a group are then the same on every device.
+        load = to_exact(window).sum(0)
+        ids = place_from_scratch(
+            load,
+            topology,
+            lambda weight, sizes, expert: pack_items(weight, len(sizes), expert, self.options.ensemble),
+            max_replicas=topology.ranks_per_node,
+        )
+        ids = set_replicas_apart(ids.cpu(), load[None].cpu(), topology)
+        return Placement(ids.to(window.device), window.shape[2])

@@ -1,1 +1,0 @@
-"""The policy `adaptive`: exchanges from the placement in force, by compiled search."""

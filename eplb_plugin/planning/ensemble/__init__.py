@@ -1,1 +1,0 @@
-"""The policy `ensemble`: the pipeline from scratch with the vectorized ensemble packer at each level."""
