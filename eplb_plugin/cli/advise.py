@@ -18,8 +18,7 @@ from ..advisor.cache import TrialCache
 from ..advisor.machine import Machine
 from ..advisor.models import ModelPreset, model_preset, model_presets
 from ..advisor.verdict import is_worth_it, verdict
-from ..config.environment import cache_folder
-from ..config.sources import Settings
+from ..config.sources import Settings, cache_folder
 from ..core.errors import ConfigError
 from ..offline.traces import LoadTrace
 from ..planning.warmup import warmup

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..config.environment import allowed_plugins
+from ..config.sources import allowed_plugins
 from ..core.errors import ConfigError
 from ..integration.adapters import Adapter, adapters
 

@@ -6,8 +6,7 @@ from functools import cached_property
 
 import torch
 
-from .errors import PlacementError
-from .integers import checked_integer
+from .errors import PlacementError, checked_integer
 from .topology import Topology
 
 __all__ = ["Placement", "checked_ids", "slots_by_expert"]

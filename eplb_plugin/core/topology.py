@@ -9,8 +9,7 @@ from itertools import accumulate
 
 import torch
 
-from .errors import TopologyError
-from .integers import checked_integer
+from .errors import TopologyError, checked_integer
 
 __all__ = ["Topology"]
 

@@ -21,14 +21,7 @@ from ..planning.policies import POLICIES as PLANNER_POLICIES
 from ..planning.policies import Policy
 from .traces import LoadTrace
 
-__all__ = [
-    "POLICIES",
-    "IntervalResult",
-    "PolicySetup",
-    "SimulationResult",
-    "policy_setup",
-    "simulate",
-]
+__all__ = ["POLICIES", "IntervalResult", "PolicySetup", "SimulationResult", "policy_setup", "simulate"]
 
 
 @dataclass(frozen=True)
@@ -210,11 +203,7 @@ def _as_the_online_loop_does(name: str, options: PlannerOptions) -> PolicySetup:
 
 
 POLICIES: Mapping[str, Callable[[str, PlannerOptions], PolicySetup]] = MappingProxyType(
-    {
-        "static": _static,
-        **dict.fromkeys(PLANNER_POLICIES, _as_the_online_loop_does),
-        "greedy": _as_engines_do,
-    }
+    {"static": _static, **dict.fromkeys(PLANNER_POLICIES, _as_the_online_loop_does), "greedy": _as_engines_do}
 )
 """The policies of the planner, and `static`, by their names."""
 

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..core.errors import TraceError
-from ..core.integers import checked_integer
+from ..core.errors import TraceError, checked_integer
 from .synthetic_traffic import topic_mix
 from .traces import MAX_CELLS, LoadTrace, TokenTrace
 

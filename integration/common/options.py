@@ -19,11 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["EngineOptions", "SHARED", "options_in_settings"]
 
 SHARED: Mapping[str, str] = MappingProxyType(
-    {
-        "snapshots": "rebalancer.snapshots",
-        "history": "rebalancer.history",
-        "metrics": "metrics.enabled",
-    }
+    {"snapshots": "rebalancer.snapshots", "history": "rebalancer.history", "metrics": "metrics.enabled"}
 )
 """Setting of each engine option outside the section `planner`."""
 

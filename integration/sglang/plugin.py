@@ -18,17 +18,8 @@ import torch
 from ...core.errors import ConfigError
 from ...core.topology import Topology
 from ..adapters import Adapter
-from .options import ALGORITHM, is_ours, parse_algorithm
-from .policy import SglangBalancer, SglangMaps
-from .seams import (
-    HOOKED,
-    LAUNCH_HOOK,
-    algorithm_in_use,
-    map_in_force,
-    missing_seams,
-    warn_unmoved,
-    watch,
-)
+from .policy import ALGORITHM, SglangBalancer, SglangMaps, is_ours, parse_algorithm
+from .seams import HOOKED, LAUNCH_HOOK, algorithm_in_use, map_in_force, missing_seams, warn_unmoved, watch
 
 __all__ = ["ADAPTER", "balancer_of", "register"]
 

@@ -9,8 +9,7 @@ from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any
 
-from ...config.environment import pass_on
-from ...config.sources import CONFIG_VARIABLE, ENV_PREFIX, read_section
+from ...config.sources import CONFIG_VARIABLE, ENV_PREFIX, pass_on, read_section
 from ...core.errors import ConfigError
 from ...core.safe_files import read_yaml
 from ..adapters import Adapter, InFile

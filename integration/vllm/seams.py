@@ -18,7 +18,7 @@ from ...planning.warmup import warmup
 from ...runtime.control.rank_group import RankGroup
 from ...runtime.verify.unregistered import warn_unregistered
 from ..common.options import EngineOptions
-from ..common.telemetry import bytes_of_one_expert, engine_telemetry
+from ..common.planner import bytes_of_one_expert, engine_telemetry
 from .policy import Interval, VllmPolicy
 from .window import RingKeeper, fold_window, no_window, sum_over_ranks
 
