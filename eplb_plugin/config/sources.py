@@ -84,10 +84,10 @@ def load_settings(path: str | Path | None = None, overrides: Mapping[str, Any] |
     Raises:
         ConfigError: an unknown section or option, or a wrong value; names it and its origin.
     """
-    path = path or os.environ.get(CONFIG_VARIABLE) or None
+    path = path or os.environ.get(CONFIG_VARIABLE)
     merged: Sections = {}
     origins: dict[str, str] = {}
-    if path is not None:
+    if path:
         sections = _read_yaml(Path(path))
         own = {name: options for name, options in sections.items() if name not in ADAPTER_SECTIONS}
         _overlay(merged, origins, own, str(path))
@@ -162,11 +162,9 @@ def allowed_plugins(variable: str, *, empty_is_all: bool) -> tuple[str, ...] | N
 
 
 def pass_on(prefix: str, variable: str) -> None:
-    """Let an engine copy the variables with `prefix`, if there are any, to its workers.
+    """Add `prefix` to the engine's comma-separated list `variable` of prefixes, if a variable has it.
 
-    Args:
-        prefix: prefix of the variables' names.
-        variable: the engine's comma-separated list of such prefixes.
+    The engine copies variables with such prefixes to its workers.
     """
     if any(name.startswith(prefix) for name in os.environ):
         known = filter(None, os.environ.get(variable, "").split(","))
@@ -205,15 +203,12 @@ def _read_yaml(path: Path) -> Sections:
         raise ConfigError(f"{path}: holds a {type(content).__name__}, not sections with options")
     for section, options in content.items():
         if not isinstance(section, str) or not isinstance(options, dict):
-            raise ConfigError(
-                f"{path}: section {reprlib.repr(section)} holds {reprlib.repr(options)}, "
-                "not options with values"
-            )
+            shown = f"section {reprlib.repr(section)} holds {reprlib.repr(options)}"
+            raise ConfigError(f"{path}: {shown}, not options with values")
         for option in options:
             if not isinstance(option, str):
-                raise ConfigError(
-                    f"{path}: section {section[:80]} has the option {reprlib.repr(option)}, not a name"
-                )
+                shown = f"section {section[:80]} has the option {reprlib.repr(option)}"
+                raise ConfigError(f"{path}: {shown}, not a name")
     return content
 
 

@@ -233,11 +233,7 @@ def engine_telemetry(options: EngineOptions, is_first_rank: bool) -> Telemetry |
     """The series of this process, the same object at each call; None without metrics and on other ranks.
 
     Workers of an engine write their series to the folder in PROMETHEUS_MULTIPROC_DIR, its server reads them
-    there. Without that variable a warning says that nobody sees them.
-
-    Args:
-        options: whether metrics are enabled.
-        is_first_rank: reports are equal on all ranks, so the first rank alone shows them.
+    there. Reports are equal on all ranks, so the first rank alone shows them.
     """
     if not (options.metrics and is_first_rank):
         return None

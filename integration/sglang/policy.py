@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -66,17 +66,15 @@ def parse_algorithm(algorithm: str) -> EngineOptions:
     source = f"--eplb-algorithm {_shortened(algorithm)}"
     given = _split(source, algorithm)
     path = given.pop("config", None)
-    agreement = {name: given.pop(name) for name in ("check_agreement",) if name in given}
+    overrides = {_SETTINGS[name]: given.pop(name) for name in list(given) if name in _SETTINGS}
     try:
-        overrides = {_SETTINGS[name]: value for name, value in given.items()}
-        return EngineOptions(**options_in_settings(path, overrides), **agreement)
+        return EngineOptions(**options_in_settings(path, overrides), **given)
     except ConfigError as error:
         # The name of the file may have line breaks in it.
         raise ConfigError(f"{source}: {' '.join(str(error).split())}") from None
 
 
-@dataclass(frozen=True)
-class SglangMaps:
+class SglangMaps(NamedTuple):
     """The result of an algorithm of SGLang; all int64, on the CPU.
 
     Attributes:
@@ -193,9 +191,8 @@ def fold_busy_steps(counts: torch.Tensor, snapshots: int) -> torch.Tensor:
         LoadError: `counts` has another shape or dtype.
     """
     if counts.dim() != 3 or counts.is_floating_point() or counts.is_complex():
-        raise LoadError(
-            f"counts are {counts.dtype} {tuple(counts.shape)}, not integers [steps, layers, logical]"
-        )
+        given = f"{counts.dtype} {tuple(counts.shape)}"
+        raise LoadError(f"counts are {given}, not integers [steps, layers, logical]")
     busy = counts.any(2).any(1)
     if not bool(busy.all()):
         counts = counts[busy]
@@ -227,9 +224,8 @@ def _split(source: str, algorithm: str) -> dict[str, str]:
         if not option or not equals or not value:
             raise ConfigError(f"{source}: {_shortened(item)!r} is not OPTION=VALUE")
         if option not in OPTIONS:
-            raise ConfigError(
-                f"{source}: unknown option {_shortened(option)!r}; there are {', '.join(OPTIONS)}"
-            )
+            known = ", ".join(OPTIONS)
+            raise ConfigError(f"{source}: unknown option {_shortened(option)!r}; there are {known}")
         if option in given:
             raise ConfigError(f"{source}: {option} is given twice")
         given[option] = value

@@ -51,13 +51,9 @@ def vllm_options(additional_config: object) -> VllmOptions:
         values = additional_config.get(KEY)
         for key in additional_config:
             if key != KEY and str(key).lower().replace("-", "_") == KEY:
-                raise ConfigError(
-                    f"additional_config: {key!r} is not known; the plugin's options are in {KEY!r}"
-                )
+                raise ConfigError(f"{source}: {key!r} is not known; the plugin's options are in {KEY!r}")
     if values is None:
-        source, values = CONFIG_VARIABLE, read_section(KEY)
-    if values is None:
-        values = {}
+        source, values = CONFIG_VARIABLE, read_section(KEY) or {}
     if not isinstance(values, Mapping):
         raise ConfigError(f"{source}: {KEY} is {values!r}, not options with values")
     settings = options_in_settings()
@@ -128,8 +124,7 @@ def _enable(state: Any) -> None:
     from vllm.v1.worker.worker_base import WorkerBase
 
     _share_log()
-    missing = missing_seams(state)
-    if missing:
+    if missing := missing_seams(state):
         _logger.error(
             "eplb_plugin is enabled, but vLLM %s lacks what it needs: %s. vLLM's own policy plans instead; "
             "tested with vLLM %s",
