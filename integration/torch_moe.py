@@ -24,28 +24,20 @@ class MoEConfig(Options):
 
     vocab: int = Field(1024, ge=1)
     """Token ids; id `t` belongs to topic `t % num_topics`."""
-
     num_topics: int = Field(8, ge=1)
     """Clusters of token embeddings. Tokens of one topic tend to choose the same experts."""
-
     topic_strength: float = Field(2.0, ge=0)
     """Distance between topics, in standard deviations of the tokens within a topic."""
-
     hidden: int = Field(64, ge=1)
     """Size of the residual stream."""
-
     expert_hidden: int = Field(128, ge=1)
     """Inner size of each expert."""
-
     num_layers: int = Field(4, ge=1)
     """MoE layers."""
-
     num_logical: int = Field(32, ge=1)
     """Logical experts per layer."""
-
     top_k: int = Field(4, ge=1)
     """Experts per token."""
-
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of all weights."""
 

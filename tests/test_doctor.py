@@ -15,8 +15,8 @@ import torch
 from typer.testing import CliRunner
 
 from eplb_plugin.cli import app, doctor
-from eplb_plugin.config.environment import allowed_plugins, cache_folder
 from eplb_plugin.config.options import PlannerOptions
+from eplb_plugin.config.sources import allowed_plugins, cache_folder
 from eplb_plugin.integration import adapters as registry
 from eplb_plugin.planning import planner
 

@@ -11,8 +11,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 import eplb_plugin as eplb
 from eplb_plugin.core.load import fold_steps
 from eplb_plugin.integration.common.options import EngineOptions
-from eplb_plugin.integration.common.planner import EnginePlanner
-from eplb_plugin.integration.common.telemetry import bytes_of_one_expert
+from eplb_plugin.integration.common.planner import EnginePlanner, bytes_of_one_expert
 from eplb_plugin.observability.prometheus import Telemetry, lower_bound_gap
 from eplb_plugin.offline.synthetic_traffic import generate
 from eplb_plugin.runtime.control.rank_group import RankGroup

@@ -11,7 +11,7 @@ import yaml
 
 from eplb_plugin import ConfigError, PlannerOptions
 from eplb_plugin.integration.common.options import EngineOptions
-from eplb_plugin.integration.sglang.options import ALGORITHMS, OPTIONS, is_ours, parse_algorithm
+from eplb_plugin.integration.sglang.policy import ALGORITHMS, OPTIONS, is_ours, parse_algorithm
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -15,7 +15,7 @@ from ..advisor.advice import Advice, Rated, busy_layers, is_worth_it, verdict
 from ..advisor.advice import advise as sweep
 from ..advisor.machine import Machine, ModelPreset, model_preset, model_presets
 from ..advisor.trial import TrialCache
-from ..config.environment import cache_folder
+from ..config.sources import cache_folder
 from ..core.errors import ConfigError
 from ..offline.traces import LoadTrace
 from ..planning.planner import warmup

@@ -19,9 +19,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..config.environment import allowed_plugins
 from ..config.options import PlannerOptions
-from ..config.sources import CONFIG_VARIABLE, Settings, load_settings
+from ..config.sources import CONFIG_VARIABLE, Settings, allowed_plugins, load_settings
 from ..core.balancedness import balancedness, peak_rank_loads
 from ..core.errors import ConfigError
 from ..core.placement import Placement

@@ -7,14 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from ..core.errors import ConfigError
@@ -32,32 +25,27 @@ __all__ = [
     "SimulateOptions",
 ]
 
-
 _shorten = reprlib.Repr()
 _shorten.maxstring = _shorten.maxother = 120
 
 
-def _config_error(source: str, error: ValidationError) -> ConfigError:
-    """A pydantic error as a ConfigError of one line; `source` names the origin of the values."""
-    lines = []
-    for item in error.errors():
-        where = ".".join(str(p) if str(p).isidentifier() else _shown(p) for p in item["loc"])
-        told: object = f"{item['msg']} (got {_shown(item['input'])})"
-        inner = item.get("ctx", {}).get("error")
-        if isinstance(inner, ConfigError):  # of a nested model, or of this very model: complete already
-            if not where:
-                return inner
-            told = inner
-        lines.append(f"{where}: {told}" if where else f"{told}")
-    return ConfigError(f"{source}: " + "; ".join(lines))
-
-
 @contextmanager
 def _config_errors(model: type[BaseModel]) -> Iterator[None]:
+    """Turn a pydantic error into a ConfigError of one line."""
     try:
         yield
     except ValidationError as error:
-        raise _config_error(model.__name__, error) from None
+        lines = []
+        for item in error.errors():
+            where = ".".join(str(p) if str(p).isidentifier() else _shown(p) for p in item["loc"])
+            told: object = f"{item['msg']} (got {_shown(item['input'])})"
+            inner = item.get("ctx", {}).get("error")
+            if isinstance(inner, ConfigError):  # of a nested model, or of this very model: complete already
+                if not where:
+                    raise inner from None
+                told = inner
+            lines.append(f"{where}: {told}" if where else f"{told}")
+        raise ConfigError(f"{model.__name__}: " + "; ".join(lines)) from None
 
 
 def _shown(value: object) -> str:
@@ -105,13 +93,10 @@ class EnsembleOptions(Options):
 
     objective: Literal["peak", "spread"] = "peak"
     """What packing minimises: the load of the heaviest pack, or heaviest minus lightest."""
-
     num_candidates: int = Field(128, ge=1, le=4096)
     """Candidate packings of each row; the best 16 are refined. 1: longest processing time first alone."""
-
     memory_mib: int = Field(256, ge=1)
     """Bound on the scratch memory of packing, in MiB. Rows are packed in slices that fit."""
-
     seed: int = Field(0, ge=0, lt=2**32)
     """Seed of the candidates' noise. The same seed and load give the same packing everywhere."""
 
@@ -122,28 +107,22 @@ class PlannerOptions(Options):
     policy: str = "adaptive"
     """`adaptive`: exchanges from the placement in force; `ensemble`: from scratch, by the vectorized ensemble
     packer; `greedy`: from scratch, by the algorithm of today's engines."""
-
     move_price: float = Field(0.009, ge=0, allow_inf_nan=False)
     """`adaptive`: minimum reduction of the peak rank load for each expert transferred, as a fraction of the
     mean slot load. Higher: fewer transfers. 0: transfers are free, and a plan from scratch is tried too.
     Setting apart replicas that share a rank costs nothing."""
-
     max_moves: int | None = Field(None, ge=0, le=2**31)
     """`adaptive`: most experts transferred per layer and rebalance; null: no bound. Filling empty slots,
     placing lost experts and bringing the groups of a layer into one node each may exceed it, and count. The
     other policies refuse it, since they plan from scratch."""
-
     min_gain: float = Field(0.002, ge=0, lt=1)
     """Skip rule: a layer keeps its placement if its predicted balancedness rises by less. 0.002: from 0.900
     to less than 0.902."""
-
     snapshot_decay: float = Field(0.975, gt=0, le=1)
     """Weight of a snapshot relative to the next one in time; 1 weighs all equally."""
-
     persistence: float = Field(0.7, ge=0, le=1)
     """Forecast: the fraction of the difference between the load of the moment and the mean of the window that
     is expected to last. 0 plans for the mean, 1 for the moment."""
-
     ensemble: EnsembleOptions = EnsembleOptions()
     """`ensemble`: the packer. `objective`: peak or spread; `num_candidates`: candidate packings of each row;
     `memory_mib`: bound on scratch memory, in MiB; `seed` of the candidates' noise."""
@@ -155,38 +134,28 @@ class RebalancerOptions(Options):
     mode: Literal["async", "sync"] = "async"
     """`async`: plan and transfer in the background while the model serves, and switch between steps. `sync`:
     do all of it within the last step of an interval."""
-
     interval: int = Field(1000, ge=1)
     """Steps between two rebalances."""
-
     snapshots: int = Field(32, ge=1, le=1024)
     """Maximum number of snapshots of an interval. Example: 1000 steps make 32 snapshots of 31 or 32 steps."""
-
     history: int = Field(4, ge=1, le=64)
     """Intervals in the window of a plan."""
-
     planning: Literal["leader", "sharded"] = "leader"
     """`leader`: rank 0 plans and broadcasts. `sharded`: each rank plans a share of the layers."""
-
     dispatch: str = "even"
     """Replica of each token. `even`: all replicas of the expert equally. `local_first`: replicas on the
     token's own rank, if there are any."""
-
     staging_mib: int = Field(256, ge=1)
     """Bound on the receive buffers of weights, in MiB per rank. A larger layer switches in several steps;
     after each of them the placement is valid."""
-
     commit_layers: int = Field(1, ge=1)
     """Mode `async`: layers that switch in one step."""
-
     background_share: float = Field(0.05, gt=0, le=1)
     """Mode `async`: maximum share of a CPU core for background work, on average; 1 is no bound. Lower:
     shorter pauses of steps, longer rebalances. Example: with 0.05, 100 ms of work take 2 s."""
-
     time_limit: float = Field(30.0, gt=0, le=3600)
     """Time limit of each phase, in seconds. A rank that waits longer turns balancing off; the placement in
     force stays."""
-
     verify: Literal["off", "sampled", "all"] = "sampled"
     """Comparison of moved weights with their fingerprints: none, some bytes of each tensor, or all bytes."""
 
@@ -196,10 +165,8 @@ class MetricsOptions(Options):
 
     enabled: bool = False
     """Whether to serve metrics."""
-
     host: str = Field("127.0.0.1", min_length=1)
     """Address to listen on. 0.0.0.0 is reachable from other machines, without a password."""
-
     port: int = Field(9400, ge=0, le=65535)
     """Port to listen on; 0 takes a free port."""
 
@@ -209,47 +176,33 @@ class SimulateOptions(Options):
 
     ranks: int = Field(8, ge=1, le=2**16)
     """Ranks (GPUs) of the expert-parallel group."""
-
     slots: int | None = Field(None, ge=1, le=2**20)
     """Physical experts over all ranks; by default one spare slot per rank."""
-
     rank_slots: tuple[Annotated[int, Field(ge=0, le=2**20)], ...] | None = Field(None, min_length=1)
     """Slots of each rank, such as [5, 5, 3], in place of `ranks` and `slots`; null: as many on all ranks."""
-
     nodes: int = Field(1, ge=1)
     """Nodes, with equally many ranks each."""
-
     groups: int = Field(1, ge=1)
     """Groups of logical experts per layer; 1 without group-limited routing."""
-
     policies: tuple[str, ...] = Field(("static", "greedy", "adaptive"), min_length=1)
     """Policies to compare."""
-
     mode: Literal["decode", "prefill"] = "decode"
     """Token traces: replay as steps of decode or of prefill."""
-
     batch: int = Field(256, ge=1, le=2**20)
     """Decode: requests in flight."""
-
     max_tokens: int = Field(2048, ge=1)
     """Prefill: maximum number of tokens of a step."""
-
     steps: int | None = Field(None, ge=1, le=2**24)
     """Decode and generated traffic: steps; by default eight intervals."""
-
     tokens_per_step: int = Field(2048, ge=1, le=2**24)
     """Generated traffic: tokens of a step."""
-
     topics: int = Field(4, ge=1, le=1024)
     """Generated traffic: number of topics, or kinds of requests."""
-
     drift: float = Field(1.5, ge=0, le=10)
     """Decode and generated traffic: drift of the topic mix. 0: none; 1: clear; 3: one topic dominates at a
     time."""
-
     period: float = Field(4096, ge=1)
     """Decode and generated traffic: typical number of steps between two highs of a topic."""
-
     seed: int = Field(0, ge=0, lt=2**32)
     """Decode and generated traffic: seed of all random draws."""
 
@@ -259,51 +212,35 @@ class DemoOptions(Options):
 
     ranks: int = Field(4, ge=1, le=64)
     """Ranks, one process each."""
-
     layers: int = Field(4, ge=1)
     """MoE layers of the model."""
-
     experts: int = Field(32, ge=1)
     """Logical experts per layer."""
-
     slots: int = Field(40, ge=1)
     """Physical experts over all ranks."""
-
     top_k: int = Field(4, ge=1)
     """Experts per token."""
-
     hidden: int = Field(64, ge=1)
     """Size of the residual stream."""
-
     expert_hidden: int = Field(128, ge=1)
     """Inner size of each expert."""
-
     topics: int = Field(8, ge=1, le=1024)
     """Number of topics, or kinds of requests; a trace has its own."""
-
     drift: float = Field(1.5, ge=0, le=10)
     """Drift of the topic mix. 0: none; 1: clear; 3: one topic dominates at a time."""
-
     period: float = Field(192, ge=1)
     """Typical number of steps between two highs of a topic."""
-
     steps: int = Field(192, ge=2)
     """Steps, with one batch per rank each."""
-
     tokens: int = Field(128, ge=1)
     """Tokens of a batch, per rank."""
-
     interval: int = Field(24, ge=1)
     """Steps between two rebalances."""
-
     trace: str | None = None
     """Token trace (`.npz`) whose categories of requests are the topics; by default topics are generated."""
-
     mode: Literal["decode", "prefill"] = "decode"
     """With a trace: replay requests in flight (decode), or its tokens in file order (prefill)."""
-
     seed: int = Field(0, ge=0, lt=2**31)
     """Seed of the model and of the traffic."""
-
     time_limit: float = Field(180, gt=0)
     """Seconds without progress of any rank until the demo is stopped. The total time is unlimited."""

@@ -1,4 +1,7 @@
-"""Sources of options, the last one wins: defaults, configuration file, environment, command line."""
+"""Sources of options, the last one wins: defaults, configuration file, environment, command line.
+
+Other environment variables are read here too: folders, allowed plugins, variables for workers.
+"""
 
 from __future__ import annotations
 
@@ -16,21 +19,18 @@ from pydantic import PrivateAttr
 
 from ..core.errors import ConfigError, TraceError
 from ..core.safe_files import read_yaml
-from .options import (
-    DemoOptions,
-    MetricsOptions,
-    Options,
-    PlannerOptions,
-    RebalancerOptions,
-    SimulateOptions,
-)
+from .options import DemoOptions, MetricsOptions, Options, PlannerOptions, RebalancerOptions, SimulateOptions
 
 __all__ = [
     "COMMAND_LINE",
     "CONFIG_VARIABLE",
     "Settings",
+    "allowed_plugins",
+    "cache_folder",
     "default_yaml",
     "load_settings",
+    "metrics_folder",
+    "pass_on",
     "read_section",
 ]
 
@@ -84,10 +84,10 @@ def load_settings(path: str | Path | None = None, overrides: Mapping[str, Any] |
     Raises:
         ConfigError: an unknown section or option, or a wrong value; names it and its origin.
     """
-    path = path or os.environ.get(CONFIG_VARIABLE) or None
+    path = path or os.environ.get(CONFIG_VARIABLE)
     merged: Sections = {}
     origins: dict[str, str] = {}
-    if path is not None:
+    if path:
         sections = _read_yaml(Path(path))
         own = {name: options for name, options in sections.items() if name not in ADAPTER_SECTIONS}
         _overlay(merged, origins, own, str(path))
@@ -134,6 +134,43 @@ def default_yaml() -> str:
     return "\n".join(lines) + "\n"
 
 
+def cache_folder() -> Path:
+    """Folder of reproducible results: in XDG_CACHE_HOME, by default in ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    # By the XDG specification, relative paths are ignored.
+    folder = Path(base) if base and Path(base).is_absolute() else Path.home() / ".cache"
+    return folder / "eplb-plugin"
+
+
+def metrics_folder() -> Path | None:
+    """Folder of the series that the processes of an engine share with its metrics server, if any."""
+    folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    return Path(folder) if folder else None
+
+
+def allowed_plugins(variable: str, *, empty_is_all: bool) -> tuple[str, ...] | None:
+    """The plugins in the comma-separated list of an engine's variable; None if all are allowed.
+
+    Args:
+        variable: VLLM_PLUGINS or SGLANG_PLUGINS.
+        empty_is_all: whether an empty value counts as unset.
+    """
+    value = os.environ.get(variable)
+    if value is None or (empty_is_all and not value.strip()):
+        return None
+    return tuple(name.strip() for name in value.split(","))
+
+
+def pass_on(prefix: str, variable: str) -> None:
+    """Add `prefix` to the engine's comma-separated list `variable` of prefixes, if a variable has it.
+
+    The engine copies variables with such prefixes to its workers.
+    """
+    if any(name.startswith(prefix) for name in os.environ):
+        known = filter(None, os.environ.get(variable, "").split(","))
+        os.environ[variable] = ",".join(dict.fromkeys([*known, prefix]))
+
+
 def _overlay(merged: Sections, origins: dict[str, str], sections: Sections, origin: str) -> None:
     """Overlay the options of one origin and validate at once, so that an error can name the origin."""
     for section, options in sections.items():
@@ -166,15 +203,12 @@ def _read_yaml(path: Path) -> Sections:
         raise ConfigError(f"{path}: holds a {type(content).__name__}, not sections with options")
     for section, options in content.items():
         if not isinstance(section, str) or not isinstance(options, dict):
-            raise ConfigError(
-                f"{path}: section {reprlib.repr(section)} holds {reprlib.repr(options)}, "
-                "not options with values"
-            )
+            shown = f"section {reprlib.repr(section)} holds {reprlib.repr(options)}"
+            raise ConfigError(f"{path}: {shown}, not options with values")
         for option in options:
             if not isinstance(option, str):
-                raise ConfigError(
-                    f"{path}: section {section[:80]} has the option {reprlib.repr(option)}, not a name"
-                )
+                shown = f"section {section[:80]} has the option {reprlib.repr(option)}"
+                raise ConfigError(f"{path}: {shown}, not a name")
     return content
 
 

@@ -1,5 +1,11 @@
 """Exceptions for users of the package. Messages name the numbers that break a rule."""
 
+from __future__ import annotations
+
+import operator
+import reprlib
+from typing import SupportsIndex
+
 __all__ = [
     "AgreementError",
     "ConfigError",
@@ -11,6 +17,7 @@ __all__ = [
     "TraceError",
     "TransferError",
     "UndecidedError",
+    "checked_integer",
 ]
 
 
@@ -52,3 +59,24 @@ class RankLostError(EplbError, RuntimeError):
 
 class UndecidedError(RankLostError):
     """The decision of a commit did not reach this rank. Further serving could give wrong tokens."""
+
+
+def checked_integer(
+    name: str, value: SupportsIndex, error: type[EplbError], *, least: int = 1, most: int | None = None
+) -> int:
+    """Convert an integer of any type, Python's or NumPy's but no bool, to a Python int.
+
+    Raises:
+        EplbError: of the type `error`, with `name`: not an integer, or outside `least..most`.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise error(f"{name}={reprlib.repr(value)} is not an integer")
+    if most is not None and number > most:
+        raise error(f"{name} is above {most}")
+    if number < least:
+        raise error(f"{name}={number} is below {least}")
+    return number

@@ -6,8 +6,7 @@ from functools import cached_property
 
 import torch
 
-from .errors import PlacementError
-from .integers import checked_integer
+from .errors import PlacementError, checked_integer
 from .topology import Topology
 
 __all__ = ["Placement", "checked_ids", "slots_by_expert"]
@@ -92,12 +91,10 @@ class Placement:
         Raises:
             PlacementError: the shapes differ.
         """
-        if other.physical_to_logical.shape != self._physical_to_logical.shape:
-            raise PlacementError(
-                f"placements of shapes {tuple(self._physical_to_logical.shape)} and "
-                f"{tuple(other.physical_to_logical.shape)} do not mix"
-            )
         rows = self._physical_to_logical.clone()
+        here, there = tuple(rows.shape), tuple(other.physical_to_logical.shape)
+        if here != there:
+            raise PlacementError(f"placements of shapes {here} and {there} do not mix")
         rows[layers] = other.physical_to_logical.to(self.device)[layers]
         return Placement(rows, self.num_logical)
 
@@ -124,10 +121,8 @@ class Placement:
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        return (
-            f"Placement({self.num_layers} layers, {self.num_logical} experts in {self.num_slots} slots, "
-            f"{self.device})"
-        )
+        held = f"{self.num_logical} experts in {self.num_slots} slots"
+        return f"Placement({self.num_layers} layers, {held}, {self.device})"
 
 
 def checked_ids(physical_to_logical: torch.Tensor, num_logical: int) -> torch.Tensor:
@@ -136,27 +131,21 @@ def checked_ids(physical_to_logical: torch.Tensor, num_logical: int) -> torch.Te
     Raises:
         PlacementError: wrong shape or dtype, or an id outside `-1..num_logical-1`.
     """
-    if not isinstance(physical_to_logical, torch.Tensor):
-        raise PlacementError(f"physical_to_logical is a {type(physical_to_logical).__name__}, not a tensor")
-    if physical_to_logical.layout != torch.strided or physical_to_logical.is_meta:
-        raise PlacementError(
-            f"physical_to_logical is {physical_to_logical.layout} on {physical_to_logical.device}, "
-            "not a strided tensor with values"
-        )
-    if physical_to_logical.dim() != 2 or physical_to_logical.numel() == 0:
-        raise PlacementError(
-            f"physical_to_logical has shape {tuple(physical_to_logical.shape)}, not [layers, slots]"
-        )
-    if physical_to_logical.dtype not in _INTEGER_DTYPES:
-        raise PlacementError(f"physical_to_logical has dtype {physical_to_logical.dtype}, not an integer")
-    ids = physical_to_logical.detach().to(torch.int64, copy=True).contiguous()
+    given, name = physical_to_logical, "physical_to_logical"
+    if not isinstance(given, torch.Tensor):
+        raise PlacementError(f"{name} is a {type(given).__name__}, not a tensor")
+    if given.layout != torch.strided or given.is_meta:
+        raise PlacementError(f"{name} is {given.layout} on {given.device}, not a strided tensor with values")
+    if given.dim() != 2 or given.numel() == 0:
+        raise PlacementError(f"{name} has shape {tuple(given.shape)}, not [layers, slots]")
+    if given.dtype not in _INTEGER_DTYPES:
+        raise PlacementError(f"{name} has dtype {given.dtype}, not an integer")
+    ids = given.detach().to(torch.int64, copy=True).contiguous()
     bad = (ids < -1) | (ids >= num_logical)
     if bool(bad.any()):
         layer, slot = (int(x) for x in bad.nonzero()[0])
-        raise PlacementError(
-            f"layer {layer}, slot {slot} holds expert {int(ids[layer, slot])}, "
-            f"outside 0..{num_logical - 1} (-1 for an empty slot)"
-        )
+        held = f"layer {layer}, slot {slot} holds expert {int(ids[layer, slot])}"
+        raise PlacementError(f"{held}, outside 0..{num_logical - 1} (-1 for an empty slot)")
     return ids
 
 

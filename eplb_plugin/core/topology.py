@@ -6,14 +6,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import TypeVar
 
 import torch
 
-from .errors import TopologyError
-from .integers import checked_integer
+from .errors import TopologyError, checked_integer
 
 __all__ = ["Topology"]
 
+_Value = TypeVar("_Value")
 _MOST = 1 << 20  # nodes, ranks, slots or groups; a mistyped number must not become an allocation
 
 
@@ -53,24 +54,15 @@ class Topology:
             _check_divides("num_slots", self.num_slots, "num_ranks", self.num_ranks)
 
     def _check_rank_slots(self, given: Iterable[int]) -> None:
-        try:
-            given = tuple(given)
-        except TypeError:
-            raise TopologyError(
-                f"rank_slots is of type {type(given).__name__}, not integers, one for each rank"
-            ) from None
         rank_slots = tuple(
             checked_integer(f"rank_slots[{rank}]", slots, TopologyError, least=0, most=_MOST)
-            for rank, slots in enumerate(given)
+            for rank, slots in enumerate(_listed("rank_slots", given, "integers, one"))
         )
-        if len(rank_slots) != self.num_ranks:
-            raise TopologyError(
-                f"rank_slots={rank_slots} is for {len(rank_slots)} ranks, num_ranks={self.num_ranks}"
-            )
-        if sum(rank_slots) != self.num_slots:
-            raise TopologyError(
-                f"rank_slots={rank_slots} are {sum(rank_slots)} slots in all, num_slots={self.num_slots}"
-            )
+        ranks, slots = len(rank_slots), sum(rank_slots)
+        if ranks != self.num_ranks:
+            raise TopologyError(f"{rank_slots=} is for {ranks} ranks, num_ranks={self.num_ranks}")
+        if slots != self.num_slots:
+            raise TopologyError(f"{rank_slots=} are {slots} slots in all, num_slots={self.num_slots}")
         # Two spellings of one topology must compare, hash and plan alike.
         even = len(set(rank_slots)) == 1
         object.__setattr__(self, "rank_slots", None if even else rank_slots)
@@ -107,10 +99,8 @@ class Topology:
     @cached_property
     def has_like_nodes(self) -> bool:
         """Whether all nodes have the same sequence of slots per rank."""
-        if self.rank_slots is None:
-            return True
-        width = self.ranks_per_node
-        return self.rank_slots == self.rank_slots[:width] * self.num_nodes
+        first_node = self.slots_by_rank[: self.ranks_per_node]
+        return self.slots_by_rank == first_node * self.num_nodes
 
     @property
     def ranks_per_node(self) -> int:
@@ -135,10 +125,9 @@ class Topology:
 
     def check_experts(self, num_logical: int) -> None:
         """Raise TopologyError if there are fewer slots than logical experts."""
-        if checked_integer("num_logical", num_logical, TopologyError) > self.num_slots:
-            raise TopologyError(
-                f"num_logical={num_logical} experts do not fit into num_slots={self.num_slots}"
-            )
+        num_logical = checked_integer("num_logical", num_logical, TopologyError)
+        if num_logical > self.num_slots:
+            raise TopologyError(f"{num_logical=} experts do not fit into num_slots={self.num_slots}")
 
     def living_ranks(self, active_ranks: Sequence[bool] | torch.Tensor | None) -> tuple[bool, ...]:
         """Validate `active_ranks`: bool [ranks], or None for all ranks.
@@ -150,17 +139,10 @@ class Topology:
             return (True,) * self.num_ranks
         if isinstance(active_ranks, torch.Tensor):
             if active_ranks.dtype != torch.bool or active_ranks.dim() != 1:
-                raise TopologyError(
-                    f"active_ranks is {active_ranks.dtype} {tuple(active_ranks.shape)}, "
-                    f"not bool [{self.num_ranks}]"
-                )
+                kind = f"{active_ranks.dtype} {tuple(active_ranks.shape)}"
+                raise TopologyError(f"active_ranks is {kind}, not bool [{self.num_ranks}]")
             active_ranks = active_ranks.tolist()
-        try:
-            alive = tuple(active_ranks)
-        except TypeError:
-            raise TopologyError(
-                f"active_ranks is of type {type(active_ranks).__name__}, not a bool for each rank"
-            ) from None
+        alive = _listed("active_ranks", active_ranks, "a bool")
         for rank, value in enumerate(alive):
             if not isinstance(value, bool):
                 raise TopologyError(f"active_ranks has {value!r} for rank {rank}, not a bool")
@@ -205,6 +187,15 @@ class Topology:
             for place in range(slots)
         ]
         return torch.tensor(places, device="cpu")
+
+
+def _listed(name: str, values: Iterable[_Value], wanted: str) -> tuple[_Value, ...]:
+    """The values as a tuple; raises TopologyError if they cannot be iterated over."""
+    try:
+        return tuple(values)
+    except TypeError:
+        kind = type(values).__name__
+        raise TopologyError(f"{name} is of type {kind}, not {wanted} for each rank") from None
 
 
 def _check_divides(name: str, value: int, part_name: str, parts: int) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
@@ -34,16 +35,9 @@ Values: TypeAlias = Mapping[str, float | None]
 
 
 class Rebalanced(NamedTuple):
-    """A report, and what follows from the load.
-
-    Attributes:
-        report: the report.
-        busy: whether the interval had load; without load there is no balancedness.
-        gap: `lower_bound_gap` of the interval; None without load.
-    """
+    """A report, and the `lower_bound_gap` of its interval; None without load, which has no balancedness."""
 
     report: RebalanceReport
-    busy: bool
     gap: float | None
 
 
@@ -106,13 +100,13 @@ METRICS = (
     Metric(
         "eplb_observed_balancedness_ratio",
         "Mean over max rank load of the latest interval with load, under its own placement.",
-        lambda done: _one(done.report.balancedness_before if done.busy else None),
+        lambda done: _one(None if done.gap is None else done.report.balancedness_before),
         "livemin",
     ),
     Metric(
         "eplb_predicted_balancedness_ratio",
         "Mean over max rank load of recorded load, under the placement now in force.",
-        lambda done: _one(_predicted(done.report) if done.busy else None),
+        lambda done: _one(None if done.gap is None else _predicted(done.report)),
         "livemin",
     ),
     Metric(
@@ -192,11 +186,13 @@ class ModelTelemetry:
         self._model = model
         self._series = series
         self._failures = FailureLog(_logger, f"metrics of {model}", "serving goes on")
-        self._guard(lambda: self._write((metric, metric.start or {}) for metric in METRICS))
+        with self._guard():
+            self._write((metric, metric.start or {}) for metric in METRICS)
 
     def stepped(self) -> None:
         """A forward step has ended."""
-        self._guard(lambda: self._series[STEPS.name].labels(self._model).inc())
+        with self._guard():
+            self._series[STEPS.name].labels(self._model).inc()
 
     def rebalanced(
         self,
@@ -206,27 +202,20 @@ class ModelTelemetry:
         topology: Topology | None = None,
     ) -> None:
         """See `RebalanceObserver`. A load that could not be read is None."""
-        self._guard(lambda: self._rebalanced(report, interval_load, placement, topology))
+        with self._guard():
+            gap = None
+            if interval_load is not None and placement is not None and topology is not None:
+                gap = lower_bound_gap(interval_load, placement, topology)
+            done = Rebalanced(report, gap)
+            # All values first: a rebalance with an error among them counts nowhere.
+            self._write([(metric, metric.values(done)) for metric in METRICS])
 
     def ended(self, *, failed: bool) -> None:
         """See `RebalanceObserver`."""
         if failed:
             self.rebalanced(RebalanceReport.of_nothing(0, "the balancer is off"))
-        self._guard(lambda: self._series[ACTIVE.name].labels(self._model).set(0))
-
-    def _rebalanced(
-        self,
-        report: RebalanceReport,
-        load: torch.Tensor | None,
-        placement: Placement | None,
-        topology: Topology | None,
-    ) -> None:
-        busy, gap = False, None
-        if load is not None and placement is not None and topology is not None and load.any():
-            busy, gap = True, lower_bound_gap(load, placement, topology)
-        done = Rebalanced(report, busy, gap)
-        # All values first: a rebalance with an error among them counts nowhere.
-        self._write([(metric, metric.values(done)) for metric in METRICS])
+        with self._guard():
+            self._series[ACTIVE.name].labels(self._model).set(0)
 
     def _write(self, values: Iterable[tuple[Metric, Values]]) -> None:
         for metric, by_label in values:
@@ -234,14 +223,12 @@ class ModelTelemetry:
                 if value is None:
                     continue
                 series = self._series[metric.name].labels(self._model, *([label] if label else []))
-                if metric.name.endswith("_total"):
-                    series.inc(value)
-                else:
-                    series.set(value)
+                (series.inc if metric.name.endswith("_total") else series.set)(value)
 
-    def _guard(self, write: Callable[[], None]) -> None:
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
         try:
-            write()
+            yield
         except Exception as error:  # whatever it is, serving is worth more than its figures
             self._failures.add(error)
 

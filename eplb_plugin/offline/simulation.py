@@ -12,7 +12,7 @@ import torch
 
 from ..config.options import PlannerOptions
 from ..core.balancedness import balancedness, count_moves
-from ..core.errors import ConfigError, PlacementError, TraceError
+from ..core.errors import ConfigError, PlacementError, TraceError, checked_integer
 from ..core.load import as_snapshots, fold_steps
 from ..core.placement import Placement
 from ..core.topology import Topology
@@ -21,14 +21,7 @@ from ..planning.policies import POLICIES as PLANNER_POLICIES
 from ..planning.policies import Policy
 from .traces import LoadTrace
 
-__all__ = [
-    "POLICIES",
-    "IntervalResult",
-    "PolicySetup",
-    "SimulationResult",
-    "policy_setup",
-    "simulate",
-]
+__all__ = ["POLICIES", "IntervalResult", "PolicySetup", "SimulationResult", "policy_setup", "simulate"]
 
 
 @dataclass(frozen=True)
@@ -120,16 +113,13 @@ def simulate(
             not fit.
     """
     for name, value in (("interval", interval), ("snapshots", snapshots), ("history", history)):
-        if value < 1:
-            raise TraceError(f"{name}={value} is below 1")
+        checked_integer(name, value, TraceError)
     if trace.num_steps <= interval:
         raise TraceError(
             f"{trace.name} has {trace.num_steps} steps: with interval={interval} none are left to score"
         )
     setup = policy_setup(policy, planner) if isinstance(policy, str) else policy
-    snapshots = setup.snapshots or snapshots
-    history = setup.history or history
-
+    snapshots, history = setup.snapshots or snapshots, setup.history or history
     current = Placement.default(trace.num_layers, trace.num_experts, topology.num_slots)
     past: list[torch.Tensor] = []
     results: list[IntervalResult] = []
@@ -140,7 +130,9 @@ def simulate(
         began = time.perf_counter()
         placement = setup.policy(window, topology, current)
         seconds = time.perf_counter() - began
-        _check_shape(setup.name, placement, current)
+        ids, in_force = placement.physical_to_logical, current.physical_to_logical
+        if (placement.num_logical, ids.shape) != (current.num_logical, in_force.shape):
+            raise PlacementError(f"policy {setup.name!r} returned {placement} in place of {current}")
         ahead = trace.load[start : start + interval]
         results.append(
             IntervalResult(
@@ -210,18 +202,6 @@ def _as_the_online_loop_does(name: str, options: PlannerOptions) -> PolicySetup:
 
 
 POLICIES: Mapping[str, Callable[[str, PlannerOptions], PolicySetup]] = MappingProxyType(
-    {
-        "static": _static,
-        **dict.fromkeys(PLANNER_POLICIES, _as_the_online_loop_does),
-        "greedy": _as_engines_do,
-    }
+    {"static": _static, **dict.fromkeys(PLANNER_POLICIES, _as_the_online_loop_does), "greedy": _as_engines_do}
 )
 """The policies of the planner, and `static`, by their names."""
-
-
-def _check_shape(name: str, placement: Placement, current: Placement) -> None:
-    if (
-        placement.physical_to_logical.shape != current.physical_to_logical.shape
-        or placement.num_logical != current.num_logical
-    ):
-        raise PlacementError(f"policy {name!r} returned {placement} in place of {current}")

@@ -13,9 +13,9 @@ import torch
 from ..core.errors import TraceError
 from .traces import MAX_CELLS, LoadTrace
 
-__all__ = ["PROFILES", "TokenStream", "TrafficProfile", "generate", "profile", "topic_mix"]
+__all__ = ["Floats", "PROFILES", "TokenStream", "TrafficProfile", "generate", "profile", "topic_mix"]
 
-_Floats = np.ndarray[Any, np.dtype[np.float64]]
+Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 TOPIC_CORRELATION = 0.1
 """Correlation over experts between the loads of two topics, as measured on real traffic."""
@@ -65,10 +65,9 @@ def profile(name: str) -> TrafficProfile:
     Raises:
         TraceError: unknown name; the message lists the known ones.
     """
-    try:
-        return PROFILES[name]
-    except KeyError:
-        raise TraceError(f"no traffic profile {name!r}; there are {', '.join(PROFILES)}") from None
+    if name not in PROFILES:
+        raise TraceError(f"no traffic profile {name!r}; there are {', '.join(PROFILES)}")
+    return PROFILES[name]
 
 
 def generate(
@@ -145,8 +144,8 @@ def generate(
 
 
 def _topic_shares(
-    log_std: float, weight: _Floats, layers: int, experts: int, rng: np.random.Generator
-) -> _Floats:
+    log_std: float, weight: Floats, layers: int, experts: int, rng: np.random.Generator
+) -> Floats:
     """Shares float64 [topics, layers, experts] whose mean, weighted by `weight` [topics], has `log_std`.
 
     A mix of topics is more even than each topic. A bisection on trial draws finds the shape of the gammas.
@@ -161,7 +160,7 @@ def _topic_shares(
     return _draw_shares(high, len(weight), layers, experts, rng)
 
 
-def _draw_shares(shape: float, topics: int, layers: int, experts: int, rng: np.random.Generator) -> _Floats:
+def _draw_shares(shape: float, topics: int, layers: int, experts: int, rng: np.random.Generator) -> Floats:
     """Shares float64 [topics, layers, experts] from gammas of `shape`, correlated between topics.
 
     The sum of gammas of shapes rho*k (common) and (1-rho)*k (own) is a gamma of shape k. Two such sums with
@@ -171,13 +170,13 @@ def _draw_shares(shape: float, topics: int, layers: int, experts: int, rng: np.r
     own = rng.gamma((1 - TOPIC_CORRELATION) * shape, size=(topics, layers, experts))
     # The floor gives every expert a share above 0, whose logarithm is finite.
     weight = common + own + 1e-6 * shape
-    shares: _Floats = weight / weight.sum(2, keepdims=True)
+    shares: Floats = weight / weight.sum(2, keepdims=True)
     return shares
 
 
-def _at_most(weight: _Floats, bound: float) -> _Floats:
+def _at_most(weight: Floats, bound: float) -> Floats:
     """Normalise `weight` over its last axis; excess above `bound` goes to the other entries, if possible."""
-    share: _Floats = weight / weight.sum(-1, keepdims=True)
+    share: Floats = weight / weight.sum(-1, keepdims=True)
     for _ in range(8):
         over = share > bound
         if not over.any():
@@ -204,7 +203,7 @@ class TokenStream:
         TraceError: more topics than token ids, or `mix` is not [steps, topics].
     """
 
-    def __init__(self, vocabulary: int, topics: int, mix: _Floats, seed: int = 0) -> None:
+    def __init__(self, vocabulary: int, topics: int, mix: Floats, seed: int = 0) -> None:
         if not 1 <= topics <= vocabulary:
             raise TraceError(f"topics={topics} is outside 1..{vocabulary} (the token ids)")
         if mix.ndim != 2 or mix.shape[1] != topics:
@@ -221,7 +220,7 @@ class TokenStream:
         return torch.from_numpy(topic + pick * self._topics)
 
 
-def topic_mix(steps: int, topics: int, *, drift: float, period: float, rng: np.random.Generator) -> _Floats:
+def topic_mix(steps: int, topics: int, *, drift: float, period: float, rng: np.random.Generator) -> Floats:
     """Draw the share of each topic at each step.
 
     The log share of a topic is a sum of three waves with random phases and random lengths around `period`.
@@ -249,5 +248,5 @@ def topic_mix(steps: int, topics: int, *, drift: float, period: float, rng: np.r
     # A sine has variance 1/2: the factor gives the sum of waves the standard deviation `drift`.
     logits = drift * np.sqrt(2 / _WAVES) * np.sin(angle).sum(0)
     shares = np.exp(logits - logits.max(1, keepdims=True))
-    mix: _Floats = shares / shares.sum(1, keepdims=True)
+    mix: Floats = shares / shares.sum(1, keepdims=True)
     return mix

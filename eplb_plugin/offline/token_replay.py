@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..core.errors import TraceError
-from ..core.integers import checked_integer
-from .synthetic_traffic import topic_mix
+from ..core.errors import TraceError, checked_integer
+from .synthetic_traffic import Floats, topic_mix
 from .traces import MAX_CELLS, LoadTrace, TokenTrace
 
 __all__ = ["category_mix", "decode_schedule", "fold_decode", "fold_prefill"]
@@ -65,8 +64,8 @@ def decode_schedule(
     Raises:
         TraceError: `batch` or `steps` is below 1, or both are too large.
     """
-    for name, value in (("batch", batch), ("steps", steps)):
-        checked_integer(f"{trace.name}: {name}", value, TraceError)
+    checked_integer(f"{trace.name}: batch", batch, TraceError)
+    checked_integer(f"{trace.name}: steps", steps, TraceError)
     if steps * batch > MAX_CELLS:
         raise TraceError(f"{trace.name}: steps={steps} of batch={batch} take too much memory")
     rng = np.random.default_rng(seed)
@@ -121,9 +120,7 @@ def fold_prefill(trace: TokenTrace, max_tokens: int) -> LoadTrace:
     return LoadTrace(_count(trace, tokens, np.array(bounds)), f"{trace.name} (prefill, {max_tokens} tokens)")
 
 
-def category_mix(
-    trace: TokenTrace, tokens: _Ints | None = None, *, steps: int | None = None
-) -> np.ndarray[Any, np.dtype[np.float64]]:
+def category_mix(trace: TokenTrace, tokens: _Ints | None = None, *, steps: int | None = None) -> Floats:
     """The share of each category at each step.
 
     Args:
@@ -148,7 +145,7 @@ def category_mix(
         tokens = np.minimum(start[:, None] + np.arange(width), trace.num_tokens - 1)
     kind = category[trace.request[tokens]] + np.arange(len(tokens))[:, None] * len(names)
     count = np.bincount(kind.reshape(-1), minlength=len(tokens) * len(names)).reshape(len(tokens), -1)
-    mix: np.ndarray[Any, np.dtype[np.float64]] = count / count.sum(1, keepdims=True)
+    mix: Floats = count / count.sum(1, keepdims=True)
     return mix
 
 
@@ -156,10 +153,8 @@ def _count(trace: TokenTrace, tokens: _Ints, bounds: _Ints) -> torch.Tensor:
     """Load of the steps `tokens[bounds[s]:bounds[s+1]]`: int32 [steps, layers, experts]."""
     steps, cells = len(bounds) - 1, trace.num_layers * trace.num_experts
     if steps * cells > MAX_CELLS:
-        raise TraceError(
-            f"{trace.name}: {steps} steps of {trace.num_layers} layers with {trace.num_experts} experts take "
-            "too much memory"
-        )
+        wanted = f"{steps} steps of {trace.num_layers} layers with {trace.num_experts} experts"
+        raise TraceError(f"{trace.name}: {wanted} take too much memory")
     load = np.zeros((steps, cells), np.int32)
     # Index of (layer, expert) within a step; int32 keeps the gather within the cache.
     layer_base = (np.arange(trace.num_layers, dtype=np.int32) * trace.num_experts)[None, :, None]

@@ -49,18 +49,17 @@ class LoadTrace:
         if not isinstance(self.load, torch.Tensor):
             raise TraceError(f"{self.name}: load is a {type(self.load).__name__}, not a tensor")
         if self.load.dim() != 3 or self.load.numel() == 0:
-            raise TraceError(
-                f"{self.name}: load has shape {tuple(self.load.shape)}, not [steps, layers, experts]"
-            )
+            shape = tuple(self.load.shape)
+            raise TraceError(f"{self.name}: load has shape {shape}, not [steps, layers, experts]")
         if self.load.dtype not in (torch.int32, torch.int64, torch.float32, torch.float64):
             raise TraceError(f"{self.name}: load has dtype {self.load.dtype}, not int32/64 or float32/64")
         bad = ~(torch.isfinite(self.load) & (self.load >= 0))
         if bool(bad.any()):
             step, layer, expert = (int(x) for x in bad.nonzero()[0])
+            place = f"step {step}, layer {layer}, expert {expert}"
             raise TraceError(
-                f"{self.name}: load of step {step}, layer {layer}, expert {expert} is "
-                f"{self.load[step, layer, expert].item()}; {int(bad.sum())} of {bad.numel()} values are "
-                "NaN, infinite or negative"
+                f"{self.name}: load of {place} is {self.load[step, layer, expert].item()}; "
+                f"{int(bad.sum())} of {bad.numel()} values are NaN, infinite or negative"
             )
         layer_ids = self.layer_ids or tuple(range(self.num_layers))
         if len(layer_ids) != self.num_layers:

@@ -6,8 +6,7 @@ from collections import deque
 
 import torch
 
-from ..core.errors import LoadError
-from ..core.integers import checked_integer
+from ..core.errors import LoadError, checked_integer
 
 __all__ = ["LoadWindow"]
 

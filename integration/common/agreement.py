@@ -61,29 +61,25 @@ def announce(start: str) -> Callable[[Sequence[int]], None]:
     def compare(ranks: Sequence[int]) -> None:
         if max(ranks) >= dist.get_world_size():
             return  # a group for elastic scaling has ranks beyond the default group
-        keys = {rank: f"{prefix}/{rank}" for rank in ranks}
         try:
-            store.wait(list(keys.values()), _LIMIT)
+            store.wait([f"{prefix}/{rank}" for rank in ranks], _LIMIT)
         except RuntimeError:
-            silent = [rank for rank, key in keys.items() if not store.check([key])]
+            silent = [rank for rank in ranks if not store.check([f"{prefix}/{rank}"])]
             raise AgreementError(
                 f"eplb_plugin is enabled on rank {mine}, but ranks {silent} have not said within "
                 f"{_LIMIT.total_seconds():g} s whether it is enabled there: it has to be installed on every "
                 "node, and to be in the engine's list of allowed plugins where there is one"
             ) from None
-        said = {rank: store.get(key).decode() for rank, key in keys.items()}
-        disabled = [rank for rank, text in said.items() if not text]
-        if disabled:
+        said = {rank: store.get(f"{prefix}/{rank}").decode() for rank in ranks}
+        if disabled := [rank for rank, text in said.items() if not text]:
             raise AgreementError(
                 f"eplb_plugin is enabled on rank {mine}, but not on ranks {disabled}: every process needs "
                 "the same arguments, or the same file in EPLB_PLUGIN_CONFIG"
             )
-        others = {rank: text for rank, text in said.items() if text != start}
-        if others:
-            rank, text = next(iter(others.items()))
+        if others := [rank for rank, text in said.items() if text != start]:
             raise AgreementError(
-                f"eplb_plugin has other options on ranks {list(others)} than on rank {mine}: {text} on rank "
-                f"{rank}, here {start}"
+                f"eplb_plugin has other options on ranks {others} than on rank {mine}: {said[others[0]]} on "
+                f"rank {others[0]}, here {start}"
             )
 
     return compare

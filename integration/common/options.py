@@ -19,11 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["EngineOptions", "SHARED", "options_in_settings"]
 
 SHARED: Mapping[str, str] = MappingProxyType(
-    {
-        "snapshots": "rebalancer.snapshots",
-        "history": "rebalancer.history",
-        "metrics": "metrics.enabled",
-    }
+    {"snapshots": "rebalancer.snapshots", "history": "rebalancer.history", "metrics": "metrics.enabled"}
 )
 """Setting of each engine option outside the section `planner`."""
 
@@ -33,16 +29,12 @@ class EngineOptions(Options):
 
     planner: PlannerOptions = Field(default_factory=PlannerOptions)
     """How placements are planned."""
-
     snapshots: int = Field(32, ge=1, le=1024)
     """Maximum number of snapshots of one interval: 3,000 steps become 32 sums of 94 steps or fewer."""
-
     history: int = Field(4, ge=1, le=64)
     """Intervals in the window: a plan is made from the latest 4."""
-
     check_agreement: bool = True
     """Compare the plan between ranks before the engine acts on it: engines hang when ranks differ."""
-
     metrics: bool = False
     """Show the rebalances on the engine's own `/metrics`."""
 
@@ -68,8 +60,8 @@ def options_in_settings(
         ConfigError: an unknown section or option, or a wrong value.
     """
     settings = load_settings(path, overrides).model_dump()
-    places = {name: place.split(".") for name, place in SHARED.items()}
-    return {
-        "planner": settings["planner"],
-        **{name: settings[section][option] for name, (section, option) in places.items()},
-    }
+    values = {"planner": settings["planner"]}
+    for name, place in SHARED.items():
+        section, option = place.split(".")
+        values[name] = settings[section][option]
+    return values

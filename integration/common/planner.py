@@ -5,26 +5,28 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import cache
 from typing import TypeAlias
 
 import torch
 
+from ...config.sources import metrics_folder
 from ...core.balancedness import balancedness, count_moves
 from ...core.errors import LoadError, PlacementError
 from ...core.load import as_snapshots, fold_steps
 from ...core.placement import Placement
 from ...core.topology import Topology
 from ...observability.failures import FailureLog
-from ...observability.prometheus import ModelTelemetry
+from ...observability.prometheus import ModelTelemetry, Telemetry
 from ...planning.planner import plan
 from ...runtime.control.rank_group import RankGroup
 from ...runtime.reports import RebalanceReport
 from .agreement import agree_on_plan
 from .options import EngineOptions
 
-__all__ = ["EnginePlanner", "ExpertBytes", "Inputs"]
+__all__ = ["EnginePlanner", "ExpertBytes", "Inputs", "bytes_of_one_expert", "engine_telemetry"]
 
 _logger = logging.getLogger(__name__)
 _REPORTS = 64
@@ -225,3 +227,31 @@ def _withdrawn(report: RebalanceReport, cause: str) -> RebalanceReport:
         moves=0,
         bytes_moved=0,
     )
+
+
+def engine_telemetry(options: EngineOptions, is_first_rank: bool) -> Telemetry | None:
+    """The series of this process, the same object at each call; None without metrics and on other ranks.
+
+    Workers of an engine write their series to the folder in PROMETHEUS_MULTIPROC_DIR, its server reads them
+    there. Reports are equal on all ranks, so the first rank alone shows them.
+    """
+    if not (options.metrics and is_first_rank):
+        return None
+    if metrics_folder() is None:
+        _logger.warning(
+            "eplb_plugin: metrics are enabled, but the engine was started without PROMETHEUS_MULTIPROC_DIR, "
+            "so its /metrics cannot show them"
+        )
+    return _of_this_process()
+
+
+@cache
+def _of_this_process() -> Telemetry:
+    from prometheus_client import REGISTRY
+
+    return Telemetry(REGISTRY)
+
+
+def bytes_of_one_expert(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of one expert of a layer from the layer's tensors, each [slots on this rank, ...]."""
+    return sum(tensor[0].numel() * tensor.element_size() for tensor in tensors)

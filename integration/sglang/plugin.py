@@ -18,17 +18,8 @@ import torch
 from ...core.errors import ConfigError
 from ...core.topology import Topology
 from ..adapters import Adapter
-from .options import ALGORITHM, is_ours, parse_algorithm
-from .policy import SglangBalancer, SglangMaps
-from .seams import (
-    HOOKED,
-    LAUNCH_HOOK,
-    algorithm_in_use,
-    map_in_force,
-    missing_seams,
-    warn_unmoved,
-    watch,
-)
+from .policy import ALGORITHM, SglangBalancer, is_ours, parse_algorithm
+from .seams import HOOKED, LAUNCH_HOOK, algorithm_in_use, map_in_force, missing_seams, warn_unmoved, watch
 
 __all__ = ["ADAPTER", "balancer_of", "register"]
 
@@ -52,17 +43,11 @@ def register() -> None:
     """Register the hooks. A missing function is logged here, and stops each launch with our algorithm."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    missing = missing_seams()
-    if missing:
+    if missing := missing_seams():
         _logger.error("eplb-plugin does not fit this SGLang: %s", "; ".join(missing))
-    functions: tuple[Callable[..., Any], ...] = (
-        _compute_algorithm,
-        _rebalance_experts,
-        _start,
-        _in_time_order,
-    )
-    for target, function in zip(HOOKED, functions, strict=True):
-        HookRegistry.register(target, function, HookType.AROUND)
+    hooks: list[Callable[..., Any]] = [_compute_algorithm, _rebalance_experts, _start, _in_time_order]
+    for target, hook in zip(HOOKED, hooks, strict=True):
+        HookRegistry.register(target, hook, HookType.AROUND)
     with suppress(ImportError, AttributeError):  # then it is among `missing`, and `_start` stops the launch
         pkgutil.resolve_name(LAUNCH_HOOK)("handle_eplb_and_dispatch")(_check_launch)
 
@@ -79,8 +64,7 @@ def _check_launch(server_args: Any, previous: Callable[[Any], None]) -> None:
             raise ConfigError(
                 f"--eplb-algorithm {algorithm} does nothing without --enable-eplb; give both or neither"
             )
-        elastic = getattr(server_args, "elastic_ep_backend", None)
-        if elastic is not None:
+        if (elastic := getattr(server_args, "elastic_ep_backend", None)) is not None:
             raise ConfigError(
                 f"--eplb-algorithm {algorithm} cannot plan around failed ranks: "
                 f"--elastic-ep-backend {elastic} needs an algorithm of SGLang's"
@@ -89,8 +73,7 @@ def _check_launch(server_args: Any, previous: Callable[[Any], None]) -> None:
 
 
 def _check_seams(algorithm: str) -> None:
-    missing = missing_seams()
-    if missing:
+    if missing := missing_seams():
         raise ConfigError(
             f"--eplb-algorithm {algorithm}: this SGLang ({_version()}, tested: {', '.join(ADAPTER.tested)}) "
             f"lacks what eplb-plugin hooks into: {'; '.join(missing)}"
@@ -124,12 +107,9 @@ def _rebalance_experts(original: Callable[..., Any], *args: Any, **kwargs: Any) 
         num_groups=int(given["num_groups"] or 1),
     )
     current = map_in_force()
-    maps = (
-        balancer.place_at_start(counts, topology)
-        if current is None
-        else balancer.rebalance(counts, topology, current.physical_to_logical_map_cpu)
-    )
-    return _as_sglang(maps)
+    if current is None:
+        return balancer.place_at_start(counts, topology)
+    return balancer.rebalance(counts, topology, current.physical_to_logical_map_cpu)
 
 
 def _start(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
@@ -155,7 +135,3 @@ def _in_time_order(original: Callable[..., torch.Tensor], buffer: Any) -> torch.
 
 def _arguments(function: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:
     return inspect.signature(function).bind(*args, **kwargs).arguments
-
-
-def _as_sglang(maps: SglangMaps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return maps.physical_to_logical, maps.logical_to_physical, maps.replica_count

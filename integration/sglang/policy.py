@@ -1,30 +1,79 @@
-"""The planner as an algorithm of SGLang: from SGLang's counts to SGLang's maps."""
+"""The planner as an algorithm of SGLang: from the value of `--eplb-algorithm` and counts to SGLang's maps."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from ...core.errors import LoadError
+from ...config.options import PlannerOptions
+from ...core.errors import ConfigError, LoadError
 from ...core.placement import Placement
 from ...core.topology import Topology
 from ...planning.planner import plan, warmup
 from ...runtime.control.rank_group import RankGroup, fingerprint
 from ..common.agreement import agree_on_plan, announce
+from ..common.options import SHARED, EngineOptions, options_in_settings
 from ..common.planner import EnginePlanner, ExpertBytes
-from .options import parse_algorithm
 
-__all__ = ["SglangBalancer", "SglangMaps", "fold_busy_steps", "is_first_rank"]
+__all__ = [
+    "ALGORITHM",
+    "ALGORITHMS",
+    "OPTIONS",
+    "SglangBalancer",
+    "SglangMaps",
+    "fold_busy_steps",
+    "is_first_rank",
+    "is_ours",
+    "parse_algorithm",
+]
 
 _logger = logging.getLogger(__name__)
 
+ALGORITHM = "eplb_plugin"
+"""The name of this package's planner among SGLang's algorithms."""
 
-@dataclass(frozen=True)
-class SglangMaps:
+ALGORITHMS = (ALGORITHM, "ensemble")
+"""All names of it: `ensemble` is the former name, for the same planner with the same options."""
+
+# A nested section does not fit after the colon: the packer of `ensemble` is configured by the file.
+_SETTINGS = {name: f"planner.{name}" for name in PlannerOptions.model_fields if name != "ensemble"}
+_SETTINGS |= SHARED
+_LONGEST = 200
+
+OPTIONS = ("config", "check_agreement", *_SETTINGS)
+"""Options after the name."""
+
+
+def is_ours(algorithm: str) -> bool:
+    """Whether the value of `--eplb-algorithm` names this package, well-formed or not."""
+    return algorithm.partition(":")[0].strip() in ALGORITHMS
+
+
+def parse_algorithm(algorithm: str) -> EngineOptions:
+    """The options in `eplb_plugin`, or in `eplb_plugin:OPTION=VALUE,OPTION=VALUE` with names from `OPTIONS`.
+
+    They go over the environment, which goes over the file in `config` or EPLB_PLUGIN_CONFIG. Of the file
+    count the section `planner`, `snapshots` and `history` of `rebalancer`, and `enabled` of `metrics`.
+
+    Raises:
+        ConfigError: a malformed, unknown or repeated option, a wrong value, or an unusable file.
+    """
+    source = f"--eplb-algorithm {_shortened(algorithm)}"
+    given = _split(source, algorithm)
+    path = given.pop("config", None)
+    overrides = {_SETTINGS[name]: given.pop(name) for name in list(given) if name in _SETTINGS}
+    try:
+        return EngineOptions(**options_in_settings(path, overrides), **given)
+    except ConfigError as error:
+        # The name of the file may have line breaks in it.
+        raise ConfigError(f"{source}: {' '.join(str(error).split())}") from None
+
+
+class SglangMaps(NamedTuple):
     """The result of an algorithm of SGLang; all int64, on the CPU.
 
     Attributes:
@@ -141,9 +190,8 @@ def fold_busy_steps(counts: torch.Tensor, snapshots: int) -> torch.Tensor:
         LoadError: `counts` has another shape or dtype.
     """
     if counts.dim() != 3 or counts.is_floating_point() or counts.is_complex():
-        raise LoadError(
-            f"counts are {counts.dtype} {tuple(counts.shape)}, not integers [steps, layers, logical]"
-        )
+        given = f"{counts.dtype} {tuple(counts.shape)}"
+        raise LoadError(f"counts are {given}, not integers [steps, layers, logical]")
     busy = counts.any(2).any(1)
     if not bool(busy.all()):
         counts = counts[busy]
@@ -160,3 +208,30 @@ def is_first_rank() -> bool:
 def _all_ranks(counts: torch.Tensor) -> RankGroup:
     """All ranks of the model: SGLang has just summed the counts over them, on their device."""
     return RankGroup(None, counts.device)
+
+
+def _split(source: str, algorithm: str) -> dict[str, str]:
+    """The text of each option given, by name."""
+    name, colon, text = algorithm.partition(":")
+    if not is_ours(algorithm):
+        raise ConfigError(f"{source}: {_shortened(name)!r} is not {ALGORITHM!r}")
+    if colon and not text.strip():
+        raise ConfigError(f"{source}: no option follows the colon")
+    given: dict[str, str] = {}
+    for item in text.split(",") if colon else ():
+        option, equals, value = (part.strip() for part in item.partition("="))
+        if not option or not equals or not value:
+            raise ConfigError(f"{source}: {_shortened(item)!r} is not OPTION=VALUE")
+        if option not in OPTIONS:
+            known = ", ".join(OPTIONS)
+            raise ConfigError(f"{source}: unknown option {_shortened(option)!r}; there are {known}")
+        if option in given:
+            raise ConfigError(f"{source}: {option} is given twice")
+        given[option] = value
+    return given
+
+
+def _shortened(text: str) -> str:
+    """The text on one line of at most 200 characters, for a message."""
+    line = " ".join(text.split())
+    return line if len(line) <= _LONGEST else line[:_LONGEST] + "..."

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ...runtime.verify.unregistered import warn_unregistered
-from ..common.telemetry import bytes_of_one_expert, engine_telemetry
+from ..common.planner import bytes_of_one_expert, engine_telemetry
 from .policy import SglangBalancer, is_first_rank
 
 __all__ = [

@@ -9,8 +9,7 @@ from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any
 
-from ...config.environment import pass_on
-from ...config.sources import CONFIG_VARIABLE, ENV_PREFIX, read_section
+from ...config.sources import CONFIG_VARIABLE, ENV_PREFIX, pass_on, read_section
 from ...core.errors import ConfigError
 from ...core.safe_files import read_yaml
 from ..adapters import Adapter, InFile
@@ -52,13 +51,9 @@ def vllm_options(additional_config: object) -> VllmOptions:
         values = additional_config.get(KEY)
         for key in additional_config:
             if key != KEY and str(key).lower().replace("-", "_") == KEY:
-                raise ConfigError(
-                    f"additional_config: {key!r} is not known; the plugin's options are in {KEY!r}"
-                )
+                raise ConfigError(f"{source}: {key!r} is not known; the plugin's options are in {KEY!r}")
     if values is None:
-        source, values = CONFIG_VARIABLE, read_section(KEY)
-    if values is None:
-        values = {}
+        source, values = CONFIG_VARIABLE, read_section(KEY) or {}
     if not isinstance(values, Mapping):
         raise ConfigError(f"{source}: {KEY} is {values!r}, not options with values")
     settings = options_in_settings()
@@ -129,8 +124,7 @@ def _enable(state: Any) -> None:
     from vllm.v1.worker.worker_base import WorkerBase
 
     _share_log()
-    missing = missing_seams(state)
-    if missing:
+    if missing := missing_seams(state):
         _logger.error(
             "eplb_plugin is enabled, but vLLM %s lacks what it needs: %s. vLLM's own policy plans instead; "
             "tested with vLLM %s",

@@ -7,6 +7,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -133,19 +134,13 @@ class VllmPolicy:
         if self._profiling and old is not None:
             return old.to("cpu", torch.int64, copy=True)
 
-        def topology() -> Topology:
-            return Topology(
-                num_nodes=num_nodes,
-                num_ranks=num_ranks,
-                num_slots=num_replicas,
-                num_groups=max(num_groups, 1),
-            )
-
+        sizes = {"num_nodes": num_nodes, "num_ranks": num_ranks, "num_slots": num_replicas}
+        topology = partial(Topology, **sizes, num_groups=max(num_groups, 1))
         if old is None:
             # Without a map in force there is nothing to keep after a failure: vLLM answers then.
             try:
-                planned = plan(weight.cpu(), topology(), options=self.options.planner)
-                return planned.placement.physical_to_logical
+                placement = plan(weight.cpu(), topology(), options=self.options.planner).placement
+                return placement.physical_to_logical
             except Exception as error:
                 _logger.error("no plan without a map in force: %s; vLLM's own policy answers", error)
                 return self._by_vllm(weight, *numbers)

@@ -18,7 +18,7 @@ from ...planning.planner import warmup
 from ...runtime.control.rank_group import RankGroup
 from ...runtime.verify.unregistered import warn_unregistered
 from ..common.options import EngineOptions
-from ..common.telemetry import bytes_of_one_expert, engine_telemetry
+from ..common.planner import bytes_of_one_expert, engine_telemetry
 from .policy import Interval, VllmPolicy
 from .window import RingKeeper, fold_window, no_window, sum_over_ranks
 
@@ -46,8 +46,6 @@ def bind_policy(
         made: gets the policy when there is one.
         compare: called once with the ranks of the group; raises where they were started otherwise.
     """
-    from vllm.distributed import parallel_state
-
     add_model = state.add_model
     policy: VllmPolicy | None = None
 
@@ -57,9 +55,8 @@ def bind_policy(
         nonlocal policy
         result = add_model(*args, **kwargs)
         if policy is None:
-            compare(parallel_state.get_ep_group().ranks)
-            missing = _missing_fields(state)
-            if missing:
+            compare(_ep_group().ranks)
+            if missing := _missing_fields(state):
                 _logger.error(
                     "eplb_plugin is enabled, but this vLLM's models lack what it reads: %s. vLLM's own "
                     "policy plans instead",
@@ -108,11 +105,10 @@ def missing_seams(state: Any) -> list[str]:
         (state, "EplbState", ("add_model", "model_states", "policy", "rearrange", "step", *ring)),
         (parallel_state, "parallel_state", ("get_ep_group", "get_eplb_group")),
     )
-    missing = [
-        f"{name}.{part}" for owner, name, parts in wanted for part in parts if not hasattr(owner, part)
-    ]
-    if missing:
-        return missing
+    absent = [f"{name}.{part}" for owner, name, parts in wanted for part in parts if not hasattr(owner, part)]
+    if absent:
+        return absent
+    missing = []
     taken = set(inspect.signature(VllmPolicy.rebalance_experts).parameters) - {"self"}
     if taken != set(inspect.signature(abstract.rebalance_experts).parameters):
         missing.append(f"AbstractEplbPolicy.rebalance_experts({', '.join(sorted(taken))})")
@@ -189,8 +185,6 @@ def wrap_rearrange(state: Any, ring: RingKeeper, policy: VllmPolicy) -> None:
 
 def _intervals(state: Any, options: EngineOptions) -> list[Interval]:
     """Each model's load since the last rearrangement, summed over the ranks. All ranks call it together."""
-    from vllm.distributed import parallel_state
-
     models, names = list(state.model_states.values()), _names(state)
     error: Exception | None = None
     size = {"steps": state.expert_rearrangement_step_interval, "snapshots": options.snapshots}
@@ -211,10 +205,9 @@ def _intervals(state: Any, options: EngineOptions) -> list[Interval]:
         loads = [
             no_window(model.expert_load_window, model.model.num_logical_experts, **size) for model in models
         ]
-    group = parallel_state.get_ep_group().device_group
-    loads, failures = sum_over_ranks(
-        loads, error is not None, lambda load: dist.all_reduce(load, group=group)
-    )
+    group = _ep_group().device_group
+    all_reduce = functools.partial(dist.all_reduce, group=group)
+    loads, failures = sum_over_ranks(loads, error is not None, all_reduce)
     # The main thread does not wait for the device; whoever plans does.
     *on_host, failures = (load.to("cpu", non_blocking=True) for load in (*loads, failures))
     ready = _arrival(loads[0].device)
@@ -226,20 +219,16 @@ def _intervals(state: Any, options: EngineOptions) -> list[Interval]:
 
 def _warm_up(state: Any) -> None:
     """Compile the planner."""
-    from vllm.distributed import parallel_state
-
     model = next(iter(state.model_states.values())).model
     started = time.perf_counter()
     slots, groups = model.num_physical_experts, max(model.num_expert_groups, 1)
-    warmup(Topology(num_ranks=parallel_state.get_ep_group().world_size, num_slots=slots, num_groups=groups))
+    warmup(Topology(num_ranks=_ep_group().world_size, num_slots=slots, num_groups=groups))
     if _is_first_rank():
         _logger.info("eplb_plugin: the planner was set up in %.1f s", time.perf_counter() - started)
 
 
 def _say(state: Any, options: EngineOptions, about: str) -> None:
     """Say that the plugin is active, for the model that was added last."""
-    from vllm.distributed import parallel_state
-
     name, model = _names(state)[-1], list(state.model_states.values())[-1].model
     _logger.info(
         "eplb_plugin %s: plans %s %s by policy %s: %d layers, %d experts, %d slots, %d ranks",
@@ -250,7 +239,7 @@ def _say(state: Any, options: EngineOptions, about: str) -> None:
         model.num_moe_layers,
         model.num_logical_experts,
         model.num_physical_experts,
-        parallel_state.get_ep_group().world_size,
+        _ep_group().world_size,
     )
 
 
@@ -261,10 +250,14 @@ def _names(state: Any) -> list[str]:
     return [f"{name} ({count})" if count else name for name, count in zip(names, seen, strict=True)]
 
 
-def _is_first_rank() -> bool:
+def _ep_group() -> Any:
     from vllm.distributed import parallel_state
 
-    return bool(parallel_state.get_ep_group().rank_in_group == 0)
+    return parallel_state.get_ep_group()
+
+
+def _is_first_rank() -> bool:
+    return bool(_ep_group().rank_in_group == 0)
 
 
 def _arrival(device: torch.device) -> Callable[[], object]:

@@ -25,7 +25,7 @@ from eplb_plugin.config.sources import default_yaml, load_settings
 from eplb_plugin.core.errors import EplbError
 from eplb_plugin.formats.loads import read_trace
 from eplb_plugin.formats.placements import read_placement
-from eplb_plugin.integration.sglang.options import parse_algorithm
+from eplb_plugin.integration.sglang.policy import parse_algorithm
 from eplb_plugin.integration.vllm.plugin import vllm_options
 
 MOST_BYTES = 64 * 2**20
