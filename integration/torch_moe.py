@@ -59,11 +59,8 @@ class MoEModel:
     """One rank's part of the model. All ranks must construct it, call `forward` and call `step` together.
 
     Args:
-        config: shape and seed.
         topology: ranks and slots. None: one rank with one slot for each expert, the reference for tests.
         placement: initial placement; by default `Placement.default`.
-        options: options of the rebalancer.
-        planner: options of the planner.
         group: process group; None is the default group, or none for a topology of one rank.
         device: device of weights, token ids and logits.
     """

@@ -154,7 +154,6 @@ def slots_by_expert(physical_to_logical: torch.Tensor, num_logical: int) -> torc
 
     Args:
         physical_to_logical: int64 [layers, slots], -1 for an empty slot; experts may be missing.
-        num_logical: logical experts per layer.
     """
     layers, num_slots = physical_to_logical.shape
     count = _count(physical_to_logical, num_logical)

@@ -86,7 +86,6 @@ def read_yaml(path: str | Path, max_bytes: int, max_values: int) -> Any:
     """Read a YAML file by the safe loader.
 
     Args:
-        path: the file.
         max_bytes: bound on its size.
         max_values: bound on the number of values; an alias counts like a copy of its anchor.
 
@@ -138,7 +137,6 @@ def opened_zip(path: Path, kind: str) -> Iterator[zipfile.ZipFile]:
     """Open a zip archive for reading; nothing is unpacked yet.
 
     Args:
-        path: the file.
         kind: name of the format for errors, such as `a readable .npz (zip) file`.
 
     Raises:

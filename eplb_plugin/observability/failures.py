@@ -33,12 +33,6 @@ class FailureLog:
         cause = f"{type(error).__name__}: {error}"
         if cause not in self._known:
             self._known.add(cause)
-            self._logger.error(
-                "%s failed: %s; %s; this is said once",
-                self._subject,
-                cause,
-                self._consequence,
-                exc_info=error,
-                stacklevel=2,
-            )
+            line = f"{self._subject} failed: {cause}; {self._consequence}; this is said once"
+            self._logger.error("%s", line, exc_info=error, stacklevel=2)
         return cause

@@ -241,8 +241,6 @@ def lower_bound_gap(load: torch.Tensor, placement: Placement, topology: Topology
 
     Args:
         load: [layers, logical] or [snapshots, layers, logical], tokens.
-        placement: the placement to score.
-        topology: nodes, ranks, slots and groups.
 
     Returns:
         The fraction, 0 where no placement can be better; None for a load without tokens.

@@ -98,8 +98,6 @@ def simulate(
     steps. The last interval may be shorter than the others.
 
     Args:
-        trace: the load of every step.
-        topology: nodes, ranks, slots and groups.
         policy: a name of `POLICIES`, or a policy of your own.
         interval: steps between two rebalances.
         snapshots: snapshots that each interval is folded into, at most.

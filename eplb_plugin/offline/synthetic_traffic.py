@@ -91,10 +91,7 @@ def generate(
     with the requests in flight, and each step is a multinomial draw.
 
     Args:
-        source: a profile or its name.
-        layers: MoE layers; by default those of the profile.
-        experts: logical experts per layer; by default those of the profile.
-        steps: steps to draw.
+        source: a profile or its name; `layers` and `experts` go over those of the profile.
         tokens_per_step: tokens of each step; each counts `top_k` times in every layer.
         topics: number of topics, or kinds of requests.
         drift: drift of the mix of topics, as in `topic_mix`.
@@ -195,7 +192,6 @@ class TokenStream:
 
     Args:
         vocabulary: number of token ids.
-        topics: number of topics.
         mix: float64 [steps, topics], share of each topic at each step.
         seed: the same arguments and seed give the same batches on every machine.
 
@@ -227,12 +223,9 @@ def topic_mix(steps: int, topics: int, *, drift: float, period: float, rng: np.r
     The mix never jumps and never repeats, and topics drift independently.
 
     Args:
-        steps: number of steps.
-        topics: number of topics.
         drift: standard deviation over time of a log share before normalisation. 0: equal shares; 1: clear
             drift; 3: one topic dominates at a time.
         period: typical number of steps between two highs of a topic.
-        rng: source of phases and lengths.
 
     Returns:
         float64 [steps, topics]; every row sums to 1.

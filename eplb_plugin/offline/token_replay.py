@@ -29,7 +29,6 @@ def fold_decode(
     """Replay a trace as decode: each step takes the next token of every request in flight.
 
     Args:
-        trace: the tokens.
         batch: requests in flight.
         steps: steps to replay; by default tokens / batch, at least one.
         drift: drift of the mix of categories, as in `topic_mix`.
@@ -124,7 +123,6 @@ def category_mix(trace: TokenTrace, tokens: _Ints | None = None, *, steps: int |
     """The share of each category at each step.
 
     Args:
-        trace: the tokens.
         tokens: int64 [steps, batch], a schedule of `decode_schedule`; None is the order of the file.
         steps: for the order of the file: number of equal parts, one by default.
 

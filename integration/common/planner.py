@@ -44,7 +44,6 @@ class EnginePlanner:
     A plan depends on the earlier calls alone: ranks with the same calls get the same plans.
 
     Args:
-        options: of the planner and of its window.
         model: name of the model in log lines, where there is more than one.
         speaks: whether this rank writes the log line of each rebalance.
 
@@ -138,10 +137,7 @@ class EnginePlanner:
     def plan(self, window: torch.Tensor, topology: Topology, current: Placement) -> Placement:
         """`planning.plan` with the options; override it for a planner of your own.
 
-        Args:
-            window: float64 [snapshots, layers, logical] in time order, tokens.
-            topology: nodes, ranks, slots and groups.
-            current: the placement in force.
+        The window is float64 [snapshots, layers, logical] in time order, tokens.
         """
         return plan(window, topology, current, self.options.planner).placement
 

@@ -141,7 +141,6 @@ class SglangBalancer:
 
         Args:
             load: [snapshots, layers, logical] or [layers, logical], tokens.
-            topology: nodes, ranks, slots and groups.
 
         Raises:
             LoadError, TopologyError: the load cannot be used. AgreementError: ranks planned differently.
@@ -159,7 +158,6 @@ class SglangBalancer:
 
         Args:
             counts: integer [steps, layers, logical] in time order, tokens over all ranks.
-            topology: nodes, ranks, slots and groups.
             current: int64 [layers, slots], the map in force.
         """
         if self.before_first is not None:

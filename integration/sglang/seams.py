@@ -80,12 +80,7 @@ def map_in_force() -> Any:
 
 
 def watch(manager: Any, balancer: SglangBalancer) -> None:
-    """Read weight sizes from SGLang's EPLBManager, and show rebalances on `/metrics` where that is enabled.
-
-    Args:
-        manager: SGLang's EPLBManager; with metrics, its forward passes are counted.
-        balancer: gets the telemetry.
-    """
+    """Read weight sizes from SGLang's EPLBManager. With metrics, count its passes and show its rebalances."""
 
     def expert_bytes() -> dict[int, int]:
         layers = manager._get_model().routed_experts_weights_of_layer
@@ -110,11 +105,8 @@ def watch(manager: Any, balancer: SglangBalancer) -> None:
 def warn_unmoved(manager: Any) -> None:
     """Warn, on the first rank, of tensors that look like an expert's and that SGLang will not move.
 
-    To be called just before the first move: SGLang keeps the model's first answer, and before loading that
-    would name the wrong tensors. Raises nothing.
-
-    Args:
-        manager: SGLang's EPLBManager.
+    To be called just before the first move: SGLang's EPLBManager keeps the model's first answer, and before
+    loading that would name the wrong tensors. Raises nothing.
     """
     if not is_first_rank():
         return

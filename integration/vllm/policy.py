@@ -62,7 +62,6 @@ class VllmPolicy:
     rearranges. Without them, the call uses the summed load.
 
     Args:
-        options: of the planner and its window.
         own: vLLM's own policy: it answers while the group of ranks changes.
         ranks: gives the ranks that compare their plans, on the CPU; asked at each call. None: no comparison.
         speaks: whether this rank writes the log line of each rebalance.
@@ -120,9 +119,6 @@ class VllmPolicy:
         Args:
             weight: [layers, logical], tokens.
             num_replicas: slots over all ranks.
-            num_groups: groups of experts per layer.
-            num_nodes: nodes.
-            num_ranks: ranks.
             old_global_expert_indices: integer [layers, slots], the map in force.
 
         Returns:

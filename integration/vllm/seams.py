@@ -41,7 +41,6 @@ def bind_policy(
 
     Args:
         state: an `EplbState` without models.
-        options: of the planner and its window.
         about: versions and options, for the log.
         made: gets the policy when there is one.
         compare: called once with the ranks of the group; raises where they were started otherwise.
@@ -230,17 +229,10 @@ def _warm_up(state: Any) -> None:
 def _say(state: Any, options: EngineOptions, about: str) -> None:
     """Say that the plugin is active, for the model that was added last."""
     name, model = _names(state)[-1], list(state.model_states.values())[-1].model
-    _logger.info(
-        "eplb_plugin %s: plans %s %s by policy %s: %d layers, %d experts, %d slots, %d ranks",
-        about,
-        name,
-        "asynchronously" if state.is_async else "synchronously",
-        options.planner.policy,
-        model.num_moe_layers,
-        model.num_logical_experts,
-        model.num_physical_experts,
-        _ep_group().world_size,
-    )
+    how = f"{'asynchronously' if state.is_async else 'synchronously'} by policy {options.planner.policy}"
+    experts, slots = model.num_logical_experts, model.num_physical_experts
+    sizes = f"{model.num_moe_layers} layers, {experts} experts, {slots} slots, {_ep_group().world_size} ranks"
+    _logger.info("eplb_plugin %s: plans %s %s: %s", about, name, how, sizes)
 
 
 def _names(state: Any) -> list[str]:

@@ -28,7 +28,6 @@ def fold_window(
     Args:
         window: integer [ring, layers, slots], tokens of each step; not written to.
         physical_to_logical: integer [layers, slots], the map during recording; -1 is an unused slot.
-        num_logical: logical experts per layer.
         position: next position to write, which holds the oldest step.
         steps: number of newest steps to take; older steps belong to earlier intervals.
         snapshots: maximum number of snapshots; there are no more than steps.

@@ -187,11 +187,11 @@ def test_workers_on_ray_get_the_variables(monkeypatch):
     from vllm.ray.ray_env import get_env_vars_to_copy
 
     monkeypatch.setenv("VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY", "MINE_")
-    monkeypatch.setenv("EPLB_PLUGIN_PLANNER__MAX_MOVES", "3")
+    monkeypatch.setenv("EPLB_PLUGIN_PLANNER__MIN_GAIN", "0.003")
     monkeypatch.setenv("MINE_TOO", "1")
     vllm_plugin.register()
     vllm_plugin.register()
-    assert {"EPLB_PLUGIN_PLANNER__MAX_MOVES", "MINE_TOO"} <= get_env_vars_to_copy()
+    assert {"EPLB_PLUGIN_PLANNER__MIN_GAIN", "MINE_TOO"} <= get_env_vars_to_copy()
 
 
 def test_an_untested_release_is_warned_of(monkeypatch, caplog):
