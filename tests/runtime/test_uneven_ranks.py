@@ -21,7 +21,12 @@ REBALANCES, MOST = 4, 2000  # the latter steps
 
 def serve(rank: int, mode: str, verify: str, local_first: bool) -> tuple[int, int]:
     options = eplb.RebalancerOptions(
-        mode=mode, interval=4, history=1, dispatch="local_first" if local_first else "even", verify=verify, background_share=1
+        mode=mode,
+        interval=4,
+        history=1,
+        dispatch="local_first" if local_first else "even",
+        verify=verify,
+        background_share=1,
     )
     model, reference = MoEModel(CONFIG, TOPOLOGY, options=options, planner=PLANNER), MoEModel(CONFIG)
     assert len(model.experts[0][0]) == TOPOLOGY.slots_by_rank[rank]
