@@ -127,7 +127,7 @@ def measure(rank: int, send: Callable[[Any], None], ranks: int, repeats: int) ->
         baseline = raw(context.weights, received, rank, ranks)
         copy = copies(context.weights, received)
         times: dict[str, list[float]] = {"raw": [], "staging": [], "whole": [], "copy": []}
-        num_bytes = layers * SLOTS_PER_RANK // 2 * context.weights.expert_bytes(0)
+        num_bytes = layers * SLOTS_PER_RANK // 2 * context.weights.expert_bytes[0]
         for repeat in range(max(repeats, round(MOVED / num_bytes)) + 1):
             for turn, name in enumerate(times):
                 goal = rotate(balancer.placement, ranks).physical_to_logical

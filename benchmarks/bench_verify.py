@@ -115,7 +115,7 @@ def measure(shape: Shape, layers: int, repeats: int, device: torch.device) -> Ro
             check = partial(prints[coverage].wrong_arrivals, [Arrival(layer, slot, slot, rows)])
             times[coverage].append(seconds(check, device))
     sampled, everything, copied = (statistics.median(times[name]) for name in ("sampled", "all", "copy"))
-    size = weights.expert_bytes(0)
+    size = weights.expert_bytes[0]
     return Row(
         shape.name,
         size / 2**20,

@@ -22,14 +22,7 @@ class EvenDispatch(ReplicaTables):
     """Replica of a token: its index in the batch, times the golden ratio, as a share of the replicas.
 
     Each rank starts at another replica. The multiples are kept for the largest batch so far; a larger batch
-    gets new ones, and the old ones stay, since captured graphs may read them.
-
-    Args:
-        placement: the placement in force.
-        topology: ranks and slots.
-        rank: this rank.
-        near: as of `ReplicaTables`.
-        device: where expert ids arrive.
+    gets new ones, and the old ones stay, since captured graphs may read them. Arguments: see `ReplicaTables`.
     """
 
     def __init__(
@@ -61,14 +54,11 @@ class EvenDispatch(ReplicaTables):
                 self._spread = (token * _GOLDEN + self._start) & ((1 << _BITS) - 1)
 
     def physical(self, layer: int, expert_ids: torch.Tensor) -> torch.Tensor:
-        """The slot of each token. Device work only.
+        """The slot of each token, numbered over all ranks; shape and dtype of `expert_ids`. Device work only.
 
         Args:
             layer: index of the MoE layer.
             expert_ids: integer [tokens, top_k] or [tokens], logical experts; -1 stays -1.
-
-        Returns:
-            Slots, numbered over all ranks; shape and dtype of `expert_ids`.
 
         Raises:
             LoadError: wrong shape or layer. Ids beyond the experts raise torch's index error, on CUDA

@@ -15,12 +15,6 @@ class LocalFirstDispatch(EvenDispatch):
     """`EvenDispatch` over the replicas on this rank; over all replicas for experts without any here.
 
     Fewer messages, at the price of balance: a rank with many tokens keeps them.
-
-    Args:
-        placement: the placement in force.
-        topology: ranks and slots.
-        rank: this rank.
-        device: where expert ids arrive.
     """
 
     def __init__(

@@ -6,37 +6,29 @@ import threading
 from collections.abc import Callable
 from functools import partial
 
+from ..config.options import RebalancerOptions
 from ..core.errors import UndecidedError
+from .connections import Connections
 from .context import Context
 from .control.scheduling import AtOnce, BetweenSteps, Scheduler
 from .control.throttle import lower_priority
-from .control.two_phase_commit import TwoPhaseCommit
 from .rebalance import Outcome, Request, rebalance
 
 __all__ = ["Runner"]
 
+_PAUSES = 0.25  # of the time limit, which runs for other ranks while this one pauses
+
 
 class Runner:
     """Its methods are for the serving thread. An error of a rebalance is kept, not raised: see `error`.
-
-    Args:
-        two_phase_commit: tells the ranks why one of them gives up.
-        rank: this rank.
-        share: of a core's time that the background takes, on average.
-        longest_pause: seconds between two collectives.
 
     Attributes:
         error: what ended the last rebalance before its end; there can be no other one then.
         reason: the same in words: that of the first rank to give up, on all ranks that can be reached.
     """
 
-    def __init__(
-        self, two_phase_commit: TwoPhaseCommit, rank: int, share: float, longest_pause: float
-    ) -> None:
-        self._two_phase_commit = two_phase_commit
-        self._rank = rank
-        self._share = share
-        self._longest_pause = longest_pause
+    def __init__(self, connections: Connections, options: RebalancerOptions) -> None:
+        self._connections, self._options = connections, options
         self._thread: threading.Thread | None = None
         self._scheduler = BetweenSteps(0)
         self._outcome: Outcome | None = None
@@ -58,13 +50,10 @@ class Runner:
 
     def start(self, context: Context, request: Request) -> None:
         """Start a rebalance in the background, after `request.step` steps of this rank."""
-        self._scheduler = BetweenSteps(request.step, self._share, self._longest_pause)
-        self._thread = threading.Thread(
-            target=self._run_beside,
-            args=(context, request, self._scheduler),
-            name="eplb-rebalance",
-            daemon=True,
-        )
+        pauses = _PAUSES * self._options.time_limit
+        self._scheduler = BetweenSteps(request.step, self._options.background_share, pauses)
+        beside = partial(self._run_beside, context, request, self._scheduler)
+        self._thread = threading.Thread(target=beside, name="eplb-rebalance", daemon=True)
         self._thread.start()
 
     def step_ended(self, step: int) -> None:
@@ -115,10 +104,10 @@ class Runner:
         reason = self._described(error)
         try:
             if not isinstance(error, UndecidedError):
-                reason = self._two_phase_commit.give_up(reason)
+                reason = self._connections.two_phase_commit.give_up(reason)
         finally:
             self.reason = reason
             self.error = error
 
     def _described(self, error: Exception) -> str:
-        return f"rank {self._rank}: {type(error).__name__}: {error}"
+        return f"rank {self._connections.control.rank}: {type(error).__name__}: {error}"

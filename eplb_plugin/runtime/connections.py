@@ -11,6 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from ..config.options import RebalancerOptions
 from ..core.errors import EplbError, TransferError
 from .control.rank_group import AnyGroup, RankGroup, answered
 from .control.throttle import lower_priority
@@ -38,32 +39,32 @@ class Connections:
         """Close all of them; ranks that still expect an answer get an error."""
         self.control.group = None
         self.transport.close()
-        self.two_phase_commit.close()
+        self.two_phase_commit.decisions.close()
 
 
 def connect(
     group: RankGroup,
-    time_limit: float,
-    store: Store | None = None,
+    options: RebalancerOptions,
+    store: Store | None,
     *,
-    with_weights: bool = True,
-    in_background: bool = False,
-    error: EplbError | None = None,
+    with_weights: bool,
+    error: EplbError | None,
 ) -> Connections:
     """All ranks of the group: connect.
 
     Args:
         group: of the engine; used once, to tell who takes part.
-        time_limit: seconds that any communication may take.
+        options: give the limit of any communication. If weights move beside serving, their threads get a
+            lower priority.
         store: where the new groups meet and decisions are kept; None is the store of the default group.
         with_weights: whether weights move at all.
-        in_background: weights move beside serving, so their threads get a lower priority.
         error: why this rank cannot take part.
 
     Raises:
         RankLostError: a rank did not join. TransferError: weights are on a device of another kind.
         AgreementError: ranks differ in `with_weights`. `error` on this rank, and EplbError on the others.
     """
+    time_limit = options.time_limit
     alone = RankGroup(device="cpu", alone=True)
     if group.size == 1:
         if error is not None:
@@ -86,7 +87,7 @@ def connect(
     if not with_weights:
         return Connections(control, Transport(alone), two_phase_commit)
     # The threads of a group inherit the priority of the thread that makes it.
-    with ThreadPoolExecutor(1, initializer=lower_priority if in_background else None) as maker:
+    with ThreadPoolExecutor(1, initializer=lower_priority if options.mode == "async" else None) as maker:
         if group.device.type == "cuda":
             upward, downward = answered("joining", maker.submit(nccl, "data").result), None
         else:

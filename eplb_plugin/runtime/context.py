@@ -50,10 +50,7 @@ class PlacementInForce:
     def switch(self, layer: int, row: torch.Tensor, prepared: tuple[torch.Tensor, torch.Tensor]) -> None:
         """Put one layer in force, its weights being in place.
 
-        Args:
-            layer: index of the MoE layer.
-            row: int64 [slots], the expert in each.
-            prepared: of this layer, from `tables.prepare`.
+        `row`: int64 [slots], the expert in each. `prepared`: of this layer, from `tables.prepare`.
         """
         self.physical_to_logical[layer] = row
         self._placement = None

@@ -32,6 +32,9 @@ class LoadWindow:
         history: intervals kept.
         device: of expert ids and counts.
 
+    Attributes:
+        steps: since the last `take`, dummy steps included.
+
     Raises:
         LoadError: a number is not an integer, or below 1.
     """
@@ -52,7 +55,7 @@ class LoadWindow:
         snapshots = checked_integer("snapshots", snapshots, LoadError)
         history = checked_integer("history", history, LoadError)
         self._num_snapshots = min(snapshots, interval)
-        self._steps = 0  # of the interval under way, dummy steps included
+        self.steps = 0
         self._history: deque[torch.Tensor] = deque(maxlen=history)
         # Not inference tensors, whatever the mode of the caller: those refuse writes outside of it.
         with torch.inference_mode(False):
@@ -129,9 +132,8 @@ class LoadWindow:
         """
         self._check_layer(layer)
         if counts.shape != (self.num_logical,) or counts.is_floating_point() or counts.dtype == torch.bool:
-            raise LoadError(
-                f"counts is {counts.dtype} {tuple(counts.shape)}, not integers ({self.num_logical},)"
-            )
+            wanted = f"integers ({self.num_logical},)"
+            raise LoadError(f"counts is {counts.dtype} {tuple(counts.shape)}, not {wanted}")
         self._check_device("counts", counts)
         self._counts[layer].add_(counts)
 
@@ -141,15 +143,10 @@ class LoadWindow:
         It counts as a step all the same, so that ranks with and without work end an interval together.
         """
         if not is_dummy:
-            snapshot = min(self._steps * self._num_snapshots // self.interval, self._num_snapshots - 1)
+            snapshot = min(self.steps * self._num_snapshots // self.interval, self._num_snapshots - 1)
             self._snapshots[snapshot].add_(self._step[:, 1:])
         self._step.zero_()
-        self._steps += 1
-
-    @property
-    def steps(self) -> int:
-        """Steps since the last `take`."""
-        return self._steps
+        self.steps += 1
 
     def take(self) -> torch.Tensor:
         """End the interval: its counts on this rank, int64 [snapshots, layers, logical] in time order.
@@ -157,11 +154,11 @@ class LoadWindow:
         Snapshots without steps are left out, so ranks with equally many steps get the same shape. The tensor
         belongs to the caller; counting starts anew.
         """
-        last = (self._steps - 1) * self._num_snapshots // self.interval
+        last = (self.steps - 1) * self._num_snapshots // self.interval
         used = min(last + 1, self._num_snapshots)
         taken = self._snapshots[:used].clone()
         self._snapshots.zero_()
-        self._steps = 0
+        self.steps = 0
         return taken
 
     def push(self, interval_load: torch.Tensor) -> None:
@@ -185,16 +182,14 @@ class LoadWindow:
     def load(self) -> torch.Tensor:
         """The whole window, int64 [snapshots, layers, logical] in time order; no snapshots before the
         first `push`."""
-        if not self._history:
-            return self._snapshots[:0]
-        return torch.cat(list(self._history))
+        return torch.cat(list(self._history)) if self._history else self._snapshots[:0]
 
     def clear(self) -> None:
         """Forget everything; to be called on all ranks alike, for instance when the group changes."""
         self._history.clear()
         self._snapshots.zero_()
         self._step.zero_()
-        self._steps = 0
+        self.steps = 0
 
     def _check_layer(self, layer: int) -> None:
         if not 0 <= layer < self.num_layers:

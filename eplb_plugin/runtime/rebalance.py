@@ -142,7 +142,7 @@ def gather(context: Context, request: Request, throttle: Throttle) -> torch.Tens
     if len(set(control.vote(phase, error, snapshots))) > 1:
         raise AgreementError(f"ranks took part in different numbers of steps, here {snapshots} snapshots")
     # All ranks have ended the rebalance before, so all have read its decisions.
-    context.connections.two_phase_commit.forget(delete=control.rank == 0)
+    context.connections.two_phase_commit.decisions.forget(delete=control.rank == 0)
     for load in loads:
         window.push(control.sum(load))
     return torch.cat(loads) if loads else torch.zeros(0, *shape, dtype=torch.int64)
@@ -152,10 +152,7 @@ def plan_layers(context: Context, number: int, load: torch.Tensor, scheduler: Sc
     """All ranks: plan the share of this rank.
 
     Args:
-        context: of the rank.
-        number: of the rebalance.
         load: int64 [snapshots, layers, logical], tokens of the window over all ranks.
-        scheduler: when to pause.
 
     Returns:
         int64 [share, slots]: the placement of these layers. `planning=leader`: all layers on rank 0, zeros on
@@ -190,9 +187,7 @@ def agree_on_plan(context: Context, rows: torch.Tensor, throttle: Throttle) -> t
     """All ranks: exchange what each planned, and check that all have the same.
 
     Args:
-        context: of the rank.
         rows: int64 [share, slots], from `plan_layers`.
-        throttle: told that ranks meet.
 
     Returns:
         int64 [layers, slots], the plan.
@@ -222,12 +217,8 @@ def write_report(
     """This rank: the report, with the balancedness of the interval under the old and the new placement.
 
     Args:
-        context: of the rank.
-        request: of the serving thread.
-        draft: all that was measured.
         before: the placement in force at the start.
         interval_load: int64 [snapshots, layers, logical], tokens of the interval over all ranks.
-        throttle: pauses before and after.
     """
     throttle.ranks_met()
     throttle.pause()

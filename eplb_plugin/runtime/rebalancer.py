@@ -29,7 +29,6 @@ __all__ = ["RebalanceReport", "Rebalancer"]
 
 _logger = logging.getLogger(__name__)
 _REPORTS = 64
-_PAUSES = 0.25  # of the time limit, which runs for other ranks while this one pauses
 
 
 class Rebalancer:
@@ -61,6 +60,8 @@ class Rebalancer:
         store: keeps the decisions of commits; None is the store of the default group.
 
     Attributes:
+        rank: this rank within the group.
+        off: why there will be no more rebalances; empty while there will.
         reports: the latest reports.
         observer: is told of steps and rebalances on this rank; `serve_metrics` sets it.
 
@@ -89,7 +90,7 @@ class Rebalancer:
         store: Store | None = None,
     ) -> None:
         self.topology = topology
-        self.options = options or RebalancerOptions()
+        self.options = options = options or RebalancerOptions()
         self.planner = planner or PlannerOptions()
         self.reports: deque[RebalanceReport] = deque(maxlen=_REPORTS)
         self.observer: RebalanceObserver | None = None
@@ -104,15 +105,8 @@ class Rebalancer:
             group_of_engine.check_topology(topology)
         except EplbError as error:
             unfit = error
-        connections = connect(
-            group_of_engine,
-            self.options.time_limit,
-            store,
-            with_weights=weights is not None,
-            in_background=self.options.mode == "async",
-            error=unfit,
-        )
-        self._rank = connections.control.rank
+        connections = connect(group_of_engine, options, store, with_weights=weights is not None, error=unfit)
+        self.rank = connections.control.rank
         try:
             self._context = start_up(
                 connections,
@@ -122,7 +116,7 @@ class Rebalancer:
                 placement=placement,
                 restore=restore,
                 load=load,
-                options=self.options,
+                options=options,
                 planner=self.planner,
                 device=group_of_engine.device,
             )
@@ -136,18 +130,13 @@ class Rebalancer:
         self._steps = 0
         self._number = 0
         # Intervals that ended while a rebalance was under way wait for the next one.
-        self._waiting: deque[torch.Tensor] = deque(maxlen=self.options.history)
-        self._runner = Runner(
-            connections.two_phase_commit,
-            self._rank,
-            self.options.background_share,
-            _PAUSES * self.options.time_limit,
-        )
-        self._off = ""
+        self._waiting: deque[torch.Tensor] = deque(maxlen=options.history)
+        self._runner = Runner(connections, options)
+        self.off = ""
         self._replacing = False
         self._told_failure = False
         # Ranks that plan compile the planner now, so that the first rebalance does not wait for it.
-        if self.rank == 0 or self.options.planning == "sharded":
+        if self.rank == 0 or options.planning == "sharded":
             warmup()
 
     @property
@@ -155,24 +144,14 @@ class Rebalancer:
         """The placement in force; its tables are on the CPU."""
         return self._context.in_force.placement
 
-    @property
-    def rank(self) -> int:
-        """This rank within the group."""
-        return self._rank
-
-    @property
-    def off(self) -> str:
-        """Why there will be no more rebalances; empty while there will."""
-        return self._off
-
     def record(self, layer: int, expert_ids: torch.Tensor, valid: torch.Tensor | None = None) -> None:
         """Count tokens per logical expert; see `LoadWindow.record`. Hot path: device work only."""
-        if not self._off:
+        if not self.off:
             self.window.record(layer, expert_ids, valid)
 
     def record_counts(self, layer: int, counts: torch.Tensor) -> None:
         """Add counts, integer [logical], tokens; see `LoadWindow.record_counts`."""
-        if not self._off:
+        if not self.off:
             self.window.record_counts(layer, counts)
 
     def physical(self, layer: int, expert_ids: torch.Tensor) -> torch.Tensor:
@@ -191,7 +170,7 @@ class Rebalancer:
             UndecidedError: a rank and the store were lost during a commit, and this rank cannot learn whether
                 the others switched. It must not serve on.
         """
-        if self._off:
+        if self.off:
             self._check_decided()
             return None
         self.window.step(is_dummy)
@@ -202,7 +181,7 @@ class Rebalancer:
         if self._runner.busy:
             self._runner.step_ended(self._steps)
             report = self._collect()
-        if self._off or self._steps % self.options.interval:
+        if self.off or self._steps % self.options.interval:
             return report
         self._waiting.append(self.window.take())
         if self._runner.busy or self._replacing:
@@ -218,9 +197,9 @@ class Rebalancer:
         All ranks call it. Returns and raises as `step`.
         """
         self._finish()
-        if self._off:
+        if self.off:
             self._check_decided()
-            return RebalanceReport.of_nothing(self._steps, self._off)
+            return RebalanceReport.of_nothing(self._steps, self.off)
         if self._replacing:
             return RebalanceReport.of_nothing(self._steps, "the engine is replacing weights")
         if self.window.steps:
@@ -244,10 +223,10 @@ class Rebalancer:
         self._replacing = True
         try:
             yield
-            if not self._off:
+            if not self.off:
                 self._context = register_again(self._context)
         except BaseException as error:
-            if not self._off:
+            if not self.off:
                 self._end(f"weights were not replaced: {type(error).__name__}: {error}")
             raise
         finally:
@@ -256,7 +235,7 @@ class Rebalancer:
     def close(self) -> None:
         """End balancing for good; a rebalance under way is finished first. All ranks call it."""
         self._finish()
-        if not self._off:
+        if not self.off:
             self._end("closed", failed=False)
 
     def _finish(self) -> None:
@@ -296,24 +275,23 @@ class Rebalancer:
 
     def _turn_off(self, error: Exception) -> RebalanceReport:
         """No more rebalances."""
-        self._off = self._runner.reason
+        self._end(self._runner.reason)
         if isinstance(error, UndecidedError):
-            _logger.critical("rank %d does not know which weights other ranks use: %s", self.rank, self._off)
+            _logger.critical("rank %d does not know which weights other ranks use: %s", self.rank, self.off)
         else:
             _logger.error(
                 "expert balancing is turned off on rank %d; the placement in force stays. %s",
                 self.rank,
-                self._off,
+                self.off,
                 exc_info=None if isinstance(error, RankLostError) else error,
             )
-        self._end(self._off)
         self._check_decided()
-        report = RebalanceReport.of_nothing(self._steps, self._off)
+        report = RebalanceReport.of_nothing(self._steps, self.off)
         self.reports.append(report)
         return report
 
     def _end(self, reason: str, *, failed: bool = True) -> None:
-        self._off = reason
+        self.off = reason
         # Ranks that wait for this one get an error at once, instead of at the time limit.
         self._context.connections.close()
         self._context.weights.release()

@@ -47,10 +47,8 @@ def relocate(
     """All ranks: move weights and switch until `goal` is in force, as far as weights arrive sound.
 
     Args:
-        context: of the rank.
         number: of the rebalance.
         goal: int64 [layers, slots].
-        scheduler: when to work and to switch.
         draft: gets the figures, and notes why layers stay.
         corrupted: slots to fill anew.
 
@@ -86,11 +84,8 @@ def relocate(
                 repair.trace_back(staged.corrupted, scheduler.throttle)
                 break
             repair.held[batch.layers] = batch.physical_to_logical
-            draft.add(
-                commit_seconds=seconds,
-                moves=batch.migration.num_sends,
-                bytes_moved=batch.sent_bytes(context.weights),
-            )
+            moves, num_bytes = batch.migration.num_sends, batch.sent_bytes(context.weights)
+            draft.add(commit_seconds=seconds, moves=moves, bytes_moved=num_bytes)
         else:
             return
 
@@ -139,13 +134,7 @@ def stage(
     """All ranks: get the weights of one batch into the staging memory, and verify them there.
 
     A failure of this rank goes to the vote of the commit: the other ranks have messages under way.
-
-    Args:
-        context: of the rank.
-        batch: the same on every rank.
-        transfer: of this batch.
-        scheduler: when to pause.
-        count_votes: called before anything is sent.
+    `count_votes` is called before anything is sent.
 
     Raises:
         RankLostError: another rank does not answer. The error of `count_votes`.

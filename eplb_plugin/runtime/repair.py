@@ -54,8 +54,6 @@ class Repair:
     """What a relocation can use and still reach, given the corruption found so far; the same on all ranks.
 
     Args:
-        context: of the rank.
-        number: of the rebalance.
         goal: int64 [layers, slots], where the relocation goes.
         draft: counts mismatches, and notes why layers stay.
 
@@ -65,9 +63,7 @@ class Repair:
     """
 
     def __init__(self, context: Context, number: int, goal: torch.Tensor, draft: DraftReport) -> None:
-        self._context = context
-        self._number = number
-        self._draft = draft
+        self._context, self._number, self._draft = context, number, draft
         self._attempts: dict[int, int] = {}
         self.held = context.in_force.physical_to_logical.clone()
         self.goal = goal.clone()
@@ -95,11 +91,8 @@ class Repair:
     def trace_back(self, sources: Sequence[Slot], throttle: Throttle) -> None:
         """All ranks, after experts arrived corrupted on any of them: discard corrupted sources.
 
-        A layer with sound sources, corrupted in transfer for the second time, stays.
-
-        Args:
-            sources: of the corrupted arrivals on this rank.
-            throttle: pauses between layers.
+        A layer with sound sources, corrupted in transfer for the second time, stays. `sources`: of the
+        corrupted arrivals on this rank.
 
         Raises:
             TransferError: on all ranks, if one of them cannot read its weights.
@@ -120,17 +113,14 @@ class Repair:
 
 def _corrupted_slots(context: Context, phase: str, layers: Sequence[int], throttle: Throttle) -> list[Slot]:
     """All ranks: slots of any rank, in `layers`, without the weights that the placement in force says."""
-    control = context.connections.control
-    fingerprints = context.fingerprints
+    control, fingerprints = context.connections.control, context.fingerprints
 
     def corrupted_here() -> list[Slot]:
         found: list[Slot] = []
+        at = context.weights, context.in_force.placement, context.topology, control.rank
         if fingerprints is not None:
-            placement = context.in_force.placement
             for layer in layers:
-                found += fingerprints.wrong_slots(
-                    context.weights, placement, context.topology, control.rank, [layer]
-                )
+                found += fingerprints.wrong_slots(*at, [layer])
                 throttle.pause()
         return found
 

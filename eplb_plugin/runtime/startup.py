@@ -50,10 +50,7 @@ def start_up(
 ) -> Context:
     """All ranks: check and agree, load lost experts again, and move experts to the slots that lack them.
 
-    Arguments and errors as of `Rebalancer`.
-
-    Args:
-        shape: layers, and experts of a layer.
+    Arguments and errors as of `Rebalancer`; `shape`: layers, and experts of a layer.
     """
     num_layers, num_logical = shape
     control = connections.control
@@ -83,27 +80,22 @@ def start_up(
     held = _restore_lost(connections, topology, held, start, restore)
 
     # 4. Take the fingerprints of all experts, so that the next phase is verified too.
-    fingerprints = None
+    prints = None
     if options.verify != "off" and registered.signature:
-        fingerprints = ExpertFingerprints.make(
-            registered, Placement(held, num_logical), topology, control, options.verify
-        )
+        holding = Placement(held, num_logical)
+        prints = ExpertFingerprints.make(registered, holding, topology, control, options.verify)
     tables = find_dispatch(options.dispatch)(start, topology, rank=control.rank, device=device)
+    window = LoadWindow(
+        *shape, interval=options.interval, snapshots=options.snapshots, history=options.history, device=device
+    )
     context = Context(
         topology=topology,
         planner=planner,
         options=options,
         connections=connections,
-        window=LoadWindow(
-            num_layers,
-            num_logical,
-            interval=options.interval,
-            snapshots=options.snapshots,
-            history=options.history,
-            device=device,
-        ),
+        window=window,
         weights=registered,
-        fingerprints=fingerprints,
+        fingerprints=prints,
         staging=Staging(options.staging_mib << 20),
         in_force=PlacementInForce(held, num_logical, tables),
         streams=DeviceOrder(registered.device or device),
@@ -123,8 +115,7 @@ def start_up(
 def register_again(context: Context) -> Context:
     """All ranks, after the engine has loaded other weights: register them, and take their fingerprints.
 
-    Args:
-        context: its weights are released.
+    The weights of `context` are released.
 
     Raises:
         TransferError: a tensor has a layout that cannot be moved. AgreementError: ranks differ in the
@@ -228,8 +219,7 @@ def _complete(
                 f"load is for {snapshots.shape[1]} layers of {snapshots.shape[2]} experts, "
                 f"not {held.shape[0]} of {num_logical}"
             )
-        ids = complete(held, snapshots, effective_topology(topology, num_logical))
-        return Placement(ids, num_logical)
+        return Placement(complete(held, snapshots, effective_topology(topology, num_logical)), num_logical)
 
     start = control.attempt("completing the placement", fill_up)
     control.agree("the placement to start from", fingerprint(start.physical_to_logical))

@@ -36,7 +36,7 @@ def test_batches_fit_and_every_one_leaves_a_placement(
     logical = max(1, topology.num_slots - spare)
     weights = make_weights(3, topology)
     old, new = (random_placement(3, logical, topology.num_slots, seed + x) for x in (0, 1))
-    bound = experts_at_once * (weights.staged_bytes(0) + weights.coalesced_bytes(0))
+    bound = experts_at_once * (weights.staged_bytes[0] + weights.coalesced_bytes[0])
     before, after = old.physical_to_logical, new.physical_to_logical
     batches, impossible = plan_batches(before, after, weights, topology, bound)
     now = before.clone()
@@ -58,7 +58,7 @@ def test_a_ring_too_large_for_the_bound_is_refused_and_a_spare_slot_lets_it_thro
     topology = eplb.Topology(num_ranks=4, num_slots=4)
     ring = torch.tensor([[0, 1, 2, 3]]), torch.tensor([[1, 2, 3, 0]])
     weights = make_weights(1, topology)
-    one = weights.staged_bytes(0) + weights.coalesced_bytes(0)
+    one = weights.staged_bytes[0] + weights.coalesced_bytes[0]
     assert plan_batches(*ring, weights, topology, one)[1] == {}
     batches, impossible = plan_batches(*ring, weights, topology, one - 1)
     assert batches == []

@@ -59,9 +59,11 @@ class RankGroup:
         if group is not None and group == dist.GroupMember.NON_GROUP_MEMBER:
             raise EplbError("this process is not in the group that was given")
         self.group = group
-        self.size = self.group.size() if self.group is not None else 1
-        self.rank = self.group.rank() if self.group is not None else 0
-        self.device = torch.device(device) if device is not None else self._default_device()
+        self.size: int = 1 if group is None else group.size()
+        self.rank: int = 0 if group is None else group.rank()
+        if device is None:
+            device = "cuda" if group is not None and "nccl" in str(dist.get_backend(group)) else "cpu"
+        self.device = torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:
             # The current device belongs to a thread, and several threads use this group.
             self.device = torch.device("cuda", torch.cuda.current_device())
@@ -164,11 +166,8 @@ class RankGroup:
                 )
             if any(vote[1] for vote in votes):
                 cause = None if error is None else f"{type(error).__name__}: {error}"
-                causes = [
-                    f"rank {rank}: {text}"
-                    for rank, text in enumerate(self.collect(cause))
-                    if text is not None
-                ]
+                texts = enumerate(self.collect(cause))
+                causes = [f"rank {rank}: {text}" for rank, text in texts if text is not None]
                 kind = type(error) if isinstance(error, EplbError) else raises
                 raise kind(
                     f"{phase} failed on {len(causes)} of {self.size} ranks: {'; '.join(causes)}"
@@ -216,11 +215,6 @@ class RankGroup:
         if self.group is None:
             raise RankLostError("the connections to the other ranks are closed")
         return self.group
-
-    def _default_device(self) -> torch.device:
-        if self.group is not None and "nccl" in str(dist.get_backend(self.group)):
-            return torch.device("cuda", torch.cuda.current_device())
-        return torch.device("cpu")
 
 
 def answered(what: str, action: Callable[[], _T]) -> _T:

@@ -35,14 +35,9 @@ class Scheduler(Protocol):
         """Set a fence: the first step at which this rank can switch. Serving waits there for `release`."""
 
     def release(self, step: int | None, switches: Sequence[Switch] = ()) -> float:
-        """Lift the fence and have the serving thread do `switches`; wait until all are done.
+        """Lift the fence, and wait until the serving thread has done `switches` in order; their seconds.
 
-        Args:
-            step: of the first switch; each of the others comes one step later. None: there are none.
-            switches: in order.
-
-        Returns:
-            Seconds that the switches took.
+        `step`: of the first switch; each of the others comes one step later. None: there are none.
         """
 
 
@@ -123,10 +118,7 @@ class BetweenSteps:
 
     def finish(self, thread: threading.Thread) -> None:
         """The serving thread: do all switches at once, whatever the step, until the background has ended.
-
-        Raises:
-            As `step_ended`.
-        """
+        Raises as `step_ended`."""
         self.throttle.lift()
         while thread.is_alive():
             with self._changed:

@@ -32,9 +32,10 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch._C._distributed_c10d import Store
 
@@ -54,6 +55,8 @@ _KEEP = "keep"
 _OFF = "off"  # key of the reason why balancing ended
 _PIECES = 20  # of a time limit
 
+_Call: TypeAlias = tuple[Callable[[], Any], "Future[Any]"]
+
 
 class TwoPhaseCommit:
     """Commits of one rank; see the table above.
@@ -62,12 +65,15 @@ class TwoPhaseCommit:
         group: all ranks.
         store: compare-and-set store that all ranks reach; None for a lone rank.
         time_limit: seconds for each phase of a commit: for the vote, and for an answer of the store.
+
+    Attributes:
+        decisions: in the store.
     """
 
     def __init__(self, group: RankGroup, store: Store | None, time_limit: float) -> None:
         self._group = group
         self._time_limit = time_limit
-        self._decisions = DecisionStore(store, time_limit)
+        self.decisions = DecisionStore(store, time_limit)
 
     def commit(
         self,
@@ -102,7 +108,7 @@ class TwoPhaseCommit:
 
         # 1. Vote.
         scheduler.throttle.ranks_met()
-        store_answers = self._decisions.answers()
+        store_answers = self.decisions.answers()
         fence = scheduler.propose_step()
         vote = _NO_STORE if not store_answers else _CORRUPTED if num_corrupted else fence
         lost: Exception | None = None
@@ -125,7 +131,7 @@ class TwoPhaseCommit:
 
         # 2. Decide.
         try:
-            decision = self._decisions.decide(name, _KEEP if lost is not None else str(max(votes)))
+            decision = self.decisions.decide(name, _KEEP if lost is not None else str(max(votes)))
             if decision == _KEEP:
                 raise lost or RankLostError("a rank could not be reached when all were ready to switch")
             # 3. Switch.
@@ -144,16 +150,8 @@ class TwoPhaseCommit:
         A rank whose store does not answer gets its own.
         """
         with suppress(UndecidedError):
-            return self._decisions.decide(_OFF, reason)
+            return self.decisions.decide(_OFF, reason)
         return reason
-
-    def forget(self, *, delete: bool) -> None:
-        """Forget the decisions so far, once all ranks have read them. One rank deletes them."""
-        self._decisions.forget(delete=delete)
-
-    def close(self) -> None:
-        """End the thread that asks the store."""
-        self._decisions.close()
 
     def _vote(self, phase: str, error: Exception | None, value: int) -> list[int]:
         return self._group.vote(phase, error, value, TransferError, time_limit=self._time_limit)
@@ -172,7 +170,7 @@ class DecisionStore:
         self._time_limit = time_limit
         self._keys: list[str] = []
         self._calls: SimpleQueue[_Call | None] = SimpleQueue()
-        self._last: _Call | None = None
+        self._last: Future[Any] | None = None
         if store is not None:
             # Started now: when a decision is due, the process may have no thread left.
             threading.Thread(target=_serve, args=(self._calls,), name="eplb-decisions", daemon=True).start()
@@ -203,7 +201,8 @@ class DecisionStore:
             return False
 
     def forget(self, *, delete: bool) -> None:
-        """Forget all keys so far; `delete` removes them from the store too, if it answers."""
+        """Forget all keys so far, once all ranks have read them; `delete`, on one rank, removes them from the
+        store too, if it answers."""
         store, keys = self._store, self._keys
         self._keys = []
         if delete and store is not None and keys:
@@ -211,40 +210,26 @@ class DecisionStore:
                 self._ask(lambda: [store.delete_key(key) for key in keys])
 
     def close(self) -> None:
-        """Ask nothing any more."""
+        """Ask nothing any more; ends the thread that asks."""
         self._calls.put(None)
 
     def _ask(self, action: Callable[[], Any]) -> Any:
         """The result of `action`, run in another thread: the client of the store has no time limit."""
-        if self._last is not None and not self._last.done.is_set():
+        if self._last is not None and not self._last.done():
             raise TimeoutError("no answer to an earlier question either")
-        call = self._last = _Call(action)
-        self._calls.put(call)
+        answer = self._last = Future[Any]()
+        self._calls.put((action, answer))
         # In pieces: the time in which this process was stopped (SIGSTOP) must not count.
         for _ in range(_PIECES):
-            if call.done.wait(self._time_limit / _PIECES):
-                break
-        else:
-            raise TimeoutError(f"no answer within {self._time_limit:g} s")
-        if call.error is not None:
-            raise call.error
-        return call.result
-
-
-class _Call:
-    """A question to the store, and its answer once `done` is set."""
-
-    def __init__(self, action: Callable[[], Any]) -> None:
-        self.action = action
-        self.done = threading.Event()
-        self.result: Any = None
-        self.error: Exception | None = None
+            if wait([answer], self._time_limit / _PIECES).done:
+                return answer.result()
+        raise TimeoutError(f"no answer within {self._time_limit:g} s")
 
 
 def _serve(calls: SimpleQueue[_Call | None]) -> None:
     while (call := calls.get()) is not None:
+        action, answer = call
         try:
-            call.result = call.action()
+            answer.set_result(action())
         except Exception as error:
-            call.error = error
-        call.done.set()
+            answer.set_exception(error)

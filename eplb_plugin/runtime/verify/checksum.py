@@ -34,13 +34,9 @@ _Ints = npt.NDArray[np.int64]
 
 
 def checksum_rows(rows: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Checksums of several experts, with torch.
+    """Checksums of several experts, with torch: int64 [experts], on the device of `rows`.
 
-    Args:
-        rows: for each tensor, at least one, uint8 [experts, bytes], on one device; rows may lie apart.
-
-    Returns:
-        int64 [experts], on that device.
+    `rows`: for each tensor, at least one, uint8 [experts, bytes], on one device; rows may lie apart.
     """
     count, device = rows[0].shape[0], rows[0].device
     num_blocks = sum(-(-row.shape[1] // (BLOCK * WORD)) for row in rows)
@@ -63,15 +59,14 @@ def checksum_rows(rows: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def checksum_at(addresses: _Ints, sizes: tuple[int, ...], *, sampled: bool) -> _Ints | None:
-    """Checksums of several experts in CPU memory, compiled; None if rows are not whole aligned words.
+    """Checksums of several experts in CPU memory, compiled: int64 [experts].
+
+    None: rows are not whole aligned words.
 
     Args:
         addresses: int64 [experts, tensors], of the first byte of each row.
         sizes: bytes of a row of each tensor.
         sampled: over the sampled words of all tensors, one tensor behind the other.
-
-    Returns:
-        int64 [experts].
     """
     # numba takes a while to import.
     from . import checksum_kernels
@@ -101,13 +96,10 @@ def sample(row: torch.Tensor) -> torch.Tensor:
 
 
 def sample_experts(experts: Sequence[Sequence[torch.Tensor]]) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """The sampled bytes of many experts, those of one expert's tensors behind each other.
+    """(indices of experts, uint8 [these experts, bytes]): the sampled bytes of many experts, those of one
+    expert's tensors behind each other.
 
-    Args:
-        experts: of each, at least one row: uint8 [bytes] of each of its tensors, all on one device.
-
-    Yields:
-        (indices of experts, uint8 [these experts, bytes]).
+    `experts`: of each, at least one row: uint8 [bytes] of each of its tensors, all on one device.
     """
     # One call gathers all rows of one storage; a call for each row would take longer than the read.
     kinds: dict[tuple[tuple[int, int], ...], list[int]] = defaultdict(list)

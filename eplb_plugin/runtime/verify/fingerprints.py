@@ -53,7 +53,6 @@ def fingerprint_rows(rows: Sequence[torch.Tensor], coverage: Coverage) -> torch.
 
     Args:
         rows: for each tensor, at least one, uint8 [experts, bytes], on one device; rows may lie apart.
-        coverage: bytes that count.
 
     Returns:
         int64 [experts], on that device.
@@ -72,14 +71,9 @@ def fingerprint_rows(rows: Sequence[torch.Tensor], coverage: Coverage) -> torch.
 
 
 def fingerprint_experts(experts: Sequence[Sequence[torch.Tensor]], coverage: Coverage) -> torch.Tensor:
-    """The same fingerprints of experts at arbitrary places, such as a staging buffer.
+    """The same of experts at arbitrary places, such as a staging buffer: int64 [experts] on the CPU.
 
-    Args:
-        experts: of each, at least one row: uint8 [bytes] of each of its tensors, all on one device.
-        coverage: bytes that count.
-
-    Returns:
-        int64 [experts], on the CPU.
+    `experts`: of each, at least one row: uint8 [bytes] of each of its tensors, all on one device.
     """
     found = torch.zeros(len(experts), dtype=torch.int64)
     kinds: dict[tuple[int, ...], list[int]] = defaultdict(list)
@@ -87,11 +81,10 @@ def fingerprint_experts(experts: Sequence[Sequence[torch.Tensor]], coverage: Cov
         kinds[tuple(row.numel() for row in rows)].append(index)
     others: list[int] = []
     for sizes, alike in kinds.items():
-        if experts[alike[0]][0].device.type != "cpu":
-            others += alike
-            continue
-        addresses = np.array([[row.data_ptr() for row in experts[index]] for index in alike])
-        sums = checksum_at(addresses, sizes, sampled=coverage == "sampled")
+        sums = None
+        if experts[alike[0]][0].device.type == "cpu":
+            addresses = np.array([[row.data_ptr() for row in experts[index]] for index in alike])
+            sums = checksum_at(addresses, sizes, sampled=coverage == "sampled")
         if sums is None:
             others += alike
         else:
@@ -140,7 +133,7 @@ class ExpertFingerprints:
         mine = topology.slots_of_rank(group.rank)
 
         def fingerprint_all() -> torch.Tensor:
-            found = torch.zeros(2, weights.num_layers, topology.num_slots, dtype=torch.int64)
+            found = torch.zeros(2, len(weights.rows), topology.num_slots, dtype=torch.int64)
             for layer, rows in enumerate(weights.rows):
                 if rows:
                     found[0, layer, mine] = fingerprint_rows(rows, coverage).cpu()
@@ -169,11 +162,7 @@ class ExpertFingerprints:
         return cls(lowest[0], alike & lowest[1].bool(), coverage)
 
     def wrong_arrivals(self, arrivals: Sequence[Arrival]) -> list[Arrival]:
-        """The arrivals with a wrong fingerprint; unknown fingerprints match anything.
-
-        Args:
-            arrivals: of any layers, on one device.
-        """
+        """The arrivals, all on one device, with a wrong fingerprint; unknown fingerprints match anything."""
         known, table = self.known.numpy(), self.table.numpy()
         some = [arrival for arrival in arrivals if known[arrival.layer, arrival.expert]]
         if not some:
@@ -190,18 +179,13 @@ class ExpertFingerprints:
         rank: int,
         layers: Sequence[int] | None = None,
     ) -> list[tuple[int, int]]:
-        """(layer, slot) of this rank's slots without the fingerprint of the expert placed there.
+        """(layer, slot) of the rank's slots without the fingerprint of the expert that `placement` has there.
 
-        Args:
-            weights: of this rank.
-            placement: the placement in force.
-            topology: gives the slots of a rank.
-            rank: this rank.
-            layers: to verify; None is all.
+        `layers`: to verify; None is all.
         """
         slots = topology.slots_of_rank(rank)
         wrong = []
-        for layer in range(weights.num_layers) if layers is None else layers:
+        for layer in range(len(weights.rows)) if layers is None else layers:
             experts = placement.physical_to_logical[layer, slots.start : slots.stop].cpu()
             known = self.known[layer, experts] & (experts >= 0)
             if bool(known.any()):

@@ -39,7 +39,7 @@ class MigrationBatch:
 
     def sent_bytes(self, weights: ExpertWeights) -> int:
         """Bytes of the experts that ranks send to each other, over all ranks."""
-        return sum(weights.expert_bytes(self.layers[layer]) for layer in self.migration.sends.layer.tolist())
+        return sum(weights.expert_bytes[self.layers[layer]] for layer in self.migration.sends.layer.tolist())
 
 
 def plan_batches(
@@ -87,30 +87,26 @@ def staging_bytes(
 ) -> torch.Tensor:
     """Staging memory that each layer needs on each rank: int64 [layers, ranks], bytes.
 
-    Received experts and staged copies wait there; small rows are gathered there before they are sent.
-
-    Args:
-        plan: its layers are indices into `layers`.
+    Received experts and staged copies wait there; small rows are gathered there before they are sent. The
+    layers of `plan` are indices into `layers`.
     """
-    ranks = topology.num_ranks
-    received, copied, sent = (
-        torch.bincount(layer * ranks + rank, minlength=len(layers) * ranks).view(-1, ranks)
-        for layer, rank in (
-            (plan.sends.layer, plan.sends.rank),
-            (plan.copies.layer[plan.copies.staged], plan.copies.rank[plan.copies.staged]),
-            (plan.sends.layer, plan.sends.source_rank),
-        )
-    )
-    expert = torch.tensor([[weights.staged_bytes(layer)] for layer in layers])
-    coalesced = torch.tensor([[weights.coalesced_bytes(layer)] for layer in layers])
+
+    def count(layer: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
+        ranks = topology.num_ranks
+        return torch.bincount(layer * ranks + rank, minlength=len(layers) * ranks).view(-1, ranks)
+
+    sends, copies = plan.sends, plan.copies
+    received, sent = count(sends.layer, sends.rank), count(sends.layer, sends.source_rank)
+    copied = count(copies.layer[copies.staged], copies.rank[copies.staged])
+    expert = torch.tensor([[weights.staged_bytes[layer]] for layer in layers])
+    coalesced = torch.tensor([[weights.coalesced_bytes[layer]] for layer in layers])
     return (received + copied) * expert + sent * coalesced
 
 
 def _runs(needed: torch.Tensor, bound: int) -> Iterator[tuple[int, int]]:
     """(first, end) of neighbouring layers that fit together; a layer that does not fit at all is alone.
 
-    Args:
-        needed: int64 [layers, ranks], bytes.
+    `needed`: int64 [layers, ranks], bytes.
     """
     first, total = 0, torch.zeros_like(needed[0])
     for row, more in enumerate(needed):
@@ -132,8 +128,7 @@ def _split(
 ) -> list[MigrationBatch]:
     """Batches of a layer that does not fit into `bound` at once: as many slots in each as fit.
 
-    Args:
-        before, after: int64 [slots].
+    `before`, `after`: int64 [slots].
 
     Raises:
         TransferError: slots that have to change together need more than the bound.
@@ -142,10 +137,10 @@ def _split(
     def batch_of(held: torch.Tensor, slots: list[int]) -> MigrationBatch:
         rows = held.clone()
         rows[slots] = after[slots]
-        old, new = Placement(held[None], num_logical), Placement(rows[None], num_logical)
-        plan = plan_migration(old, new, topology)
-        needed = staging_bytes(plan, [layer], weights, topology)
-        return MigrationBatch([layer], new.physical_to_logical, plan, needed[0])
+        plan = plan_migration(
+            Placement(held[None], num_logical), Placement(rows[None], num_logical), topology
+        )
+        return MigrationBatch([layer], rows[None], plan, staging_bytes(plan, [layer], weights, topology)[0])
 
     batches: list[MigrationBatch] = []
     held, slots = before, list[int]()

@@ -42,7 +42,7 @@ def byte_rows(tensor: torch.Tensor, name: str, slots: int) -> torch.Tensor:
     Args:
         tensor: [slots, ...], any dtype; slots may lie apart, the values of one slot lie in one piece.
         name: of the tensor, for errors.
-        slots: slots on this rank.
+        slots: on this rank.
 
     Raises:
         TransferError: unsupported format; the message names shape, strides and rule.
@@ -109,6 +109,10 @@ class ExpertWeights:
         rows: for each layer and tensor that is not empty, uint8 [slots on this rank, bytes per slot].
         device: where the weights are; None without weights.
         signature: number, dtypes and shapes of tensors; equal on all ranks.
+        expert_bytes: for each layer, bytes of one expert over all its tensors.
+        staged_bytes: for each layer, the same in a staging buffer, with alignment.
+        coalesced: for each layer, indices of the tensors that share messages; the others have their own.
+        coalesced_bytes: for each layer, their bytes of one expert, with alignment: what a sender needs.
 
     Raises:
         TransferError: a tensor has an unsupported format (see `byte_rows`), is on another device, or is
@@ -130,7 +134,9 @@ class ExpertWeights:
             for index, tensor in enumerate(tensors):
                 name = f"tensor {index} of layer {layer}"
                 row = byte_rows(tensor, name, topology.slots_by_rank[rank])
-                described.append(f"{layer} {tensor.dtype} {tuple(tensor.shape[1:])} {_quantisation(tensor)}")
+                # A quantised tensor's scale and zero point stay on their rank, hence have to be equal on all.
+                scales = f"{tensor.q_scale()} {tensor.q_zero_point()}" if tensor.is_quantized else ""
+                described.append(f"{layer} {tensor.dtype} {tuple(tensor.shape[1:])} {scales}")
                 if not row.numel():
                     continue
                 self.device = self.device or row.device
@@ -141,13 +147,14 @@ class ExpertWeights:
         self.signature = "\n".join(described)
         self._addresses = list(seen)
         # Once for all: planning asks for every layer and every expert that moves.
-        self._coalesced = [
+        self.expert_bytes = [sum(row.shape[1] for row in rows) for rows in self.rows]
+        self.staged_bytes = [sum(padded(row[0]) for row in rows) for rows in self.rows]
+        self.coalesced = [
             [index for index, row in enumerate(rows) if row.shape[1] < _OWN_MESSAGE] for rows in self.rows
         ]
-        self._staged_bytes = [sum(padded(row[0]) for row in rows) for rows in self.rows]
-        self._coalesced_bytes = [
+        self.coalesced_bytes = [
             sum(padded(rows[index][0]) for index in small)
-            for rows, small in zip(self.rows, self._coalesced, strict=True)
+            for rows, small in zip(self.rows, self.coalesced, strict=True)
         ]
 
     def _check_row(self, row: torch.Tensor, name: str, seen: dict[int, str]) -> None:
@@ -183,26 +190,6 @@ class ExpertWeights:
         """A new registration of the same tensors, at their present memory."""
         return ExpertWeights(self._layers, self._topology, self._rank)
 
-    @property
-    def num_layers(self) -> int:
-        return len(self.rows)
-
-    def expert_bytes(self, layer: int) -> int:
-        """Bytes of one expert of the layer, over all its tensors."""
-        return sum(row.shape[1] for row in self.rows[layer])
-
-    def staged_bytes(self, layer: int) -> int:
-        """Bytes of one expert of the layer in a staging buffer, with alignment."""
-        return self._staged_bytes[layer]
-
-    def coalesced(self, layer: int) -> Sequence[int]:
-        """Indices of the layer's tensors that share messages; the others have messages of their own."""
-        return self._coalesced[layer]
-
-    def coalesced_bytes(self, layer: int) -> int:
-        """Their bytes of one expert, with alignment: staging memory that the sender needs."""
-        return self._coalesced_bytes[layer]
-
 
 def padded(row: torch.Tensor) -> int:
     """Bytes of a row, uint8 [bytes], in a staging buffer, with alignment: 33 bytes take 48."""
@@ -211,8 +198,3 @@ def padded(row: torch.Tensor) -> int:
 
 def _identity(tensor: torch.Tensor) -> tuple[object, ...]:
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
-
-
-def _quantisation(tensor: torch.Tensor) -> str:
-    """Scale and zero point of the whole tensor; they stay on their rank, hence have to be equal on all."""
-    return f"{tensor.q_scale()} {tensor.q_zero_point()}" if tensor.is_quantized else ""

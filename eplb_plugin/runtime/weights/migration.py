@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,12 +23,8 @@ _Ints = npt.NDArray[np.int64]
 class Copies(NamedTuple):
     """Copies from slot to slot of one rank; each field int64 [copies] on the CPU, in order of layer.
 
-    Attributes:
-        layer: layer of the copy.
-        rank: the rank that copies.
-        source_slot: slot (numbered over all ranks) that holds the expert before the migration.
-        slot: slot that gets it.
-        staged: bool; the source slot itself gets another expert, so it is read before anything is written.
+    Slots are numbered over all ranks; `source_slot` holds the expert before the migration.
+    `staged`, bool: the source slot itself gets another expert, so it is read before anything is written.
     """
 
     layer: torch.Tensor
@@ -39,14 +35,9 @@ class Copies(NamedTuple):
 
 
 class Sends(NamedTuple):
-    """Transfers of one expert from rank to rank; each field int64 [sends] on the CPU, in order of layer.
+    """Transfers of an expert from rank to rank; each field int64 [sends] on the CPU, in order of layer.
 
-    Attributes:
-        layer: layer of the expert.
-        expert: the logical expert.
-        source_rank: the sender, which held the expert before.
-        source_slot: slot (numbered over all ranks) that it sends from.
-        rank: the receiver, which did not hold the expert before.
+    `source_rank` held the expert before, in `source_slot` (numbered over all ranks). `rank` did not.
     """
 
     layer: torch.Tensor
@@ -70,17 +61,14 @@ class Arrivals(NamedTuple):
 
 class Reloads(NamedTuple):
     """Slots whose expert no living rank holds: it has to come from the checkpoint. Each field int64 [reloads]
-    on the CPU, in order of layer and slot.
-
-    Attributes:
-        layer: layer of the expert.
-        expert: the logical expert.
-        slot: slot (numbered over all ranks) that gets it.
-    """
+    on the CPU, in order of layer and slot; slots are numbered over all ranks."""
 
     layer: torch.Tensor
     expert: torch.Tensor
     slot: torch.Tensor
+
+
+_Table = TypeVar("_Table", Copies, Sends, Arrivals, Reloads)
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,19 +98,18 @@ class MigrationPlan:
     def of_layers(self, first: int, end: int) -> MigrationPlan:
         """The part of the plan for layers `first` to `end - 1`, which become 0 to `end - first - 1`."""
 
-        def within(layer: torch.Tensor, bounds: tuple[int, int] = (first, end)) -> slice:
-            return slice(*torch.searchsorted(layer, torch.tensor(bounds)).tolist())
+        def part(table: _Table, first: int = first, end: int = end) -> _Table:
+            """The rows whose first column is `first` to `end - 1`, counted from `first`."""
+            rows = slice(*torch.searchsorted(table[0], torch.tensor([first, end])).tolist())
+            return type(table)(table[0][rows] - first, *(column[rows] for column in table[1:]))
 
-        copies, sends, reloads = (within(table.layer) for table in (self.copies, self.sends, self.reloads))
-        arrivals = within(self.arrivals.send, (sends.start, sends.stop))
+        sent = torch.searchsorted(self.sends.layer, torch.tensor([first, end])).tolist()
         return MigrationPlan(
-            layers=self.layers[within(self.layers)] - first,
-            copies=Copies(self.copies.layer[copies] - first, *(column[copies] for column in self.copies[1:])),
-            sends=Sends(self.sends.layer[sends] - first, *(column[sends] for column in self.sends[1:])),
-            arrivals=Arrivals(self.arrivals.send[arrivals] - sends.start, self.arrivals.slot[arrivals]),
-            reloads=Reloads(
-                self.reloads.layer[reloads] - first, *(column[reloads] for column in self.reloads[1:])
-            ),
+            layers=self.layers[(self.layers >= first) & (self.layers < end)] - first,
+            copies=part(self.copies),
+            sends=part(self.sends),
+            arrivals=part(self.arrivals, *sent),
+            reloads=part(self.reloads),
         )
 
 
@@ -165,59 +152,42 @@ def plan_migration(
     after = new.physical_to_logical.cpu().numpy()
     if not all(alive):
         dead = ~np.array(alive)[rank_of_slot]
-        _check_empty(after, dead, rank_of_slot)
+        wrong = np.argwhere((after >= 0) & dead)
+        if wrong.size:
+            at, slot = wrong[0]
+            raise PlacementError(
+                f"layer {at} gives expert {after[at, slot]} to slot {slot} of rank {rank_of_slot[slot]}, "
+                "which active_ranks says is dead"
+            )
         before = np.where(dead, -1, before)
     changed = before != after
-    layer, slot = (changed & (after >= 0)).nonzero()  # sorted by layer, then slot
+    filled = changed & (after >= 0)
+    layer, slot = filled.nonzero()  # sorted by layer, then slot
     expert, rank = after[layer, slot], rank_of_slot[slot]
     source = _local_source(before, changed, new.num_logical, topology)[layer, rank, expert]
     holders = slots_by_expert(torch.from_numpy(before), new.num_logical).numpy()
 
     here = source >= 0
-    copies = Copies(
-        layer=_tensor(layer[here]),
-        rank=_tensor(rank[here]),
-        source_slot=_tensor(source[here]),
-        slot=_tensor(slot[here]),
-        staged=torch.from_numpy((changed & (after >= 0))[layer[here], source[here]]),
-    )
+    copies = layer[here], rank[here], source[here], slot[here], filled[layer[here], source[here]]
 
-    reloads = holders[layer, expert, 0] < 0
-    away = ~here & ~reloads
-    key = (layer[away] * topology.num_ranks + rank[away]) * new.num_logical + expert[away]
+    lost = holders[layer, expert, 0] < 0
+    away = ~here & ~lost
+    shape = len(before), topology.num_ranks, new.num_logical
+    key = np.ravel_multi_index((layer[away], rank[away], expert[away]), shape)
     unique, send = np.unique(key, return_inverse=True)
-    send_expert = unique % new.num_logical
-    send_rank = unique // new.num_logical % topology.num_ranks
-    send_layer = unique // (new.num_logical * topology.num_ranks)
+    send_layer, send_rank, send_expert = np.unravel_index(unique, shape)
     source_slot = _choose_senders(
         send_layer, send_rank, holders[send_layer, send_expert], len(before), topology
     )
+    sends = send_layer, send_expert, rank_of_slot[source_slot], source_slot, send_rank
     by_send = np.argsort(send.reshape(-1), kind="stable")
     return MigrationPlan(
         layers=_tensor(changed.any(1).nonzero()[0]),
-        copies=copies,
-        sends=Sends(
-            layer=_tensor(send_layer),
-            expert=_tensor(send_expert),
-            source_rank=_tensor(rank_of_slot[source_slot]),
-            source_slot=_tensor(source_slot),
-            rank=_tensor(send_rank),
-        ),
-        arrivals=Arrivals(send=_tensor(send.reshape(-1)[by_send]), slot=_tensor(slot[away][by_send])),
-        reloads=Reloads(
-            layer=_tensor(layer[reloads]), expert=_tensor(expert[reloads]), slot=_tensor(slot[reloads])
-        ),
+        copies=Copies(*map(_tensor, copies)),
+        sends=Sends(*map(_tensor, sends)),
+        arrivals=Arrivals(_tensor(send.reshape(-1)[by_send]), _tensor(slot[away][by_send])),
+        reloads=Reloads(*map(_tensor, (layer[lost], expert[lost], slot[lost]))),
     )
-
-
-def _check_empty(after: _Ints, dead: npt.NDArray[np.bool_], rank_of_slot: _Ints) -> None:
-    wrong = np.argwhere((after >= 0) & dead)
-    if wrong.size:
-        layer, slot = wrong[0]
-        raise PlacementError(
-            f"layer {layer} gives expert {after[layer, slot]} to slot {slot} of rank {rank_of_slot[slot]}, "
-            "which active_ranks says is dead"
-        )
 
 
 def _local_source(
@@ -237,10 +207,7 @@ def _local_source(
     for only_kept in (False, True):
         for i in reversed(range(topology.most_slots)):
             at = (rows, ranks, held[:, :, i])
-            if only_kept:
-                source[at] = np.where(dirty[:, :, i], source[at], first + i)
-            else:
-                source[at] = first + i
+            source[at] = np.where(only_kept & dirty[:, :, i], source[at], first + i)
     return source[:, :, :num_logical]
 
 
@@ -284,5 +251,5 @@ def _choose_senders(layer: _Ints, rank: _Ints, replicas: _Ints, num_layers: int,
     return chosen
 
 
-def _tensor(array: _Ints) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64))
+def _tensor(array: npt.NDArray[Any]) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array))

@@ -33,13 +33,7 @@ class RoundLimits(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Bytes of one row in one message.
-
-    Attributes:
-        part: of the round; parts follow each other.
-        row: index of the row.
-        first, end: bytes of the row.
-    """
+    """Bytes `first` to `end - 1` of row number `row`, in one message; parts of a round follow each other."""
 
     part: int
     row: int
@@ -49,9 +43,9 @@ class Chunk(NamedTuple):
 
 def expert_size(weights: ExpertWeights, layer: int) -> tuple[int, int]:
     """Bytes of one expert of the layer, and messages at most."""
-    coalesced = -(-weights.coalesced_bytes(layer) // _COALESCED)
-    alone = len(weights.rows[layer]) - len(weights.coalesced(layer))
-    return weights.expert_bytes(layer), alone + coalesced
+    coalesced = -(-weights.coalesced_bytes[layer] // _COALESCED)
+    alone = len(weights.rows[layer]) - len(weights.coalesced[layer])
+    return weights.expert_bytes[layer], alone + coalesced
 
 
 def plan_rounds(
@@ -62,10 +56,7 @@ def plan_rounds(
     Every rank goes through the rounds in order. So a rank waits only for ranks on their way to its round.
 
     Args:
-        sends: of a batch.
-        num_ranks: of the group.
-        sizes: for each layer of the batch, bytes and messages of one expert.
-        limits: of a round.
+        sizes: for each layer of the batch of `sends`, bytes and messages of one expert.
     """
     if limits == RoundLimits():
         return [0] * sends.layer.numel()

@@ -29,8 +29,7 @@ _FEWEST = 16
 class Staging:
     """The staging buffer, kept for the next transfer: fresh memory costs about as much time as receiving.
 
-    Args:
-        bound: bytes that it never exceeds.
+    It never exceeds `bound` bytes.
     """
 
     def __init__(self, bound: int) -> None:
@@ -60,11 +59,9 @@ class Staging:
 
 @dataclass(frozen=True, eq=False)
 class Arrival:
-    """One expert that waits for its slots on this rank.
+    """One logical expert that waits for its slots on this rank; `layer` is one of the model.
 
     Attributes:
-        layer: layer of the model.
-        expert: the logical expert.
         source_slot: its slot (numbered over all ranks) before the migration.
         rows: uint8 [bytes] of each tensor, in the staging buffer or in an untouched slot.
     """
@@ -146,10 +143,10 @@ class _Memory:
     ) -> None:
         self._first = slots.start
         self._slots = [list(zip(*(row.unbind() for row in weights.rows[n]), strict=True)) for n in layers]
-        self.coalesced = [weights.coalesced(layer) for layer in layers]
+        self.coalesced = [weights.coalesced[layer] for layer in layers]
         self.alone = [
-            [index for index in range(len(weights.rows[layer])) if index not in coalesced]
-            for layer, coalesced in zip(layers, self.coalesced, strict=True)
+            [index for index in range(len(weights.rows[layer])) if index not in weights.coalesced[layer]]
+            for layer in layers
         ]
         self._buffer, self._used = buffer, 0
 
@@ -183,12 +180,9 @@ def stage_batch(
     """Give every expert of the batch its place. Reads and writes no weights, and waits for no rank.
 
     Args:
-        batch: the same on every rank.
+        batch, limits: the same on every rank.
         weights: of this rank.
-        topology: gives the slots of a rank.
-        rank: this rank.
         buffer: uint8 [batch.staging_bytes[rank]].
-        limits: of a round, the same on every rank.
     """
     layers, plan = batch.layers, batch.migration
     sends, copies = plan.sends, plan.copies
@@ -237,9 +231,7 @@ def _make_rounds(
 ) -> list[Round]:
     """The rounds of this rank, each of its parts as a round of its own; coalesced rows get their space.
 
-    Args:
-        arrivals: of the incoming transfers.
-        most: bytes of a message that a row has for itself.
+    `arrivals`: of the incoming transfers. `most`: bytes of a message that a row has for itself.
     """
     rounds: dict[tuple[int, int], Round] = defaultdict(Round)
     for key, message, spaces in _messages(memory, outgoing, most):

@@ -13,10 +13,7 @@ __all__ = ["DeviceOrder"]
 class DeviceOrder:
     """A CUDA stream of the background thread, ordered with the stream of the engine by events.
 
-    On the CPU every method does nothing.
-
-    Args:
-        device: of weights and token counts.
+    On the CPU every method does nothing. `device`: of weights and token counts.
     """
 
     def __init__(self, device: torch.device) -> None:

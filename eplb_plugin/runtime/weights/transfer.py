@@ -18,18 +18,13 @@ class Transfer:
 
     The calls are, in this order: `fill_first`, `start`, `receive`, and `commit` for each layer.
 
-    Args:
-        staged: the place of every expert of the batch.
-        transport: carries the messages.
-
     Attributes:
         failure: why something could not be filled. It was sent nonetheless, since peers wait for it.
     """
 
     def __init__(self, staged: StagedBatch, transport: Transport) -> None:
-        self._staged = staged
+        self._staged, self._transport = staged, transport
         self.failure: Exception | None = None
-        self._transport = transport
         self._filled = 0  # calls of the first round whose messages are filled
         self._in_flight: list[InFlight] = []
         self._started = 0.0
@@ -51,10 +46,6 @@ class Transfer:
         """Copy what stays on the rank, and wait until all is sent and received, round by round.
 
         The caller has to go through all of it, also after an error: peers wait for messages of this rank.
-
-        Args:
-            streams: to wait for the device.
-            throttle: pauses between pieces of work.
 
         Yields:
             Arrivals that are complete, each once, while others may be on their way.
@@ -111,16 +102,11 @@ class Transfer:
 
     def _fill_all(self, call: list[tuple[Message, Fills]]) -> None:
         for _, fills in call:
-            if fills:
-                self._fill(fills)
+            self._fill(fills)
 
     def _fill(self, fills: Fills) -> None:
         try:
-            _copy(fills)
+            for target, source in fills:
+                target.copy_(source)
         except Exception as caught:  # every kind, since the other ranks wait
             self.failure = self.failure or caught
-
-
-def _copy(fills: Fills) -> None:
-    for target, source in fills:
-        target.copy_(source)

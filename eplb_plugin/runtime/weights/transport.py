@@ -29,7 +29,7 @@ _WHAT = "moving expert weights"
 
 # The caller of `wait` gets the error of a broken connection or a late message. Without this setting torch's
 # watchdog ends the process instead, and all other ranks end theirs.
-_NCCL_SETTINGS = {"TORCH_NCCL_BLOCKING_WAIT": "1"}
+_BLOCKING_WAIT = "TORCH_NCCL_BLOCKING_WAIT"
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,14 +103,12 @@ class Transport:
             raise RankLostError("the connections to the other ranks are closed")
 
         def run() -> list[Any]:
-            works = [
-                (down if message.rank > self._rank else up).recv([message.tensor], message.rank, 0)
-                for message in receives
-            ]
-            return works + [
-                (up if message.rank > self._rank else down).send([message.tensor], message.rank, 0)
-                for message in sends
-            ]
+            works = []
+            for at in receives:
+                works.append((down if at.rank > self._rank else up).recv([at.tensor], at.rank, 0))
+            for to in sends:
+                works.append((up if to.rank > self._rank else down).send([to.tensor], to.rank, 0))
+            return works
 
         def run_as_group() -> list[Any]:
             up._start_coalescing()
@@ -123,28 +121,25 @@ class Transport:
             works = _within(self._time_limit, self.device, partial(answered, _WHAT, run_as_group))
         except TimeoutError as error:
             self.close()
-            limit = f"within {self._time_limit} s"
-            raise RankLostError(f"{_WHAT}: no answer from another rank {limit}") from error
+            raise RankLostError(
+                f"{_WHAT}: no answer from another rank within {self._time_limit} s"
+            ) from error
         return InFlight(works)
 
     def close(self) -> None:
         """Give the groups back; ranks that still expect a message get an error."""
         group, self._upward, self._downward = self._upward, None, None
         if group is not None and self.max_messages is not None and self._size > 1:
-            _abort_nccl(group, self._time_limit)
+            # Its kernels on the GPU would wait for a lost peer for ever.
+            with suppress(RuntimeError, TimeoutError):
+                _within(self._time_limit, self.device, group.abort)
 
 
 def join_nccl(store: Store, rank: int, size: int, device: torch.device, time_limit: float) -> AnyGroup:
     """A connected NCCL communicator. All ranks call it together.
 
     NCCL connects at the first use, and then waits for every rank. A first all-reduce does that here, so that
-    later messages wait for their two ranks only.
-
-    Args:
-        store: where the ranks meet.
-        rank, size: of the group.
-        device: the GPU of this rank.
-        time_limit: seconds, for joining and for every later wait.
+    later messages wait for their two ranks only. `time_limit`: seconds, for joining and for every later wait.
 
     Raises:
         RankLostError: a rank does not answer.
@@ -153,7 +148,7 @@ def join_nccl(store: Store, rank: int, size: int, device: torch.device, time_lim
     def join() -> AnyGroup:
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=time_limit)
-        with _environment(_NCCL_SETTINGS):
+        with _blocking_wait():
             group: AnyGroup = dist.ProcessGroupNCCL(store, rank, size, options)
         here = torch.ones(1, device=device)
         answered("joining over NCCL", lambda: group.allreduce([here]).wait())
@@ -165,18 +160,6 @@ def join_nccl(store: Store, rank: int, size: int, device: torch.device, time_lim
         raise RankLostError(
             f"joining over NCCL: no answer from another rank within {time_limit} s"
         ) from error
-
-
-def _abort_nccl(group: AnyGroup, time_limit: float) -> None:
-    """End the communicator and its kernels on the GPU, which would wait for a lost peer for ever."""
-
-    def abort() -> None:
-        with suppress(RuntimeError):
-            group.abort()
-
-    aborting = threading.Thread(target=abort, daemon=True)
-    aborting.start()
-    aborting.join(time_limit)
 
 
 def _within(time_limit: float, device: torch.device, action: Callable[[], _T]) -> _T:
@@ -209,15 +192,13 @@ def _within(time_limit: float, device: torch.device, action: Callable[[], _T]) -
 
 
 @contextmanager
-def _environment(changes: dict[str, str]) -> Iterator[None]:
-    """Set environment variables for one call: torch reads settings of a new group only there."""
-    before = {name: os.environ.get(name) for name in changes}
-    os.environ.update(changes)
+def _blocking_wait() -> Iterator[None]:
+    """Set `_BLOCKING_WAIT` for one call: torch reads settings of a new group from the environment only."""
+    before = os.environ.get(_BLOCKING_WAIT)
+    os.environ[_BLOCKING_WAIT] = "1"
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        del os.environ[_BLOCKING_WAIT]
+        if before is not None:
+            os.environ[_BLOCKING_WAIT] = before
