@@ -69,9 +69,6 @@ def test_the_settings_of_the_guide_exist_with_the_defaults_that_it_compares_with
     assert float(price) == PlannerOptions().move_price
 
 
-@pytest.mark.xfail(
-    reason="the list of files is corrected once all of the new layout is in place", strict=False
-)
 def test_the_architecture_lists_every_module_once():
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     listed = []

@@ -32,7 +32,7 @@ LAYERS = (
 )
 ENGINES = {"vllm", "sglang"}
 READ_ENVIRONMENT = {"sources.py", "ranks.py", "transport.py"}
-MOST_LINES, FEWEST_LINES, MOST_FILES, MOST_FILES_OF_RUNTIME = 350, 30, 140, 16
+MOST_LINES, FEWEST_LINES, MOST_FILES, MOST_FILES_OF_RUNTIME = 350, 20, 140, 16
 
 
 def imported_modules(path: Path, package: str) -> list[str]:
@@ -101,7 +101,6 @@ def test_no_import_circles():
     assert not left, f"import circles among {sorted(left)}"
 
 
-@pytest.mark.xfail(reason="the house is being rebuilt")
 def test_files_are_neither_tiny_nor_huge():
     """One concept each: at most 350 lines, and more than one loop or one constant."""
     lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES.values()}
@@ -112,7 +111,6 @@ def test_files_are_neither_tiny_nor_huge():
     assert len(list((PACKAGE / "runtime").glob("*.py"))) <= MOST_FILES_OF_RUNTIME
 
 
-@pytest.mark.xfail(reason="the house is being rebuilt")
 def test_file_names_are_made_of_the_words_of_the_field():
     """A new word is added to `words.txt` on purpose, or not at all."""
     known = set((ROOT / "tests" / "words.txt").read_text(encoding="utf-8").split())

@@ -120,7 +120,7 @@ def default_yaml() -> str:
     """The text of `configs/default.yaml`: every option with its default and its meaning."""
     lines = [
         "# Every option with its default. Copy what you want to change; unknown keys are refused.",
-        "# Environment variables go over the file (EPLB_PLUGIN_PLANNER__SEED=1), the command line over both.",
+        "# Variables go over the file (EPLB_PLUGIN_PLANNER__MOVE_PRICE=0.03), the command line over both.",
         f"# Use it with --config FILE, or name it in {CONFIG_VARIABLE}.",
     ]
     for section, field in Settings.model_fields.items():
