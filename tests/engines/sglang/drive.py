@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import time
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +44,18 @@ def generate_in_rounds(
     engine.shutdown()
 
 
+def _wait_for_dumps(folder: Path, limit: float = 120.0) -> None:
+    """Wait until every rank has written its file: the engine only waits for the first one."""
+    before: dict[str, int] = {}
+    end = time.monotonic() + limit
+    while time.monotonic() < end:
+        files = {path.name: path.stat().st_size for path in folder.iterdir()}
+        if files and files == before and all(zipfile.is_zipfile(folder / name) for name in files):
+            return
+        before = files
+        time.sleep(1.0)
+
+
 def dump_recorded(arguments: dict[str, Any], prompts: list[list[int]], new_tokens: int) -> None:
     """Dump what the recorder saw, to the folder SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR."""
     engine = start(arguments)
@@ -49,5 +64,6 @@ def dump_recorded(arguments: dict[str, Any], prompts: list[list[int]], new_token
     engine.generate(input_ids=prompts, sampling_params=sampling)
     engine.stop_expert_distribution_record()
     engine.dump_expert_distribution_record()
+    _wait_for_dumps(Path(os.environ["SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR"]))
     print("dumped", flush=True)
     engine.shutdown()
