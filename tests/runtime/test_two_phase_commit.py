@@ -207,7 +207,7 @@ def test_what_a_rank_does_for_what_it_knows(case: str, tmp_path: Path) -> None:
     ):
         seconds = commits.commit("batch", [lambda: done.append(1)], scheduler, num_corrupted=int(corrupted))
         assert (seconds is not None) == switched
-    commits.close()
+    commits.decisions.close()
     assert bool(done) == switched
     assert group.own == [CORRUPTED if corrupted else 12 if answers else NO_STORE]
     assert (store.get("batch").decode() if store.check(["batch"]) else "") == left

@@ -102,11 +102,16 @@ class Transfer:
 
     def _fill_all(self, call: list[tuple[Message, Fills]]) -> None:
         for _, fills in call:
-            self._fill(fills)
+            if fills:
+                self._fill(fills)
 
     def _fill(self, fills: Fills) -> None:
         try:
-            for target, source in fills:
-                target.copy_(source)
+            _copy(fills)
         except Exception as caught:  # every kind, since the other ranks wait
             self.failure = self.failure or caught
+
+
+def _copy(fills: Fills) -> None:
+    for target, source in fills:
+        target.copy_(source)
