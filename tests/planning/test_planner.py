@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import eplb_plugin as eplb
@@ -84,6 +84,7 @@ def test_rules_hold_over_random_topologies(case, layers, snapshots, seed, policy
 
 
 @given(topologies(), st.integers(0, 2**20))
+@example((eplb.Topology(num_nodes=4, num_ranks=12, num_slots=48, num_groups=3), 3), 4)
 @settings(max_examples=40, deadline=None)
 def test_moves_and_slots_follow_the_placement_in_force(case, seed):
     topology, experts = case
@@ -102,7 +103,12 @@ def test_moves_and_slots_follow_the_placement_in_force(case, seed):
                 assert kept == min(was.count(expert), now.count(expert))
     assert planned.moves == moves
     again = eplb.plan(load, topology, planned.placement.physical_to_logical)
-    assert again.balancedness >= planned.balancedness - 1e-12
+    # Replicas that share a rank are separated at any price, for up to 1 % of the peak.
+    if again.shared_replicas == planned.shared_replicas:
+        assert again.balancedness >= planned.balancedness - 1e-12
+    else:
+        assert again.shared_replicas < planned.shared_replicas
+        assert again.balancedness >= 0.98 * planned.balancedness
 
 
 def test_greedy_gives_the_placement_of_deepseeks_readme():
