@@ -228,3 +228,11 @@ def test_settings_are_frozen():
         settings.planner = PlannerOptions(max_moves=3)
     with pytest.raises(TypeError):
         settings.origins["planner.max_moves"] = "me"
+
+
+def test_variables_hold_lists_and_nested_options_as_json(monkeypatch):
+    monkeypatch.setenv("EPLB_PLUGIN_PLANNER__ENSEMBLE", '{"seed": 3}')
+    monkeypatch.setenv("EPLB_PLUGIN_SIMULATE__RANK_SLOTS", "[5, 5, 3]")
+    settings = load_settings()
+    assert settings.planner.ensemble.seed == 3
+    assert settings.simulate.rank_slots == (5, 5, 3)

@@ -5,17 +5,23 @@ Other environment variables are read here too: folders, allowed plugins, variabl
 
 from __future__ import annotations
 
-import json
 import os
 import reprlib
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeAlias, get_origin
+from typing import Any, TypeAlias
 
 import yaml
 from pydantic import PrivateAttr
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
 
 from ..core.errors import ConfigError, TraceError
 from ..core.safe_files import read_yaml
@@ -51,8 +57,16 @@ _MAX_VALUES = 10_000
 Sections: TypeAlias = dict[str, dict[str, Any]]
 
 
-class Settings(Options):
+class Settings(BaseSettings):
     """The options of all parts. The constructor reads neither file nor environment: `load_settings` does."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter=ENV_DELIMITER,
+        env_parse_none_str="null",
+        extra="forbid",
+        frozen=True,
+    )
 
     planner: PlannerOptions = PlannerOptions()
     rebalancer: RebalancerOptions = RebalancerOptions()
@@ -73,6 +87,17 @@ class Settings(Options):
         """Origin of each option that is set, by `section.option`."""
         return MappingProxyType(dict(self._origins))
 
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)
+
 
 def load_settings(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Settings:
     """The settings in force: defaults, then the file, then the environment, then `overrides`.
@@ -91,14 +116,13 @@ def load_settings(path: str | Path | None = None, overrides: Mapping[str, Any] |
         sections = _read_yaml(Path(path))
         own = {name: options for name, options in sections.items() if name not in ADAPTER_SECTIONS}
         _overlay(merged, origins, own, str(path))
-    for variable, section, option in _option_variables():
-        value = _from_environment(variable, section, option)
-        _overlay(merged, origins, {section: {option: value}}, f"environment variable {variable}")
+    for variable, sections in _read_environment():
+        _overlay(merged, origins, sections, f"environment variable {variable}")
     for key, value in (overrides or {}).items():
         if value is not None:
             section, _, option = key.partition(".")
             _overlay(merged, origins, {section: {option: value}}, COMMAND_LINE)
-    settings = Settings(**merged)
+    settings = Settings(**merged)  # type: ignore[arg-type]  # sections are validated into their models
     settings._origins = origins
     return settings
 
@@ -212,30 +236,27 @@ def _read_yaml(path: Path) -> Sections:
     return content
 
 
-def _option_variables() -> list[tuple[str, str, str]]:
-    """(variable, section, option) of each environment variable with the prefix, sorted by name."""
-    found = []
-    for name in sorted(os.environ):
-        if not name.upper().startswith(ENV_PREFIX) or name.upper() == CONFIG_VARIABLE:
-            continue
+def _read_environment() -> list[tuple[str, Sections]]:
+    """(variable, its option by section) of each environment variable with the prefix, sorted by name."""
+    names = sorted(name for name in os.environ if name.upper().startswith(ENV_PREFIX))
+    names = [name for name in names if name.upper() != CONFIG_VARIABLE]
+    for name in names:
         parts = name[len(ENV_PREFIX) :].lower().split(ENV_DELIMITER)
         if len(parts) != 2 or not all(parts):
             raise ConfigError(
                 f"environment variable {name}: unknown; options are set as {ENV_PREFIX}SECTION{ENV_DELIMITER}"
                 f"OPTION, the file by {CONFIG_VARIABLE}"
             )
-        found.append((name, parts[0], parts[1]))
-    return found
-
-
-def _from_environment(variable: str, section: str, option: str) -> Any:
-    """The value of a variable: lists are JSON, `null` is None, and the models convert numbers."""
-    text = os.environ[variable]
-    field = Settings.model_fields.get(section)
-    known = type(field.default).model_fields.get(option) if field else None
-    if text == "null" or known is None or get_origin(known.annotation) is not tuple:
-        return None if text == "null" else text
     try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"environment variable {variable}: {error} (write lists as JSON)") from None
+        # Numbers are read as text, which the models convert; lists and nested options as JSON.
+        values: Sections = EnvSettingsSource(Settings)() if names else {}
+    except SettingsError as error:
+        raise ConfigError(
+            f"environment variables {', '.join(names)}: {error}: {error.__cause__} (write lists as JSON)"
+        ) from None
+    result = []
+    for name in names:
+        section, option = name[len(ENV_PREFIX) :].lower().split(ENV_DELIMITER)
+        value = values.get(section, {}).get(option, os.environ[name])
+        result.append((name, {section: {option: value}}))
+    return result
