@@ -139,8 +139,8 @@ class Machine:
     def cost(self, trial: Trial, setting: Setting, num_experts: int, num_layers: int) -> Cost:
         """Cost of a setting, without its first rebalance from the default placement.
 
-        Example: 10 transfers of 10 MB over 400 GB/s take 0.25 ms; with 100 steps of 40 ms between two
-        rebalances, that is a share of 0.006%.
+        Example: 10 transfers of 10 MB over 400 GB/s take 0.25 ms. With 100 steps of 40 ms between two
+        rebalances, the share is 0.006%.
         """
         between = setting.interval * self.step_seconds
         size = self.bytes_per_expert

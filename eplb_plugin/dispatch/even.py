@@ -21,8 +21,8 @@ _BITS = 32
 class EvenDispatch(ReplicaTables):
     """Replica of a token: its index in the batch, times the golden ratio, as a share of the replicas.
 
-    Each rank starts at another replica. The multiples are kept for the largest batch so far; a larger batch
-    gets new ones, and the old ones stay, since captured graphs may read them. Arguments: see `ReplicaTables`.
+    Each rank starts at another replica. The multiples are kept for the largest batch so far. A larger batch
+    gets new ones; the old ones stay, since captured graphs may read them. Arguments: see `ReplicaTables`.
     """
 
     def __init__(

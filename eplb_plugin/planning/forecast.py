@@ -16,10 +16,10 @@ def expected_load(load: torch.Tensor, decay: float, persistence: float) -> torch
     """Condense a window, and shift its snapshots to the mean that is expected next.
 
     The load of the moment is the mean of the last few snapshots. An expert's share of the tokens is expected
-    to fall back from it to the mean of the window; `persistence` is the fraction of the difference that
+    to fall back from it to the mean of the window. `persistence` is the fraction of the difference that
     remains while the plan is in force. The difference is first shrunk by its noise, estimated from the
     differences of neighbouring snapshots (James and Stein). All snapshots of a layer get the same shift of
-    their shares, so that experts vary together as they did in the window; negative loads become 0.
+    their shares, so that experts vary together as they did in the window. Negative loads become 0.
 
     Args:
         load: float64 [snapshots, layers, logical] on the CPU, in time order, tokens.

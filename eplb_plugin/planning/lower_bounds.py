@@ -29,8 +29,8 @@ def peak_lower_bound(load: torch.Tensor, topology: Topology) -> torch.Tensor:
       sum of ceil(load / T) <= slots. Loads 300 and 100 in 4 slots: 100.
     - The bound of ranks that share their experts (`kernels.lower_bounds`). With groups within nodes, it is
       the minimum over all packings of groups to nodes, if these are few. If they are many, two weaker bounds
-      replace it: the mean rank load of the heaviest node, and T of each group in the slots that the other
-      groups of its node leave.
+      replace it. One is the mean rank load of the heaviest node. The other is T of each group, in the slots
+      left by the other groups of its node.
 
     Args:
         load: float64 [snapshots, layers, logical], tokens.

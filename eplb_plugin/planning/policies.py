@@ -1,6 +1,6 @@
 """The contract of a policy, and the registry of their names.
 
-A new policy is one file beside `greedy.py` and one line in `POLICIES`; the planner, the online loop, the
+A new policy is one file beside `greedy.py`, and one line in `POLICIES`. The planner, the online loop, the
 engine adapters, `simulate` and the benchmarks then take its name.
 """
 

@@ -29,9 +29,9 @@ def apply_skip_rule(
 ) -> Kept:
     """Skip layers that would gain too little; in the others, experts that stay on a rank keep their slots.
 
-    The gain of a layer is the rise of mean rank load / peak rank load, both summed over the snapshots: from
-    0.900 to 0.901, it is 0.001. A layer is not skipped if it breaks a rule today: a group that spans nodes,
-    or more replicas that share a rank than planned.
+    The gain of a layer is the rise of mean rank load / peak rank load, both summed over the snapshots.
+    Example: from 0.900 to 0.901, the gain is 0.001. A layer is not skipped if it breaks a rule today: a group
+    that spans nodes, or more replicas that share a rank than planned.
 
     Args:
         load: float64 [snapshots, layers, logical] on the CPU, the expected load.

@@ -17,7 +17,7 @@ from ..core.errors import AgreementError, EplbError, LoadError, RankLostError
 from ..core.placement import Placement
 from ..planning.planner import plan
 from .context import Context
-from .control.rank_group import fingerprint
+from .control.rank_group import content_hash
 from .control.scheduling import Scheduler
 from .control.throttle import Throttle
 from .relocation import relocate
@@ -201,7 +201,7 @@ def agree_on_plan(context: Context, rows: torch.Tensor, throttle: Throttle) -> t
         goal = control.broadcast(rows)
     else:
         goal = control.all_gather(rows).flatten(0, 1)[: window.num_layers]
-    control.agree("the plan", fingerprint(goal))
+    control.agree("the plan", content_hash(goal))
     Placement(goal, window.num_logical)  # raises on all ranks alike
     return goal
 

@@ -47,8 +47,8 @@ class Rebalancer:
         placement: where the experts are now; None is the order in which engines load them. After ranks joined
             or failed: int64 [layers, slots] as from `regroup`. Then the constructor fills the slots of -1,
             and restores experts that do not occur.
-        restore: loads an expert from a checkpoint: `restore(layer, expert, slot)` writes the weights of an
-            expert that no rank holds to a slot of this rank, counted on this rank.
+        restore: loads an expert that no rank holds from a checkpoint. `restore(layer, expert, slot)` writes
+            its weights to a slot of this rank, counted on this rank.
         load: [snapshots, layers, logical], tokens: the traffic by which such a placement is completed; that
             of rank 0 counts. None: all experts are equally busy.
         options: of the loop.

@@ -17,7 +17,7 @@ from ..planning.elastic import complete, missing_experts
 from ..planning.hierarchy import effective_topology
 from .connections import Connections
 from .context import Context, PlacementInForce
-from .control.rank_group import fingerprint
+from .control.rank_group import content_hash
 from .control.scheduling import AtOnce
 from .load_window import LoadWindow
 from .relocation import relocate
@@ -71,9 +71,9 @@ def start_up(
 
     # 2. Agree on what has to be the same on all ranks.
     described = f"{topology} {shape} {options.model_dump_json()} {planner.model_dump_json()}"
-    control.agree("topology, model and options", fingerprint(described))
-    control.agree("the placement at the start", fingerprint(held))
-    control.agree("the structure of the expert weights", fingerprint(registered.signature))
+    control.agree("topology, model and options", content_hash(described))
+    control.agree("the placement at the start", content_hash(held))
+    control.agree("the structure of the expert weights", content_hash(registered.signature))
 
     # 3. Complete the placement, and load experts again that no rank holds.
     start = _complete(connections, topology, held, num_logical, load)
@@ -128,7 +128,7 @@ def register_again(context: Context) -> Context:
         return context.weights.again()
 
     weights = control.attempt("registering weights again", register, TransferError)
-    control.agree("the structure of the expert weights", fingerprint(weights.signature))
+    control.agree("the structure of the expert weights", content_hash(weights.signature))
     prints = context.fingerprints
     if prints is not None:
         placement = context.in_force.placement
@@ -222,7 +222,7 @@ def _complete(
         return Placement(complete(held, snapshots, effective_topology(topology, num_logical)), num_logical)
 
     start = control.attempt("completing the placement", fill_up)
-    control.agree("the placement to start from", fingerprint(start.physical_to_logical))
+    control.agree("the placement to start from", content_hash(start.physical_to_logical))
     return start
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from ...core.errors import AgreementError
-from ...runtime.control.rank_group import RankGroup, fingerprint
+from ...runtime.control.rank_group import RankGroup, content_hash
 
 __all__ = ["agree_on_plan", "announce"]
 
@@ -32,7 +32,7 @@ def agree_on_plan(physical_to_logical: torch.Tensor, ranks: RankGroup) -> None:
         AgreementError: on all ranks; names the ranks of each plan.
         RankLostError: another rank did not answer.
     """
-    mine = torch.tensor([fingerprint(physical_to_logical.cpu())], device=ranks.device)
+    mine = torch.tensor([content_hash(physical_to_logical.cpu())], device=ranks.device)
     hashes = ranks.all_gather(mine).flatten().tolist()
     if len(set(hashes)) > 1:
         # Without the hashes, so that the message is the same each time and is logged once.

@@ -14,7 +14,7 @@ from ...core.errors import ConfigError, LoadError
 from ...core.placement import Placement
 from ...core.topology import Topology
 from ...planning.planner import plan, warmup
-from ...runtime.control.rank_group import RankGroup, fingerprint
+from ...runtime.control.rank_group import RankGroup, content_hash
 from ..common.agreement import agree_on_plan, announce
 from ..common.options import SHARED, EngineOptions, options_in_settings
 from ..common.planner import EnginePlanner, ExpertBytes
@@ -127,7 +127,7 @@ class SglangBalancer:
         """
         self.planner.speaks = is_first_rank()
         options = self.options.model_dump_json()
-        compare = announce(f"{options} and a map with hash {fingerprint(current):016x}")
+        compare = announce(f"{options} and a map with hash {content_hash(current):016x}")
         if dist.is_initialized():
             compare(range(dist.get_world_size()))
         Placement(current, num_logical)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 import eplb_plugin as eplb
 from eplb_plugin.integration.torch_moe import MoEConfig, MoEModel
-from eplb_plugin.runtime.control.rank_group import fingerprint
+from eplb_plugin.runtime.control.rank_group import content_hash
 from eplb_plugin.runtime.rebalancer import Rebalancer, RebalanceReport
 from tests.faults.cluster import Seat
 
@@ -203,7 +203,7 @@ class Service:
 
     def _check_alike(self) -> None:
         """Called by all ranks after the same step: they have one placement."""
-        mine = torch.tensor([fingerprint(self.balancer.placement.physical_to_logical)])
+        mine = torch.tensor([content_hash(self.balancer.placement.physical_to_logical)])
         held = [torch.empty_like(mine) for _ in range(self.seat.size)]
         dist.all_gather(held, mine)
         assert all(torch.equal(other, mine) for other in held), f"placements differ after step {self.steps}"

@@ -67,7 +67,7 @@ def test_outputs_in_every_step(
     ranks = run_cluster(rebalance_in_every_step, size, mode, commit_layers, large, slots_per_rank)
     assert all(rank == ranks[0] for rank in ranks)
     rebalances, moves, decided = ranks[0]
-    # In the background every hop waits for a step of all ranks.
+    # In the background every migration batch waits for a step of all ranks.
     assert rebalances == STEPS if mode == "sync" else rebalances >= REBALANCES
     assert moves > rebalances / 2
     # A rebalance that moves little fits at once, but by far not all do. The last one ends without a report.

@@ -24,7 +24,7 @@ class IntervalOutcome:
         steps: number of steps.
         balancedness: measured with rebalancing, mean over the steps.
         balancedness_static: measured without rebalancing, mean over the steps.
-        report: rebalance at the end of the interval, with the times of the slowest rank; None after the last
+        report: rebalance at the end of the interval, with the times of the slowest rank. None after the last
             interval, and while an earlier rebalance was running.
     """
 

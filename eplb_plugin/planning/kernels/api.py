@@ -214,8 +214,8 @@ def keep_slots(
             empty slot.
 
     Returns:
-        `new` reordered, int64 [layers, slots]; and int64 [layers] each: moves, slots of `new` that repeat an
-        expert of their rank, and the same of `current`.
+        `new` reordered, int64 [layers, slots]. Moves, repeats in `new` and repeats in `current`, each int64
+        [layers]; a repeat is a slot with another replica of its expert on the same rank.
     """
     from . import placement_tables
 
@@ -246,8 +246,8 @@ def over_layers(
 ) -> None:
     """Call `work(first, last)` for chunks of the layers `first..last-1`, in any order, on a few threads.
 
-    Numba's own threading layers do not serve: workqueue does not allow several threads to start work, GNU
-    OpenMP does not survive a fork, and engines do both.
+    Numba's own threading layers do not serve. Engines start work from several threads, which workqueue does
+    not allow, and they fork, which GNU OpenMP does not survive.
 
     Args:
         weight: [snapshots, layers, logical]; with fewer than `worth_threads` loads, one thread does it all.

@@ -53,8 +53,8 @@ def expect_loads(load, weights, bins, recency, persistence, decay, first, last, 
 def _find_shift(load, layer, per_token, recency, persistence, decay, lanes, shift):
     """Write the shift of each expert's share of the tokens, float64 [logical].
 
-    It leads from the mean of the condensed snapshots to that of the window, and from there towards the load
-    of the moment: by `persistence`, less the part of that change explained by chance (James-Stein shrinkage).
+    It leads from the mean of the condensed snapshots to the mean of the window. From there it goes towards
+    the load of the moment, by `persistence`, less the part explained by chance (James-Stein shrinkage).
     `per_token`, float64 [snapshots], is 1 / tokens, 0 for an empty snapshot.
     """
     num_snapshots, _, num_logical = load.shape

@@ -60,8 +60,8 @@ def rank_bound(load, rank_slots):
 def _slots_bound(falling, slots, spare):
     """The bound by counting slots, and the least peak with the hottest expert on all ranks but one.
 
-    `falling` is float64 [experts], loads in falling order; `slots` is int64 [ranks], slots of each rank in
-    rising order; `spare` is the number of slots beyond one per expert.
+    `falling` is float64 [experts], loads in falling order. `slots` is int64 [ranks], slots of each rank in
+    rising order. `spare` is the number of slots beyond one per expert.
     """
     num_experts, num_ranks = falling.shape[0], slots.shape[0]
     heaviest = np.zeros(num_experts + 1)

@@ -133,8 +133,8 @@ def _bound_changes(relief, price, most, part, arriving, at_own, weight, inverse,
     """Bound the net gain of one more replica of an expert from above, in each surplus slot.
 
     The bound is that of `_bound_swaps`, and -1 where a change cannot be worth a round. `relief` is the fall
-    of the norms by less load on the ranks that hold the expert, `part` the load of each replica afterwards /
-    now, `growth`, float32 [slots], the least growth of the other ranks that hold the expert of a slot.
+    of the norms by less load on the ranks that hold the expert. `part` is the load of each replica afterwards
+    / now. `growth`, float32 [slots], is the least growth of the other ranks that hold the expert of a slot.
     """
     fee = np.float32(price)
     limit = np.float32(most)

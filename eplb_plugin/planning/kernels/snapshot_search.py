@@ -74,8 +74,8 @@ def _plan_from_scratch(problem, layer, load, total, scratch, packed):
 def _improve_start(problem, layer, load, total, scratch):
     """Improve the start by swaps and replica changes that earn the price of their moves.
 
-    There are two starts: the given one, and one with new replica counts and all experts on `expert_node`,
-    since single exchanges rarely lead to other counts. The counts in force get a bonus. After a few rounds
+    There are two starts: the given one, and one with new replica counts and all experts on `expert_node`.
+    Single exchanges rarely lead to other counts. The counts in force get a bonus. After a few rounds
     the start with the lower smooth peak plus price of moves is continued. A given start with vacant slots
     takes the new counts at once.
     """
@@ -154,9 +154,9 @@ def _lower_smooth_peak(problem, state, scratch, rounds, rival):
     """Lower the smooth peak by swaps and replica changes; a later call continues the search.
 
     A round relieves the rank with the largest weight in the smooth peak, by the exchange with the highest net
-    gain. Skip rule: a rank without improving exchange is skipped until it changes. The search is given up
-    where `rival`, the smooth peak plus price of moves of another start, is out of reach: even if each round
-    left gained as much as the best of the last three.
+    gain. Skip rule: a rank without improving exchange is skipped until it changes. `rival` is the smooth
+    peak plus price of moves of another start. The search ends early if `rival` is out of reach, even with the
+    gain of the best of the last three rounds in each round left.
 
     Returns:
         The smooth peak; whether more rounds would change nothing.

@@ -18,14 +18,14 @@ from torch._C._distributed_c10d import AllgatherOptions
 from ...core.errors import AgreementError, EplbError, RankLostError, TopologyError
 from ...core.topology import Topology
 
-__all__ = ["AnyGroup", "RankGroup", "answered", "fingerprint"]
+__all__ = ["AnyGroup", "RankGroup", "answered", "content_hash"]
 
 _T = TypeVar("_T")
 # A process group, or a backend alone, which torch does not list; its stubs know no common base of the two.
 AnyGroup: TypeAlias = Any
 
 
-def fingerprint(*parts: torch.Tensor | str) -> int:
+def content_hash(*parts: torch.Tensor | str) -> int:
     """A 63-bit hash of tensors (dtype, shape and content) and strings; the same on every machine."""
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
@@ -155,7 +155,7 @@ class RankGroup:
         Returns:
             The count, which returns and raises what `vote` does. No other method may be called before it.
         """
-        message = torch.tensor([fingerprint(phase), int(error is not None), value], device=self.device)
+        message = torch.tensor([content_hash(phase), int(error is not None), value], device=self.device)
         all_votes = self._begin_all_gather(message, time_limit)
 
         def count() -> list[int]:

@@ -9,8 +9,8 @@ Certainly noticed, in the bytes that are covered:
 
 Very probably noticed: all other changes (rows or tensors exchanged, shifted content, an old end, noise). The
 probability of a miss depends on the lowest bit that differs in any word: below 2**-55 for bit 0, doubled with
-each bit. It is below 2**-24 if only the highest bits of several words changed (signs of float32, or of each
-second bfloat16), which reach fewest bits of the products. A deliberate change can pass: this is no
+each bit. It is below 2**-24 if only the highest bits of several words changed, which reach fewest bits of the
+products: signs of float32, or of each second bfloat16. A deliberate change can pass: this is no
 cryptographic hash.
 """
 
@@ -48,8 +48,8 @@ def fingerprint_rows(rows: Sequence[torch.Tensor], coverage: Coverage) -> torch.
     """Fingerprints of several experts in rows of the same tensors; equal on every device and machine.
 
     "sampled" reads 4 KiB of a tensor: the first word, the last, and a random one in each 1024th between. It
-    notices changes of a whole tensor, or of a whole run of more than 1/512 of it. It notices a single flipped
-    byte with the share of bytes it reads: always in tensors up to 4 KiB, 1 in 3584 times in one of 14 MiB.
+    notices changes of a whole tensor, or of a whole run of more than 1/512 of it. A single flipped
+    byte is noticed with the share of bytes read. Tensors up to 4 KiB: always; 14 MiB: 1 in 3584 times.
 
     Args:
         rows: for each tensor, at least one, uint8 [experts, bytes], on one device; rows may lie apart.

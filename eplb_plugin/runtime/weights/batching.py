@@ -164,8 +164,8 @@ def _split(
 def _exchanges(before: list[int], after: list[int]) -> Iterator[list[int]]:
     """Groups of slots that change together, in an order in which every expert always has a replica.
 
-    A slot that gives up the last replica of its expert changes together with a slot that gets this expert:
-    a cycle of exchanges is one group.
+    A slot with the last replica of its expert changes together with a slot that gets this expert. A cycle of
+    exchanges is one group.
     """
     count = Counter(before)
     pending = {slot for slot, expert in enumerate(before) if expert != after[slot]}

@@ -66,7 +66,7 @@ class InFlight:
 class Transport:
     """Point-to-point messages of one group.
 
-    Over gloo each direction between two ranks has a group of its own: two threads then send and receive, a
+    Over gloo each direction between two ranks has a group of its own. Two threads then send and receive, a
     tenth faster than one connection, also with few cores.
 
     Args:
