@@ -18,6 +18,7 @@ from .core.errors import (
 )
 from .core.placement import Placement
 from .core.topology import Topology
+from .dispatch.balance_batch import balance_batch
 from .observability.server import MetricsServer, serve_metrics
 from .planning.ensemble import balanced_packing
 from .planning.planner import Plan, plan, rebalance_experts, warmup
@@ -34,6 +35,8 @@ __all__ = [
     "PlannerOptions",
     "EnsembleOptions",
     "warmup",
+    # dispatch
+    "balance_batch",
     # values
     "Topology",
     "Placement",

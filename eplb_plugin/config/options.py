@@ -144,7 +144,14 @@ class RebalancerOptions(Options):
     """`leader`: rank 0 plans and broadcasts. `sharded`: each rank plans a share of the layers."""
     dispatch: str = "even"
     """Replica of each token. `even`: all replicas of the expert equally. `local_first`: replicas on the
-    token's own rank, if there are any."""
+    token's own rank, if there are any. `balanced`: each batch is split so that all ranks finish together."""
+    batch: Literal["sharded", "replicated"] = "sharded"
+    """Dispatch `balanced`: which tokens a rank sees. `sharded`: its own; one all-gather of counts per layer
+    and batch. `replicated`: all tokens of the batch, in the same order on every rank; no message."""
+    expert_cost: int | Literal["auto"] = Field(0, ge=0, le=2**20)
+    """Dispatch `balanced`: least cost of a replica in use, in tokens: time to read its weights over time of a
+    token. `auto`: from the weights and the accelerator. Example: with 32, an expert with 20 tokens goes to
+    one replica."""
     staging_mib: int = Field(256, ge=1)
     """Bound on the receive buffers of weights, in MiB per rank. A larger layer switches in several steps;
     after each of them the placement is valid."""

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from ..core.errors import ConfigError
 from ..core.placement import Placement
+from ..core.topology import Topology
+from .balanced import BalancedDispatch
+from .batch_split import BatchSplit, GatherCounts
 from .even import EvenDispatch
 from .local_first import LocalFirstDispatch
 
-__all__ = ["DISPATCHES", "Dispatch", "find_dispatch"]
+__all__ = ["DISPATCHES", "Dispatch", "Serving", "find_dispatch"]
 
 
 class Dispatch(Protocol):
@@ -35,13 +38,41 @@ class Dispatch(Protocol):
         """Make room for batches of `num_tokens`, before a graph capture for instance."""
 
 
-DISPATCHES: Mapping[str, Callable[..., Dispatch]] = MappingProxyType(
-    {"even": EvenDispatch, "local_first": LocalFirstDispatch}
+class Serving(NamedTuple):
+    """The rank that a dispatch serves; each dispatch takes of it what it needs.
+
+    Attributes:
+        rank: this rank.
+        device: where expert ids arrive.
+        expert_cost: least cost of a replica in use, in tokens.
+        gather: the counts of all ranks from those of this one; None where every rank has all tokens.
+    """
+
+    rank: int = 0
+    device: torch.device | str = "cpu"
+    expert_cost: int = 0
+    gather: GatherCounts | None = None
+
+
+def _even(placement: Placement, topology: Topology, serving: Serving) -> Dispatch:
+    return EvenDispatch(placement, topology, rank=serving.rank, device=serving.device)
+
+
+def _local_first(placement: Placement, topology: Topology, serving: Serving) -> Dispatch:
+    return LocalFirstDispatch(placement, topology, rank=serving.rank, device=serving.device)
+
+
+def _balanced(placement: Placement, topology: Topology, serving: Serving) -> Dispatch:
+    return BalancedDispatch(placement, topology, BatchSplit(topology, **serving._asdict()))
+
+
+DISPATCHES: Mapping[str, Callable[[Placement, Topology, Serving], Dispatch]] = MappingProxyType(
+    {"even": _even, "local_first": _local_first, "balanced": _balanced}
 )
-"""Constructors by name; each takes (placement, topology, rank=, device=)."""
+"""Constructors by name."""
 
 
-def find_dispatch(name: str) -> Callable[..., Dispatch]:
+def find_dispatch(name: str) -> Callable[[Placement, Topology, Serving], Dispatch]:
     """The constructor of the dispatch `name`.
 
     Raises:

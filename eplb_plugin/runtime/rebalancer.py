@@ -118,7 +118,7 @@ class Rebalancer:
                 load=load,
                 options=options,
                 planner=self.planner,
-                device=group_of_engine.device,
+                group=group_of_engine,
             )
         except BaseException:
             connections.close()

@@ -12,12 +12,13 @@ from ..core.errors import LoadError, PlacementError, TopologyError, TransferErro
 from ..core.load import as_snapshots
 from ..core.placement import Placement
 from ..core.topology import Topology
-from ..dispatch.registry import find_dispatch
+from ..dispatch.expert_cost import resolve_expert_cost
+from ..dispatch.registry import Serving, find_dispatch
 from ..planning.elastic import complete, missing_experts
 from ..planning.hierarchy import effective_topology
 from .connections import Connections
 from .context import Context, PlacementInForce
-from .control.rank_group import content_hash
+from .control.rank_group import RankGroup, content_hash
 from .control.scheduling import AtOnce
 from .load_window import LoadWindow
 from .relocation import relocate
@@ -46,14 +47,14 @@ def start_up(
     load: torch.Tensor | None,
     options: RebalancerOptions,
     planner: PlannerOptions,
-    device: torch.device,
+    group: RankGroup,
 ) -> Context:
     """All ranks: check and agree, load lost experts again, and move experts to the slots that lack them.
 
-    Arguments and errors as of `Rebalancer`; `shape`: layers, and experts of a layer.
+    Arguments and errors as of `Rebalancer`; `shape`: layers, and experts of a layer; `group`: the engine's.
     """
     num_layers, num_logical = shape
-    control = connections.control
+    control, device = connections.control, group.device
 
     def check() -> tuple[torch.Tensor, ExpertWeights]:
         if not min(topology.slots_by_rank):
@@ -84,7 +85,10 @@ def start_up(
     if options.verify != "off" and registered.signature:
         holding = Placement(held, num_logical)
         prints = ExpertFingerprints.make(registered, holding, topology, control, options.verify)
-    tables = find_dispatch(options.dispatch)(start, topology, rank=control.rank, device=device)
+    expert_cost = resolve_expert_cost(options.expert_cost, weights[0] if weights else (), device)
+    gather = group.all_gather if options.batch == "sharded" and group.size > 1 else None
+    serving = Serving(control.rank, device, expert_cost, gather)
+    tables = find_dispatch(options.dispatch)(start, topology, serving)
     window = LoadWindow(
         *shape, interval=options.interval, snapshots=options.snapshots, history=options.history, device=device
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 __all__ = ["EngineOptions", "SHARED", "options_in_settings"]
 
 SHARED: Mapping[str, str] = MappingProxyType(
-    {"snapshots": "rebalancer.snapshots", "history": "rebalancer.history", "metrics": "metrics.enabled"}
+    {
+        "snapshots": "rebalancer.snapshots",
+        "history": "rebalancer.history",
+        "dispatch": "rebalancer.dispatch",
+        "expert_cost": "rebalancer.expert_cost",
+        "metrics": "metrics.enabled",
+    }
 )
 """Setting of each engine option outside the section `planner`."""
 
@@ -33,6 +39,12 @@ class EngineOptions(Options):
     """Maximum number of snapshots of one interval: 3,000 steps become 32 sums of 94 steps or fewer."""
     history: int = Field(4, ge=1, le=64)
     """Intervals in the window: a plan is made from the latest 4."""
+    dispatch: Literal["even", "balanced"] = "even"
+    """Replica of each token. `even`: the engine's own mapping. `balanced`: each batch is split so that all
+    ranks finish together."""
+    expert_cost: int | Literal["auto"] = Field(0, ge=0, le=2**20)
+    """Dispatch `balanced`: least cost of a replica in use, in tokens. `auto`: from the weights and the
+    accelerator."""
     check_agreement: bool = True
     """Compare the plan between ranks before the engine acts on it: engines hang when ranks differ."""
     metrics: bool = False

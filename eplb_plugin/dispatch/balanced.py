@@ -1,0 +1,51 @@
+"""Dispatch `balanced`: each batch is split anew over the replicas, so that all ranks finish together."""
+
+from __future__ import annotations
+
+import torch
+
+from ..core.errors import LoadError
+from ..core.placement import Placement
+from ..core.topology import Topology
+from .batch_split import BatchSplit
+from .tables import LayerTables, ReplicaTables
+
+__all__ = ["BalancedDispatch"]
+
+
+class BalancedDispatch(ReplicaTables):
+    """The split of `balance_batch`, token by token.
+
+    Args:
+        placement: the placement in force.
+        topology: number of slots.
+        split: of the batches of this rank.
+    """
+
+    def __init__(self, placement: Placement, topology: Topology, split: BatchSplit) -> None:
+        super().__init__(placement, topology, device=split.device)
+        self._split = split
+
+    def reserve(self, num_tokens: int) -> None:
+        """Nothing to do: no buffer depends on the size of a batch."""
+
+    def physical(self, layer: int, expert_ids: torch.Tensor) -> torch.Tensor:
+        """The slot of each token, numbered over all ranks; shape and dtype of `expert_ids`.
+
+        Where ranks have tokens of their own, all ranks call it together for each layer and batch, also ranks
+        without tokens.
+
+        Args:
+            layer: index of the MoE layer.
+            expert_ids: int32 or int64 [tokens, top_k] or [tokens], logical experts; -1 stays -1.
+
+        Raises:
+            LoadError: wrong shape, dtype or layer, or an id beyond the experts.
+        """
+        if expert_ids.dim() not in (1, 2) or not 0 <= layer < self._shape[0]:
+            raise LoadError(
+                f"expert_ids has shape {tuple(expert_ids.shape)} for layer {layer} of {self._shape[0]}, "
+                "not [tokens, top_k] or [tokens]"
+            )
+        replicas = LayerTables(self._slots[layer], self._first[layer, 1:], self._count[layer, 1:])
+        return self._split.slots(expert_ids, replicas)

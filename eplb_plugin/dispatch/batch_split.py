@@ -1,0 +1,97 @@
+"""One batch of one layer: from the experts of its tokens to their slots, by the split of the whole batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ..core.errors import LoadError
+from ..core.topology import Topology
+from .balance_batch import checked_cost, rank_of_slot
+from .tables import LayerTables
+
+__all__ = ["BatchSplit", "GatherCounts"]
+
+GatherCounts = Callable[[torch.Tensor], torch.Tensor]
+"""[logical] -> [ranks, logical]: the counts of all ranks from those of this one. All ranks call it together."""
+
+
+class BatchSplit:
+    """Chooses the replicas of a batch so that the slowest rank ends as early as it can.
+
+    Args:
+        topology: ranks and slots.
+        rank: this rank.
+        expert_cost: least cost of a replica in use, in tokens.
+        gather: where each rank has tokens of its own, gives the counts of all. None: every rank has all
+            tokens of a batch, in the same order, and no message is needed.
+        device: where expert ids arrive.
+
+    Raises:
+        LoadError: `expert_cost` is negative or not an integer.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        *,
+        rank: int = 0,
+        expert_cost: int = 0,
+        gather: GatherCounts | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.expert_cost = checked_cost(expert_cost)
+        self.num_ranks = topology.num_ranks
+        self._gather = gather
+        self._row = 0 if gather is None else rank
+        with torch.inference_mode(False):
+            self._rank_of_slot = rank_of_slot(topology).to(device)
+        self.device = self._rank_of_slot.device
+
+    def slots(
+        self, expert_ids: torch.Tensor, replicas: LayerTables, num_tokens: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The slot of each token. With `gather`, all ranks call it together, also those without tokens.
+
+        Args:
+            expert_ids: int32 or int64 [tokens, top_k] or [tokens], logical experts; -1 stays -1.
+            replicas: the replicas of the layer.
+            num_tokens: integer [1] on the device: tokens behind the first `num_tokens` are padding. They
+                are not counted, and spread evenly by their index. None: no padding.
+
+        Returns:
+            Shape and dtype of `expert_ids`. Over the ranks, every slot gets the tokens that `balance_batch`
+            says.
+
+        Raises:
+            LoadError: an id is beyond the experts. On CUDA, where nothing waits, it becomes -1 instead.
+        """
+        # Importing numba takes a while.
+        from .slot_kernels import choose_slots, count_tokens
+
+        ids = expert_ids.contiguous().view(-1).numpy()
+        top_k = expert_ids.shape[1] if expert_ids.dim() == 2 else 1
+        counted = len(ids) if num_tokens is None else min(int(num_tokens) * top_k, len(ids))
+        counts = torch.empty_like(replicas.counts)
+        bad = count_tokens(ids[:counted], counts.numpy())
+        gathered = counts.unsqueeze(0) if self._gather is None else self._gather(counts)
+        # After the message: the other ranks wait for it.
+        if bad != -1:
+            raise LoadError(
+                f"expert_ids holds {bad}; there are experts 0..{len(counts) - 1}, and -1 for none"
+            )
+        chosen = torch.empty_like(expert_ids, memory_format=torch.contiguous_format)
+        choose_slots(
+            ids,
+            counted,
+            max(top_k, 1),
+            gathered.numpy(),
+            self._row,
+            *(table.numpy() for table in replicas),
+            self._rank_of_slot.numpy(),
+            self.num_ranks,
+            self.expert_cost,
+            chosen.view(-1).numpy(),
+        )
+        return chosen
