@@ -14,7 +14,7 @@ from .tables import LayerTables
 __all__ = ["BatchSplit", "GatherCounts"]
 
 GatherCounts = Callable[[torch.Tensor], torch.Tensor]
-"""[logical] -> [ranks, logical]: the counts of all ranks from those of this one. All ranks call it together."""
+"""From this rank's counts, [logical], to those of all ranks, [ranks, logical]. All ranks call it together."""
 
 
 class BatchSplit:
