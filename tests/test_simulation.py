@@ -142,7 +142,7 @@ def test_folding_is_that_of_the_load_window(interval, snapshots):
         for layer, counts in enumerate(step):
             window.record_counts(layer, counts)
         window.step()
-    assert torch.equal(fold_steps(load, snapshots), window.take())
+    assert torch.equal(fold_steps(load, snapshots), window.take().snapshots)
 
 
 def test_loads_of_floats_are_folded_too():

@@ -138,6 +138,8 @@ class RebalancerOptions(Options):
     """Steps between two rebalances."""
     snapshots: int = Field(32, ge=1, le=1024)
     """Maximum number of snapshots of an interval. Example: 1000 steps make 32 snapshots of 31 or 32 steps."""
+    samples: int = Field(16, ge=0, le=1024)
+    """Dispatch `balanced`: single steps of an interval on which it is measured, evenly spaced."""
     history: int = Field(4, ge=1, le=64)
     """Intervals in the window of a plan."""
     planning: Literal["leader", "sharded"] = "leader"
@@ -145,9 +147,10 @@ class RebalancerOptions(Options):
     dispatch: str = "even"
     """Replica of each token. `even`: all replicas of the expert equally. `local_first`: replicas on the
     token's own rank, if there are any. `balanced`: each batch is split so that all ranks finish together."""
-    batch: Literal["sharded", "replicated"] = "sharded"
-    """Dispatch `balanced`: which tokens a rank sees. `sharded`: its own; one all-gather of counts per layer
-    and batch. `replicated`: all tokens of the batch, in the same order on every rank; no message."""
+    batch: Literal["sharded", "own", "replicated"] = "sharded"
+    """Dispatch `balanced`: the batch that a rank splits. `sharded`: its tokens are those of all ranks, by one
+    all-gather of counts per layer. `own`: the tokens of this rank alone, without a message, for half of the
+    gain. `replicated`: every rank has all tokens, in the same order; no message."""
     expert_cost: int | Literal["auto"] = Field(0, ge=0, le=2**20)
     """Dispatch `balanced`: least cost of a replica in use, in tokens: time to read its weights over time of a
     token. `auto`: from the weights and the accelerator. Example: with 32, an expert with 20 tokens goes to

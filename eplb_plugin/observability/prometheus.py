@@ -110,6 +110,16 @@ METRICS = (
         "livemin",
     ),
     Metric(
+        "eplb_sampled_balancedness_ratio",
+        "Mean over max rank cost of sampled steps: with the even split, and as dispatch balanced split them.",
+        lambda done: {
+            "even": done.report.sampled_balancedness_even,
+            "balanced": done.report.sampled_balancedness,
+        },
+        "livemin",
+        label="split",
+    ),
+    Metric(
         "eplb_lower_bound_gap_ratio",
         "Excess of the peak rank load over its lower bound, as a fraction of the bound.",
         lambda done: _one(done.gap),

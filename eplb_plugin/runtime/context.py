@@ -63,6 +63,7 @@ class Context:
 
     Attributes:
         fingerprints: of all expert weights; None if nothing is verified.
+        expert_cost: least cost of a replica in use, in tokens, for the dispatch `balanced`.
     """
 
     topology: Topology
@@ -74,4 +75,5 @@ class Context:
     fingerprints: ExpertFingerprints | None
     staging: Staging
     in_force: PlacementInForce
+    expert_cost: int
     streams: DeviceOrder

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 from collections import deque
+from typing import NamedTuple
 
 import torch
 
 from ..core.errors import LoadError, checked_integer
 
-__all__ = ["LoadWindow"]
+__all__ = ["IntervalLoad", "LoadWindow"]
 
 _ID_DTYPES = (torch.int32, torch.int64)
+
+
+class IntervalLoad(NamedTuple):
+    """The load of one interval.
+
+    Attributes:
+        snapshots: int64 [snapshots, layers, logical], tokens, sums of steps in time order.
+        samples: int64 [samples, layers, logical], tokens of single steps, evenly spaced.
+    """
+
+    snapshots: torch.Tensor
+    samples: torch.Tensor
 
 
 class LoadWindow:
@@ -29,6 +42,7 @@ class LoadWindow:
         num_logical: logical experts per layer.
         interval: steps of one interval.
         snapshots: per interval; fewer if the interval has fewer steps.
+        samples: single steps kept of an interval, evenly spaced; fewer if it has fewer steps.
         history: intervals kept.
         device: of expert ids and counts.
 
@@ -46,6 +60,7 @@ class LoadWindow:
         *,
         interval: int,
         snapshots: int = 32,
+        samples: int = 0,
         history: int = 4,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -54,7 +69,8 @@ class LoadWindow:
         self.interval = interval = checked_integer("interval", interval, LoadError)
         snapshots = checked_integer("snapshots", snapshots, LoadError)
         history = checked_integer("history", history, LoadError)
-        self._num_snapshots = min(snapshots, interval)
+        samples = checked_integer("samples", samples, LoadError, least=0)
+        self._num_snapshots, self._num_samples = min(snapshots, interval), min(samples, interval)
         self.steps = 0
         self._history: deque[torch.Tensor] = deque(maxlen=history)
         # Not inference tensors, whatever the mode of the caller: those refuse writes outside of it.
@@ -64,6 +80,7 @@ class LoadWindow:
             self._snapshots = torch.zeros(
                 self._num_snapshots, num_layers, num_logical, dtype=torch.int64, device=device
             )
+            self._samples = self._snapshots.new_zeros(self._num_samples, num_layers, num_logical)
             # One element, read n times: the source of every scatter-add. A Python number in the shift would
             # cost a temporary tensor.
             self._one = torch.ones(1, dtype=torch.int64, device=device)
@@ -143,22 +160,26 @@ class LoadWindow:
         It counts as a step all the same, so that ranks with and without work end an interval together.
         """
         if not is_dummy:
+            sample = self._samples_of(self.steps)
+            if self._samples_of(self.steps + 1) > sample:
+                self._samples[sample].copy_(self._step[:, 1:])
             snapshot = min(self.steps * self._num_snapshots // self.interval, self._num_snapshots - 1)
             self._snapshots[snapshot].add_(self._step[:, 1:])
         self._step.zero_()
         self.steps += 1
 
-    def take(self) -> torch.Tensor:
-        """End the interval: its counts on this rank, int64 [snapshots, layers, logical] in time order.
+    def take(self) -> IntervalLoad:
+        """End the interval: its counts on this rank.
 
-        Snapshots without steps are left out, so ranks with equally many steps get the same shape. The tensor
-        belongs to the caller; counting starts anew.
+        Snapshots and samples without steps are left out, so ranks with equally many steps get the same shape.
+        The tensors belong to the caller; counting starts anew.
         """
         last = (self.steps - 1) * self._num_snapshots // self.interval
         used = min(last + 1, self._num_snapshots)
-        taken = self._snapshots[:used].clone()
-        self._snapshots.zero_()
-        self.steps = 0
+        taken = IntervalLoad(
+            self._snapshots[:used].clone(), self._samples[: self._samples_of(self.steps)].clone()
+        )
+        self._restart()
         return taken
 
     def push(self, interval_load: torch.Tensor) -> None:
@@ -187,9 +208,17 @@ class LoadWindow:
     def clear(self) -> None:
         """Forget everything; to be called on all ranks alike, for instance when the group changes."""
         self._history.clear()
-        self._snapshots.zero_()
         self._step.zero_()
+        self._restart()
+
+    def _restart(self) -> None:
+        self._snapshots.zero_()
+        self._samples.zero_()
         self.steps = 0
+
+    def _samples_of(self, steps: int) -> int:
+        """Samples taken in the first `steps` steps of an interval."""
+        return min(-(-steps * self._num_samples // self.interval), self._num_samples)
 
     def _check_layer(self, layer: int) -> None:
         if not 0 <= layer < self.num_layers:

@@ -15,11 +15,13 @@ import torch
 from ..core.balancedness import balancedness
 from ..core.errors import AgreementError, EplbError, LoadError, RankLostError
 from ..core.placement import Placement
+from ..dispatch.rank_costs import dispatch_gain
 from ..planning.planner import plan
 from .context import Context
 from .control.rank_group import content_hash
 from .control.scheduling import Scheduler
 from .control.throttle import Throttle
+from .load_window import IntervalLoad
 from .relocation import relocate
 from .repair import audit
 from .reports import DraftReport, RebalanceReport
@@ -36,13 +38,12 @@ class Request:
     Attributes:
         number: of the rebalance, the same on every rank.
         step: steps that the rank had ended when the interval did.
-        interval_loads: recorded on this rank since the last rebalance: int64 [snapshots, layers, logical],
-            tokens, of each interval.
+        intervals: recorded on this rank since the last rebalance.
     """
 
     number: int
     step: int
-    interval_loads: Sequence[torch.Tensor]
+    intervals: Sequence[IntervalLoad]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -73,12 +74,13 @@ def rebalance(context: Context, request: Request, scheduler: Scheduler) -> Outco
     """
     throttle, draft = scheduler.throttle, DraftReport()
     before = context.in_force.placement
-    interval_load = torch.zeros(0, before.num_layers, before.num_logical, dtype=torch.int64)
+    none = torch.zeros(0, before.num_layers, before.num_logical, dtype=torch.int64)
+    interval = IntervalLoad(none, none)
     throttle.pause()
     try:
         # 1. Gather: the loads of the interval, summed over the ranks, go to the window.
         with draft.timing("gather_seconds"):
-            interval_load = gather(context, request, throttle)
+            interval = gather(context, request, throttle)
         throttle.pause()
 
         goal = before.physical_to_logical
@@ -108,19 +110,19 @@ def rebalance(context: Context, request: Request, scheduler: Scheduler) -> Outco
         draft.notes.append(str(error))
 
     # 7. Report: shown at the same step on all ranks.
-    report = write_report(context, request, draft, before, interval_load, throttle)
+    report = write_report(context, request, draft, before, interval, throttle)
     fence = scheduler.propose_step()
     step = max(context.connections.control.vote(f"ending rebalance {request.number}", value=fence))
     return Outcome(
-        report=report, interval_load=interval_load, placement=context.in_force.placement, step=step
+        report=report, interval_load=interval.snapshots, placement=context.in_force.placement, step=step
     )
 
 
-def gather(context: Context, request: Request, throttle: Throttle) -> torch.Tensor:
+def gather(context: Context, request: Request, throttle: Throttle) -> IntervalLoad:
     """All ranks: check what each recorded, and sum it.
 
     Returns:
-        int64 [snapshots, layers, logical], tokens of the new intervals over all ranks, as in the window.
+        Tokens of the new intervals over all ranks; the snapshots are in the window too.
 
     Raises:
         EplbError: on all ranks, if one of them has weights or loads that are not as they should be.
@@ -130,22 +132,27 @@ def gather(context: Context, request: Request, throttle: Throttle) -> torch.Tens
     context.streams.catch_up()
     control, window = context.connections.control, context.window
     shape = window.num_layers, window.num_logical
-    loads: list[torch.Tensor] = []
+    loads: list[IntervalLoad] = []
     error = None
     try:
         context.weights.check()
-        loads = [_checked(load, shape) for load in request.interval_loads]
+        loads = [IntervalLoad(*(_checked(part, shape) for part in load)) for load in request.intervals]
     except Exception as caught:  # every kind, since the other ranks wait
         error = caught
-    snapshots = sum(load.shape[0] for load in loads)
+    snapshots = sum(load.snapshots.shape[0] for load in loads)
     phase = f"taking the load in rebalance {request.number}"
     if len(set(control.vote(phase, error, snapshots))) > 1:
         raise AgreementError(f"ranks took part in different numbers of steps, here {snapshots} snapshots")
     # All ranks have ended the rebalance before, so all have read its decisions.
     context.connections.two_phase_commit.decisions.forget(delete=control.rank == 0)
     for load in loads:
-        window.push(control.sum(load))
-    return torch.cat(loads) if loads else torch.zeros(0, *shape, dtype=torch.int64)
+        window.push(control.sum(load.snapshots))
+        control.sum(load.samples)
+    none = torch.zeros(0, *shape, dtype=torch.int64)
+    return IntervalLoad(
+        torch.cat([none, *(load.snapshots for load in loads)]),
+        torch.cat([none, *(load.samples for load in loads)]),
+    )
 
 
 def plan_layers(context: Context, number: int, load: torch.Tensor, scheduler: Scheduler) -> torch.Tensor:
@@ -211,28 +218,45 @@ def write_report(
     request: Request,
     draft: DraftReport,
     before: Placement,
-    interval_load: torch.Tensor,
+    interval: IntervalLoad,
     throttle: Throttle,
 ) -> RebalanceReport:
     """This rank: the report, with the balancedness of the interval under the old and the new placement.
 
     Args:
         before: the placement in force at the start.
-        interval_load: int64 [snapshots, layers, logical], tokens of the interval over all ranks.
+        interval: its tokens over all ranks.
     """
     throttle.ranks_met()
     throttle.pause()
     after = context.in_force.placement
     changed = (after.physical_to_logical != before.physical_to_logical).any(1)
     draft.add(layers=int(changed.sum()))
-    if interval_load.shape[0]:
+    if interval.snapshots.shape[0]:
         draft.add(
-            balancedness_before=balancedness(interval_load, before, context.topology),
-            balancedness_after=balancedness(interval_load, after, context.topology),
+            balancedness_before=balancedness(interval.snapshots, before, context.topology),
+            balancedness_after=balancedness(interval.snapshots, after, context.topology),
         )
+    if context.options.batch != "own":  # whose splits are not those of whole batches
+        _measure_dispatch(context, before, interval.samples, draft, throttle)
     report = draft.finish(request.step)
     throttle.pause()
     return report
+
+
+def _measure_dispatch(
+    context: Context, before: Placement, samples: torch.Tensor, draft: DraftReport, throttle: Throttle
+) -> None:
+    """Add the balancedness of sampled steps with the even split, and with the split of the dispatch."""
+    if context.options.batch == "replicated":  # every rank has recorded all tokens
+        samples = samples // context.topology.num_ranks
+    gains = []
+    for sample in samples[samples.any(2).any(1)]:
+        gains.append(dispatch_gain(sample.unsqueeze(0), before, context.topology, context.expert_cost))
+        throttle.pause()
+    if gains:
+        even, balanced = (sum(parts) / len(gains) for parts in zip(*gains, strict=True))
+        draft.add(sampled_balancedness_even=even, sampled_balancedness=balanced)
 
 
 def _checked(load: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:

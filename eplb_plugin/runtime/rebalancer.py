@@ -20,6 +20,7 @@ from .background import Runner
 from .connections import connect
 from .control.rank_group import RankGroup
 from .control.two_phase_commit import Store
+from .load_window import IntervalLoad
 from .rebalance import Request
 from .reports import RebalanceObserver, RebalanceReport
 from .startup import Restore, register_again, start_up
@@ -130,7 +131,7 @@ class Rebalancer:
         self._steps = 0
         self._number = 0
         # Intervals that ended while a rebalance was under way wait for the next one.
-        self._waiting: deque[torch.Tensor] = deque(maxlen=options.history)
+        self._waiting: deque[IntervalLoad] = deque(maxlen=options.history)
         self._runner = Runner(connections, options)
         self.off = ""
         self._replacing = False
@@ -246,9 +247,9 @@ class Rebalancer:
     def _request(self) -> Request:
         self._number += 1
         self._context.streams.mark()
-        loads = list(self._waiting)
+        intervals = list(self._waiting)
         self._waiting.clear()
-        return Request(number=self._number, step=self._steps, interval_loads=loads)
+        return Request(number=self._number, step=self._steps, intervals=intervals)
 
     def _run(self) -> RebalanceReport:
         """Rebalance within this step."""

@@ -90,7 +90,12 @@ def start_up(
     serving = Serving(control.rank, device, expert_cost, gather)
     tables = find_dispatch(options.dispatch)(start, topology, serving)
     window = LoadWindow(
-        *shape, interval=options.interval, snapshots=options.snapshots, history=options.history, device=device
+        *shape,
+        interval=options.interval,
+        snapshots=options.snapshots,
+        samples=options.samples if options.dispatch == "balanced" else 0,
+        history=options.history,
+        device=device,
     )
     context = Context(
         topology=topology,
@@ -102,6 +107,7 @@ def start_up(
         fingerprints=prints,
         staging=Staging(options.staging_mib << 20),
         in_force=PlacementInForce(held, num_logical, tables),
+        expert_cost=expert_cost,
         streams=DeviceOrder(registered.device or device),
     )
 

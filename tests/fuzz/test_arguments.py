@@ -121,7 +121,7 @@ def test_windows(sizes, layer, ids, counts, valid):
         if refused:
             assert int(window._step.sum()) == 0
         window.step()
-        taken = window.take()
+        taken = window.take().snapshots
         assert int(taken.sum()) >= 0
         window.push(taken)
         assert torch.equal(window.load(), taken)

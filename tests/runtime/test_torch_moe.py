@@ -107,7 +107,7 @@ def test_topics_choose_different_experts() -> None:
     for topic in range(2):
         model.forward(torch.arange(16) * 4 + topic)
         model.step()
-        loads.append(model.rebalancer.window.take()[0].double())
+        loads.append(model.rebalancer.window.take().snapshots[0].double())
     within = torch.cosine_similarity(*loads, dim=1)
     assert (within < 0.8).all()
     assert loads[0].sum(1).tolist() == [16.0 * 3] * 3
@@ -117,7 +117,7 @@ def test_padding_is_not_counted() -> None:
     model = MoEModel(CONFIG)
     model.forward(torch.arange(10), torch.arange(10) < 4)
     model.step()
-    assert model.rebalancer.window.take().sum() == 4 * CONFIG.top_k * CONFIG.num_layers
+    assert model.rebalancer.window.take().snapshots.sum() == 4 * CONFIG.top_k * CONFIG.num_layers
 
 
 def test_weights_depend_on_seed_layer_and_expert_alone() -> None:

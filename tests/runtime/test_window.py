@@ -48,7 +48,7 @@ def test_counts_like_a_loop(seed: int, interval: int, snapshots: int, done: int,
                         expected[layer, expert] += 1
         recorder.step(is_dummy=dummy)
         steps.append(expected)
-    taken = recorder.take()
+    taken = recorder.take().snapshots
     used = min(snapshots, interval)
     folded: list[torch.Tensor] = []  # those that steps have reached; the last takes steps beyond the interval
     for index, counts in enumerate(steps):
@@ -58,7 +58,7 @@ def test_counts_like_a_loop(seed: int, interval: int, snapshots: int, done: int,
         folded[snapshot] += counts
     assert taken.shape == (len(folded), 2, 4)
     assert all(torch.equal(*both) for both in zip(taken, folded, strict=True))
-    assert recorder.take().shape == (0, 2, 4)
+    assert recorder.take().snapshots.shape == (0, 2, 4)
 
 
 def test_counts_of_the_engine_add_up() -> None:
@@ -66,7 +66,7 @@ def test_counts_of_the_engine_add_up() -> None:
     recorder.record(1, torch.tensor([[0, 3]]))
     recorder.record_counts(1, torch.tensor([0, 5, 0, 1], dtype=torch.int32))
     recorder.step()
-    assert recorder.take().tolist() == [[[0, 0, 0, 0], [1, 5, 0, 2]]]
+    assert recorder.take().snapshots.tolist() == [[[0, 0, 0, 0], [1, 5, 0, 2]]]
 
 
 def test_history_is_bounded_in_time_order_and_can_be_dropped() -> None:
@@ -78,7 +78,7 @@ def test_history_is_bounded_in_time_order_and_can_be_dropped() -> None:
     recorder.clear()
     recorder.step()
     assert recorder.load().shape == (0, 2, 4)
-    assert not recorder.take().any()
+    assert not recorder.take().snapshots.any()
 
 
 def test_recording_works_in_and_out_of_inference_mode() -> None:
@@ -87,7 +87,7 @@ def test_recording_works_in_and_out_of_inference_mode() -> None:
         recorder.record(0, torch.tensor([[1, 2]]), torch.tensor([True]))
     recorder.record(0, torch.tensor([[1, 2]]), torch.tensor([True]))
     recorder.step()
-    assert recorder.take()[0, 0].tolist() == [0, 2, 2, 0]
+    assert recorder.take().snapshots[0, 0].tolist() == [0, 2, 2, 0]
 
 
 def test_a_larger_batch_leaves_what_a_graph_writes_to() -> None:
@@ -103,7 +103,7 @@ def test_a_larger_batch_leaves_what_a_graph_writes_to() -> None:
         assert tensor is not None
         assert tensor.data_ptr() == address
     recorder.step()
-    assert recorder.take()[0, 0].tolist() == [60, 0, 0, 0]
+    assert recorder.take().snapshots[0, 0].tolist() == [60, 0, 0, 0]
     assert sum(tensor.numel() for tensor in recorder._outgrown) <= 2 * recorder._ids.numel()
 
 
@@ -158,3 +158,22 @@ def test_errors_name_the_numbers(call, numbers: str) -> None:
 def test_ids_beyond_the_experts_do_not_pass(expert: int) -> None:
     with pytest.raises((RuntimeError, IndexError)):
         window().record(0, torch.tensor([expert]))
+
+
+@pytest.mark.parametrize(
+    ("interval", "samples", "sampled"), [(6, 3, [0, 2, 4]), (5, 2, [0, 2]), (3, 8, [0, 1, 2])]
+)
+def test_samples_are_single_steps_evenly_spaced(interval: int, samples: int, sampled: list[int]) -> None:
+    recorder = window(interval=interval, samples=samples)
+    for steps in (interval, 2, interval + 4):
+        for step in range(steps):
+            for layer in range(2):
+                recorder.record(layer, torch.tensor([step % 4] * (step + 1)))
+            recorder.step(is_dummy=step == 2)
+        taken = recorder.take().samples
+        wanted = torch.zeros(0, 2, 4, dtype=torch.int64)
+        for step in [s for s in sampled if s < steps]:
+            counts = torch.zeros(1, 2, 4, dtype=torch.int64)
+            counts[..., step % 4] = 0 if step == 2 else step + 1
+            wanted = torch.cat([wanted, counts])
+        assert torch.equal(taken, wanted)

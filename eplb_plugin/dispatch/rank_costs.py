@@ -1,0 +1,80 @@
+"""What the ranks need for a split batch, in tokens, and how even that is."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ..core.balancedness import balancedness_of_peaks
+from ..core.placement import Placement
+from ..core.topology import Topology
+from .balance_batch import balance_batch, rank_of_slot
+
+__all__ = ["DispatchGain", "dispatch_gain", "even_batch", "rank_costs"]
+
+
+class DispatchGain(NamedTuple):
+    """Balancedness of single steps by their rank costs: mean over max, summed over layers.
+
+    Attributes:
+        even: with each expert's tokens spread evenly over its replicas.
+        balanced: with the split of `balance_batch`.
+    """
+
+    even: float
+    balanced: float
+
+
+def even_batch(counts: torch.Tensor, placement: Placement) -> torch.Tensor:
+    """The even split in whole tokens: the first `count % replicas` slots of an expert get one more.
+
+    Args:
+        counts: integer [..., layers, logical], tokens.
+
+    Returns:
+        int64 [..., layers, slots], tokens; 0 for an empty slot.
+    """
+    ids = placement.physical_to_logical.to(counts.device)
+    # The position of each slot among the slots of its expert.
+    same = ids[:, :, None] == ids[:, None, :]
+    place = same.tril(-1).sum(2)
+    safe = ids.clamp(min=0).expand(*counts.shape[:-1], -1)
+    count = counts.long().gather(-1, safe)
+    replicas = placement.replica_count.to(counts.device).gather(1, ids.clamp(min=0))
+    tokens = count // replicas + (place < count % replicas)
+    return torch.where(ids >= 0, tokens, 0)
+
+
+def rank_costs(tokens: torch.Tensor, topology: Topology, expert_cost: int = 0) -> torch.Tensor:
+    """The cost of every rank: the sum over its slots in use of max(`expert_cost`, tokens).
+
+    Args:
+        tokens: int64 [..., slots].
+
+    Returns:
+        int64 [..., ranks], tokens.
+    """
+    costs = torch.where(tokens > 0, tokens.clamp(min=expert_cost), 0)
+    ranks = rank_of_slot(topology).to(tokens.device)
+    return costs.new_zeros(*costs.shape[:-1], topology.num_ranks).index_add_(-1, ranks, costs)
+
+
+def dispatch_gain(
+    counts: torch.Tensor, placement: Placement, topology: Topology, expert_cost: int = 0
+) -> DispatchGain:
+    """Compare the two splits of whole batches.
+
+    Both are over the mean cost of the even split: what `balanced` saves by using fewer replicas counts.
+
+    Args:
+        counts: integer [steps, layers, logical], tokens of single steps.
+
+    Raises:
+        As `balance_batch`.
+    """
+    balanced = balance_batch(counts, placement, topology, expert_cost=expert_cost)
+    even = rank_costs(even_batch(counts, placement), topology, expert_cost).double()
+    peaks = rank_costs(balanced, topology, expert_cost).amax(2).double()
+    mean = even.mean(2)
+    return DispatchGain(balancedness_of_peaks(mean, even.amax(2)), balancedness_of_peaks(mean, peaks))
