@@ -24,7 +24,7 @@ from eplb_plugin.cli.demo.ranks import RankError, run_ranks
 from eplb_plugin.cli.demo.serving import Comparison, IntervalRecord, compare_outputs
 from eplb_plugin.config.options import DemoOptions
 from eplb_plugin.config.sources import Settings
-from eplb_plugin.core.errors import TopologyError, TraceError
+from eplb_plugin.core.errors import ConfigError, TopologyError, TraceError
 from eplb_plugin.formats.npz import save_load_trace
 from eplb_plugin.offline.synthetic_traffic import generate
 from eplb_plugin.runtime.rebalancer import RebalanceReport
@@ -61,7 +61,8 @@ def test_the_demo_balances_and_changes_no_output(planning, mode):
     assert outcome.balancedness > outcome.balancedness_static or mode == "async"
     assert [(part.first_step, part.steps) for part in outcome.intervals] == [(0, 4), (4, 4), (8, 4)]
     first, second, last = outcome.intervals
-    assert first.balancedness == first.balancedness_static
+    assert first.balancedness_even == pytest.approx(first.balancedness_static, abs=0.03)
+    assert all(part.balancedness >= part.balancedness_even - 0.005 for part in outcome.intervals)
     assert first.report is not None
     assert first.report.moves > 0
     # In the background the first one may still be under way when the second interval ends.
@@ -69,6 +70,14 @@ def test_the_demo_balances_and_changes_no_output(planning, mode):
     assert last.report is None
     expected = (second.balancedness + last.balancedness) / 2
     assert outcome.balancedness == pytest.approx(expected)
+
+
+def test_another_dispatch_can_be_measured():
+    outcome = run_small(dispatch="even")
+    assert outcome.outputs_equal
+    assert outcome.balancedness == pytest.approx(outcome.balancedness_even, abs=0.03)
+    with pytest.raises(ConfigError, match="dispatch='nearest' is unknown"):
+        run_small(dispatch="nearest")
 
 
 def _serve_without_moving(rank, send, *args):
@@ -104,10 +113,12 @@ def outcome_of(**changes):
         transfer_seconds=0.3,
         commit_seconds=0.1,
     )
-    first = IntervalOutcome(first_step=0, steps=4, balancedness=0.5, balancedness_static=0.5, report=report)
+    first = IntervalOutcome(
+        first_step=0, steps=4, balancedness=0.5, balancedness_even=0.5, balancedness_static=0.5, report=report
+    )
     skipped = replace(report, skipped=True, moves=0, bytes_moved=0, transfer_seconds=0, commit_seconds=0)
-    second = IntervalOutcome(4, 4, 0.9, 0.6, skipped)
-    third = IntervalOutcome(8, 2, 0.6, 0.3, None)
+    second = IntervalOutcome(4, 4, 0.9, 0.8, 0.6, skipped)
+    third = IntervalOutcome(8, 2, 0.6, 0.5, 0.3, None)
     outcome = DemoOutcome((first, second, third), Comparison(tokens=100), wrong_slots=0)
     return replace(outcome, **changes)
 
@@ -116,6 +127,7 @@ def test_the_outcome_in_json():
     values = outcome_of().as_dict()
     assert values["outputs_equal"] is True
     assert values["balancedness"] == pytest.approx((4 * 0.9 + 2 * 0.6) / 6)
+    assert values["balancedness_even"] == pytest.approx((4 * 0.8 + 2 * 0.5) / 6)
     assert values["balancedness_static"] == pytest.approx((4 * 0.6 + 2 * 0.3) / 6)
     assert (values["rebalances"], values["moves"], values["bytes_moved"]) == (1, 3, 3_000_000)
     # The second one planned, too, but changed nothing.
@@ -142,7 +154,7 @@ def test_the_exit_code_tells_whether_outputs_are_equal(monkeypatch, changes, exi
     result = CliRunner().invoke(app, ["demo", "--json"])
     assert result.exit_code == exit_code
     *table, summary, last = result.stdout.splitlines()
-    assert any("balanced" in line for line in table)
+    assert any("dispatch" in line for line in table)
     assert text in summary
     assert json.loads(last)["outputs_equal"] is (exit_code == 0)
 
@@ -204,7 +216,9 @@ def test_wrong_outputs_are_counted():
 def record(interval, rows, **changes):
     values = {"compared": Comparison(10), "reports": (), "wrong_slots": 0}
     rows = np.array(rows, np.int64)
-    return IntervalRecord(interval=interval, rows=rows, rows_static=rows[::-1], **{**values, **changes})
+    # On each of two ranks, half of the pairs of this one.
+    even = np.stack([rows / 2, rows / 2], 2)
+    return IntervalRecord(interval, rows, even, rows[::-1], **{**values, **changes})
 
 
 def test_records_of_ranks_are_put_together_in_any_order():
@@ -218,6 +232,7 @@ def test_records_of_ranks_are_put_together_in_any_order():
     (first,) = tally.intervals
     # Step 0: both layers have mean 2 and max 4; step 1 is even.
     assert first.balancedness == pytest.approx((0.5 + 1) / 2)
+    assert first.balancedness_even == 1
     tally.add(record(1, [[1, 3]], reports=(replace(report, plan_seconds=0.7),)))
     assert [(part.first_step, part.steps) for part in tally.intervals] == [(0, 2), (2, 1)]
     assert tally.intervals[1].balancedness == pytest.approx(3 / 4)

@@ -218,7 +218,7 @@ class SimulateOptions(Options):
 
 
 class DemoOptions(Options):
-    """The demo. Its interval replaces that of `rebalancer`, and its background work is not throttled."""
+    """The demo. Its interval and dispatch replace those of `rebalancer`. Background work is not throttled."""
 
     ranks: int = Field(4, ge=1, le=64)
     """Ranks, one process each."""
@@ -246,6 +246,8 @@ class DemoOptions(Options):
     """Tokens of a batch, per rank."""
     interval: int = Field(24, ge=1)
     """Steps between two rebalances."""
+    dispatch: str = "balanced"
+    """Replica of each token, with rebalancing; `even` without."""
     trace: str | None = None
     """Token trace (`.npz`) whose categories of requests are the topics; by default topics are generated."""
     mode: Literal["decode", "prefill"] = "decode"

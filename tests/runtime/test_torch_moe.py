@@ -29,9 +29,9 @@ def same(logits: torch.Tensor, expected: torch.Tensor) -> bool:
     return close and torch.equal(logits.argmax(-1), expected.argmax(-1))
 
 
-def serve(rank: int, size: int, dispatch: str) -> tuple[int, float, float]:
+def serve(rank: int, size: int, dispatch: str, batch_of: str) -> tuple[int, float, float]:
     topology = eplb.Topology(num_ranks=size, num_slots=16)
-    options = eplb.RebalancerOptions(mode="sync", interval=4, history=1, dispatch=dispatch)
+    options = eplb.RebalancerOptions(mode="sync", interval=4, history=1, dispatch=dispatch, batch=batch_of)
     model = MoEModel(CONFIG, topology, options=options, planner=PLANNER)
     reference = MoEModel(CONFIG)
     moves, before, after = 0, 0.0, 0.0
@@ -49,9 +49,17 @@ def serve(rank: int, size: int, dispatch: str) -> tuple[int, float, float]:
     return moves, before, after
 
 
-@pytest.mark.parametrize(("size", "dispatch"), [(2, "local_first"), (4, "even")])
-def test_outputs_are_those_of_one_process(size: int, dispatch: str) -> None:
-    results = run_ranks(serve, size, size, dispatch)
+@pytest.mark.parametrize(
+    ("size", "dispatch", "batch_of"),
+    [
+        (2, "local_first", "sharded"),
+        (4, "even", "sharded"),
+        (4, "balanced", "sharded"),
+        (2, "balanced", "own"),
+    ],
+)
+def test_outputs_are_those_of_one_process(size: int, dispatch: str, batch_of: str) -> None:
+    results = run_ranks(serve, size, size, dispatch, batch_of)
     assert all(result == results[0] for result in results)
     moves, before, after = results[0]
     assert moves > 0

@@ -17,6 +17,7 @@ from ...config.options import DemoOptions
 from ...config.sources import Settings
 from ...core.errors import TopologyError, TraceError
 from ...core.topology import Topology
+from ...dispatch.registry import find_dispatch
 from ...formats.loads import read_trace
 from ...offline.synthetic_traffic import topic_mix
 from ...offline.token_replay import category_mix, decode_schedule
@@ -40,6 +41,7 @@ def demo(
     steps: Annotated[int | None, option("demo.steps")] = None,
     tokens: Annotated[int | None, option("demo.tokens")] = None,
     interval: Annotated[int | None, option("demo.interval")] = None,
+    dispatch: Annotated[str | None, option("demo.dispatch")] = None,
     drift: Annotated[float | None, option("demo.drift")] = None,
     trace: Annotated[str | None, option("demo.trace")] = None,
     mode: Annotated[str | None, option("demo.mode")] = None,
@@ -80,6 +82,8 @@ def run_demo(settings: Settings, console: Console) -> DemoOutcome:
     # Steps of this model take milliseconds: throttled background work would outlast the intervals.
     settings = settings.replaced("rebalancer.background_share", 1.0)
     settings = settings.replaced("rebalancer.interval", options.interval)
+    settings = settings.replaced("rebalancer.dispatch", options.dispatch)
+    find_dispatch(options.dispatch)
     with compiling(console, "loading the planner"):
         warmup()
     bar = progress_bar(console)
@@ -124,19 +128,32 @@ def _table(options: DemoOptions, intervals: tuple[IntervalOutcome, ...]) -> Tabl
         title=f"{counted(options.ranks, 'rank')}, {counted(options.layers, 'layer')}, "
         f"{counted(options.experts, 'expert')} in {counted(options.slots, 'slot')}, "
         f"{counted(options.ranks * options.tokens, 'token')} per step",
-        caption="static, balanced: measured balancedness (mean / max rank load)\n"
-        "without and with rebalancing. before, after: balancedness of the same\n"
-        "steps under the placement in force and under the new one.\n"
-        "moved: transfers of one expert's weights.",
+        caption="static: balancedness (mean / max rank load) without rebalancing;\n"
+        "plan: with rebalancing, tokens spread evenly over replicas;\n"
+        f"dispatch: as measured, with dispatch {options.dispatch}.\n"
+        "before, after: balancedness of the steps' sums under the placement\n"
+        "in force and under the new one. moved: transfers of one expert.",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    for name in ("steps", "static", "balanced", "before", "after", "moved", "MB", "plan ms", "move ms"):
+    for name in (
+        "steps",
+        "static",
+        "plan",
+        "dispatch",
+        "before",
+        "after",
+        "moved",
+        "MB",
+        "plan ms",
+        "move ms",
+    ):
         table.add_column(name, justify="right", no_wrap=True)
     for item in intervals:
         steps = f"{item.first_step}-{item.first_step + item.steps - 1}"
-        cells = [steps, f"{item.balancedness_static:.3f}", f"{item.balancedness:.3f}"]
+        scores = (item.balancedness_static, item.balancedness_even, item.balancedness)
+        cells = [steps, *(f"{score:.3f}" for score in scores)]
         if (report := item.report) is not None:
             cells += [
                 f"{report.balancedness_before:.3f}",

@@ -23,6 +23,7 @@ class IntervalOutcome:
         first_step: first step of the interval.
         steps: number of steps.
         balancedness: measured with rebalancing, mean over the steps.
+        balancedness_even: the same, had the tokens of each expert been spread evenly over its replicas.
         balancedness_static: measured without rebalancing, mean over the steps.
         report: rebalance at the end of the interval, with the times of the slowest rank. None after the last
             interval, and while an earlier rebalance was running.
@@ -31,6 +32,7 @@ class IntervalOutcome:
     first_step: int
     steps: int
     balancedness: float
+    balancedness_even: float
     balancedness_static: float
     report: RebalanceReport | None
 
@@ -59,6 +61,10 @@ class DemoOutcome:
         return self._mean([item.balancedness for item in self.intervals])
 
     @property
+    def balancedness_even(self) -> float:
+        return self._mean([item.balancedness_even for item in self.intervals])
+
+    @property
     def balancedness_static(self) -> float:
         return self._mean([item.balancedness_static for item in self.intervals])
 
@@ -73,6 +79,7 @@ class DemoOutcome:
             "slots_wrong": self.wrong_slots,
             "largest_difference": self.compared.difference,
             "balancedness": self.balancedness,
+            "balancedness_even": self.balancedness_even,
             "balancedness_static": self.balancedness_static,
             "rebalances": sum(not item.skipped for item in reports),
             "moves": sum(item.moves for item in reports),
@@ -89,10 +96,10 @@ class DemoOutcome:
             wrong = f"{self.compared.wrong} of {self.compared.tokens} tokens"
             check = f"OUTPUTS DIFFER on {wrong}, {self.wrong_slots} slots wrong"
         return (
-            f"balancedness {values['balancedness']:.3f} against {values['balancedness_static']:.3f} without "
-            f"rebalancing; {values['rebalances']} rebalances moved {values['moves']} experts "
-            f"({values['bytes_moved'] / 1e6:.1f} MB), planning {values['plan_seconds']:.2f} s, "
-            f"transfer {values['transfer_seconds']:.2f} s; {check}"
+            f"balancedness {values['balancedness_static']:.3f} -> {values['balancedness_even']:.3f} by plans "
+            f"-> {values['balancedness']:.3f} by dispatch; {values['rebalances']} rebalances moved "
+            f"{values['moves']} experts ({values['bytes_moved'] / 1e6:.1f} MB), "
+            f"planning {values['plan_seconds']:.2f} s, transfer {values['transfer_seconds']:.2f} s; {check}"
         )
 
     def _mean(self, values: list[float]) -> float:
@@ -134,7 +141,10 @@ class DemoTally:
         first_step = sum(item.steps for item in self._intervals)
         balanced = _balancedness([item.rows for item in records])
         static = _balancedness([item.rows_static for item in records])
-        self._intervals.append(IntervalOutcome(first_step, len(record.rows), balanced, static, report=None))
+        even = _balancedness(list(np.sum([item.even for item in records], 0).transpose(2, 0, 1)))
+        self._intervals.append(
+            IntervalOutcome(first_step, len(record.rows), balanced, even, static, report=None)
+        )
         for reports in zip(*(item.reports for item in records), strict=True):
             # A background rebalance ends after the interval at whose end it began.
             for index, item in enumerate(self._intervals):
@@ -152,6 +162,6 @@ def _slowest(reports: Sequence[RebalanceReport]) -> RebalanceReport:
     return replace(reports[0], **{name: max(getattr(item, name) for item in reports) for name in times})
 
 
-def _balancedness(rows: Sequence[np.ndarray[Any, np.dtype[np.int64]]]) -> float:
-    """Mean over steps of the balancedness of `rows`: int64 [steps, layers] of each rank, rank loads."""
+def _balancedness(rows: Sequence[np.ndarray[Any, np.dtype[Any]]]) -> float:
+    """Mean over steps of the balancedness of `rows`: [steps, layers] of each rank, rank loads."""
     return float((np.mean(rows, 0).sum(1) / np.max(rows, 0).sum(1)).mean())

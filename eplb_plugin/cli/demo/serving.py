@@ -11,6 +11,7 @@ import torch
 
 from ...config.options import DemoOptions
 from ...config.sources import Settings
+from ...core.balancedness import rank_loads
 from ...core.topology import Topology
 from ...integration.torch_moe import MoEConfig, MoEModel
 from ...observability.server import serve_metrics
@@ -41,11 +42,13 @@ class Served:
     Attributes:
         logits: float32 [tokens, vocab].
         rows: [layers], (token, expert) pairs computed by this rank.
+        counts: int64 [layers, logical], the tokens of this rank.
         tie: bool [tokens], whether rounding may decide the choice of experts.
     """
 
     logits: torch.Tensor
     rows: list[int]
+    counts: torch.Tensor
     tie: torch.Tensor
 
 
@@ -95,6 +98,8 @@ class IntervalRecord:
     Attributes:
         interval: index of the interval.
         rows: int64 [steps, layers], (token, expert) pairs computed by this rank, with rebalancing.
+        even: float64 [steps, layers, ranks], pairs of this rank's tokens on each rank, had the tokens of each
+            expert been spread evenly over its replicas, with rebalancing.
         rows_static: int64 [steps, layers], the same without rebalancing.
         compared: the outputs compared.
         reports: rebalances that ended since the last record. In the background, a rebalance ends some steps
@@ -104,6 +109,7 @@ class IntervalRecord:
 
     interval: int
     rows: np.ndarray[Any, np.dtype[np.int64]]
+    even: np.ndarray[Any, np.dtype[np.float64]]
     rows_static: np.ndarray[Any, np.dtype[np.int64]]
     compared: Comparison
     reports: tuple[RebalanceReport, ...]
@@ -111,20 +117,23 @@ class IntervalRecord:
 
 
 class _WatchedModel(MoEModel):  # type: ignore[misc]  # mypy knows the adapters only once installed
-    """The model with a record of rows and ties for `Served`."""
+    """The model with a record of rows, counts and ties for `Served`."""
 
     _rows: list[int]
+    _counts: torch.Tensor
     _tie: torch.Tensor
 
     def serve(self, tokens: torch.Tensor) -> Served:
         self._rows = [0] * self.config.num_layers
+        self._counts = torch.zeros(self.config.num_layers, self.config.num_logical, dtype=torch.int64)
         self._tie = torch.zeros(tokens.shape[0], dtype=torch.bool)
-        return Served(self.forward(tokens), self._rows, self._tie)
+        return Served(self.forward(tokens), self._rows, self._counts, self._tie)
 
     def _moe(self, layer: int, x: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
-        top_k = self.config.top_k
-        if top_k < self.config.num_logical:
-            top = (x @ self.routers[layer].T).topk(top_k + 1).values
+        top_k, logical = self.config.top_k, self.config.num_logical
+        top, experts = (x @ self.routers[layer].T).topk(min(top_k + 1, logical))
+        self._counts[layer] = torch.bincount(experts[:, :top_k].flatten(), minlength=logical)
+        if top_k < logical:
             self._tie |= top[:, top_k - 1] - top[:, top_k] < _TIE
         out: torch.Tensor = super()._moe(layer, x, valid)
         return out
@@ -163,15 +172,17 @@ def serve(
     Args:
         rank: this rank.
         send: sends a message to the parent: `StepDone`, `IntervalRecord` or, with metrics, `MetricsReady`.
-        settings: the rebalancer has the interval of the demo. The first rank serves the metrics of the
-            rebalanced model.
+        settings: the rebalancer has the interval and the dispatch of the demo. The first rank serves the
+            metrics of the rebalanced model.
         mix: float64 [steps, topics], share of each topic at each step.
     """
     options, metrics = settings.demo, settings.metrics
     config = model_config(options, mix.shape[1])
     topology = Topology(num_ranks=options.ranks, num_slots=options.slots)
     # Without rebalancing: the same code with an interval longer than the run.
-    never = settings.replaced("rebalancer.interval", options.steps + 1)
+    never = settings.replaced("rebalancer.interval", options.steps + 1).replaced(
+        "rebalancer.dispatch", "even"
+    )
     balanced, static = (
         _WatchedModel(config, topology, options=item.rebalancer, planner=settings.planner)
         for item in (settings, never)
@@ -183,12 +194,13 @@ def serve(
 
     for start in range(0, options.steps, options.interval):
         stop = min(start + options.interval, options.steps)
-        rows, rows_static, reports = [], [], []
+        rows, even, rows_static, reports = [], [], [], []
         compared = Comparison()
         for step in range(start, stop):
             tokens = stream.batch(step, rank, options.tokens)
             served, expected = balanced.serve(tokens), static.serve(tokens)
             rows.append(served.rows)
+            even.append(rank_loads(served.counts, balanced.rebalancer.placement, topology)[0].numpy())
             rows_static.append(expected.rows)
             compared += compare_outputs(served.logits, expected.logits, expected.tie)
             # A rebalance after the last batch would be useless.
@@ -202,7 +214,8 @@ def serve(
             balanced.rebalancer.close()
             static.rebalancer.close()
             reports += list(balanced.rebalancer.reports)[known:]
-        counts, wrong = (np.array(rows, np.int64), np.array(rows_static, np.int64)), balanced.wrong_slots()
+        counts = np.array(rows, np.int64), np.array(even), np.array(rows_static, np.int64)
+        wrong = balanced.wrong_slots()
         send(IntervalRecord(start // options.interval, *counts, compared, tuple(reports), wrong))
 
 
