@@ -33,6 +33,8 @@ def shown():
         reason="",
         balancedness_before=0.5,
         balancedness_after=0.9,
+        sampled_balancedness_even=0.8,
+        sampled_balancedness=0.95,
         layers=1,
         moves=1,
         bytes_moved=1,
@@ -56,7 +58,7 @@ def queries():
 
 
 def test_the_names_say_what_is_counted(shown):
-    assert len(shown) == 9
+    assert len(shown) == 10
     for name, (kind, _) in shown.items():
         assert (kind == "counter") == name.endswith("_total"), name
         if kind == "gauge":
@@ -121,6 +123,6 @@ def test_the_documentation_lists_every_series_with_its_type_and_labels(shown):
         name: (kind, set(labels) - {"model_name"}) for name, (kind, labels) in shown.items()
     }
     for _, labels in shown.values():
-        for value in labels.get("result", set()) | labels.get("phase", set()):
+        for value in labels.get("result", set()) | labels.get("phase", set()) | labels.get("split", set()):
             assert f"`{value}`" in DOCS
     assert set(OURS.findall(DOCS)) - {"eplb_plugin"} == set(shown)
