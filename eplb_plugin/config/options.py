@@ -151,7 +151,7 @@ class RebalancerOptions(Options):
     """Dispatch `balanced`: the batch that a rank splits. `sharded`: its tokens are those of all ranks, by one
     all-gather of counts per layer. `own`: the tokens of this rank alone, without a message, for half of the
     gain. `replicated`: every rank has all tokens, in the same order; no message."""
-    expert_cost: int | Literal["auto"] = Field(0, ge=0, le=2**20)
+    expert_cost: Annotated[int, Field(ge=0, le=2**20)] | Literal["auto"] = 0
     """Dispatch `balanced`: least cost of a replica in use, in tokens: time to read its weights over time of a
     token. `auto`: from the weights and the accelerator. Example: with 32, an expert with 20 tokens goes to
     one replica."""
