@@ -91,7 +91,7 @@ def balance(case: Case) -> dict[str, float]:
         means.append(steps.sum(2) / ranks)
         shares += [eplb.balancedness(step, placement, case.topology) for step in steps]
         for name, split in DISPATCHES.items():
-            tokens = split(steps, placement, case.topology, 0, 0)
+            tokens = split(steps, placement, case.topology, 0, (0,))
             peaks.setdefault(name, []).append(rank_costs(tokens, case.topology, 0).amax(2).double())
         best = case.topology.by_rank(best_split(steps, placement, case.topology), 0.0).sum(3).amax(2)
         peaks.setdefault("best", []).append(best)
@@ -276,7 +276,7 @@ def measure_decode(folder: Path, quick: bool, expert_cost: int = 32) -> Rows:
                 ("tokens alone", "balanced", 0),
                 ("balanced", "balanced", expert_cost),
             ):
-                split = DISPATCHES[dispatch](steps, placement, topology, cost, 0)
+                split = DISPATCHES[dispatch](steps, placement, topology, cost, (0,))
                 peaks[name].append(rank_costs(split, topology, expert_cost).amax(2))
         even, alone, balanced = (torch.cat(each) for each in peaks.values())
         rows.append(

@@ -33,7 +33,7 @@ def test_every_split_keeps_the_tokens_of_each_expert(batch: Batch) -> None:
     counts, placement, topology = batch
     ids = placement.physical_to_logical
     for name in DISPATCHES:
-        (tokens,) = find_dispatch(name)(counts[None], placement, topology, 0, 1)
+        (tokens,) = find_dispatch(name)(counts[None], placement, topology, 0, (1,))
         assert tokens.dtype == torch.int64
         assert tokens.min() >= 0
         assert not tokens[ids < 0].any()
@@ -45,7 +45,7 @@ def test_every_split_keeps_the_tokens_of_each_expert(batch: Batch) -> None:
 @given(batch=batches())
 def test_the_even_split_is_that_of_a_loop(batch: Batch) -> None:
     counts, placement, topology = batch
-    (tokens,) = DISPATCHES["even"](counts[None], placement, topology, 0, 0)
+    (tokens,) = DISPATCHES["even"](counts[None], placement, topology, 0, (0,))
     for layer, slots in enumerate(placement.physical_to_logical):
         for expert, count in enumerate(counts[layer].tolist()):
             where = slots == expert
@@ -56,7 +56,7 @@ def test_the_even_split_is_that_of_a_loop(batch: Batch) -> None:
 @given(batch=batches())
 def test_costs_of_ranks_are_those_of_a_loop(batch: Batch) -> None:
     counts, placement, topology = batch
-    (tokens,) = DISPATCHES["even"](counts[None], placement, topology, 0, 0)
+    (tokens,) = DISPATCHES["even"](counts[None], placement, topology, 0, (0,))
     for cost in (0, 5, 30):
         for layer, row in enumerate(rank_costs(tokens, topology, cost)):
             assert row.tolist() == slow_rank_costs(tokens[layer].tolist(), topology, cost)
@@ -102,17 +102,19 @@ def test_a_placement_without_replicas_leaves_nothing_to_split() -> None:
     topology = eplb.Topology(num_ranks=2, num_slots=4)
     placement = eplb.Placement(torch.tensor([[3, 1, 0, 2]]), 4)
     for split in DISPATCHES.values():
-        assert split(torch.tensor([[[1, 2, 3, 4]]]), placement, topology, 0, 0).tolist() == [[[4, 2, 1, 3]]]
+        assert split(torch.tensor([[[1, 2, 3, 4]]]), placement, topology, 0, (0,)).tolist() == [
+            [[4, 2, 1, 3]]
+        ]
 
 
 def test_drawn_tokens_follow_the_shares_of_the_linear_program_and_their_seed() -> None:
     counts, placement = skewed(1)
     best = best_split(counts, placement, TOPOLOGY)
     states = np.random.get_state()[1].copy(), torch.get_rng_state()
-    drawn = torch.cat([DISPATCHES["sampled"](counts, placement, TOPOLOGY, 0, seed) for seed in range(400)])
+    drawn = torch.cat([DISPATCHES["sampled"](counts, placement, TOPOLOGY, 0, (seed,)) for seed in range(400)])
     assert (np.random.get_state()[1] == states[0]).all()
     assert torch.equal(torch.get_rng_state(), states[1])
-    again = DISPATCHES["sampled"](counts, placement, TOPOLOGY, 0, 7)
+    again = DISPATCHES["sampled"](counts, placement, TOPOLOGY, 0, (7,))
     assert torch.equal(again[0], drawn[7])
     assert not torch.equal(drawn[7], drawn[8])
     # Five standard deviations of a mean of 400 binomial draws of up to 1024 tokens.

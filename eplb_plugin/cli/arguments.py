@@ -10,6 +10,7 @@ import typer
 from ..config.options import Options
 from ..config.sources import Settings, load_settings
 from ..core.errors import ConfigError
+from ..offline.dispatch_replay import DISPATCHES
 from ..offline.simulation import POLICIES
 from ..offline.synthetic_traffic import PROFILES
 
@@ -17,7 +18,9 @@ __all__ = [
     "AsJson",
     "Batch",
     "Config",
+    "Dispatches",
     "Drift",
+    "ExpertCost",
     "Groups",
     "Interval",
     "Load",
@@ -87,6 +90,15 @@ Policies = Annotated[
     list[str] | None,
     option("simulate.policies", "--policy", meaning=f"Policy to replay; repeatable: {', '.join(POLICIES)}."),
 ]
+Dispatches = Annotated[
+    list[str] | None,
+    option(
+        "simulate.dispatches",
+        "--dispatch",
+        meaning=f"Dispatch to judge on single steps; repeatable: {', '.join(DISPATCHES)}.",
+    ),
+]
+ExpertCost = Annotated[int | None, option("simulate.expert_cost")]
 Mode = Annotated[str | None, option("simulate.mode")]
 Batch = Annotated[int | None, option("simulate.batch")]
 MaxTokens = Annotated[int | None, option("simulate.max_tokens")]

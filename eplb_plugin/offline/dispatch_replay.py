@@ -4,25 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from ..core.balancedness import balancedness, balancedness_of_peaks, filled_ranks
 from ..core.errors import ConfigError, TraceError
 from ..core.placement import Placement
 from ..core.topology import Topology
-from ..dispatch.balance_batch import balance_batch
+from ..dispatch.balance_batch import balance_batch, checked_cost
 from .linear_program import best_split
 
-__all__ = ["DISPATCHES", "SplitSteps", "find_dispatch", "rank_costs", "whole_counts"]
+__all__ = ["DISPATCHES", "BatchScore", "SplitSteps", "find_dispatch", "rank_costs", "score", "whole_counts"]
 
-SplitSteps = Callable[[torch.Tensor, Placement, Topology, int, int], torch.Tensor]
+SplitSteps = Callable[[torch.Tensor, Placement, Topology, int, tuple[int, ...]], torch.Tensor]
 """(counts int64 [steps, layers, logical], placement, topology, expert_cost, seed) to tokens of each slot,
 int64 [steps, layers, slots]."""
 
+_MOST_CELLS = 2**22  # of a table of steps, layers and slots: a bound on scratch memory
+
+
+class BatchScore(NamedTuple):
+    """What a dispatch makes of some steps.
+
+    Attributes:
+        balancedness: mean over the steps.
+        peak_cost: the cost of the slowest rank, summed over steps and layers, in tokens.
+    """
+
+    balancedness: float
+    peak_cost: int
+
 
 def _even(
-    counts: torch.Tensor, placement: Placement, topology: Topology, expert_cost: int, seed: int
+    counts: torch.Tensor, placement: Placement, topology: Topology, expert_cost: int, seed: tuple[int, ...]
 ) -> torch.Tensor:
     """Each replica of an expert gets as many tokens, earlier slots one more if they do not divide."""
     ids, slots = placement.physical_to_logical, placement.logical_to_physical
@@ -38,13 +54,13 @@ def _even(
 
 
 def _balanced(
-    counts: torch.Tensor, placement: Placement, topology: Topology, expert_cost: int, seed: int
+    counts: torch.Tensor, placement: Placement, topology: Topology, expert_cost: int, seed: tuple[int, ...]
 ) -> torch.Tensor:
     return balance_batch(counts, placement, topology, expert_cost=expert_cost)
 
 
 def _sampled(
-    counts: torch.Tensor, placement: Placement, topology: Topology, expert_cost: int, seed: int
+    counts: torch.Tensor, placement: Placement, topology: Topology, expert_cost: int, seed: tuple[int, ...]
 ) -> torch.Tensor:
     """The replica of each token is drawn by the shares of the linear program, as SGLang's `lp` does."""
     slots = placement.logical_to_physical.numpy()
@@ -64,7 +80,7 @@ def _sampled(
 DISPATCHES: Mapping[str, SplitSteps] = MappingProxyType(
     {"even": _even, "balanced": _balanced, "sampled": _sampled}
 )
-"""The splits of whole batches, by name. `sampled` ignores `expert_cost`; `seed` is for its draws."""
+"""The splits of whole batches, by name. `sampled` ignores `expert_cost`; the seed is for its draws."""
 
 
 def find_dispatch(name: str) -> SplitSteps:
@@ -76,6 +92,45 @@ def find_dispatch(name: str) -> SplitSteps:
     if name not in DISPATCHES:
         raise ConfigError(f"no dispatch {name!r} to replay; there are {', '.join(DISPATCHES)}")
     return DISPATCHES[name]
+
+
+def score(
+    name: str,
+    steps: torch.Tensor,
+    placement: Placement,
+    topology: Topology,
+    *,
+    expert_cost: int = 0,
+    seed: tuple[int, ...] = (0,),
+) -> BatchScore:
+    """Replay steps under a dispatch, each as one batch.
+
+    The balancedness is that of tokens, for `even` in fractions of them, as everywhere in the package. The
+    cost is that of whole tokens, also for `even`.
+
+    Args:
+        name: of `DISPATCHES`.
+        steps: [steps, layers, logical], tokens, whole numbers.
+        expert_cost: least cost of a replica in use, in tokens.
+        seed: of `sampled`.
+
+    Raises:
+        ConfigError: unknown dispatch. LoadError, PlacementError: see `balance_batch`. TraceError: a number of
+            tokens is no whole number.
+    """
+    split, cost = find_dispatch(name), checked_cost(expert_cost)
+    counts = whole_counts(steps, "the load")
+    each = max(1, _MOST_CELLS // placement.physical_to_logical.numel())
+    loads, costs = [], 0
+    for at in range(0, len(counts), each):
+        part = counts[at : at + each]
+        tokens = split(part, placement, topology, cost, (*seed, at))
+        loads.append(rank_costs(tokens, topology, 0).amax(2).double())
+        costs += int(rank_costs(tokens, topology, cost).amax(2).sum())
+    if name == "even":
+        return BatchScore(balancedness(steps, placement, topology), costs)
+    mean = counts.sum(2) / int(filled_ranks(placement, topology).sum())
+    return BatchScore(balancedness_of_peaks(mean, torch.cat(loads)), costs)
 
 
 def rank_costs(tokens: torch.Tensor, topology: Topology, expert_cost: int) -> torch.Tensor:
