@@ -119,9 +119,9 @@ def _table(
         # With these, two more columns fit into 80.
         table.caption_justify, table.box, table.padding = "left", box.SIMPLE_HEAD, (0, 1, 0, 0)
     costs = dispatches and results[0].dispatches[0].cost_ratio is not None
-    table.add_column("policy")
+    table.add_column("policy", no_wrap=dispatches)
     if dispatches:
-        table.add_column("dispatch")
+        table.add_column("dispatch", no_wrap=True)
     shown = [
         "balancedness",
         "worst interval",
@@ -130,7 +130,7 @@ def _table(
         "planning",
     ]
     for name in shown:
-        table.add_column(name, justify="right", no_wrap=dispatches)
+        table.add_column(name.replace(" ", "\n") if dispatches else name, justify="right", no_wrap=dispatches)
     for item in results:
         moved, planning = f"{item.moved_share:.1%}", f"{item.plan_ms:.1f} ms"
         if not dispatches:
