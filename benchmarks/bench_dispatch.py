@@ -88,7 +88,7 @@ def balance(case: Case) -> dict[str, float]:
     peaks: dict[str, list[torch.Tensor]] = {}
     means, shares = [], []
     for placement, steps in case.judged():
-        means.append(steps.sum(2) / ranks)
+        means.append(steps.sum(2).double() / ranks)
         shares += [eplb.balancedness(step, placement, case.topology) for step in steps]
         for name, split in DISPATCHES.items():
             tokens = split(steps, placement, case.topology, 0, (0,))

@@ -85,7 +85,8 @@ def test_simulate_compares_dispatches(load_file, tmp_path):
     even, sampled, balanced = row["dispatches"]
     assert even["balancedness"] == row["balancedness"] == alone[0]["balancedness"]
     assert even["balancedness"] < sampled["balancedness"] < balanced["balancedness"]
-    assert balanced["cost_ratio"] is None
+    assert even["cost_ratio"] == 1 > balanced["cost_ratio"]
+    assert "slowest" not in result.stdout
     for item in row["dispatches"]:
         assert re.search(rf"{item['dispatch']} +{item['balancedness']:.4f}", result.stdout)
     assert "Each row of the load is taken for one batch" in " ".join(result.stdout.split())

@@ -24,6 +24,7 @@ __all__ = [
     "Groups",
     "Interval",
     "Load",
+    "MessageUs",
     "MaxTokens",
     "Mode",
     "MovePrice",
@@ -34,6 +35,7 @@ __all__ = [
     "Seed",
     "Slots",
     "Steps",
+    "Tokens",
     "check_value",
     "option",
     "setting_of",
@@ -45,6 +47,7 @@ _OF_OTHER_SECTIONS = {
     "interval": "rebalancer.interval",
     "move_price": "planner.move_price",
     "metrics_port": "metrics.port",
+    "tokens": "rebalancer.batch",
 }
 
 
@@ -99,6 +102,8 @@ Dispatches = Annotated[
     ),
 ]
 ExpertCost = Annotated[int | None, option("simulate.expert_cost")]
+MessageUs = Annotated[float | None, option("simulate.message_us")]
+Tokens = Annotated[str | None, option("rebalancer.batch", "--tokens")]
 Mode = Annotated[str | None, option("simulate.mode")]
 Batch = Annotated[int | None, option("simulate.batch")]
 MaxTokens = Annotated[int | None, option("simulate.max_tokens")]

@@ -84,7 +84,9 @@ def simulate(
                 )
             )
     shortened = settings.rebalancer.interval if options.interval < settings.rebalancer.interval else None
-    Console().print(_table(load, topology, options.interval, shortened, results))
+    Console().print(
+        _table(load, topology, options.interval, shortened, settings.simulate.expert_cost, results)
+    )
     if as_json:
         print(json.dumps([_plain(result) for result in results]))
 
@@ -97,7 +99,12 @@ def _plain(result: SimulationResult) -> dict[str, object]:
 
 
 def _table(
-    load: LoadTrace, topology: Topology, interval: int, shortened: int | None, results: list[SimulationResult]
+    load: LoadTrace,
+    topology: Topology,
+    interval: int,
+    shortened: int | None,
+    expert_cost: int,
+    results: list[SimulationResult],
 ) -> Table:
     rebalances = counted(len(results[0].intervals), "rebalance")
     caption = f"{rebalances}, one every {counted(interval, 'step')}, each scored on the steps after it"
@@ -108,7 +115,7 @@ def _table(
             ". Each row of the load is taken for one batch: of sums over several steps, dispatch shows less "
             "than it gains"
         )
-        if results[0].dispatches[0].cost_ratio is not None:
+        if expert_cost:
             caption += (
                 ". Balancedness counts tokens; with expert_cost, balanced lowers the cost of the slowest "
                 "rank instead, which is told as a fraction of that with the even split"
@@ -118,7 +125,7 @@ def _table(
     if dispatches:
         # With these, two more columns fit into 80.
         table.caption_justify, table.box, table.padding = "left", box.SIMPLE_HEAD, (0, 1, 0, 0)
-    costs = dispatches and results[0].dispatches[0].cost_ratio is not None
+    costs = dispatches and expert_cost > 0
     table.add_column("policy", no_wrap=dispatches)
     if dispatches:
         table.add_column("dispatch", no_wrap=True)
@@ -141,8 +148,8 @@ def _table(
                 "" if at else item.policy,
                 each.dispatch,
                 f"{each.balancedness:.4f}",
-                f"{each.worst_interval:.4f}",
-                *([] if each.cost_ratio is None else [f"{each.cost_ratio:.3f}"]),
+                f"{min(each.intervals):.4f}",
+                *([f"{each.cost_ratio:.3f}"] if costs else []),
                 *(["", ""] if at else [moved, planning]),
             )
     return table

@@ -148,7 +148,7 @@ class RebalancerOptions(Options):
     batch: Literal["sharded", "replicated"] = "sharded"
     """Dispatch `balanced`: which tokens a rank sees. `sharded`: its own; one all-gather of counts per layer
     and batch. `replicated`: all tokens of the batch, in the same order on every rank; no message."""
-    expert_cost: int | Literal["auto"] = Field(0, ge=0, le=2**20)
+    expert_cost: Annotated[int, Field(ge=0, le=2**20)] | Literal["auto"] = 0
     """Dispatch `balanced`: least cost of a replica in use, in tokens: time to read its weights over time of a
     token. `auto`: from the weights and the accelerator. Example: with 32, an expert with 20 tokens goes to
     one replica."""
@@ -199,6 +199,10 @@ class SimulateOptions(Options):
     expert_cost: int = Field(0, ge=0, le=2**20)
     """Dispatches: least cost of a replica in use, in tokens. Above 0, the cost of the slowest rank is
     compared."""
+    message_us: float = Field(20.0, gt=0, le=1e6)
+    """`report` and `advise`: assumed time of the all-gather of counts that dispatch `balanced` needs, in
+    microseconds for each layer and batch. 20: about eight GPUs of a node. There is none with
+    `rebalancer.batch: replicated`."""
     mode: Literal["decode", "prefill"] = "decode"
     """Token traces: replay as steps of decode or of prefill."""
     batch: int = Field(256, ge=1, le=2**20)

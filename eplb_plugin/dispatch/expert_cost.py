@@ -20,7 +20,14 @@ import torch
 from ..core.errors import ConfigError
 from .accelerators import ACCELERATORS, Accelerator, find_accelerator
 
-__all__ = ["BANDWIDTH", "COMPUTE", "cost_in_tokens", "resolve_expert_cost", "weight_bits"]
+__all__ = [
+    "BANDWIDTH",
+    "COMPUTE",
+    "cost_in_tokens",
+    "resolve_expert_cost",
+    "token_seconds",
+    "weight_bits",
+]
 
 COMPUTE = 0.4
 """Fraction of the peak compute that grouped GEMMs reach."""
@@ -92,8 +99,12 @@ def cost_in_tokens(accelerator: Accelerator, num_bytes: float, parameters: Mappi
         parameters: its parameters, by the bits of a weight: 4, 8, 16 or 32.
     """
     read = num_bytes / (BANDWIDTH * 1e12 * accelerator.bandwidth)
-    token = sum(2 * held / (COMPUTE * 1e12 * accelerator.tflops(bits)) for bits, held in parameters.items())
-    return max(1, round(read / token))
+    return max(1, round(read / token_seconds(accelerator, parameters)))
+
+
+def token_seconds(accelerator: Accelerator, parameters: Mapping[int, float]) -> float:
+    """The time of one token in one expert, in seconds. Arguments as for `cost_in_tokens`."""
+    return sum(2 * held / (COMPUTE * 1e12 * accelerator.tflops(bits)) for bits, held in parameters.items())
 
 
 def weight_bits(bits_per_weight: float) -> int:

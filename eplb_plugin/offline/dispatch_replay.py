@@ -16,7 +16,16 @@ from ..core.topology import Topology
 from ..dispatch.balance_batch import balance_batch, checked_cost
 from .linear_program import best_split
 
-__all__ = ["DISPATCHES", "BatchScore", "SplitSteps", "find_dispatch", "rank_costs", "score", "whole_counts"]
+__all__ = [
+    "DISPATCHES",
+    "BatchScore",
+    "SplitSteps",
+    "find_dispatch",
+    "has_whole_counts",
+    "rank_costs",
+    "score",
+    "whole_counts",
+]
 
 SplitSteps = Callable[[torch.Tensor, Placement, Topology, int, tuple[int, ...]], torch.Tensor]
 """(counts int64 [steps, layers, logical], placement, topology, expert_cost, seed) to tokens of each slot,
@@ -31,10 +40,12 @@ class BatchScore(NamedTuple):
     Attributes:
         balancedness: mean over the steps.
         peak_cost: the cost of the slowest rank, summed over steps and layers, in tokens.
+        mean_load: the mean load of a rank, summed likewise.
     """
 
     balancedness: float
     peak_cost: int
+    mean_load: float
 
 
 def _even(
@@ -127,10 +138,12 @@ def score(
         tokens = split(part, placement, topology, cost, (*seed, at))
         loads.append(rank_costs(tokens, topology, 0).amax(2).double())
         costs += int(rank_costs(tokens, topology, cost).amax(2).sum())
-    if name == "even":
-        return BatchScore(balancedness(steps, placement, topology), costs)
-    mean = counts.sum(2) / int(filled_ranks(placement, topology).sum())
-    return BatchScore(balancedness_of_peaks(mean, torch.cat(loads)), costs)
+    mean = counts.sum(2).double() / int(filled_ranks(placement, topology).sum())
+    even = name == "even"
+    found = (
+        balancedness(steps, placement, topology) if even else balancedness_of_peaks(mean, torch.cat(loads))
+    )
+    return BatchScore(found, costs, float(mean.sum()))
 
 
 def rank_costs(tokens: torch.Tensor, topology: Topology, expert_cost: int) -> torch.Tensor:
@@ -144,6 +157,11 @@ def rank_costs(tokens: torch.Tensor, topology: Topology, expert_cost: int) -> to
         int64 [..., ranks], tokens.
     """
     return topology.by_rank(torch.where(tokens > 0, tokens.clamp(min=expert_cost), 0), 0).sum(-1)
+
+
+def has_whole_counts(load: torch.Tensor) -> bool:
+    """Whether all loads are whole numbers, as those of batches are; means over steps are not."""
+    return not load.is_floating_point() or bool((load == load.floor()).all())
 
 
 def whole_counts(load: torch.Tensor, name: str) -> torch.Tensor:

@@ -78,15 +78,17 @@ class DispatchResult:
     Attributes:
         dispatch: its name.
         balancedness: mean over all steps after the first interval.
-        worst_interval: balancedness of the interval with the lowest.
-        cost_ratio: cost of the slowest rank, summed over steps and layers, over that of the even split. None
-            without `expert_cost`.
+        cost: cost of the slowest rank over the mean load of a rank, both summed over steps and layers: the
+            time of the MoE layers, that of tokens spread over all ranks being 1.
+        cost_ratio: `cost` over that of the even split.
+        intervals: balancedness of each interval.
     """
 
     dispatch: str
     balancedness: float
-    worst_interval: float
-    cost_ratio: float | None
+    cost: float
+    cost_ratio: float
+    intervals: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -199,22 +201,24 @@ def simulate(
         moved_share=statistics.fmean(item.moves / slots for item in results),
         plan_ms=statistics.median(item.plan_ms for item in results),
         intervals=tuple(results),
-        dispatches=tuple(_dispatch_result(name, scores, results, expert_cost) for name in names),
+        dispatches=tuple(_dispatch_result(name, scores, results) for name in names),
     )
 
 
 def _dispatch_result(
-    name: str, scores: Mapping[str, list[BatchScore]], intervals: list[IntervalResult], expert_cost: int
+    name: str, scores: Mapping[str, list[BatchScore]], intervals: list[IntervalResult]
 ) -> DispatchResult:
     """The mean over the intervals, each with the weight of its steps; `scores` are those of the intervals."""
     each = [item.balancedness for item in scores[name]]
     steps = [item.steps for item in intervals]
     cost, even = (sum(item.peak_cost for item in scores[key]) for key in (name, "even"))
+    load = sum(item.mean_load for item in scores[name])
     return DispatchResult(
         dispatch=name,
         balancedness=sum(a * b for a, b in zip(each, steps, strict=True)) / sum(steps),
-        worst_interval=min(each),
-        cost_ratio=(cost / even if even else 1.0) if expert_cost else None,
+        cost=cost / load if load else 1.0,
+        cost_ratio=cost / even if even else 1.0,
+        intervals=tuple(each),
     )
 
 
