@@ -64,7 +64,7 @@ class TritonSplit:
         except ImportError as error:
             raise ConfigError(
                 f"dispatch='balanced' on {device} needs Triton ({error}): pip install triton"
-            ) from None
+            ) from error
         # Importing numba takes a while.
         from .split_kernels import SWEEPS
 
@@ -111,29 +111,28 @@ class TritonSplit:
         from . import triton_slots as kernels
 
         chosen = torch.empty_like(expert_ids, memory_format=torch.contiguous_format)
-        ids = expert_ids.contiguous().view(-1)
-        args, counters = self._args(ids, replicas), 0
+        ids, logical = expert_ids.contiguous().view(-1), len(replicas.counts)
+        if not len(ids):
+            self._rows(torch.zeros_like(replicas.counts), logical)
+            return chosen
+        args = self._args(ids, replicas) | {"chosen": chosen}
         args["num_tokens"], args["PADDED"] = (ids, False) if num_tokens is None else (num_tokens, True)
         args["top_k"] = expert_ids.shape[1] if expert_ids.dim() == 2 else 1
-        if len(ids):
-            counters = -(-args["num_blocks"] // args["blocks_each"])
-        if self._gather is None:
-            args["sums"] = ids.new_empty(counters, len(replicas.counts), dtype=torch.int32)
-        else:
-            args["sums"] = torch.zeros_like(replicas.counts)
+        counters = -(-args["num_blocks"] // args["blocks_each"])
         with self._current_device():
-            if len(ids):
-                self._launch(kernels.count, 1 + counters, args, num_warps=8)
-            args["rows"] = args["sums"] if self._gather is None else self._gather(args["sums"]).contiguous()
+            if self._gather is None:
+                args["sums"] = ids.new_empty(counters, logical, dtype=torch.int32)
+            else:
+                args["sums"] = replicas.counts.new_zeros(logical)
+            self._launch(kernels.count, 1 + counters, args, num_warps=8)
+            args["rows"] = self._rows(args["sums"], logical)
+            args["num_rows"] = len(args["rows"])
             # After the message: the other ranks wait for it.
             if len(ids) > self._most_ids:
                 raise LoadError(f"expert_ids has {len(ids)} entries; at most {self._most_ids} are counted")
-            if len(ids):
-                parts = -(-len(replicas.counts) // kernels.PART.value)
-                chunks = -(-len(ids) // kernels.CHUNK.value)
-                args["num_rows"], args["chosen"] = len(args["rows"]), chosen
-                self._launch(kernels.split, 1 + parts + chunks, args, num_warps=self._warps)
-                self._launch(kernels.assign, -(-len(ids) // _IDS), args, num_warps=4)
+            others = -(-logical // kernels.PART.value) + -(-len(ids) // kernels.CHUNK.value)
+            self._launch(kernels.split, 1 + others, args, num_warps=self._warps)
+            self._launch(kernels.assign, -(-len(ids) // _IDS), args, num_warps=4)
         return chosen
 
     def split(self, counts: torch.Tensor, replicas: LayerTables) -> SplitOfCounts:
@@ -152,6 +151,17 @@ class TritonSplit:
             self._launch(kernels.count, 1, args, num_warps=8)
             self._launch(kernels.split, 1, args, num_warps=self._warps)
         return SplitOfCounts(args["lists"][kernels.GIVEN.value], args["steps"])
+
+    def _rows(self, sums: torch.Tensor, logical: int) -> torch.Tensor:
+        """[rows, logical]: the counts of all ranks from `sums`; `sums` where every rank has all tokens."""
+        if self._gather is None:
+            return sums
+        rows, ranks = self._gather(sums).contiguous(), self._constants["NUM_RANKS"]
+        if rows.shape != (ranks, logical):
+            raise LoadError(
+                f"gather gave counts of shape {tuple(rows.shape)}, not of {ranks} ranks and {logical} experts"
+            )
+        return rows
 
     @property
     def _warps(self) -> int:

@@ -232,14 +232,14 @@ def _fill(
     total = tokens.to(base.dtype)
     level = tl.full(base.shape, MOST, base.dtype)
     used, whole, rest = tl.zeros_like(slot), tl.zeros_like(base), tl.zeros_like(base)
-    total, level, used, whole, rest = _try(total, b0, 1, EXPERT_COST, level, used, whole, rest)
-    total, level, used, whole, rest = _try(total, b1, 2, EXPERT_COST, level, used, whole, rest)
-    total, level, used, whole, rest = _try(total, b2, 3, EXPERT_COST, level, used, whole, rest)
-    total, level, used, whole, rest = _try(total, b3, 4, EXPERT_COST, level, used, whole, rest)
-    total, level, used, whole, rest = _try(total, b4, 5, EXPERT_COST, level, used, whole, rest)
-    total, level, used, whole, rest = _try(total, b5, 6, EXPERT_COST, level, used, whole, rest)
-    total, level, used, whole, rest = _try(total, b6, 7, EXPERT_COST, level, used, whole, rest)
-    total, level, used, whole, rest = _try(total, b7, 8, EXPERT_COST, level, used, whole, rest)
+    total, level, used, whole, rest = _try(total, b0, 1, EXPERT_COST, level, used, whole, rest, MOST)
+    total, level, used, whole, rest = _try(total, b1, 2, EXPERT_COST, level, used, whole, rest, MOST)
+    total, level, used, whole, rest = _try(total, b2, 3, EXPERT_COST, level, used, whole, rest, MOST)
+    total, level, used, whole, rest = _try(total, b3, 4, EXPERT_COST, level, used, whole, rest, MOST)
+    total, level, used, whole, rest = _try(total, b4, 5, EXPERT_COST, level, used, whole, rest, MOST)
+    total, level, used, whole, rest = _try(total, b5, 6, EXPERT_COST, level, used, whole, rest, MOST)
+    total, level, used, whole, rest = _try(total, b6, 7, EXPERT_COST, level, used, whole, rest, MOST)
+    total, level, used, whole, rest = _try(total, b7, 8, EXPERT_COST, level, used, whole, rest, MOST)
     return tl.where(ahead < used, whole - base + (ahead < rest).to(base.dtype), 0), complete
 
 
@@ -258,9 +258,11 @@ def _sorted(a, b):
 
 
 @triton.jit
-def _try(total, cost, NUMBER: tl.constexpr, EXPERT_COST: tl.constexpr, level, used, whole, rest):
+def _try(
+    total, cost, NUMBER: tl.constexpr, EXPERT_COST: tl.constexpr, level, used, whole, rest, MOST: tl.constexpr
+):
     """The level of NUMBER ranks, the last of cost `cost`, if it is below that of fewer."""
-    total += cost
+    total += tl.where(cost < MOST, cost, 0)
     share = total // NUMBER
     left = total - share * NUMBER
     reached = tl.maximum(cost + EXPERT_COST, share + (left > 0).to(cost.dtype))
