@@ -79,7 +79,7 @@ def report(
                 fitting.planner,
                 fitting.rebalancer,
                 expert_cost=fitting.simulate.expert_cost,
-                message_us=fitting.simulate.message_us if fitting.rebalancer.batch == "sharded" else 0.0,
+                message_us=0.0 if fitting.rebalancer.batch == "replicated" else fitting.simulate.message_us,
                 progress=lambda name, step, total, task=task, source=source: bar.update(  # type: ignore[misc]
                     task, description=f"{source}: {name}", completed=step, total=total
                 ),
