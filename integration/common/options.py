@@ -21,6 +21,7 @@ __all__ = ["EngineOptions", "SHARED", "options_in_settings"]
 SHARED: Mapping[str, str] = MappingProxyType(
     {
         "snapshots": "rebalancer.snapshots",
+        "samples": "rebalancer.samples",
         "history": "rebalancer.history",
         "dispatch": "rebalancer.dispatch",
         "expert_cost": "rebalancer.expert_cost",
@@ -37,6 +38,8 @@ class EngineOptions(Options):
     """How placements are planned."""
     snapshots: int = Field(32, ge=1, le=1024)
     """Maximum number of snapshots of one interval: 3,000 steps become 32 sums of 94 steps or fewer."""
+    samples: int = Field(16, ge=0, le=1024)
+    """Dispatch `balanced`: single steps of an interval on which it is measured, evenly spaced."""
     history: int = Field(4, ge=1, le=64)
     """Intervals in the window: a plan is made from the latest 4."""
     dispatch: Literal["even", "balanced"] = "even"

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cache
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 
@@ -18,6 +18,7 @@ from ...core.errors import LoadError, PlacementError
 from ...core.load import as_snapshots, fold_steps
 from ...core.placement import Placement
 from ...core.topology import Topology
+from ...dispatch.rank_costs import dispatch_gain
 from ...observability.failures import FailureLog
 from ...observability.prometheus import ModelTelemetry, Telemetry
 from ...planning.planner import plan
@@ -26,7 +27,14 @@ from ...runtime.reports import RebalanceReport
 from .agreement import agree_on_plan
 from .options import EngineOptions
 
-__all__ = ["EnginePlanner", "ExpertBytes", "Inputs", "bytes_of_one_expert", "engine_telemetry"]
+__all__ = [
+    "DispatchInForce",
+    "EnginePlanner",
+    "ExpertBytes",
+    "Inputs",
+    "bytes_of_one_expert",
+    "engine_telemetry",
+]
 
 _logger = logging.getLogger(__name__)
 _REPORTS = 64
@@ -36,6 +44,18 @@ Inputs: TypeAlias = Callable[[], tuple[torch.Tensor, Topology]]
 
 ExpertBytes: TypeAlias = Callable[[], Mapping[int, int]]
 """Gives the bytes of one expert's weights by layer."""
+
+
+class DispatchInForce(NamedTuple):
+    """Dispatch `balanced` in an engine, for measuring it on sampled steps.
+
+    Attributes:
+        expert_cost: least cost of a replica in use, in tokens.
+        copies: ranks that count each token; 1 where ranks have tokens of their own.
+    """
+
+    expert_cost: int
+    copies: int
 
 
 class EnginePlanner:
@@ -51,6 +71,7 @@ class EnginePlanner:
         reports: the latest 64 reports.
         failures: failed rebalances.
         telemetry: shows the reports of this rank; None on all ranks but one.
+        dispatch: gives the dispatch `balanced` of the engine; None while its own mapping is in force.
     """
 
     def __init__(self, options: EngineOptions | None = None, *, model: str = "", speaks: bool = True) -> None:
@@ -59,6 +80,7 @@ class EnginePlanner:
         self.reports: deque[RebalanceReport] = deque(maxlen=_REPORTS)
         self.failures = 0
         self.telemetry: ModelTelemetry | None = None
+        self.dispatch: Callable[[], DispatchInForce] | None = None
         self._name = f" of {model}" if model else ""
         self._history: deque[torch.Tensor] = deque(maxlen=self.options.history)
         self._topology: Topology | None = None
@@ -71,6 +93,7 @@ class EnginePlanner:
         inputs: Inputs,
         current: torch.Tensor,
         *,
+        samples: Callable[[], torch.Tensor] | None = None,
         ranks: Callable[[], RankGroup] | None = None,
         expert_bytes: ExpertBytes | None = None,
     ) -> torch.Tensor:
@@ -81,6 +104,8 @@ class EnginePlanner:
         Args:
             inputs: called once; may raise.
             current: integer [layers, slots], the map in force, equal on all ranks; it is not written to.
+            samples: gives single steps of the interval, int64 [samples, layers, logical], tokens as counted
+                over all ranks; for the dispatch. Called after `inputs`; may raise.
             ranks: gives the ranks that compare their plans; None where each may act alone.
             expert_bytes: for the bytes in the report; None where they are unknown.
 
@@ -95,8 +120,10 @@ class EnginePlanner:
         try:
             load, topology = inputs()
             new, report = self._place(load, topology, old, expert_bytes)
+            if samples is not None and self.dispatch is not None and not report.failed:
+                report = self._with_dispatch(report, samples(), Placement(old, load.shape[2]), topology)
         except Exception as error:
-            report = self._nothing(self._failure_log.add(error), failed=True)
+            new, report = old, self._nothing(self._failure_log.add(error), failed=True)
         if ranks is not None and self.options.check_agreement:
             try:
                 agree_on_plan(new, ranks())
@@ -179,6 +206,18 @@ class EnginePlanner:
         )
         return ids, report
 
+    def _with_dispatch(
+        self, report: RebalanceReport, samples: torch.Tensor, in_force: Placement, topology: Topology
+    ) -> RebalanceReport:
+        """The report, with what the dispatch made of sampled steps."""
+        assert self.dispatch is not None
+        cost, copies = self.dispatch()
+        steps = samples[samples.any(2).any(1)] // copies
+        if not len(steps):
+            return report
+        even, balanced = dispatch_gain(steps, in_force, topology, cost)
+        return replace(report, sampled_balancedness_even=even, sampled_balancedness=balanced)
+
     def _bytes_moved(self, moves: list[int], expert_bytes: ExpertBytes | None) -> int | None:
         """Bytes of the moves of each layer; None unless the size of each moved expert is known."""
         try:
@@ -206,6 +245,9 @@ class EnginePlanner:
                 f"{observed}, {before:.3f} -> {after:.3f} predicted; {report.moves} moves in "
                 f"{report.layers} layers; planned in {1000 * report.plan_seconds:.1f} ms"
             )
+        if report.sampled_balancedness is not None:
+            even, balanced = report.sampled_balancedness_even, report.sampled_balancedness
+            said += f"; single steps {even:.3f} -> {balanced:.3f} by dispatch"
         failures = f"; {self.failures} failures so far" if self.failures else ""
         _logger.info("rebalance %d%s: %s%s", report.number, self._name, said, failures)
 

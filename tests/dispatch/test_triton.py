@@ -142,7 +142,7 @@ def check_slots(
     padding: list[int | None],
     gathers: bool,
 ) -> None:
-    """Each batch of `batches` on a rank of its own if `gathers`, else alone. Three of the ranks are compared."""
+    """Each batch of `batches` on a rank of its own if `gathers`, else alone. Three ranks are compared."""
     replicas, logical = layer_tables(placement, topology, way), placement.num_logical
     rows = torch.zeros(len(batches), logical, dtype=replicas.counts.dtype)
     for row, (ids, tokens) in enumerate(zip(batches, padding, strict=True)):
