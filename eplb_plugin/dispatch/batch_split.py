@@ -31,7 +31,7 @@ class BatchSplit:
 
     Raises:
         LoadError: `expert_cost` is negative or not an integer.
-        ConfigError: on CUDA, Triton cannot be imported.
+        ConfigError: on CUDA, Triton cannot be imported, or is too old.
     """
 
     def __init__(

@@ -142,7 +142,7 @@ def check_slots(
     padding: list[int | None],
     gathers: bool,
 ) -> None:
-    """Each batch of `batches` on a rank of its own if `gathers`, else alone. Three ranks are compared."""
+    """Each batch is on a rank of its own if `gathers`, else alone. Three of the ranks are compared."""
     replicas, logical = layer_tables(placement, topology, way), placement.num_logical
     rows = torch.zeros(len(batches), logical, dtype=replicas.counts.dtype)
     for row, (ids, tokens) in enumerate(zip(batches, padding, strict=True)):
@@ -262,7 +262,13 @@ def test_what_does_not_fit_is_refused_after_the_message(interpreted: Interpreted
 
 def test_without_triton_it_is_refused_at_construction(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
-    with pytest.raises(eplb.ConfigError, match="on cuda needs Triton"):
+    with pytest.raises(eplb.ConfigError, match="on cuda needs Triton: "):
+        BatchSplit(eplb.Topology(num_ranks=2, num_slots=4), device="cuda")
+
+
+def test_an_old_triton_is_refused_at_construction(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("triton.__version__", "3.3.1+git1")
+    with pytest.raises(eplb.ConfigError, match=r"needs Triton 3\.4 or later; 3\.3\.1\+git1 is installed"):
         BatchSplit(eplb.Topology(num_ranks=2, num_slots=4), device="cuda")
 
 
