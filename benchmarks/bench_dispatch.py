@@ -30,12 +30,13 @@ from eplb_plugin.cli.demo.ranks import run_ranks
 from eplb_plugin.core.balancedness import balancedness_of_peaks
 from eplb_plugin.core.load import fold_steps
 from eplb_plugin.dispatch.balance_batch import rank_of_slot
+from eplb_plugin.dispatch.rank_costs import rank_costs
 from eplb_plugin.dispatch.registry import Serving, find_dispatch
 from eplb_plugin.dispatch.split_kernels import split_batches
 from eplb_plugin.dispatch.tables import ReplicaTables
 from eplb_plugin.formats.loads import read_trace
 from eplb_plugin.integration.torch_moe import MoEConfig, MoEModel
-from eplb_plugin.offline.dispatch_replay import DISPATCHES, rank_costs
+from eplb_plugin.offline.dispatch_replay import DISPATCHES
 from eplb_plugin.offline.linear_program import best_split
 from eplb_plugin.offline.synthetic_traffic import generate
 from eplb_plugin.offline.token_replay import fold_decode, fold_prefill
