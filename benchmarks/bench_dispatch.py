@@ -208,7 +208,7 @@ def measure_model(quick: bool) -> Rows:
     rows: Rows = []
     for name, (config, slots) in configs.items():
         for tokens in (64, 512):
-            arguments = (config, slots, tokens, 60 if quick else 400)
+            arguments = (config, slots, tokens, 60 if quick else 200)
             ((_, (seconds, work, inside)),) = list(run_ranks(serve, 2, arguments, time_limit=600))
             even, balanced = (1e6 * statistics.median(seconds[each]) for each in PAIR)
             # Both serve the same batch one after the other: their ratio leaves out what the machine does.
