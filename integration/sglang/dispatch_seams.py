@@ -114,7 +114,7 @@ def begin_dispatch(manager: Any, balancer: SglangBalancer) -> None:
         device=device,
     )
     serve(split)
-    copies = metadata.ep_size if gather is None else 1
+    copies = parallel.tp_size if gather is None else 1
     balancer.planner.dispatch = lambda: DispatchInForce(split.expert_cost, copies)
     _replace_mapping()
     if is_first_rank():
