@@ -48,7 +48,7 @@ class SplitOfCounts(NamedTuple):
 
 
 class TritonSplit:
-    """Launches the kernels of `triton_slots`.
+    """Launches the kernels of `triton_slot`.
 
     Nothing waits for the device or reads from it. The first call for each dtype of ids and tables compiles:
     make one before a graph is captured.
@@ -118,7 +118,7 @@ class TritonSplit:
         Raises:
             LoadError: more ids than are counted.
         """
-        from . import triton_slots as kernels
+        from . import triton_slot as kernels
 
         chosen = torch.empty_like(expert_ids, memory_format=torch.contiguous_format)
         ids, logical = expert_ids.contiguous().view(-1), len(replicas.counts)
@@ -152,7 +152,7 @@ class TritonSplit:
             counts: int32 or int64 [logical], tokens of the whole batch, 2^29 at most.
             replicas: the replicas of the layer.
         """
-        from . import triton_slots as kernels
+        from . import triton_slot as kernels
 
         args = self._args(counts[:0], replicas)
         args |= {"num_tokens": counts, "PADDED": False, "GATHERED": False, "top_k": 1, "sums": counts}
@@ -183,7 +183,7 @@ class TritonSplit:
 
     def _args(self, ids: torch.Tensor, replicas: LayerTables) -> dict[str, Any]:
         """By name, what the kernels have in common for these ids; scratch included."""
-        from . import triton_slots as kernels
+        from . import triton_slot as kernels
 
         logical, blocks = len(replicas.counts), -(-len(ids) // kernels.BLOCK.value)
 
