@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,18 +21,21 @@ _COUNTERS = 64  # programs that count, at most: one program adds up what they fo
 _IDS = 128  # ids that one program gives their slots
 
 
-def _next_power(device: torch.device) -> Callable[[int], int]:
-    """Triton's function to the next power of two."""
+def _check_triton(device: torch.device) -> None:
     try:
-        import triton
+        from triton import __version__
     except ImportError as error:
         raise ConfigError(f"dispatch='balanced' on {device} needs Triton: {error}") from error
-    if tuple(map(int, triton.__version__.split(".")[:2])) < _OLDEST:
+    if tuple(map(int, __version__.split(".")[:2])) < _OLDEST:
         raise ConfigError(
             f"dispatch='balanced' on {device} needs Triton {'.'.join(map(str, _OLDEST))} or later; "
-            f"{triton.__version__} is installed"
+            f"{__version__} is installed"
         )
-    return cast(Callable[[int], int], triton.next_power_of_2)
+
+
+def _power(number: int) -> int:
+    """The least power of two that is at least `number`."""
+    return 1 << (number - 1).bit_length()
 
 
 class SplitOfCounts(NamedTuple):
@@ -48,10 +51,10 @@ class SplitOfCounts(NamedTuple):
 
 
 class TritonSplit:
-    """Launches the kernels of `triton_slots`.
+    """Launches the kernels of `triton_slot`.
 
-    Nothing waits for the device or reads from it. The first call for each dtype of ids and tables compiles:
-    make one before a graph is captured.
+    Nothing waits for the device or reads from it. With `gather`, counts are set to zero before, a fourth
+    launch. The first call for each dtype of ids and tables compiles: make one before a graph is captured.
 
     Args:
         topology: ranks and slots.
@@ -74,11 +77,11 @@ class TritonSplit:
         device: torch.device | str,
     ) -> None:
         device = torch.device(device)
-        power = _next_power(device)
+        _check_triton(device)
         # Importing numba takes a while.
         from .split_kernels import SWEEPS
 
-        self._gather, self._num_slots, self._power = gather, topology.num_slots, power
+        self._gather, self._num_slots = gather, topology.num_slots
         self._most_ids = _MOST if gather is None else _MOST // topology.num_ranks
         first, sizes = (
             torch.tensor(numbers, dtype=torch.int32)
@@ -88,11 +91,12 @@ class TritonSplit:
         with torch.inference_mode(False):
             of_ranks = [numbers.to(device) for numbers in (ranks, first, sizes)]
         self._device = of_ranks[0].device
-        # GPUs divide int32 several times faster than int64.
+        # Costs are below the ids of all ranks plus expert_cost * slots. Where that fits, they are int32: GPUs
+        # divide it several times faster than int64.
         narrow = expert_cost * topology.num_slots <= _MOST
         self._cost_type = torch.int32 if narrow else torch.int64
-        # One lane, one rank: nothing but the lanes of a warp exchanges without a barrier.
-        self._lanes: int = max(32, power(topology.num_ranks))
+        # One lane is one rank. The lanes of one warp exchange without a barrier.
+        self._lanes = max(32, _power(topology.num_ranks))
         self._constants: dict[str, Any] = {
             **dict(zip(("rank_of_slot", "first_slot", "slots_of_rank"), of_ranks, strict=True)),
             "rank": rank,
@@ -104,9 +108,8 @@ class TritonSplit:
             "SWEEPS": SWEEPS,
             "MOST": 2**30 if narrow else 2**62,
             "RANKS": self._lanes,
-            "TILE": min(power(topology.num_slots), 512),
-            # Loads in flight hide their latency; 1,024 of them are what the registers of a warp hold.
-            "WIDTH": min(power(topology.most_slots), max(1, 1024 // self._lanes)),
+            "TILE": min(_power(topology.num_slots), 512),
+            "WIDTH": min(_power(topology.most_slots), 16),
             "IDS": _IDS,
         }
 
@@ -118,7 +121,7 @@ class TritonSplit:
         Raises:
             LoadError: more ids than are counted.
         """
-        from . import triton_slots as kernels
+        from . import triton_slot as kernels
 
         chosen = torch.empty_like(expert_ids, memory_format=torch.contiguous_format)
         ids, logical = expert_ids.contiguous().view(-1), len(replicas.counts)
@@ -152,7 +155,7 @@ class TritonSplit:
             counts: int32 or int64 [logical], tokens of the whole batch, 2^29 at most.
             replicas: the replicas of the layer.
         """
-        from . import triton_slots as kernels
+        from . import triton_slot as kernels
 
         args = self._args(counts[:0], replicas)
         args |= {"num_tokens": counts, "PADDED": False, "GATHERED": False, "top_k": 1, "sums": counts}
@@ -183,7 +186,7 @@ class TritonSplit:
 
     def _args(self, ids: torch.Tensor, replicas: LayerTables) -> dict[str, Any]:
         """By name, what the kernels have in common for these ids; scratch included."""
-        from . import triton_slots as kernels
+        from . import triton_slot as kernels
 
         logical, blocks = len(replicas.counts), -(-len(ids) // kernels.BLOCK.value)
 
@@ -207,7 +210,7 @@ class TritonSplit:
             "lower_ranks": scratch(logical),
             "positions": scratch(len(ids)),
             "NUM_LOGICAL": logical,
-            "EXPERTS": max(32, self._power(logical)),
+            "EXPERTS": max(32, _power(logical)),
         }
 
     def _launch(self, kernel: Any, programs: int, args: dict[str, Any], *, num_warps: int) -> None:

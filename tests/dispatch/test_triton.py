@@ -92,19 +92,32 @@ def test_the_split_is_that_of_balance_batch(interpreted: Interpreted, first: int
     interpreted(check_random_splits, range(first, first + 8))
 
 
-def check_hot_experts(expert_cost: int) -> int:
-    """Three experts with more replicas than one lane fills in, one of them on each rank, and twice on one."""
-    topology = eplb.Topology(num_ranks=20, num_slots=60)
+def hot_layer() -> tuple[eplb.Topology, eplb.Placement]:
+    """Five experts with more replicas than a lane lists, one of them on each rank, and twice on one."""
     row = [0, 1, 3] * 9 + [0, 4, 2] * 9 + [0, 1, 2] + [0, 0, 5]
     placement = eplb.Placement(torch.tensor([row]), 6)
     assert placement.replica_count[0].tolist() == [21, 10, 10, 9, 9, 1]
-    counts = torch.tensor([700, 333, 250, 100, 40, 5])
-    return check_split(counts, placement, topology, expert_cost)
+    return eplb.Topology(num_ranks=20, num_slots=60), placement
+
+
+def check_hot_split(expert_cost: int) -> int:
+    topology, placement = hot_layer()
+    return check_split(torch.tensor([700, 333, 250, 100, 40, 5]), placement, topology, expert_cost)
 
 
 @pytest.mark.parametrize("expert_cost", [0, 32, 2**40])
 def test_experts_of_many_replicas(interpreted: Interpreted, expert_cost: int) -> None:
-    assert interpreted(check_hot_experts, expert_cost) > 1
+    assert interpreted(check_hot_split, expert_cost) > 1
+
+
+def check_hot_slots() -> None:
+    topology, placement = hot_layer()
+    batches = [random_ids(n, 20 + n, 2, 6) for n in range(20)]
+    check_slots(topology, placement, batches, 0, "listed int64", [None] * 20, gathers=True)
+
+
+def test_slots_of_experts_of_many_replicas(interpreted: Interpreted) -> None:
+    interpreted(check_hot_slots)
 
 
 def check_planned(expert_cost: int) -> int:
@@ -203,9 +216,9 @@ def test_slots_of_sharded_batches(interpreted: Interpreted, seed: int) -> None:
 
 def check_large(gathers: bool) -> None:
     """More blocks, and more ranks below this one, than are summed at once."""
-    from eplb_plugin.dispatch import triton_slots
+    from eplb_plugin.dispatch import triton_slot
 
-    small = {name: triton_slots.tl.constexpr(size) for name, size in (("BLOCK", 32), ("CHUNK", 16))}
+    small = {name: triton_slot.tl.constexpr(size) for name, size in (("BLOCK", 32), ("CHUNK", 16))}
     topology, draw = eplb.Topology(num_ranks=40, num_slots=320), np.random.default_rng(5)
     load = draw.lognormal(0, 1.0, 256)
     placement = eplb.plan(torch.from_numpy(load)[None], topology).placement
@@ -214,7 +227,7 @@ def check_large(gathers: bool) -> None:
     options: dict[str, Any] = {"expert_cost": 8, "gather": (lambda _: rows) if gathers else None}
     split = TritonSplit(topology, rank=36, device="cpu", **options)
     replicas = layer_tables(placement, topology, "listed int64")
-    with mock.patch.multiple(triton_slots, **small):
+    with mock.patch.multiple(triton_slot, **small):
         found = split.slots(ids[36], replicas)
     assert found.tolist() == BatchSplit(topology, rank=36, **options).slots(ids[36], replicas).tolist()
 
