@@ -74,6 +74,44 @@ def test_simulate_compares_policies(load_file):
     assert "3 rebalances, one every 10 steps" in result.stdout
 
 
+def test_simulate_compares_dispatches(load_file, tmp_path):
+    some = ["--ranks", 4, "--slots", 40, "--interval", 10, "--policy", "adaptive", "--json"]
+    alone = last_json(run("simulate", load_file, *some))
+    assert "dispatches" not in alone[0]
+    assert last_json(run("simulate", load_file, *some, "--dispatch", "even"))[0].keys() == alone[0].keys()
+    flags = [word for name in ("even", "sampled", "balanced") for word in ("--dispatch", name)]
+    result = run("simulate", load_file, *some, *flags, "--seed", 3)
+    (row,) = last_json(result)
+    even, sampled, balanced = row["dispatches"]
+    assert even["balancedness"] == row["balancedness"] == alone[0]["balancedness"]
+    assert even["balancedness"] < sampled["balancedness"] < balanced["balancedness"]
+    assert even["cost_ratio"] == 1 > balanced["cost_ratio"]
+    assert "slowest" not in result.stdout
+    for item in row["dispatches"]:
+        assert re.search(rf"{item['dispatch']} +{item['balancedness']:.4f}", result.stdout)
+    assert "Each row of the load is taken for one batch" in " ".join(result.stdout.split())
+
+    config = tmp_path / "config.yaml"
+    config.write_text("simulate: {dispatches: [even, balanced], expert_cost: 8}\n")
+    result = run("simulate", load_file, *some, "--config", config)
+    (row,) = last_json(result)
+    assert row["dispatches"][0]["cost_ratio"] == 1
+    assert row["dispatches"][1]["cost_ratio"] < 1
+    assert f"{row['dispatches'][1]['cost_ratio']:.3f}" in result.stdout
+    assert max(len(line) for line in result.stdout.splitlines()[:-1]) <= 80
+
+
+def test_dispatches_that_cannot_be_simulated(load_file):
+    for flags, told in (
+        (["--dispatch", "best"], "no dispatch 'best' to replay; there are even, balanced, sampled"),
+        (["--expert-cost", 8], "--expert-cost is for a dispatch beside even: add --dispatch balanced"),
+        (["--dispatch", "balanced", "--expert-cost", -1], "--expert-cost: Input should be greater"),
+        (["--dispatch", "balanced", "--seed", 3], "--seed is of no use"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            run("simulate", load_file, *flags)
+
+
 def test_a_missing_argument_is_a_usage_error():
     assert run("simulate").exit_code == 2
 

@@ -147,9 +147,17 @@ def start_with_options_of_rank(rank, algorithms):
     SglangBalancer(algorithms[rank]).start(start(), LOGICAL)
 
 
-def test_ranks_with_other_options_do_not_start():
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("eplb_plugin", "eplb_plugin:max_moves=1"),
+        ("eplb_plugin", "eplb_plugin:dispatch=balanced"),
+        ("eplb_plugin:dispatch=balanced", "eplb_plugin:dispatch=balanced,expert_cost=32"),
+    ],
+)
+def test_ranks_with_other_options_do_not_start(first, second):
     with pytest.raises(RanksFailedError, match="has other options on ranks") as caught:
-        run_ranks(start_with_options_of_rank, 2, ["eplb_plugin", "eplb_plugin:max_moves=1"])
+        run_ranks(start_with_options_of_rank, 2, [first, second])
     assert set(caught.value.failures) == {0, 1}
 
 

@@ -62,6 +62,19 @@ def test_options_follow_the_colon():
     )
 
 
+def test_dispatch_is_the_engines_own_unless_it_is_named(tmp_path):
+    assert (parse_algorithm("eplb_plugin").dispatch, parse_algorithm("eplb_plugin").expert_cost) == (
+        "even",
+        0,
+    )
+    options = parse_algorithm("eplb_plugin:dispatch=balanced,expert_cost=32")
+    assert (options.dispatch, options.expert_cost) == ("balanced", 32)
+    path = tmp_path / "options.yaml"
+    path.write_text("rebalancer: {dispatch: balanced, expert_cost: auto}\n")
+    options = parse_algorithm(f"eplb_plugin:config={path}")
+    assert (options.dispatch, options.expert_cost) == ("balanced", "auto")
+
+
 def test_metrics_are_enabled_like_the_other_options(monkeypatch):
     assert parse_algorithm("eplb_plugin:metrics=true") == EngineOptions(metrics=True)
     monkeypatch.setenv("EPLB_PLUGIN_METRICS__ENABLED", "true")
@@ -111,6 +124,8 @@ def test_the_documentation_has_every_option_with_its_default():
         ("eplb_plugin:history=0", r"history: .* greater than or equal to 1 \(got '0'\)"),
         ("eplb_plugin:move_price=cheap", r"move_price: .* valid number.* \(got 'cheap'\)"),
         ("eplb_plugin:check_agreement=perhaps", r"check_agreement: .* boolean"),
+        ("eplb_plugin:dispatch=local_first", r"dispatch: .* 'even' or 'balanced'"),
+        ("eplb_plugin:expert_cost=-1", r"expert_cost.*: .* greater than or equal to 0"),
         ("eplb_plugin:config=/no/such.yaml", "/no/such.yaml: no such file"),
     ],
 )

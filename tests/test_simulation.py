@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -11,11 +12,13 @@ from hypothesis import strategies as st
 
 from eplb_plugin.config.options import EnsembleOptions, PlannerOptions
 from eplb_plugin.core.balancedness import balancedness, count_moves
-from eplb_plugin.core.errors import ConfigError, PlacementError, TopologyError, TraceError
+from eplb_plugin.core.errors import ConfigError, LoadError, PlacementError, TopologyError, TraceError
 from eplb_plugin.core.load import fold_steps
 from eplb_plugin.core.placement import Placement
 from eplb_plugin.core.topology import Topology
+from eplb_plugin.dispatch.balance_batch import balance_batch
 from eplb_plugin.formats.loads import read_trace
+from eplb_plugin.offline.dispatch_replay import DISPATCHES, rank_costs
 from eplb_plugin.offline.simulation import POLICIES, PolicySetup, policy_setup, simulate
 from eplb_plugin.offline.synthetic_traffic import generate
 from eplb_plugin.offline.token_replay import fold_decode
@@ -127,6 +130,90 @@ def test_the_planner_gets_its_options(trace):
     assert setup.policy(window, TOPOLOGY, current) == plan(window, TOPOLOGY, current, options).placement
 
 
+def test_dispatches_are_judged_on_single_steps(trace):
+    """Step by step, from the tokens of each slot."""
+    policy = Recorder()
+    result = simulate(
+        trace,
+        TOPOLOGY,
+        PolicySetup("mine", policy),
+        20,
+        dispatches=("balanced", "even", "sampled", "even"),
+        expert_cost=12,
+        seed=5,
+    )
+    assert [item.dispatch for item in result.dispatches] == ["balanced", "even", "sampled"]
+    last = Placement(policy.currents[-1].physical_to_logical.roll(1, 1), 32)
+    placements = [*policy.currents[1:], last]
+    costs, found = {}, {}
+    for name, split in DISPATCHES.items():
+        costs[name], found[name] = 0, []
+        for part, placement in zip(result.intervals, placements, strict=True):
+            ahead = trace.load[part.first_step : part.first_step + part.steps].to(torch.int64)
+            tokens = split(ahead, placement, TOPOLOGY, 12, (5, part.first_step, 0))
+            for step in tokens:
+                loads = step.view(3, 4, 10).sum(2)
+                found[name].append(float(loads.double().mean(1).sum() / loads.amax(1).sum()))
+            costs[name] += int(rank_costs(tokens, TOPOLOGY, 12).amax(2).sum())
+    balanced, even, sampled = result.dispatches
+    # The even split is judged in shares of tokens, as ever.
+    assert even.balancedness == pytest.approx(result.balancedness)
+    assert even.intervals == tuple(part.balancedness for part in result.intervals)
+    load = float(trace.load[20:].double().sum()) / 4
+    assert even.cost_ratio == 1
+    for item in (balanced, sampled):
+        name = item.dispatch
+        assert item.balancedness == pytest.approx(sum(found[name]) / len(found[name]))
+        assert min(item.intervals) <= item.balancedness <= max(item.intervals)
+        assert item.cost == pytest.approx(costs[name] / load)
+        assert item.cost_ratio == costs[name] / costs["even"]
+    assert balanced.cost_ratio < 0.98
+
+
+def test_balanced_dispatch_gains_and_exact_tokens_gain_more_than_drawn_ones(trace):
+    names = ("even", "sampled", "balanced")
+    result = simulate(trace, TOPOLOGY, "adaptive", 20, dispatches=names)
+    even, sampled, balanced = (item.balancedness for item in result.dispatches)
+    assert even < sampled - 0.01 < balanced - 0.02
+    # Without an expert cost, tokens are the cost.
+    for item in result.dispatches:
+        assert item.cost == pytest.approx(1 / item.balancedness, rel=0.02)
+        assert item.cost_ratio == pytest.approx(item.cost / result.dispatches[0].cost)
+    again = simulate(trace, TOPOLOGY, "adaptive", 20, dispatches=names)
+    assert again.dispatches == result.dispatches
+    other = simulate(trace, TOPOLOGY, "adaptive", 20, dispatches=names, seed=1)
+    assert other.dispatches[1] != result.dispatches[1]
+    assert other.dispatches[2] == result.dispatches[2]
+    assert simulate(trace, TOPOLOGY, "adaptive", 20).dispatches == ()
+
+
+def test_dispatches_with_ranks_that_differ_or_hold_nothing(trace):
+    """The mean load is that of the ranks that hold experts, for every dispatch."""
+    topology = Topology(num_ranks=4, num_slots=40, rank_slots=(16, 14, 0, 10))
+    result = simulate(trace, topology, "static", 20, dispatches=("even", "balanced"))
+    even, balanced = result.dispatches
+    assert even.balancedness == pytest.approx(result.balancedness)
+    default = Placement.default(3, 32, 40)
+    steps = []
+    for step in balance_batch(trace.load[20:], default, topology):
+        loads = [step[:, topology.slots_of_rank(rank)].sum(1).double() for rank in (0, 1, 3)]
+        steps.append(float(torch.stack(loads).mean(0).sum() / torch.stack(loads).amax(0).sum()))
+    assert balanced.balancedness == pytest.approx(sum(steps) / len(steps))
+    empty = LoadTrace(torch.zeros(4, 2, 8))
+    idle = simulate(
+        empty, Topology(num_ranks=2, num_slots=8), "static", 2, dispatches=("balanced",), expert_cost=9
+    )
+    assert (idle.dispatches[0].balancedness, idle.dispatches[0].cost_ratio) == (1, 1)
+
+
+def test_long_intervals_are_judged_in_parts(trace, monkeypatch):
+    whole = simulate(trace, TOPOLOGY, "static", 20, dispatches=("balanced",), expert_cost=12)
+    monkeypatch.setattr("eplb_plugin.offline.dispatch_replay._MOST_CELLS", 3 * 40 * 7)
+    assert simulate(
+        trace, TOPOLOGY, "static", 20, dispatches=("balanced",), expert_cost=12
+    ) == whole.__class__(**{**vars(whole), "plan_ms": ANY, "intervals": ANY})
+
+
 def test_progress_is_told(trace):
     told = []
     simulate(trace, TOPOLOGY, "static", 20, progress=lambda done, total: told.append((done, total)))
@@ -161,6 +248,14 @@ def test_what_cannot_be_simulated(trace):
         simulate(trace, TOPOLOGY, "best", 20)
     with pytest.raises(TopologyError, match="num_slots=28"):
         simulate(trace, Topology(num_ranks=4, num_slots=28), "static", 20)
+    with pytest.raises(ConfigError, match="no dispatch 'best' to replay; there are even, balanced, sampled"):
+        simulate(trace, TOPOLOGY, "static", 20, dispatches=("even", "best"))
+    with pytest.raises(LoadError, match="expert_cost=-1 is below 0"):
+        simulate(trace, TOPOLOGY, "static", 20, dispatches=("balanced",), expert_cost=-1)
+    means = LoadTrace(trace.load.double() / 4, "means")
+    assert simulate(means, TOPOLOGY, "static", 20).balancedness > 0
+    with pytest.raises(TraceError, match=r"means: step 0, layer .* tokens; dispatch is judged on batches"):
+        simulate(means, TOPOLOGY, "static", 20, dispatches=("balanced",))
     shrink = PolicySetup("shrink", lambda window, topology, current: Placement.default(3, 32, 36))
     with pytest.raises(PlacementError, match="policy 'shrink' returned"):
         simulate(trace, TOPOLOGY, shrink, 20)

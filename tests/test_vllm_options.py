@@ -56,6 +56,14 @@ def test_they_go_over_the_environment_and_that_over_the_files_other_sections(tmp
         vllm_options(given)
 
 
+def test_the_least_cost_of_a_replica_is_tokens_or_auto():
+    for cost in (0, 2**20, "auto"):
+        assert vllm_options({"eplb_plugin": {"expert_cost": cost}}).expert_cost == cost
+    for cost in (-1, 2**20 + 1, "free", 0.5, None):
+        with pytest.raises(ConfigError, match="expert_cost"):
+            vllm_options({"eplb_plugin": {"expert_cost": cost}})
+
+
 @pytest.mark.parametrize("key", ["eplb-plugin", "EPLB_plugin"])
 def test_a_name_that_is_almost_ours_is_refused(key):
     with pytest.raises(ConfigError, match=f"{key!r} is not known; the plugin's options are in 'eplb_plugin'"):

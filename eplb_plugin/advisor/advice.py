@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from ..config.options import PlannerOptions, RebalancerOptions
-from ..core.balancedness import balancedness
 from ..core.errors import TraceError
-from ..core.placement import Placement
 from ..offline.traces import LoadTrace
+from .dispatch import DispatchGain, dispatch_gain, dispatch_verdict
 from .machine import Cost, Machine
-from .trial import Setting, Trial, TrialCache, try_setting
+from .trial import Setting, Trial, TrialCache, try_setting, unmoved
 
 __all__ = [
     "LEAST_STEPS",
@@ -53,10 +52,12 @@ class Rated:
     Attributes:
         setting: slots, interval and price.
         trial: its trial on the first half.
-        speedup: of the MoE layers, over no rebalancing and no redundant experts. The peak rank load is the
-            time of a layer.
+        speedup: of the MoE layers, over no rebalancing and no redundant experts. The time of a layer is the
+            peak rank load; with an expert cost, the cost of the slowest rank.
         cost: cost of moves and replicas.
         net: `speedup` if the engine stopped during transfers: a lower bound.
+        dispatched: `speedup` with dispatch `balanced`, and with its message if the time of a token is known.
+            None: not judged.
     """
 
     setting: Setting
@@ -64,6 +65,7 @@ class Rated:
     speedup: float
     cost: Cost
     net: float
+    dispatched: float | None = None
 
 
 @dataclass(frozen=True)
@@ -75,12 +77,14 @@ class BackTest:
         measured: balancedness of the same setting on the second half.
         static: balancedness of the second half without rebalancing.
         similarity: correlation over experts between the loads of the halves, median over layers.
+        speedup: of the MoE layers on the second half, over no rebalancing.
     """
 
     predicted: float
     measured: float
     static: float
     similarity: float
+    speedup: float
 
     @property
     def same_traffic(self) -> bool:
@@ -102,6 +106,9 @@ class Advice:
         best: the recommended one of them.
         back_test: the best setting on the second half.
         cached: number of trials from the cache.
+        dispatch: what dispatch `balanced` adds to the best setting. None: not judged.
+        message_left_out: whether its message is missing in `Rated.dispatched`, since the time of a token is
+            unknown.
     """
 
     static: float
@@ -109,6 +116,8 @@ class Advice:
     best: Rated
     back_test: BackTest
     cached: int
+    dispatch: DispatchGain | None = None
+    message_left_out: bool = False
 
 
 def advise(
@@ -127,7 +136,7 @@ def advise(
 
     Args:
         trace: the load. Settings are tried on its first half; the second half is the back-test.
-        machine: ranks, links and the size of an expert.
+        machine: ranks, links, the size of an expert and its cost.
         planner: options of the planner.
         rebalancer: options of the window: snapshots and history.
         redundant: numbers of redundant experts. By default 0, 1, 2 and 4 per rank, at most half as many as
@@ -142,6 +151,7 @@ def advise(
         TopologyError: the numbers contradict each other.
     """
     cache = cache or TrialCache(None)
+    rebalancer = rebalancer.model_copy(update={"expert_cost": machine.expert_cost})
     half = trace.num_steps // 2
     if trace.num_steps < LEAST_STEPS:
         raise TraceError(f"{trace.name} has {trace.num_steps} steps; advice needs {LEAST_STEPS} at least")
@@ -178,25 +188,41 @@ def advise(
             progress(done, total)
         return trial
 
-    static = _static(first, machine)
+    cells = half * busy_layers(first) * machine.ranks
+    rank_load = float(first.load.sum(dtype=torch.float64)) / cells
+    alone = machine.topology(-(-trace.num_experts // machine.ranks) * machine.ranks)
+    static = unmoved(first, alone, machine.expert_cost)
 
     def rate(setting: Setting) -> Rated:
         trial = attempt(first, setting)
         cost = machine.cost(trial, setting, trace.num_experts, busy_layers(trace))
-        speedup = trial.balancedness / static
-        return Rated(setting, trial, speedup, cost, speedup * max(0.0, 1 - cost.transfer_share))
+        speedup = static.speedup(trial, machine.expert_cost)
+        net = speedup * max(0.0, 1 - cost.transfer_share)
+        dispatched = machine.with_dispatch(trial, rank_load)
+        return Rated(setting, trial, speedup, cost, net, dispatched and speedup * dispatched)
 
     rated = [rate(Setting(count, interval, price)) for count in slots for interval in steps]
     best = _best(rated)
     rated += [rate(Setting(best.setting.slots, best.setting.interval, other)) for other in more_prices]
     best = _best(rated)
+    again, still = attempt(second, best.setting), unmoved(second, alone, machine.expert_cost)
     test = BackTest(
         predicted=best.trial.balancedness,
-        measured=attempt(second, best.setting).balancedness,
-        static=_static(second, machine),
+        measured=again.balancedness,
+        static=still.balancedness,
         similarity=similarity(first.load, second.load),
+        speedup=still.speedup(again, machine.expert_cost),
     )
-    return Advice(static, tuple(rated), best, test, cache.hits)
+    gain = dispatch_gain(
+        best.trial,
+        again,
+        expert_cost=machine.expert_cost,
+        rank_load=rank_load,
+        token_seconds=machine.token_seconds,
+        message_seconds=machine.message_seconds,
+    )
+    left_out = machine.message_seconds > 0 and machine.token_seconds is None
+    return Advice(static.balancedness, tuple(rated), best, test, cache.hits, gain, left_out)
 
 
 def similarity(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -229,12 +255,6 @@ def _redundant(experts: int, ranks: int) -> list[int]:
     return [
         even + extra * ranks for extra in _REDUNDANT_PER_RANK if extra == 0 or 2 * extra * ranks <= experts
     ]
-
-
-def _static(trace: LoadTrace, machine: Machine) -> float:
-    slots = -(-trace.num_experts // machine.ranks) * machine.ranks
-    placement = Placement.default(trace.num_layers, trace.num_experts, slots)
-    return balancedness(trace.load, placement, machine.topology(slots))
 
 
 def _best(rated: Sequence[Rated]) -> Rated:
@@ -271,6 +291,14 @@ def verdict(advice: Advice, num_experts: int) -> list[str]:
             f"Transfers keep the busiest links busy {best.cost.transfer_share:.0%} of the time. If the "
             "network has other work, choose a longer interval or a higher move_price."
         )
+    said += dispatch_verdict(advice.dispatch, redundant)
+    further = max(advice.rated, key=lambda item: item.dispatched or 0.0)
+    if (further.dispatched or 0.0) > (1 + _WORTH_MEMORY) * max(best.speedup, best.dispatched or 0.0):
+        left_out = ", its message left out" if advice.message_left_out else ""
+        said.append(
+            f"With dispatch balanced, {further.setting.slots - num_experts} redundant experts would reach "
+            f"{further.dispatched:.2f} times{left_out}."
+        )
     # Adding 0 turns -0.0 into 0.0.
     missed = round(100 * (test.measured - test.predicted), 1) + 0.0
     said.append(
@@ -295,7 +323,7 @@ def verdict(advice: Advice, num_experts: int) -> list[str]:
 def _gain(advice: Advice) -> float:
     """The net speed-up of the worse half."""
     best, test = advice.best, advice.back_test
-    return min(best.net, test.measured / test.static * max(0.0, 1 - best.cost.transfer_share))
+    return min(best.net, test.speedup * max(0.0, 1 - best.cost.transfer_share))
 
 
 def _why_not(advice: Advice) -> str:

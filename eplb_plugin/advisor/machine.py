@@ -14,6 +14,7 @@ from pydantic import Field
 from ..config.options import Options
 from ..core.errors import ConfigError
 from ..core.topology import Topology
+from ..dispatch.expert_cost import weight_bits
 from .trial import Setting, Trial
 
 __all__ = ["Cost", "Machine", "ModelPreset", "model_preset", "model_presets"]
@@ -45,6 +46,11 @@ class ModelPreset(Options):
 
     bits_per_weight: float = Field(gt=0)
     """Bits of a weight, including its share of the scales."""
+
+    @property
+    def parameters(self) -> Mapping[int, float]:
+        """Parameters of an expert, by the bits of a weight, for `cost_in_tokens`."""
+        return {weight_bits(self.bits_per_weight): 3.0 * self.hidden * self.expert_hidden}
 
     @property
     def bytes_per_expert(self) -> float:
@@ -110,6 +116,9 @@ class Machine:
         bandwidth: of a rank within its node, in bytes per second and direction.
         node_bandwidth: of a rank to other nodes, in bytes per second and direction.
         step_seconds: duration of an engine step.
+        expert_cost: least cost of a replica in use, in tokens.
+        token_seconds: time of one token in one expert; None: unknown.
+        message_seconds: time of the all-gather of counts, for each layer and batch; 0: none is needed.
 
     Raises:
         ConfigError: a size, bandwidth or duration is not above 0 or not finite.
@@ -122,6 +131,9 @@ class Machine:
     bandwidth: float
     node_bandwidth: float
     step_seconds: float
+    expert_cost: int = 0
+    token_seconds: float | None = None
+    message_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("bytes_per_expert", "bandwidth", "node_bandwidth", "step_seconds"):
@@ -135,6 +147,23 @@ class Machine:
             TopologyError: the numbers contradict each other.
         """
         return Topology(num_nodes=self.nodes, num_ranks=self.ranks, num_slots=slots, num_groups=self.groups)
+
+    def with_dispatch(self, trial: Trial, rank_load: float) -> float | None:
+        """Time of the experts with the even split over that with dispatch `balanced` and its message.
+
+        The message is left out if the time of a token is unknown. None: dispatch was not judged.
+
+        Args:
+            trial: a setting on a load.
+            rank_load: mean load of a rank in one layer and step, in tokens.
+        """
+        if trial.even_cost is None or trial.balanced_cost is None:
+            return None
+        message = 0.0
+        if self.token_seconds is not None:
+            # In the unit of the costs: the mean load of a rank.
+            message = self.message_seconds / (rank_load * self.token_seconds)
+        return trial.even_cost / (trial.balanced_cost + message)
 
     def cost(self, trial: Trial, setting: Setting, num_experts: int, num_layers: int) -> Cost:
         """Cost of a setting, without its first rebalance from the default placement.

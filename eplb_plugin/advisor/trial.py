@@ -13,17 +13,19 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..config.options import PlannerOptions, RebalancerOptions
-from ..core.errors import TraceError
+from ..core.balancedness import balancedness
+from ..core.errors import ConfigError, TraceError
 from ..core.placement import Placement
 from ..core.safe_files import written_whole
 from ..core.topology import Topology
+from ..offline.dispatch_replay import has_whole_counts, score
 from ..offline.simulation import PolicySetup, policy_setup, simulate
 from ..offline.traces import LoadTrace
 from ..runtime.weights.migration import plan_migration
 
-__all__ = ["Setting", "Trial", "TrialCache", "try_setting"]
+__all__ = ["Setting", "Trial", "TrialCache", "Unmoved", "try_setting", "unmoved"]
 
-_RUN_BY_TRIALS = ("advisor", "core", "offline", "planning", "runtime/weights")
+_RUN_BY_TRIALS = ("advisor", "core", "dispatch", "offline", "planning", "runtime/weights")
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,13 @@ class Trial(BaseModel):
     busiest_between: float
     """Mean transfers between nodes of the rank with the most."""
 
+    even_cost: float | None = None
+    """Cost of the slowest rank over the mean load of a rank, with the even split; None if the load does not
+    consist of whole batches."""
+
+    balanced_cost: float | None = None
+    """The same with dispatch `balanced`."""
+
 
 def try_setting(
     trace: LoadTrace,
@@ -79,11 +88,14 @@ def try_setting(
         topology: nodes, ranks and groups, with the slots of the setting.
         setting: its interval and price replace the options.
         planner: options of the planner.
-        rebalancer: options of the window: snapshots and history.
+        rebalancer: options of the window, snapshots and history; and `expert_cost`, in tokens.
 
     Raises:
-        TraceError: the load has at most one interval.
+        TraceError: the load has at most one interval. ConfigError: `expert_cost` is no number.
     """
+    if not isinstance(rebalancer.expert_cost, int):
+        raise ConfigError(f"a trial needs expert_cost in tokens, not {rebalancer.expert_cost!r}")
+    dispatches = ("even", "balanced") if has_whole_counts(trace.load) else ()
     options = planner.model_copy(update={"move_price": setting.move_price, "policy": "adaptive"})
     setup = policy_setup("adaptive", options)
     counts: list[tuple[int, int, int]] = []
@@ -101,7 +113,10 @@ def try_setting(
         setting.interval,
         snapshots=rebalancer.snapshots,
         history=rebalancer.history,
+        dispatches=dispatches,
+        expert_cost=rebalancer.expert_cost,
     )
+    even_cost, balanced_cost = [item.cost for item in result.dispatches] or (None, None)
     later = counts[1:] or counts
     return Trial(
         balancedness=result.balancedness,
@@ -110,7 +125,37 @@ def try_setting(
         moves=sum(item[0] for item in later) / len(later),
         busiest_within=sum(item[1] for item in later) / len(later),
         busiest_between=sum(item[2] for item in later) / len(later),
+        even_cost=even_cost,
+        balanced_cost=balanced_cost,
     )
+
+
+@dataclass(frozen=True)
+class Unmoved:
+    """A load without rebalancing and redundant experts.
+
+    Attributes:
+        balancedness: mean over its steps.
+        cost: as `Trial.even_cost`.
+    """
+
+    balancedness: float
+    cost: float | None
+
+    def speedup(self, trial: Trial, expert_cost: int) -> float:
+        """Of the MoE layers in `trial`, over this."""
+        if expert_cost and self.cost is not None and trial.even_cost is not None:
+            return self.cost / trial.even_cost
+        return trial.balancedness / self.balancedness
+
+
+def unmoved(trace: LoadTrace, topology: Topology, expert_cost: int) -> Unmoved:
+    """Score the default placement on all steps of `trace`, which holds tokens."""
+    placement = Placement.default(trace.num_layers, trace.num_experts, topology.num_slots)
+    if not has_whole_counts(trace.load):
+        return Unmoved(balancedness(trace.load, placement, topology), None)
+    found = score("even", trace.load, placement, topology, expert_cost=expert_cost)
+    return Unmoved(found.balancedness, found.peak_cost / found.mean_load)
 
 
 def _transfers(old: Placement, new: Placement, topology: Topology) -> tuple[int, int, int]:
@@ -151,6 +196,7 @@ class TrialCache:
             "setting": dataclasses.asdict(setting),
             "planner": planner.model_dump(mode="json"),
             "window": [rebalancer.snapshots, rebalancer.history],
+            "expert_cost": rebalancer.expert_cost,
             "code": _code(),
         }
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
+import torch
 import typer
 from rich import box
 from rich.console import Console
@@ -13,13 +15,17 @@ from rich.table import Table
 
 from ..advisor.advice import Advice, Rated, busy_layers, is_worth_it, verdict
 from ..advisor.advice import advise as sweep
+from ..advisor.dispatch import DispatchGain
 from ..advisor.machine import Machine, ModelPreset, model_preset, model_presets
 from ..advisor.trial import TrialCache
-from ..config.sources import cache_folder
+from ..config.sources import Settings, cache_folder
 from ..core.errors import ConfigError
+from ..dispatch.accelerators import ACCELERATORS, find_accelerator
+from ..dispatch.expert_cost import BANDWIDTH, COMPUTE, cost_in_tokens, token_seconds
 from ..offline.traces import LoadTrace
 from ..planning.planner import warmup
 from . import arguments
+from .arguments import option
 from .console import compiling, counted, progress_bar, size_of
 from .loading import load_for
 
@@ -46,6 +52,19 @@ def advise(
     node_bandwidth: Annotated[
         float, typer.Option(help="GB/s of a GPU to other nodes, per direction (400 Gbit/s: about 45).")
     ] = 45.0,
+    accelerator: Annotated[
+        str | None,
+        typer.Option(help=f"Accelerator, by default the one found: {', '.join(ACCELERATORS)}."),
+    ] = None,
+    expert_cost: Annotated[
+        int | None,
+        option(
+            "simulate.expert_cost",
+            meaning="Least cost of a replica in use, in tokens; by default from model and accelerator.",
+        ),
+    ] = None,
+    tokens: arguments.Tokens = None,
+    message_us: arguments.MessageUs = None,
     step_ms: Annotated[float, typer.Option(help="Duration of one engine step in milliseconds.")] = 40.0,
     redundant: Annotated[list[int] | None, typer.Option(help="Redundant experts to try; repeatable.")] = None,
     intervals: Annotated[
@@ -80,6 +99,7 @@ def advise(
     for price in prices or ():
         arguments.check_value("--move-price", "planner.move_price", price)
     preset = _preset(trace, model, expert_mb)
+    cost = _expert_cost(settings, model or trace, preset, accelerator)
     errors = Console(stderr=True)
     with errors.status("reading the load"):
         load = load_for(trace, settings)
@@ -100,6 +120,9 @@ def advise(
         bandwidth=1e9 * bandwidth,
         node_bandwidth=1e9 * node_bandwidth,
         step_seconds=step_ms / 1000,
+        expert_cost=cost.tokens,
+        token_seconds=cost.token_seconds,
+        message_seconds=options.message_us / 1e6 if settings.rebalancer.batch == "sharded" else 0.0,
     )
     with progress_bar(errors) as bar:
         task = bar.add_task("trying settings", total=None)
@@ -116,7 +139,7 @@ def advise(
         )
     console = Console()
     console.print(_table(load, machine, advice))
-    said = verdict(advice, load.num_experts)
+    said = [*verdict(advice, load.num_experts), cost.said]
     recorded = busy_layers(load)
     if preset is not None and recorded < preset.layers:
         said.append(f"{recorded} of {preset.layers} MoE layers are recorded: costs are of these.")
@@ -130,6 +153,8 @@ def advise(
             "static": advice.static,
             "best": _plain(advice.best),
             "back_test": asdict(advice.back_test),
+            "expert_cost": cost.tokens,
+            "dispatch": None if advice.dispatch is None else _plain_gain(advice.dispatch),
             "tried": [_plain(item) for item in advice.rated],
             "cached": advice.cached,
         }
@@ -137,8 +162,49 @@ def advise(
 
 
 def _plain(item: Rated) -> dict[str, object]:
-    gains = {"speedup": item.speedup, "net": item.net}
+    gains = {"speedup": item.speedup, "net": item.net, "dispatched": item.dispatched}
     return {**asdict(item.setting), **item.trial.model_dump(), **asdict(item.cost), **gains}
+
+
+def _plain_gain(gain: DispatchGain) -> dict[str, object]:
+    pays = None if gain.break_even_seconds == float("inf") else gain.break_even_seconds
+    return {**asdict(gain), "break_even_seconds": pays, "worth_it": gain.is_worth_it}
+
+
+class _ExpertCost(NamedTuple):
+    """The expert cost in tokens, the time of a token if it is known, and a sentence about both."""
+
+    tokens: int
+    token_seconds: float | None
+    said: str
+
+
+def _expert_cost(
+    settings: Settings, model: str, preset: ModelPreset | None, accelerator: str | None
+) -> _ExpertCost:
+    """From the option, or from the model and the accelerator that is told or found."""
+    given = settings.simulate.expert_cost if "simulate.expert_cost" in settings.origins else None
+    found = None if accelerator is None else find_accelerator(accelerator)
+    if found is None and torch.cuda.is_available():
+        with suppress(ConfigError):  # an accelerator that nobody named and the table lacks
+            found = find_accelerator(torch.cuda.get_device_name())
+    if accelerator is not None and preset is None and given is None:
+        raise ConfigError(
+            f"--accelerator {accelerator}: the parameters of an expert are unknown; give --model or "
+            "--expert-cost"
+        )
+    token = None if found is None or preset is None else token_seconds(found, preset.parameters)
+    if given is not None:
+        return _ExpertCost(given, token, f"expert_cost is {given} tokens, as given.")
+    if found is None or preset is None:
+        return _ExpertCost(
+            0, None, "expert_cost is 0, tokens alone; --model with --accelerator gives another."
+        )
+    tokens = cost_in_tokens(found, preset.bytes_per_expert, preset.parameters)
+    size = f"{preset.bytes_per_expert / 1e6:.1f} MB"
+    reached = f"{COMPUTE:.0%} of its peak compute and {BANDWIDTH:.0%} of its bandwidth"
+    said = f"expert_cost is {tokens} tokens: an expert of {model} ({size}) on {found.name}, at {reached}."
+    return _ExpertCost(tokens, token, said)
 
 
 def _preset(trace: str, model: str | None, expert_mb: float | None) -> ModelPreset | None:
@@ -159,7 +225,9 @@ def _table(load: LoadTrace, machine: Machine, advice: Advice) -> Table:
         title=f"{load.name}: {size_of(load)} of {machine.bytes_per_expert / 1e6:.1f} MB on "
         f"{counted(machine.ranks, 'rank')}",
         caption=f"balancedness: on the steps after each plan; without balancing {advice.static:.3f}. "
-        "speed-up: of the MoE layers, over no balancing. links: share of time with transfers on the busiest "
+        "speed-up: of the MoE layers, over no balancing. with dispatch: balanced, "
+        f"its message {'left out' if advice.message_left_out else 'included'}. links: share of time with "
+        "transfers on the busiest "
         f"rank's links, at {1000 * machine.step_seconds:g} ms a step. memory: redundant experts, per rank."
         + (f" {advice.cached} trials came from the cache." if advice.cached else ""),
         caption_justify="left",
@@ -167,7 +235,17 @@ def _table(load: LoadTrace, machine: Machine, advice: Advice) -> Table:
         padding=(0, 1, 0, 0),
     )
     # Together they fit into 80 columns.
-    names = ("redundant", "interval", "price", "balancedness", "speed-up", "GB/hour", "links", "memory\nGB")
+    names = (
+        "redun-\ndant",
+        "inter-\nval",
+        "price",
+        "balanced-\nness",
+        "speed-\nup",
+        "with\ndispatch",
+        "GB/hour",
+        "links",
+        "memory\nGB",
+    )
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     for item in advice.rated:
@@ -177,6 +255,7 @@ def _table(load: LoadTrace, machine: Machine, advice: Advice) -> Table:
             f"{item.setting.move_price:g}",
             f"{item.trial.balancedness:.4f}",
             f"{item.speedup:.2f}",
+            "-" if item.dispatched is None else f"{item.dispatched:.2f}",
             f"{item.cost.bytes_per_hour / 1e9:.0f}",
             f"{item.cost.transfer_share:.2%}",
             f"{item.cost.replica_bytes / 1e9:.1f}",

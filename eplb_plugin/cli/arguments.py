@@ -10,6 +10,7 @@ import typer
 from ..config.options import Options
 from ..config.sources import Settings, load_settings
 from ..core.errors import ConfigError
+from ..offline.dispatch_replay import DISPATCHES
 from ..offline.simulation import POLICIES
 from ..offline.synthetic_traffic import PROFILES
 
@@ -17,10 +18,13 @@ __all__ = [
     "AsJson",
     "Batch",
     "Config",
+    "Dispatches",
     "Drift",
+    "ExpertCost",
     "Groups",
     "Interval",
     "Load",
+    "MessageUs",
     "MaxTokens",
     "Mode",
     "MovePrice",
@@ -31,6 +35,7 @@ __all__ = [
     "Seed",
     "Slots",
     "Steps",
+    "Tokens",
     "check_value",
     "option",
     "setting_of",
@@ -42,6 +47,7 @@ _OF_OTHER_SECTIONS = {
     "interval": "rebalancer.interval",
     "move_price": "planner.move_price",
     "metrics_port": "metrics.port",
+    "tokens": "rebalancer.batch",
 }
 
 
@@ -87,6 +93,17 @@ Policies = Annotated[
     list[str] | None,
     option("simulate.policies", "--policy", meaning=f"Policy to replay; repeatable: {', '.join(POLICIES)}."),
 ]
+Dispatches = Annotated[
+    list[str] | None,
+    option(
+        "simulate.dispatches",
+        "--dispatch",
+        meaning=f"Dispatch to judge on single steps; repeatable: {', '.join(DISPATCHES)}.",
+    ),
+]
+ExpertCost = Annotated[int | None, option("simulate.expert_cost")]
+MessageUs = Annotated[float | None, option("simulate.message_us")]
+Tokens = Annotated[str | None, option("rebalancer.batch", "--tokens")]
 Mode = Annotated[str | None, option("simulate.mode")]
 Batch = Annotated[int | None, option("simulate.batch")]
 MaxTokens = Annotated[int | None, option("simulate.max_tokens")]

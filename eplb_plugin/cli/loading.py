@@ -51,6 +51,8 @@ def load_for(source: str, settings: Settings, *, alone: bool = True) -> LoadTrac
     if not isinstance(trace, TokenTrace):
         kind = _GENERATED if trace is None else _RECORDED
     for option, kinds in _USED_FOR.items() if alone else ():
+        if option == "seed" and "sampled" in options.dispatches:
+            continue
         if settings.origins.get(f"simulate.{option}") == COMMAND_LINE and kind not in kinds:
             flag = f"--{option.replace('_', '-')}"
             raise ConfigError(f"{flag} is of no use for {source}, {kind}; it is for {' or '.join(kinds)}")

@@ -6,10 +6,14 @@ import json
 from dataclasses import asdict
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ..config.sources import COMMAND_LINE
+from ..core.errors import ConfigError
 from ..core.topology import Topology
+from ..offline.dispatch_replay import find_dispatch
 from ..offline.simulation import SimulationResult, policy_setup
 from ..offline.simulation import simulate as replay
 from ..offline.traces import LoadTrace
@@ -32,6 +36,8 @@ def simulate(
     interval: arguments.Interval = None,
     move_price: arguments.MovePrice = None,
     policies: arguments.Policies = None,
+    dispatches: arguments.Dispatches = None,
+    expert_cost: arguments.ExpertCost = None,
     mode: arguments.Mode = None,
     batch: arguments.Batch = None,
     max_tokens: arguments.MaxTokens = None,
@@ -41,9 +47,15 @@ def simulate(
     config: arguments.Config = None,
     as_json: arguments.AsJson = False,
 ) -> None:
-    """Compare policies offline on a load: the balancedness that each reaches, and its moves."""
+    """Compare policies and dispatches offline on a load: the balancedness of each, and its moves."""
     settings = arguments.settings_for(context)
     setups = [policy_setup(name, settings.planner) for name in settings.simulate.policies]
+    for name in settings.simulate.dispatches:
+        find_dispatch(name)
+    # The even split alone is what every row shows anyway.
+    judged = () if set(settings.simulate.dispatches) == {"even"} else settings.simulate.dispatches
+    if not judged and settings.origins.get("simulate.expert_cost") == COMMAND_LINE:
+        raise ConfigError("--expert-cost is for a dispatch beside even: add --dispatch balanced")
     errors = Console(stderr=True)
     with errors.status("reading the load"):
         load = load_for(trace, settings)
@@ -63,34 +75,81 @@ def simulate(
                     options.interval,
                     snapshots=options.snapshots,
                     history=options.history,
+                    dispatches=judged,
+                    expert_cost=settings.simulate.expert_cost,
+                    seed=settings.simulate.seed,
                     progress=lambda done, total, task=task: bar.update(  # type: ignore[misc]
                         task, completed=done, total=total
                     ),
                 )
             )
     shortened = settings.rebalancer.interval if options.interval < settings.rebalancer.interval else None
-    Console().print(_table(load, topology, options.interval, shortened, results))
+    Console().print(
+        _table(load, topology, options.interval, shortened, settings.simulate.expert_cost, results)
+    )
     if as_json:
-        print(json.dumps([asdict(result) for result in results]))
+        print(json.dumps([_plain(result) for result in results]))
+
+
+def _plain(result: SimulationResult) -> dict[str, object]:
+    content = asdict(result)
+    if not result.dispatches:
+        del content["dispatches"]
+    return content
 
 
 def _table(
-    load: LoadTrace, topology: Topology, interval: int, shortened: int | None, results: list[SimulationResult]
+    load: LoadTrace,
+    topology: Topology,
+    interval: int,
+    shortened: int | None,
+    expert_cost: int,
+    results: list[SimulationResult],
 ) -> Table:
     rebalances = counted(len(results[0].intervals), "rebalance")
     caption = f"{rebalances}, one every {counted(interval, 'step')}, each scored on the steps after it"
     if shortened is not None:
         caption += f". The load is short for one every {shortened}; --interval sets another"
-    table = Table(title=f"{load.name}: {size_in(load, topology)}", caption=caption)
-    table.add_column("policy")
-    for name in ("balancedness", "worst interval", "slots moved", "planning"):
-        table.add_column(name, justify="right")
-    for item in results:
-        table.add_row(
-            item.policy,
-            f"{item.balancedness:.4f}",
-            f"{min(part.balancedness for part in item.intervals):.4f}",
-            f"{item.moved_share:.1%}",
-            f"{item.plan_ms:.1f} ms",
+    if results[0].dispatches:
+        caption += (
+            ". Each row of the load is taken for one batch: of sums over several steps, dispatch shows less "
+            "than it gains"
         )
+        if expert_cost:
+            caption += (
+                ". Balancedness counts tokens; with expert_cost, balanced lowers the cost of the slowest "
+                "rank instead, which is told as a fraction of that with the even split"
+            )
+    dispatches = bool(results[0].dispatches)
+    table = Table(title=f"{load.name}: {size_in(load, topology)}", caption=caption)
+    if dispatches:
+        # With these, two more columns fit into 80.
+        table.caption_justify, table.box, table.padding = "left", box.SIMPLE_HEAD, (0, 1, 0, 0)
+    costs = dispatches and expert_cost > 0
+    table.add_column("policy", no_wrap=dispatches)
+    if dispatches:
+        table.add_column("dispatch", no_wrap=True)
+    shown = [
+        "balancedness",
+        "worst interval",
+        *(["slowest rank"] if costs else []),
+        "slots moved",
+        "planning",
+    ]
+    for name in shown:
+        table.add_column(name.replace(" ", "\n") if dispatches else name, justify="right", no_wrap=dispatches)
+    for item in results:
+        moved, planning = f"{item.moved_share:.1%}", f"{item.plan_ms:.1f} ms"
+        if not dispatches:
+            worst = min(part.balancedness for part in item.intervals)
+            table.add_row(item.policy, f"{item.balancedness:.4f}", f"{worst:.4f}", moved, planning)
+        for at, each in enumerate(item.dispatches):
+            table.add_row(
+                "" if at else item.policy,
+                each.dispatch,
+                f"{each.balancedness:.4f}",
+                f"{min(each.intervals):.4f}",
+                *([f"{each.cost_ratio:.3f}"] if costs else []),
+                *(["", ""] if at else [moved, planning]),
+            )
     return table

@@ -151,7 +151,7 @@ class RebalancerOptions(Options):
     """Dispatch `balanced`: the batch that a rank splits. `sharded`: its tokens are those of all ranks, by one
     all-gather of counts per layer. `own`: the tokens of this rank alone, without a message, for half of the
     gain. `replicated`: every rank has all tokens, in the same order; no message."""
-    expert_cost: int | Literal["auto"] = Field(0, ge=0, le=2**20)
+    expert_cost: Annotated[int, Field(ge=0, le=2**20)] | Literal["auto"] = 0
     """Dispatch `balanced`: least cost of a replica in use, in tokens: time to read its weights over time of a
     token. `auto`: from the weights and the accelerator. Example: with 32, an expert with 20 tokens goes to
     one replica."""
@@ -196,6 +196,16 @@ class SimulateOptions(Options):
     """Groups of logical experts per layer; 1 without group-limited routing."""
     policies: tuple[str, ...] = Field(("static", "greedy", "adaptive"), min_length=1)
     """Policies to compare."""
+    dispatches: tuple[str, ...] = Field(("even",), min_length=1)
+    """Dispatches to compare on single steps. `even`: equal shares. `balanced`: each batch is split so that
+    all ranks finish together. `sampled`: replicas drawn by the best shares, as SGLang's `lp` does."""
+    expert_cost: int = Field(0, ge=0, le=2**20)
+    """Dispatches: least cost of a replica in use, in tokens. Above 0, the cost of the slowest rank is
+    compared."""
+    message_us: float = Field(20.0, gt=0, le=1e6)
+    """`report` and `advise`: assumed time of the all-gather of counts that dispatch `balanced` needs, in
+    microseconds for each layer and batch. 20: about eight GPUs of a node. There is none with
+    `rebalancer.batch: replicated`."""
     mode: Literal["decode", "prefill"] = "decode"
     """Token traces: replay as steps of decode or of prefill."""
     batch: int = Field(256, ge=1, le=2**20)
@@ -214,7 +224,7 @@ class SimulateOptions(Options):
     period: float = Field(4096, ge=1)
     """Decode and generated traffic: typical number of steps between two highs of a topic."""
     seed: int = Field(0, ge=0, lt=2**32)
-    """Decode and generated traffic: seed of all random draws."""
+    """Decode, generated traffic and the dispatch `sampled`: seed of all random draws."""
 
 
 class DemoOptions(Options):

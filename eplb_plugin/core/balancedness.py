@@ -9,7 +9,14 @@ from .load import as_snapshots
 from .placement import Placement
 from .topology import Topology
 
-__all__ = ["balancedness", "balancedness_of_peaks", "count_moves", "peak_rank_loads", "rank_loads"]
+__all__ = [
+    "balancedness",
+    "balancedness_of_peaks",
+    "count_moves",
+    "filled_ranks",
+    "peak_rank_loads",
+    "rank_loads",
+]
 
 
 def rank_loads(load: torch.Tensor, placement: Placement, topology: Topology) -> torch.Tensor:
@@ -58,9 +65,13 @@ def balancedness(load: torch.Tensor, placement: Placement, topology: Topology) -
     """
     loads = rank_loads(load, placement, topology)
     if placement.has_empty_slots or not topology.is_even:
-        filled = topology.by_rank(placement.physical_to_logical >= 0, False).any(2).any(0)
-        loads = loads[:, :, filled.to(loads.device)]
+        loads = loads[:, :, filled_ranks(placement, topology).to(loads.device)]
     return balancedness_of_peaks(loads.mean(2), loads.amax(2))
+
+
+def filled_ranks(placement: Placement, topology: Topology) -> torch.Tensor:
+    """bool [ranks]: whether the rank holds an expert in any layer."""
+    return topology.by_rank(placement.physical_to_logical >= 0, False).any(2).any(0)
 
 
 def balancedness_of_peaks(mean: torch.Tensor, peak: torch.Tensor) -> float:

@@ -77,6 +77,10 @@ class ReplicaTables:
         slots = self._slots[:, None].expand(-1, index.shape[1], -1).gather(2, index)
         return torch.where(place < count[:, :, None], slots, -1)
 
+    def of_layer(self, layer: int) -> LayerTables:
+        """The tables in force of one layer: views, which later placements are written to."""
+        return LayerTables(self._slots[layer], self._first[layer, 1:], self._count[layer, 1:])
+
     def update(self, placement: Placement, layers: Sequence[int] | None = None) -> None:
         """Put the rows of `layers` (None: all) of `placement` in force.
 

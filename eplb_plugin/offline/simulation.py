@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -19,9 +19,18 @@ from ..core.topology import Topology
 from ..planning.planner import plan
 from ..planning.policies import POLICIES as PLANNER_POLICIES
 from ..planning.policies import Policy
+from .dispatch_replay import BatchScore, find_dispatch, score, whole_counts
 from .traces import LoadTrace
 
-__all__ = ["POLICIES", "IntervalResult", "PolicySetup", "SimulationResult", "policy_setup", "simulate"]
+__all__ = [
+    "POLICIES",
+    "DispatchResult",
+    "IntervalResult",
+    "PolicySetup",
+    "SimulationResult",
+    "policy_setup",
+    "simulate",
+]
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,26 @@ class IntervalResult:
 
 
 @dataclass(frozen=True)
+class DispatchResult:
+    """The steps of a trace under a policy, each as one batch, with one of its dispatches.
+
+    Attributes:
+        dispatch: its name.
+        balancedness: mean over all steps after the first interval.
+        cost: cost of the slowest rank over the mean load of a rank, both summed over steps and layers: the
+            time of the MoE layers, that of tokens spread over all ranks being 1.
+        cost_ratio: `cost` over that of the even split.
+        intervals: balancedness of each interval.
+    """
+
+    dispatch: str
+    balancedness: float
+    cost: float
+    cost_ratio: float
+    intervals: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class SimulationResult:
     """A trace under a policy.
 
@@ -72,6 +101,7 @@ class SimulationResult:
         moved_share: mean over the rebalances of moves / (layers * slots).
         plan_ms: median planning time, in milliseconds.
         intervals: one entry per rebalance.
+        dispatches: one entry for each dispatch that was asked for.
     """
 
     policy: str
@@ -79,6 +109,7 @@ class SimulationResult:
     moved_share: float
     plan_ms: float
     intervals: tuple[IntervalResult, ...]
+    dispatches: tuple[DispatchResult, ...] = ()
 
 
 def simulate(
@@ -90,6 +121,9 @@ def simulate(
     snapshots: int = 32,
     history: int = 4,
     planner: PlannerOptions | None = None,
+    dispatches: Sequence[str] = (),
+    expert_cost: int = 0,
+    seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> SimulationResult:
     """Rebalance every `interval` steps of `trace` and score each placement on the steps that follow it.
@@ -103,12 +137,16 @@ def simulate(
         snapshots: snapshots that each interval is folded into, at most.
         history: intervals that the window spans, at most.
         planner: options of the planner, for policies given by name.
+        dispatches: names of `dispatch_replay.DISPATCHES`, to be judged on each step as one batch. Without
+            any, balancedness is that of the even split alone.
+        expert_cost: for dispatches: least cost of a replica in use, in tokens.
+        seed: of the dispatch `sampled`.
         progress: called with (rebalances done, rebalances in all) after each.
 
     Raises:
-        TraceError: the trace is not longer than one interval, or a number is below 1. ConfigError: an unknown
-            policy. TopologyError: more experts than slots. PlacementError: the placement of the policy does
-            not fit.
+        TraceError: the trace is not longer than one interval, a number is below 1, or a dispatch is asked for
+            and a load is no whole number. ConfigError: an unknown policy or dispatch. TopologyError: more
+            experts than slots. PlacementError: the placement of the policy does not fit.
     """
     for name, value in (("interval", interval), ("snapshots", snapshots), ("history", history)):
         checked_integer(name, value, TraceError)
@@ -118,6 +156,13 @@ def simulate(
         )
     setup = policy_setup(policy, planner) if isinstance(policy, str) else policy
     snapshots, history = setup.snapshots or snapshots, setup.history or history
+    names = list(dict.fromkeys(dispatches))
+    for name in names:
+        find_dispatch(name)
+    counts = whole_counts(trace.load, trace.name) if names else trace.load
+    # Costs are told as a ratio to those of the even split.
+    judged = ["even", *(name for name in names if name != "even")] if names else []
+    scores: dict[str, list[BatchScore]] = {name: [] for name in judged}
     current = Placement.default(trace.num_layers, trace.num_experts, topology.num_slots)
     past: list[torch.Tensor] = []
     results: list[IntervalResult] = []
@@ -142,6 +187,9 @@ def simulate(
                 plan_ms=1000 * seconds,
             )
         )
+        for name, found in scores.items():
+            ahead = counts[start : start + interval]
+            found.append(score(name, ahead, placement, topology, expert_cost=expert_cost, seed=(seed, start)))
         current = placement
         if progress is not None:
             progress(len(results), len(starts))
@@ -153,6 +201,24 @@ def simulate(
         moved_share=statistics.fmean(item.moves / slots for item in results),
         plan_ms=statistics.median(item.plan_ms for item in results),
         intervals=tuple(results),
+        dispatches=tuple(_dispatch_result(name, scores, results) for name in names),
+    )
+
+
+def _dispatch_result(
+    name: str, scores: Mapping[str, list[BatchScore]], intervals: list[IntervalResult]
+) -> DispatchResult:
+    """The mean over the intervals, each with the weight of its steps; `scores` are those of the intervals."""
+    each = [item.balancedness for item in scores[name]]
+    steps = [item.steps for item in intervals]
+    cost, even = (sum(item.peak_cost for item in scores[key]) for key in (name, "even"))
+    load = sum(item.mean_load for item in scores[name])
+    return DispatchResult(
+        dispatch=name,
+        balancedness=sum(a * b for a, b in zip(each, steps, strict=True)) / sum(steps),
+        cost=cost / load if load else 1.0,
+        cost_ratio=cost / even if even else 1.0,
+        intervals=tuple(each),
     )
 
 

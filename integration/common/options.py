@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -42,7 +42,7 @@ class EngineOptions(Options):
     dispatch: Literal["even", "balanced"] = "even"
     """Replica of each token. `even`: the engine's own mapping. `balanced`: each batch is split so that all
     ranks finish together."""
-    expert_cost: int | Literal["auto"] = Field(0, ge=0, le=2**20)
+    expert_cost: Annotated[int, Field(ge=0, le=2**20)] | Literal["auto"] = 0
     """Dispatch `balanced`: least cost of a replica in use, in tokens. `auto`: from the weights and the
     accelerator."""
     check_agreement: bool = True

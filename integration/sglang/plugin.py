@@ -18,6 +18,7 @@ import torch
 from ...core.errors import ConfigError
 from ...core.topology import Topology
 from ..adapters import Adapter
+from .dispatch_seams import INIT_SOLVERS, begin_dispatch, check_arguments, put_solvers_in_force
 from .policy import ALGORITHM, SglangBalancer, is_ours, parse_algorithm
 from .seams import HOOKED, LAUNCH_HOOK, algorithm_in_use, map_in_force, missing_seams, warn_unmoved, watch
 
@@ -50,6 +51,9 @@ def register() -> None:
         HookRegistry.register(target, hook, HookType.AROUND)
     with suppress(ImportError, AttributeError):  # then it is among `missing`, and `_start` stops the launch
         pkgutil.resolve_name(LAUNCH_HOOK)("handle_eplb_and_dispatch")(_check_launch)
+    with suppress(ImportError, AttributeError):  # then launches with `dispatch=balanced` that need it stop
+        pkgutil.resolve_name(INIT_SOLVERS)
+        HookRegistry.register(INIT_SOLVERS, _init_solvers, HookType.AROUND)
 
 
 def _check_launch(server_args: Any, previous: Callable[[Any], None]) -> None:
@@ -59,7 +63,7 @@ def _check_launch(server_args: Any, previous: Callable[[Any], None]) -> None:
         _check_seams(algorithm)
         if untested := ADAPTER.untested(_version()):
             _logger.warning(untested)
-        parse_algorithm(algorithm)
+        options = parse_algorithm(algorithm)
         if not server_args.enable_eplb:
             raise ConfigError(
                 f"--eplb-algorithm {algorithm} does nothing without --enable-eplb; give both or neither"
@@ -69,6 +73,8 @@ def _check_launch(server_args: Any, previous: Callable[[Any], None]) -> None:
                 f"--eplb-algorithm {algorithm} cannot plan around failed ranks: "
                 f"--elastic-ep-backend {elastic} needs an algorithm of SGLang's"
             )
+        if options.dispatch == "balanced":
+            check_arguments(server_args, algorithm)
     previous(server_args)
 
 
@@ -123,6 +129,18 @@ def _start(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         balancer.start(current.physical_to_logical_map, current.num_logical_experts)
         watch(args[0], balancer)
         balancer.before_first = partial(warn_unmoved, args[0])
+        if balancer.options.dispatch == "balanced":
+            begin_dispatch(args[0], balancer.options.expert_cost, algorithm)
+
+
+def _init_solvers(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """With `dispatch=balanced`, the solvers of SGLang's `--ep-dispatch-algorithm lp` are ours."""
+    algorithm = algorithm_in_use()
+    if not is_ours(algorithm) or balancer_of(algorithm).options.dispatch != "balanced":
+        original(*args, **kwargs)
+        return
+    balancer, model_config = balancer_of(algorithm), _arguments(original, args, kwargs)["model_config"]
+    balancer.solvers = put_solvers_in_force(model_config, algorithm, balancer.solvers)
 
 
 def _in_time_order(original: Callable[..., torch.Tensor], buffer: Any) -> torch.Tensor:

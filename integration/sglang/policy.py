@@ -18,6 +18,7 @@ from ...runtime.control.rank_group import RankGroup, content_hash
 from ..common.agreement import agree_on_plan, announce
 from ..common.options import SHARED, EngineOptions, options_in_settings
 from ..common.planner import EnginePlanner, ExpertBytes
+from .dispatch import LayerSolvers
 
 __all__ = [
     "ALGORITHM",
@@ -101,6 +102,7 @@ class SglangBalancer:
     Attributes:
         expert_bytes: gives the bytes of one expert's weights by layer; None where they are unknown.
         before_first: called once, before the first rebalance.
+        solvers: of dispatch `balanced`, where each rank has its own tokens; else None.
 
     Raises:
         ConfigError: the options are wrong.
@@ -112,6 +114,7 @@ class SglangBalancer:
         self.planner = EnginePlanner(self.options)
         self.expert_bytes: ExpertBytes | None = None
         self.before_first: Callable[[], None] | None = None
+        self.solvers: LayerSolvers | None = None
 
     def start(self, current: torch.Tensor, num_logical: int) -> None:
         """Compare options and map with the other ranks, and compile the planner. All ranks call it, when the

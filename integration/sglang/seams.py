@@ -48,10 +48,16 @@ LAUNCH_HOOK = "sglang.srt.arg_groups.resolution_hooks.register_resolution_hook"
 """SGLang's way to check arguments at launch."""
 
 
-def missing_seams() -> list[str]:
-    """Functions and arguments that the plugin needs and this SGLang lacks, one line for each."""
+def missing_seams(needed: Mapping[str, tuple[str, ...]] | None = None) -> list[str]:
+    """What this SGLang lacks, one line for each function and argument.
+
+    Args:
+        needed: functions and classes, and the arguments that are used. None: what the planner needs.
+    """
     missing = []
-    for target, arguments in {**HOOKED, f"{_RING}.__init__": (), LAUNCH_HOOK: ("name",)}.items():
+    if needed is None:
+        needed = {**HOOKED, f"{_RING}.__init__": (), LAUNCH_HOOK: ("name",)}
+    for target, arguments in needed.items():
         try:
             function = pkgutil.resolve_name(target)
         except (ImportError, AttributeError) as error:

@@ -15,6 +15,7 @@ from ...core.safe_files import read_yaml
 from ..adapters import Adapter, InFile
 from ..common.agreement import announce
 from ..common.options import EngineOptions, options_in_settings
+from .dispatch import restore_mapping
 from .policy import VllmPolicy
 from .seams import bind_policy, missing_seams
 
@@ -118,6 +119,7 @@ def _enable(state: Any) -> None:
     config = get_current_vllm_config_or_none()
     options = vllm_options(None if config is None else config.additional_config)
     compare = announce(options.model_dump_json() if options.enabled else "")
+    restore_mapping()  # that of an earlier engine in this process
     if not options.enabled:
         return
     import vllm

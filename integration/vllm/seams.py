@@ -19,6 +19,7 @@ from ...runtime.control.rank_group import RankGroup
 from ...runtime.verify.unregistered import warn_unregistered
 from ..common.options import EngineOptions
 from ..common.planner import bytes_of_one_expert, engine_telemetry
+from .dispatch import bind_dispatch
 from .policy import Interval, VllmPolicy
 from .window import RingKeeper, fold_window, no_window, sum_over_ranks
 
@@ -67,6 +68,7 @@ def bind_policy(
             made(policy)
             _warm_up(state)
         state.policy = policy
+        bind_dispatch(state, options, _ep_group())
         if policy.telemetry is not None:
             policy.telemetry.of(_names(state)[-1])
         if _is_first_rank():

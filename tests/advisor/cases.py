@@ -34,4 +34,6 @@ def advice_of(static=0.6, best=0.8, measured=0.8, test_static=0.6, alike=0.95, s
         cost=replace(item.cost, transfer_share=share),
         net=best / static * (1 - share),
     )
-    return Advice(static, (item,), item, BackTest(best, measured, test_static, alike), 0)
+    return Advice(
+        static, (item,), item, BackTest(best, measured, test_static, alike, measured / test_static), 0
+    )

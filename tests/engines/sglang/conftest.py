@@ -37,7 +37,7 @@ if not collect_ignore_glob:
 def prepared():
     """Engines, and ranks of parts of one, find the planner compiled and SGLang imported."""
     eplb_plugin.warmup()
-    preload("tests.engines.sglang.drive", "tests.engines.sglang.eplb_ranks")
+    preload("tests.engines.sglang.drive", "tests.engines.sglang.dispatch_ranks")
 
 
 @pytest.fixture(scope="session")

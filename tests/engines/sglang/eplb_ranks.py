@@ -69,7 +69,7 @@ class Server:
         load_plugins()
         _configure(rank, dist.get_world_size(), setup)
         self.setup = setup
-        self.traffic = _traffic(rank, setup)
+        self.traffic = _traffic(rank if setup.own_tokens else 0, setup)
         if setup.recorded is None:
             self.metadata = ExpertLocationMetadata.init_trivial(None, rank)
         else:
@@ -80,6 +80,7 @@ class Server:
         self.recorder = sglang_distribution.ExpertDistributionRecorder.init_new(self.metadata, rank)
         sglang_distribution.set_global_expert_distribution_recorder(self.recorder)
         self.model = StandIn(rank, self.metadata)
+        self.before_manager()
         updater = ExpertLocationUpdater()
         self.manager = EPLBManager(
             model_config=None,
@@ -89,6 +90,9 @@ class Server:
             get_weight_updater=lambda: SimpleNamespace(update_weights_from_disk=None),
         )
         self.steps: list[torch.Tensor] = []
+
+    def before_manager(self) -> None:
+        """For what comes between the map and the manager."""
 
     def step(self) -> tuple[int, int]:
         """A forward pass, with a rebalance at its end when one is due; see `StandIn.wrong_rows`."""
@@ -167,7 +171,8 @@ def _configure(rank: int, world: int, setup: Setup) -> None:
         eplb_rebalance_layers_per_chunk=setup.layers_per_chunk,
         expert_distribution_recorder_mode="stat",
         expert_distribution_recorder_buffer_size=setup.interval,
-        ep_dispatch_algorithm="dynamic",
+        moe_a2a_backend=setup.backend,
+        ep_dispatch_algorithm="dynamic" if setup.backend == "none" else "lp",
     ).install()
     get_parallel().override_permanently(tp_rank=rank, moe_ep_rank=rank)
     shape = ModelConfigForExpertLocation(setup.layers, setup.logical, setup.groups)

@@ -20,6 +20,10 @@ class Setup:
     groups: int | None = None
     recorded: tuple[int, ...] | None = None
     """What each expert of an MoE layer got when it was recorded: the start is planned from that."""
+    backend: str = "none"
+    """The all-to-all backend of SGLang."""
+    own_tokens: bool = True
+    """Whether each rank has its own tokens."""
     failing_rank: int | None = None
     """The rank whose planner raises at the second rebalance."""
 
@@ -41,3 +45,19 @@ class Outcome:
     """The load of each snapshot that the planner was given, flattened."""
     expected: list[list[int]]
     """The same from the tokens themselves."""
+
+
+@dataclasses.dataclass
+class Split:
+    """What one rank saw of the dispatch."""
+
+    chosen: list[list[list[list[int]]]]
+    """The slot of each token of each step, [layers, tokens, top_k]."""
+    tokens: int = 0
+    wrong_tokens: int = 0
+    """Choices whose slot holds another expert."""
+    wrong_slots: int = 0
+    """Slots of a layer and step with other loads, over all ranks, than `balance_batch` says."""
+    wrong_rows: int = 0
+    moves: int = 0
+    failures: int = 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import sys
+import types
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,7 +12,9 @@ import pytest
 import torch
 
 from eplb_plugin import ConfigError
+from eplb_plugin.integration.sglang import dispatch_seams
 from eplb_plugin.integration.sglang import plugin as sglang_plugin
+from eplb_plugin.integration.sglang.dispatch import to_slots
 from eplb_plugin.integration.sglang.policy import SglangBalancer
 from eplb_plugin.integration.sglang.seams import missing_seams, warn_unmoved
 
@@ -107,6 +111,121 @@ def test_a_missing_hook_stops_the_launch(tiny, monkeypatch, caplog):
         resolve(tiny, enable_eplb=True, eplb_algorithm="eplb_plugin")
     # Other algorithms start all the same.
     resolve(tiny, enable_eplb=True, eplb_algorithm="deepseek")
+
+
+BALANCED = "eplb_plugin:dispatch=balanced"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "on_cuda", "message"),
+    [
+        ({"ep_dispatch_algorithm": "static"}, False, "'static'; give dynamic"),
+        ({"ep_dispatch_algorithm": "fake"}, False, "'fake'; give dynamic"),
+        ({"moe_a2a_backend": "deepep", "ep_dispatch_algorithm": "lp"}, False, "deepep needs NVIDIA GPUs"),
+        ({"moe_a2a_backend": "deepep"}, True, "deepep: --ep-dispatch-algorithm is None; give lp"),
+    ],
+)
+def test_launch_without_a_balanced_dispatch_is_refused(tiny, monkeypatch, arguments, on_cuda, message):
+    monkeypatch.setattr("sglang.srt.utils.is_cuda", lambda: on_cuda)
+    with pytest.raises(ConfigError, match=message):
+        resolve(tiny, enable_eplb=True, eplb_algorithm=BALANCED, **arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"expected": "dynamic"},
+        {"moe_a2a_backend": "deepep", "ep_dispatch_algorithm": "lp", "expected": "lp"},
+    ],
+)
+def test_launch_with_a_balanced_dispatch(tiny, monkeypatch, arguments):
+    from sglang.srt.arg_groups.overrides import resolved_view
+
+    monkeypatch.setattr("sglang.srt.utils.is_cuda", lambda: True)
+    expected = arguments.pop("expected")
+    server_args = resolve(tiny, enable_eplb=True, eplb_algorithm=BALANCED, **arguments)
+    assert resolved_view(server_args).ep_dispatch_algorithm == expected
+
+
+def test_a_missing_seam_of_the_dispatch_stops_only_launches_that_need_it(tiny, monkeypatch):
+    from sglang.srt.eplb import expert_location_dispatch, lplb_solver
+
+    monkeypatch.setattr("sglang.srt.utils.is_cuda", lambda: True)
+    own_tokens = {"moe_a2a_backend": "deepep", "ep_dispatch_algorithm": "lp"}
+    monkeypatch.setattr(lplb_solver, "set_global_lplb_solver", lambda layer, solver: None)
+    with pytest.raises(ConfigError, match="set_global_lplb_solver has no argument 'layer_id'"):
+        resolve(tiny, enable_eplb=True, eplb_algorithm=BALANCED, **own_tokens)
+    resolve(tiny, enable_eplb=True, eplb_algorithm=BALANCED)
+    monkeypatch.delattr(expert_location_dispatch, "topk_ids_logical_to_physical")
+    with pytest.raises(
+        ConfigError, match=r"lacks .*: .*topk_ids_logical_to_physical is missing .* dispatch=even needs"
+    ):
+        resolve(tiny, enable_eplb=True, eplb_algorithm=BALANCED)
+    resolve(tiny, enable_eplb=True, eplb_algorithm="eplb_plugin")
+    assert missing_seams() == []
+
+
+def test_the_mapping_is_replaced_wherever_it_is(monkeypatch):
+    from sglang.srt.eplb import expert_location_dispatch
+    from sglang.srt.hardware_backend.npu.moe import topk as npu_topk
+    from sglang.srt.layers.moe import hash_topk, topk
+
+    name = "topk_ids_logical_to_physical"
+    holders = (expert_location_dispatch, topk, hash_topk, npu_topk)
+    for module in holders:
+        monkeypatch.setattr(module, name, getattr(module, name))  # put back at the end
+    before = {getattr(module, name) for module in holders}
+    assert len(before) == 1
+    dispatch_seams._replace_mapping()
+    assert all(getattr(module, name) is to_slots for module in holders)
+    left = [
+        module.__name__
+        for module in list(sys.modules.values())
+        if isinstance(module, types.ModuleType) and any(value in before for value in _functions(module))
+    ]
+    assert left == []
+
+
+def _functions(module):
+    return [value for value in vars(module).values() if isinstance(value, types.FunctionType)]
+
+
+@pytest.mark.parametrize("name", ["DeepseekV3ForCausalLM", "Qwen3MoeForCausalLM"])
+def test_models_whose_ranks_take_part_without_tokens(name):
+    dispatch_seams._check_model([name])
+
+
+def test_models_that_might_leave_out_a_rank_without_tokens_are_refused():
+    with pytest.raises(ConfigError, match="layers of MixtralForCausalLM, and the others would wait"):
+        dispatch_seams._check_model(["MixtralForCausalLM"])
+
+
+def test_solvers_of_other_algorithms_are_sglangs(monkeypatch):
+    from sglang.srt.model_executor import model_runner
+    from sglang.srt.model_executor.model_runner_components import moe_ep_setup
+
+    assert model_runner.init_lplb_solvers is moe_ep_setup.init_lplb_solvers
+    model_config = SimpleNamespace(hf_config=SimpleNamespace(architectures=["MixtralForCausalLM"]))
+    for algorithm in ("deepseek", "eplb_plugin"):
+        monkeypatch.setattr(sglang_plugin, "algorithm_in_use", lambda algorithm=algorithm: algorithm)
+        with pytest.raises(NotImplementedError, match="does not support --ep-dispatch-algorithm lp"):
+            moe_ep_setup.init_lplb_solvers(model_config=model_config)
+    monkeypatch.setattr(sglang_plugin, "algorithm_in_use", lambda: BALANCED)
+    monkeypatch.setattr(dispatch_seams, "map_in_force", map_of_eight)
+    with pytest.raises(ConfigError, match="layers of MixtralForCausalLM"):
+        model_runner.init_lplb_solvers(model_config=model_config)
+
+
+def map_of_eight():
+    """SGLang's metadata for 1 layer, 8 experts, 8 slots and 2 ranks."""
+    placed = torch.arange(8)[None]
+    return SimpleNamespace(
+        physical_to_logical_map=placed,
+        physical_to_logical_map_cpu=placed,
+        num_logical_experts=8,
+        num_physical_experts=8,
+        ep_size=2,
+    )
 
 
 def test_without_a_launch_hook_loading_the_model_is_refused(monkeypatch):

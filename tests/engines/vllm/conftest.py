@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -10,7 +11,7 @@ import eplb_plugin
 from tests.engines.compiled import choose_cache
 from tests.engines.forked import preload, run_forked
 
-from .processes import environment, tail
+from .processes import environment, free_port, tail
 
 # The suite of the package itself runs where no engine is installed; `make test-vllm` runs these.
 collect_ignore_glob = [] if importlib.util.find_spec("vllm") else ["test_*.py"]
@@ -58,11 +59,26 @@ def eplb_arguments(*, use_async, **more):
 
 # Moves are free, so that steady traffic does not end the rearrangements that the tests are about.
 RESTLESS = {"enabled": True, "history": 1, "planner": {"move_price": 0.0, "min_gain": 0.0}}
+BALANCED = RESTLESS | {"dispatch": "balanced"}
 
 
-def drive(folder, scenario, ranks, **env):
+def drive_together(folder, scenarios):
+    """What `drive.py` makes of a scenario for each data-parallel rank, all at the same time."""
+    count = len(scenarios)
+    port = str(free_port())
+    shared = {"VLLM_DP_SIZE": str(count), "VLLM_DP_MASTER_IP": "127.0.0.1", "VLLM_DP_MASTER_PORT": port}
+
+    def run(rank):
+        env = shared | {"VLLM_DP_RANK": str(rank), "VLLM_DP_RANK_LOCAL": str(rank)}
+        return drive(folder, scenarios[rank] | {"peers": count}, count, name=f"-{rank}", **env)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(run, range(count)))
+
+
+def drive(folder, scenario, ranks, *, name="", **env):
     """What `drive.py` makes of a scenario, and the engine's log."""
-    log, result = folder / "engine.log", folder / "result.json"
+    log, result = folder / f"engine{name}.log", folder / f"result{name}.json"
     env = environment(ranks, folder, **env)
     status = run_forked(_drive, scenario, result, log=log, env=env, limit=LIMIT)
     assert status is not None, f"still running after {LIMIT} s\n{tail(log)}"

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import time
 from pathlib import Path
 
 # What an engine's processes would import one by one. Without the planner's numba: vLLM's workers look through
@@ -17,6 +18,7 @@ from vllm import LLM, SamplingParams
 
 from . import worker_checks  # noqa: F401
 from .prompts import NEW_TOKENS, PROMPTS, traffic
+from .step_loads import count_steps
 
 # vLLM forks its processes on GPUs; on CPUs it starts interpreters, and each imports all of it again, for many
 # seconds. `test_server.py` has those, too.
@@ -24,11 +26,27 @@ for module in (vllm.v1.engine.coordinator, vllm.v1.engine.utils, vllm.v1.executo
     module.get_mp_context = lambda: multiprocessing.get_context("fork")
 
 
+class Meeting:
+    """Where the processes of data-parallel ranks wait for each other: none has requests, or ends, alone."""
+
+    def __init__(self, result_path, peers):
+        self._path, self._peers, self._number = result_path, peers, 0
+
+    def __call__(self):
+        self._number += 1
+        self._path.with_suffix(f".{self._number}").touch()
+        while len(list(self._path.parent.glob(f"result*.{self._number}"))) < self._peers:
+            time.sleep(0.01)
+
+
 def main(scenario, result_path):
     llm = LLM(**scenario["llm"])
-    sampling = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
+    length = scenario.get("new_tokens", NEW_TOKENS)
+    sampling = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True, detokenize=False)
+    meet = Meeting(result_path, scenario.get("peers", 1))
 
     def generate(prompts):
+        meet()
         requests = [{"prompt_token_ids": prompt} for prompt in prompts]
         outputs = llm.generate(requests, sampling, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in outputs]
@@ -47,9 +65,11 @@ def main(scenario, result_path):
         if scenario.get("watched"):
             folder = Path(scenario["watched"])
             after["checks"] = [json.loads(path.read_text()) for path in sorted(folder.glob("checks-*.json"))]
+            after["counted"] = count_steps(folder)
         if step.get("report"):
             after["report"] = llm.collective_rpc("eplb_plugin_report")
         result["steps"][name] = {"rounds": rounds, **after}
     result_path.write_text(json.dumps(result))
+    meet()
     # Its processes do not end by themselves in the time that vLLM gives them.
     llm.llm_engine.engine_core.shutdown(timeout=1)

@@ -5,7 +5,9 @@ import re
 import pytest
 import yaml
 
-from .conftest import LIMIT, RESTLESS, drive, eplb_arguments, llm_arguments
+from .conftest import BALANCED, LIMIT, drive, drive_together, eplb_arguments, llm_arguments
+from .prompts import NEW_TOKENS
+from .step_loads import read_steps, wrong_steps
 
 pytestmark = pytest.mark.timeout(2 * LIMIT)
 
@@ -26,7 +28,8 @@ STEPS = [
     ),
     {"name": "mended", "before": [["mend_planner"]], "rounds": 1, **EVERY},
     # The engine is wrong from here on.
-    {"name": "control", "before": [["commit_without_moving"]], "rounds": 1},
+    {"name": "other splits", "before": [["split_by_cost", 2**20]], "rounds": 1},
+    {"name": "control", "before": [["split_by_cost", 0], ["commit_without_moving"]], "rounds": 1},
 ]
 
 
@@ -38,12 +41,12 @@ def served(request, model, tmp_path_factory):
     arguments = llm_arguments(model, 2, **eplb_arguments(use_async=use_async))
     env = {}
     if use_async:
-        (folder / "config.yaml").write_text(yaml.safe_dump({"eplb_plugin": RESTLESS}))
+        (folder / "config.yaml").write_text(yaml.safe_dump({"eplb_plugin": BALANCED}))
         env["EPLB_PLUGIN_CONFIG"] = str(folder / "config.yaml")
     else:
-        arguments["additional_config"] = {"eplb_plugin": RESTLESS}
+        arguments["additional_config"] = {"eplb_plugin": BALANCED}
     scenario = {"llm": arguments, "steps": STEPS, "watched": str(folder)}
-    return drive(folder, scenario, 2, **env)
+    return drive(folder, scenario, 2, **env) | {"folder": folder}
 
 
 def reports(step):
@@ -65,6 +68,21 @@ def test_at_least_fifteen_rearrangements_moved_experts(served):
     for rank in reports(served["steps"]["serving"]):
         assert sum(not report["skipped"] for report in rank["reports"]) >= 15
         assert all(report["moves"] > 0 for report in rank["reports"] if not report["skipped"])
+
+
+def test_every_slot_gets_the_tokens_that_the_split_says(served):
+    steps = served["steps"]
+    loads, maps = read_steps(served["folder"], steps["mended"]["counted"])
+    assert len(loads) >= 100
+    assert wrong_steps(loads, maps, sharded=False) == []
+    assert len(maps.unique(dim=0)) > 15
+
+
+def test_the_checks_see_ranks_that_split_differently(served, expected):
+    steps = served["steps"]
+    assert steps["other splits"]["rounds"][0] != expected
+    first, end = steps["mended"]["counted"], steps["other splits"]["counted"]
+    assert wrong_steps(*read_steps(served["folder"], end, first), sharded=False) != []
 
 
 def test_all_ranks_report_the_same_plans(served):
@@ -127,6 +145,8 @@ def test_it_says_what_it_does(served):
     (activation,) = [line for line in ours if "in vLLM 0.32" in line]
     assert '"move_price":0.0' in activation
     assert "4 layers, 16 experts, 20 slots, 2 ranks" in activation
+    (dispatch,) = [line for line in ours if "dispatch=balanced" in line]
+    assert "tokens are replicated, no message" in dispatch
     lines = [line for line in ours if "balancedness" in line and "predicted" in line]
     moved = sum(not report["skipped"] for report in reports(served["steps"]["mended"])[0]["reports"])
     assert len(lines) >= min(moved, 15)
@@ -135,9 +155,10 @@ def test_it_says_what_it_does(served):
     assert "could not be checked" not in served["log"]
 
 
-def test_four_ranks(model, expected, tmp_path):
-    arguments = llm_arguments(model, 4, **eplb_arguments(use_async=True))
-    arguments["additional_config"] = {"eplb_plugin": RESTLESS}
+@pytest.mark.parametrize("use_async", [False, True], ids=["sync", "async"])
+def test_four_ranks(use_async, model, expected, tmp_path):
+    arguments = llm_arguments(model, 4, **eplb_arguments(use_async=use_async))
+    arguments["additional_config"] = {"eplb_plugin": BALANCED | {"expert_cost": 4}}
     steps = [{"name": "serving", "before": [["watch"]], "rounds": 3, **EVERY}]
     result = drive(tmp_path, {"llm": arguments, "steps": steps, "watched": str(tmp_path)}, 4)
     step = result["steps"]["serving"]
@@ -145,8 +166,37 @@ def test_four_ranks(model, expected, tmp_path):
     assert len(step["checks"]) == 4
     for checks in step["checks"]:
         assert checks["wrong"] == []
-        assert checks["changes"] > 0
+        assert checks["changes"] >= 10
     assert [rank["failures"] for rank in reports(step)] == [0] * 4
+    loads, maps = read_steps(tmp_path)
+    assert loads.shape[:2] >= (50, 4)
+    assert wrong_steps(loads, maps, sharded=False, expert_cost=4) == []
+    assert wrong_steps(loads, maps, sharded=False) != [], "the cost made no difference"
+
+
+def test_two_data_parallel_ranks(model, expected, tmp_path):
+    """Synchronous. The second rank has less to do, and takes part with dummy batches then."""
+    arguments = llm_arguments(model, **eplb_arguments(use_async=False))
+    arguments |= {
+        "all2all_backend": "allgather_reducescatter",
+        "additional_config": {"eplb_plugin": BALANCED},
+    }
+    steps = [{"name": "serving", "before": [["watch"]], "rounds": 3, **EVERY}]
+    scenario = {"llm": arguments, "steps": steps, "watched": str(tmp_path)}
+    results = drive_together(tmp_path, [scenario, scenario | {"new_tokens": NEW_TOKENS // 2}])
+    for result, length in zip(results, (NEW_TOKENS, NEW_TOKENS // 2), strict=True):
+        step = result["steps"]["serving"]
+        assert step["rounds"] == [[tokens[:length] for tokens in expected]] * 3
+        assert reports(step)[0]["failures"] == 0
+    for checks in results[0]["steps"]["serving"]["checks"]:
+        assert checks["wrong"] == []
+        assert checks["changes"] >= 10
+    assert "tokens are sharded, one all-gather of 128 bytes a rank" in results[0]["log"]
+    loads, maps = read_steps(tmp_path)
+    assert len(loads) >= 50
+    assert wrong_steps(loads, maps, sharded=True) == []
+    # No rank's own tokens would have given these loads.
+    assert all(wrong_steps(loads[:, [rank, rank]], maps, sharded=False) for rank in range(2))
 
 
 def test_without_being_enabled_it_is_absent(model, expected, tmp_path):

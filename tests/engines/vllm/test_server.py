@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import json
-import socket
 import time
 import urllib.request
 
@@ -11,26 +10,28 @@ import pytest
 
 from tests.series import fetch
 
-from .conftest import LIMIT, RESTLESS, eplb_arguments, llm_arguments
-from .processes import engine, environment, tail
+from .conftest import BALANCED, LIMIT, RESTLESS, eplb_arguments, llm_arguments
+from .processes import engine, environment, free_port, tail
 from .prompts import NEW_TOKENS, PROMPTS
+from .step_loads import read_steps, wrong_steps
 
 pytestmark = pytest.mark.timeout(2 * LIMIT)
 
 REQUESTS = 256
 CONCURRENCY = 32
 STEP_INTERVAL = 16  # a slow server takes more steps; no more than 64 reports are kept
-# One as users start it; the other spares the imports of six processes.
+# One as users start it; the other spares the imports of six processes, and splits batches over all ranks.
 LAYOUTS = {
-    "tensor": ("vllm.entrypoints.openai.api_server", ["--tensor-parallel-size", "2"]),
+    "tensor": ("vllm.entrypoints.openai.api_server", ["--tensor-parallel-size", "2"], RESTLESS),
     "data": (
         "tests.engines.vllm.serve",
         ["--data-parallel-size", "2", "--all2all-backend", "allgather_reducescatter"],
+        BALANCED,
     ),
 }
 
 
-def command_line(module, model, port):
+def command_line(module, model, port, options):
     """The server with the arguments that the offline engine gets, EPLB asynchronous."""
     arguments = llm_arguments(model) | eplb_arguments(use_async=True)
     arguments["eplb_config"]["step_interval"] = STEP_INTERVAL
@@ -38,19 +39,13 @@ def command_line(module, model, port):
         del arguments[name]
     line = ["-m", module, "--model", str(model), "--served-model-name", "tiny"]
     line += ["--host", "127.0.0.1", "--port", str(port), "--no-enable-prefix-caching"]
-    line += ["--additional-config", json.dumps({"eplb_plugin": RESTLESS | {"metrics": True}})]
+    line += ["--additional-config", json.dumps({"eplb_plugin": options | {"metrics": True}})]
     for name, value in arguments.items():
         flag = f"--{name.replace('_', '-')}"
         line += (
             [flag] if value is True else [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
         )
     return line
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def wait_until_healthy(port, process, log):
@@ -124,8 +119,8 @@ def test_all_answers_are_right_during_rearrangements(layout, model, expected, tm
     series.mkdir()
     # The first is for the calls of worker methods.
     env = environment(2, tmp_path, VLLM_SERVER_DEV_MODE="1", PROMETHEUS_MULTIPROC_DIR=str(series))
-    module, parallel = LAYOUTS[layout]
-    with engine([*command_line(module, model, port), *parallel], log, env) as process:
+    module, parallel, options = LAYOUTS[layout]
+    with engine([*command_line(module, model, port, options), *parallel], log, env) as process:
         wait_until_healthy(port, process, log)
         call_workers(port, "watch")
         try:
@@ -146,6 +141,11 @@ def test_all_answers_are_right_during_rearrangements(layout, model, expected, tm
         assert planned["failures"] == 0
         assert sum(not one["skipped"] for one in planned["reports"]) >= 5
     check_metrics(metrics, next(iter(report[0]["models"].items())))
+    loads, maps = read_steps(tmp_path)
+    assert len(loads) >= 50
+    wrong = wrong_steps(loads, maps, sharded=layout == "data")
+    # vLLM's own mapping knows nothing of the batch.
+    assert wrong == [] if layout == "data" else len(wrong) > len(loads) / 2
 
 
 def check_metrics(metrics, model_reports):

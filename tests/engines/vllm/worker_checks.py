@@ -32,6 +32,9 @@ class WorkerChecks:
         step, policy = state.step, state.policy
 
         def checked_step(*args, **kwargs):
+            # Before: the step takes the load over and may change the map.
+            if bool(state.should_record_tensor):
+                self._count_step()
             step(*args, **kwargs)
             self._check()
 
@@ -74,6 +77,13 @@ class WorkerChecks:
         for planner in self.model_runner.eplb_state.policy.planners.values():
             del planner.plan
 
+    def split_by_cost(self, expert_cost):
+        """The negative control: the first rank splits batches by another cost than the other ranks."""
+        from vllm.model_executor.layers.fused_moe.router import base_router
+
+        if self.ep_rank == 0:
+            base_router.eplb_map_to_physical_and_record.split.expert_cost = expert_cost
+
     def commit_without_moving(self):
         """The negative control: a map that the weights do not follow."""
         from vllm.distributed.eplb.eplb_state import _commit_eplb_maps
@@ -90,6 +100,13 @@ class WorkerChecks:
             "bound": sorted({"add_model", "rearrange"} & set(vars(state))),
             "report": hasattr(self, "eplb_plugin_report"),
         }
+
+    def _count_step(self):
+        """Write what vLLM has counted in the step that ends, and the map that was in force."""
+        load = self.model_state.expert_load_pass.tolist()
+        line = json.dumps({"load": load, "map": self.model_state.physical_to_logical_map.tolist()})
+        with (self.folder / f"steps-{self.ep_rank}.jsonl").open("a") as file:
+            file.write(f"{line}\n")
 
     def _check(self):
         changed = (self.model_state.physical_to_logical_map != self.map).any(1)

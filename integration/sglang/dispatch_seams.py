@@ -1,0 +1,231 @@
+"""What dispatch `balanced` replaces or reads in SGLang; with dispatch `even` none of it is needed."""
+
+from __future__ import annotations
+
+import logging
+import pkgutil
+import sys
+import types
+from collections.abc import Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from ...core.errors import ConfigError
+from ...core.topology import Topology
+from ...dispatch.batch_split import GatherCounts
+from ...dispatch.expert_cost import resolve_expert_cost
+from ..common.agreement import announce
+from .dispatch import NO_BACKEND, LayerSolvers, ServedSplit, check_dispatch, serve, to_slots
+from .policy import is_first_rank
+from .seams import map_in_force, missing_seams
+
+__all__ = ["INIT_SOLVERS", "begin_dispatch", "check_arguments", "put_solvers_in_force"]
+
+_logger = logging.getLogger(__name__)
+
+_MAPPING = "sglang.srt.eplb.expert_location_dispatch.topk_ids_logical_to_physical"
+_CONTEXT = "sglang.srt.model_executor.forward_context"
+INIT_SOLVERS = "sglang.srt.model_executor.model_runner_components.moe_ep_setup.init_lplb_solvers"
+"""SGLang's way to make its solvers: when the model loads, and after each change of the map."""
+
+_REPLICATED: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        _MAPPING: ("topk_ids", "info", "log2phy_prob"),
+        "sglang.srt.eplb.expert_location_dispatch.ExpertLocationDispatchInfo": (
+            "ep_dispatch_algorithm",
+            "partial_logical_to_all_physical_map",
+            "partial_logical_to_all_physical_map_num_valid",
+        ),
+        f"{_CONTEXT}.has_forward_context": (),
+        f"{_CONTEXT}.ForwardContext": ("moe_num_token_non_padded",),
+        "sglang.srt.arg_groups.overrides.resolved_view": ("server_args",),
+        "sglang.srt.layers.moe.utils.is_moe_input_scattered_across_dp_ranks": (),
+    }
+)
+"""What is used where every rank has all tokens."""
+
+_SHARDED: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        **_REPLICATED,
+        INIT_SOLVERS: ("model_config",),
+        "sglang.srt.eplb.lplb_solver.assert_lplb_supported_model": ("architecture",),
+        "sglang.srt.eplb.lplb_solver.set_global_lplb_solver": ("layer_id", "solver"),
+        "sglang.srt.distributed.parallel_state.GroupCoordinator.all_gather": ("input_", "dim"),
+    }
+)
+"""What is used where each rank has its own tokens."""
+
+# In 0.5.23, every MoE block of these asks the solver with no tokens, too. SGLang's own list has more.
+_ASK_WITHOUT_TOKENS = ("Qwen3MoeForCausalLM", "Glm4MoeForCausalLM", "MiniMaxM2ForCausalLM")
+
+
+def check_arguments(server_args: Any, algorithm: str) -> None:
+    """Stop the launch where batches cannot be split as a whole.
+
+    Raises:
+        ConfigError: this SGLang lacks a function, or other arguments do not fit.
+    """
+    _check_seams(_REPLICATED, algorithm)  # `resolved_view` is among them
+    from sglang.srt.arg_groups.overrides import resolved_view
+
+    view = resolved_view(server_args)
+    _check(view.moe_a2a_backend, view.ep_dispatch_algorithm, view.device or "cuda", algorithm)
+
+
+def begin_dispatch(manager: Any, option: int | str, algorithm: str) -> None:
+    """Replace SGLang's mapping in this process. All ranks call it before the model loads.
+
+    Args:
+        manager: SGLang's EPLBManager.
+        option: the option `expert_cost`.
+        algorithm: value of `--eplb-algorithm`, for messages.
+
+    Raises:
+        ConfigError: see `check_arguments`; or ranks with tokens of their own exchange them in an unknown way.
+    """
+    from sglang.srt.layers.moe.utils import is_moe_input_scattered_across_dp_ranks
+    from sglang.srt.runtime_context import get_exec, get_parallel
+
+    moe, parallel, metadata = get_exec().moe, get_parallel(), map_in_force()
+    device = metadata.physical_to_logical_map.device
+    backend = moe.moe_a2a_backend
+    _check(backend, moe.ep_dispatch_algorithm, device.type, algorithm)
+    if backend == NO_BACKEND and is_moe_input_scattered_across_dp_ranks():
+        raise ConfigError(
+            "dispatch=balanced: ranks route tokens of their own before SGLang's FP4 all-gather; give "
+            "--disable-flashinfer-cutlass-moe-fp4-allgather"
+        )
+    gather = None if backend == NO_BACKEND else _gather_over(parallel.moe_ep_group, metadata.ep_size)
+    serve(
+        ServedSplit(
+            Topology(num_ranks=metadata.ep_size, num_slots=metadata.num_physical_experts),
+            metadata.num_logical_experts,
+            rank=parallel.moe_ep_rank,
+            expert_cost=partial(_expert_cost, manager, option, device),
+            num_tokens=_num_tokens,
+            gather=gather,
+            device=device,
+        )
+    )
+    _replace_mapping()
+    if is_first_rank():
+        where = "of all tokens on every rank" if gather is None else "of the counts of all ranks"
+        _logger.info("dispatch=balanced: the split %s, expert_cost=%s", where, option)
+
+
+def put_solvers_in_force(
+    model_config: Any, algorithm: str, solvers: LayerSolvers | None
+) -> LayerSolvers | None:
+    """In place of SGLang's `init_lplb_solvers`, whose solvers need kernels and sizes that ours do not.
+
+    All ranks call it when the model loads, and after each change of the map.
+
+    Args:
+        solvers: those of an earlier call, to be changed; None at the first one.
+
+    Returns:
+        The solvers; None while there is no map.
+
+    Raises:
+        ConfigError: see `check_arguments`; or ranks without tokens leave out MoE blocks of this model.
+    """
+    metadata = map_in_force()
+    if metadata is None:
+        return None
+    current = metadata.physical_to_logical_map_cpu
+    if solvers is not None:
+        solvers.update(current)
+        return solvers
+    _check_seams(_SHARDED, algorithm)
+    from sglang.srt.eplb.lplb_solver import set_global_lplb_solver
+
+    _check_model(getattr(model_config.hf_config, "architectures", None) or ())
+    topology = Topology(num_ranks=metadata.ep_size, num_slots=metadata.num_physical_experts)
+    device = metadata.physical_to_logical_map.device
+    solvers = LayerSolvers(current, metadata.num_logical_experts, topology, device)
+    for layer, solver in enumerate(solvers.solvers):
+        set_global_lplb_solver(layer, solver)
+    return solvers
+
+
+def _check(backend: str, dispatch_algorithm: str | None, device: str, algorithm: str) -> None:
+    from sglang.srt.utils import is_cuda
+
+    check_dispatch(backend, dispatch_algorithm, device, is_cuda())
+    _check_seams(_REPLICATED if backend == NO_BACKEND else _SHARDED, algorithm)
+
+
+def _check_seams(needed: Mapping[str, tuple[str, ...]], algorithm: str) -> None:
+    if missing := missing_seams(needed):
+        from sglang.version import __version__
+
+        raise ConfigError(
+            f"--eplb-algorithm {algorithm}: this SGLang ({__version__}) lacks what dispatch=balanced needs: "
+            f"{'; '.join(missing)}. dispatch=even needs none of it"
+        )
+
+
+def _check_model(architectures: Sequence[str]) -> None:
+    """Refuse models in which a rank without tokens would not take part in the message of each layer."""
+    from sglang.srt.eplb.lplb_solver import assert_lplb_supported_model
+
+    for name in architectures[:1]:
+        if name in _ASK_WITHOUT_TOKENS:
+            continue
+        try:
+            assert_lplb_supported_model(name)
+        except NotImplementedError:
+            raise ConfigError(
+                f"dispatch=balanced with an all-to-all backend: a rank without tokens may leave out layers "
+                f"of {name}, and the others would wait for it. Known to take part are "
+                f"{', '.join(_ASK_WITHOUT_TOKENS)}, and models with SGLang's own --ep-dispatch-algorithm lp"
+            ) from None
+
+
+def _replace_mapping() -> None:
+    """Put `to_slots` wherever SGLang's mapping is; modules imported later take it from its own module."""
+    original = pkgutil.resolve_name(_MAPPING)
+    for module in list(sys.modules.values()):
+        if isinstance(module, types.ModuleType):
+            for name, value in list(vars(module).items()):
+                if value is original:
+                    setattr(module, name, to_slots)
+
+
+def _num_tokens() -> torch.Tensor | None:
+    """integer [1], the tokens before the padding; None where SGLang knows none, or its rows are no prefix."""
+    from sglang.srt.model_executor.forward_context import get_forward_context, has_forward_context
+
+    if not has_forward_context():
+        return None
+    bound = get_forward_context().moe_num_token_non_padded
+    tokens = None if bound is None else bound()
+    return None if tokens is None else tokens.reshape(1)
+
+
+def _gather_over(group: Any, num_ranks: int) -> GatherCounts:
+    """One all-gather over SGLang's group of ranks that share the experts, also within captured graphs."""
+    if group.world_size != num_ranks:
+        raise ConfigError(f"SGLang's expert-parallel group has {group.world_size} ranks, its map {num_ranks}")
+
+    def gather(counts: torch.Tensor) -> torch.Tensor:
+        gathered: torch.Tensor = group.all_gather(counts, dim=0)
+        return gathered.view(num_ranks, -1)
+
+    return gather
+
+
+def _expert_cost(manager: Any, option: int | str, device: torch.device) -> int:
+    """The option in tokens. `auto` is read off the weights of the first layer and compared between ranks."""
+    if isinstance(option, int):
+        return option
+    from sglang.srt.runtime_context import get_parallel
+
+    layers = manager._get_model().routed_experts_weights_of_layer
+    cost = resolve_expert_cost(option, layers[min(layers)], device)
+    # Ranks with other accelerators would split otherwise, and tokens would be lost.
+    announce(f"expert_cost={cost}")(get_parallel().moe_ep_group.ranks)
+    return cost
