@@ -107,6 +107,9 @@ class PlannerOptions(Options):
     policy: str = "adaptive"
     """`adaptive`: exchanges from the placement in force; `ensemble`: from scratch, by the vectorized ensemble
     packer; `greedy`: from scratch, by the algorithm of today's engines."""
+    dispatch: Literal["even", "balanced"] = "even"
+    """What a plan expects of the engine. `even`: the tokens of an expert spread evenly over its replicas.
+    `balanced`: each batch is split by dispatch `balanced`; the load then holds single steps."""
     move_price: float = Field(0.009, ge=0, allow_inf_nan=False)
     """`adaptive`: minimum reduction of the peak rank load for each expert transferred, as a fraction of the
     mean slot load. Higher: fewer transfers. 0: transfers are free, and a plan from scratch is tried too.

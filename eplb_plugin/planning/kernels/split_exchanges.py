@@ -16,7 +16,15 @@ from .compiling import jitted
 from .snapshot_objective import power_16
 from .split_state import fill, root_16, take_off
 
-__all__ = ["Candidates", "Prices", "choose_candidates", "local_gain", "make_exchange", "new_prices", "price_ranks"]
+__all__ = [
+    "Candidates",
+    "Prices",
+    "choose_candidates",
+    "local_gain",
+    "make_exchange",
+    "new_prices",
+    "price_ranks",
+]
 
 _NEVER = 1e30
 

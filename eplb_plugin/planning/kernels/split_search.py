@@ -41,6 +41,7 @@ class SplitProblem(NamedTuple):
     current: np.ndarray  # int64 [layers, slots], the placement that moves are counted from, -1 for empty
     starts: np.ndarray  # int64 [starts, layers, slots], placements to start from; the best one is improved
     rank_of: np.ndarray  # int64 [slots]
+    num_ranks: int
     ranks_per_node: int
     price: float  # of a move, as a fraction of the mean rank load
     max_moves: int  # most moves of a layer away from `current`
@@ -198,8 +199,8 @@ def _build(sources):
     def improve_splits(problem, first, last, slot_expert):
         """Improve layers `first..last-1`, writing `slot_expert`, int64 [layers, slots]."""
         _ = sources  # numba adds values of the closure to the key of the cache
-        rank_of = problem.rank_of
-        num_ranks, most_slots, run = rank_of[-1] + 1, 0, 0
+        rank_of, num_ranks, per_node = problem.rank_of, problem.num_ranks, problem.ranks_per_node
+        most_slots, run = 0, 0
         for slot in range(rank_of.shape[0]):
             run = run + 1 if slot > 0 and rank_of[slot] == rank_of[slot - 1] else 1
             most_slots = max(most_slots, run)
@@ -209,27 +210,28 @@ def _build(sources):
             best, best_value = 0, np.inf
             for start in range(problem.starts.shape[0] - 1, -1, -1):
                 ids = problem.starts[start, layer].copy()
-                state = new_state(samples, ids, rank_of, problem.ranks_per_node, problem.current[layer])
+                state = new_state(samples, ids, rank_of, num_ranks, per_node, problem.current[layer])
                 value = _split_all(state) + problem.price * _moves(state)
                 if value <= best_value:
                     best, best_value = start, value
             ids = problem.starts[best, layer].copy()
-            state = new_state(samples, ids, rank_of, problem.ranks_per_node, problem.current[layer])
+            state = new_state(samples, ids, rank_of, num_ranks, per_node, problem.current[layer])
             _improve(problem, state, _split_all(state), most_slots)
             copy_into(slot_expert[layer], state.expert)
 
     @entry_point
-    def peaks_after_split(samples, placement, rank_of, first, last, peaks):
+    def peaks_after_split(samples, placement, rank_of, num_ranks, first, last, peaks):
         """Write the peak rank load after the split of each sample, float64 [samples, layers], in tokens.
 
         `placement`: int64 [layers, slots], without empty slots. For layers `first..last-1`.
         """
         _ = sources
-        num_ranks = rank_of[-1] + 1
         for layer in range(first, last):
             scaled = np.empty((samples.shape[0], samples.shape[2]))
             _scaled(samples, layer, num_ranks, scaled)
-            state = new_state(scaled, placement[layer].copy(), rank_of, num_ranks, placement[layer])
+            state = new_state(
+                scaled, placement[layer].copy(), rank_of, num_ranks, num_ranks, placement[layer]
+            )
             _split_all(state)
             for sample in range(samples.shape[0]):
                 total, peak = 0.0, 0.0

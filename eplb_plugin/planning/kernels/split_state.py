@@ -39,7 +39,7 @@ class SplitState(NamedTuple):
 
 
 @jitted
-def new_state(samples, expert, rank_of, ranks_per_node, current):
+def new_state(samples, expert, rank_of, num_ranks, ranks_per_node, current):
     """The state of a placement, with nothing split yet.
 
     Args:
@@ -48,7 +48,7 @@ def new_state(samples, expert, rank_of, ranks_per_node, current):
         current: int64 [slots], the placement that moves are counted from, -1 for an empty slot.
     """
     num_samples, num_logical = samples.shape
-    num_slots, num_ranks = expert.shape[0], rank_of[-1] + 1
+    num_slots = expert.shape[0]
     node_of = np.empty(num_ranks, np.int64)
     for rank in range(num_ranks):
         node_of[rank] = rank // ranks_per_node
