@@ -134,6 +134,75 @@ def test_policies_are_compared_by_name_and_colour(done):
         assert len({bar.get_facecolor() for bar in container}) == 3
 
 
+def test_dispatches_are_compared_by_the_time_of_the_slowest_rank(trace):
+    for cost in (0, 24):
+        done = replay(trace, TOPOLOGY, POLICIES, PlannerOptions(), OPTIONS, expert_cost=cost)
+        axis = figures.dispatches_compared(done).axes[0]
+        times = [
+            simulate(trace, TOPOLOGY, name, 8, history=2, dispatches=("even", "balanced"), expert_cost=cost)
+            for name in POLICIES
+        ]
+        # Each dispatch has white bars below its own.
+        for container, index in ((axis.containers[1], 0), (axis.containers[3], 1)):
+            wanted = [item.dispatches[index].cost for item in times]
+            np.testing.assert_allclose([bar.get_width() for bar in container], wanted)
+            name = ("even", "balanced")[index]
+            assert f"{name} {wanted[2]:.3f}" in texts(axis.figure)
+        assert axis.get_xlabel()
+        assert max(item.dispatches[0].cost for item in times) < axis.get_xlim()[1]
+
+
+@pytest.mark.parametrize(
+    ("cost", "message", "told"),
+    [
+        (
+            0,
+            20.0,
+            "balancedness is {b:.3f}, and the experts take {s:.1%} less time than with the even split. Its "
+            "message, assumed to take 20 &micro;s for each layer and batch, pays where the experts of a "
+            "layer take above {e:.0f} &micro;s.",
+        ),
+        (
+            0,
+            0.0,
+            "{s:.1%} less time than with the even split. It needs no message: every rank has all tokens.",
+        ),
+        (
+            24,
+            8.0,
+            "the experts take {s:.1%} less time than with the even split, at an expert cost of 24 tokens. "
+            "Its message, assumed to take 8 &micro;s",
+        ),
+    ],
+)
+def test_the_page_tells_what_dispatch_gains(tmp_path, trace, cost, message, told):
+    done = replay(trace, TOPOLOGY, POLICIES, PlannerOptions(), OPTIONS, expert_cost=cost, message_us=message)
+    balanced = done.policies[2].balanced
+    saved = 1 - balanced.cost_ratio
+    assert saved > 0.005
+    write_page(tmp_path / "out.html", [(done, [])])
+    text = (tmp_path / "out.html").read_text(encoding="utf-8")
+    assert told.format(b=balanced.balancedness, s=saved, e=message / saved) in text
+    for item in done.policies:
+        assert f"<td>{1 - item.balanced.cost_ratio:.1%}</td>" in text
+    static, adaptive = done.policies[0], done.policies[2]
+    less = 1 - adaptive.time(cost) / static.time(cost)
+    assert f"they take {less:.0%} less time" in text
+    if cost:
+        assert adaptive.time(cost) == adaptive.result.dispatches[0].cost > adaptive.time(0)
+
+
+def test_loads_in_fractions_are_reported_without_dispatch(tmp_path, trace):
+    means = LoadTrace(trace.load.double() / 4)
+    done = replay(means, TOPOLOGY, ("static", "adaptive"), PlannerOptions(), OPTIONS, expert_cost=24)
+    assert done.policies[0].balanced is None
+    assert done.policies[0].time(24) == 1 / done.policies[0].result.balancedness
+    pictures = list(picture_set(done))
+    assert "dispatch" not in {item.key for item in pictures}
+    write_page(tmp_path / "out.html", [(done, pictures)])
+    assert "Dispatch is not judged: the load has fractions of tokens" in (tmp_path / "out.html").read_text()
+
+
 def test_every_picture_names_its_axes(done):
     for draw in (figures.balancedness_over_time, figures.moves_over_time):
         axis = draw(done).axes[0]
@@ -145,7 +214,7 @@ def test_every_picture_names_its_axes(done):
 def test_the_same_replay_gives_the_same_pictures(done):
     first, second = (list(picture_set(done)) for _ in range(2))
     assert [item.png for item in first] == [item.png for item in second]
-    assert len({item.key for item in first}) == 5
+    assert len({item.key for item in first}) == 6
     for item in first:
         assert item.png.startswith(b"\x89PNG\r\n\x1a\n")
 
@@ -155,7 +224,7 @@ def test_layers_without_load_do_not_matter(trace):
     load[:, 0] = 0
     done = replay(LoadTrace(load), TOPOLOGY, ("adaptive",), PlannerOptions(), OPTIONS)
     assert done.mean_rank_loads(done.policies[0])[0].isnan().all()
-    assert len(list(picture_set(done))) == 5
+    assert len(list(picture_set(done))) == 6
 
 
 class References(HTMLParser):
@@ -183,9 +252,9 @@ def page(done, tmp_path_factory):
 def test_the_page_needs_nothing_else(page, done):
     text = page.read_text(encoding="utf-8")
     parsed = References(text)
-    assert len(parsed.found) == 6
+    assert len(parsed.found) == 7
     assert all(item.startswith("data:") for item in parsed.found)
-    assert parsed.tags.count("img") == 5
+    assert parsed.tags.count("img") == 6
     assert not {"script", "iframe", "object", "embed", "base"} & set(parsed.tags)
     style = re.search("<style>(.*?)</style>", text, re.DOTALL).group(1)
     assert "url(" not in style
@@ -235,13 +304,20 @@ def test_the_command_writes_the_page_and_pictures(tmp_path, trace):
     assert result.exit_code == 0, result.output
     # 36 steps leave eight intervals of four.
     assert "rebalanced every 4 steps" in out.read_text()
-    keys = ["policies", "rank_loads", "balancedness", "moves", "hottest_experts"]
+    keys = ["policies", "rank_loads", "balancedness", "dispatch", "moves", "hottest_experts"]
     assert sorted(path.stem for path in (tmp_path / "png").iterdir()) == sorted(keys)
+    assert "assumed to take 20 &micro;s" in out.read_text()
+    more = ["--expert-cost", 24, "--message-us", 7]
+    result = run("report", tmp_path / "load.npz", "-o", out, *shape, *more)
+    assert result.exit_code == 0, result.output
+    assert "at an expert cost of 24 tokens. Its message, assumed to take 7 &micro;s" in out.read_text()
+    result = run("report", tmp_path / "load.npz", "-o", out, *shape, "--tokens", "replicated")
+    assert "It needs no message" in out.read_text()
     result = run("report", tmp_path / "load.npz", tmp_path / "load.npz", "-o", out, "--interval", 9, *shape)
     assert result.exit_code == 0, result.output
     text = out.read_text()
     assert text.count("rebalanced every 9 steps") == 2
-    assert text.count("<img") == 10
+    assert text.count("<img") == 12
 
 
 def test_without_matplotlib_it_says_what_to_install(monkeypatch, tmp_path):

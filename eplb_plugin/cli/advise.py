@@ -122,7 +122,7 @@ def advise(
         step_seconds=step_ms / 1000,
         expert_cost=cost.tokens,
         token_seconds=cost.token_seconds,
-        message_seconds=options.message_us / 1e6 if settings.rebalancer.batch == "sharded" else 0.0,
+        message_seconds=0.0 if settings.rebalancer.batch == "replicated" else options.message_us / 1e6,
     )
     with progress_bar(errors) as bar:
         task = bar.add_task("trying settings", total=None)

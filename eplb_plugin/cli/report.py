@@ -40,6 +40,9 @@ def report(
         int | None, typer.Option(help=f"Steps between two rebalances: {_INTERVAL}, fewer for a short load.")
     ] = None,
     policies: arguments.Policies = None,
+    expert_cost: arguments.ExpertCost = None,
+    tokens: arguments.Tokens = None,
+    message_us: arguments.MessageUs = None,
     mode: arguments.Mode = None,
     batch: arguments.Batch = None,
     max_tokens: arguments.MaxTokens = None,
@@ -75,6 +78,8 @@ def report(
                 fitting.simulate.policies,
                 fitting.planner,
                 fitting.rebalancer,
+                expert_cost=fitting.simulate.expert_cost,
+                message_us=0.0 if fitting.rebalancer.batch == "replicated" else fitting.simulate.message_us,
                 progress=lambda name, step, total, task=task, source=source: bar.update(  # type: ignore[misc]
                     task, description=f"{source}: {name}", completed=step, total=total
                 ),

@@ -10,6 +10,7 @@ from ..core.errors import LoadError
 from ..core.topology import Topology
 from .balance_batch import checked_cost, rank_of_slot
 from .tables import LayerTables
+from .triton_batch import TritonSplit
 
 __all__ = ["BatchSplit", "GatherCounts"]
 
@@ -30,6 +31,7 @@ class BatchSplit:
 
     Raises:
         LoadError: `expert_cost` is negative or not an integer.
+        ConfigError: on CUDA, Triton cannot be imported.
     """
 
     def __init__(
@@ -45,6 +47,11 @@ class BatchSplit:
         self.num_ranks = topology.num_ranks
         self._gather = gather
         self._row = 0 if gather is None else rank
+        self._on_gpu: TritonSplit | None = None
+        if torch.device(device).type == "cuda":
+            self._on_gpu = TritonSplit(
+                topology, rank=self._row, expert_cost=self.expert_cost, gather=gather, device=device
+            )
         with torch.inference_mode(False):
             self._rank_of_slot = rank_of_slot(topology).to(device)
         self.device = self._rank_of_slot.device
@@ -65,8 +72,16 @@ class BatchSplit:
             says.
 
         Raises:
-            LoadError: an id is beyond the experts. On CUDA, where nothing waits, it becomes -1 instead.
+            LoadError: an id is beyond the experts. On CUDA, where nothing waits, it becomes -1 instead; more
+                ids than `TritonSplit` counts are refused there.
         """
+        if self._on_gpu is not None:
+            return self._on_gpu.slots(expert_ids, replicas, num_tokens)
+        return self._slots_on_cpu(expert_ids, replicas, num_tokens)
+
+    def _slots_on_cpu(
+        self, expert_ids: torch.Tensor, replicas: LayerTables, num_tokens: torch.Tensor | None
+    ) -> torch.Tensor:
         # Importing numba takes a while.
         from .slot_kernels import choose_slots, count_tokens
 

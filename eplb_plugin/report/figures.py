@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "balancedness_over_time",
+    "dispatches_compared",
     "hottest_experts",
     "moves_over_time",
     "picture",
@@ -194,6 +195,41 @@ def policies_compared(replay: Replay) -> Figure:
             axis.spines[["bottom", "left"]].set_visible(False)
             axis.tick_params(length=0)
         left.invert_yaxis()
+    return drawn
+
+
+def dispatches_compared(replay: Replay) -> Figure:
+    """Time of the experts at the slowest rank under each policy, with the even split and with `balanced`.
+
+    The replay holds both dispatches.
+    """
+    names = [item.result.policy for item in replay.policies]
+    tints = [_colour(name, index) for index, name in enumerate(names)]
+    times = {
+        dispatch: [
+            next(item.cost for item in policy.result.dispatches if item.dispatch == dispatch)
+            for policy in replay.policies
+        ]
+        for dispatch in ("even", "balanced")
+    }
+    place = np.arange(len(names))
+    with picture(1.1 + 0.62 * len(names)) as drawn:
+        axis = drawn.subplots()
+        # A light tint over white, so that the grid does not show through.
+        for dispatch, offset, alpha in (("even", -0.19, 0.4), ("balanced", 0.19, 1.0)):
+            axis.barh(place + offset, times[dispatch], height=0.34, color="white")
+            bars = axis.barh(place + offset, times[dispatch], height=0.34, color=tints, alpha=alpha)
+            axis.bar_label(
+                bars, [f"{dispatch} {time:.3f}" for time in times[dispatch]], padding=3, fontsize=8.5
+            )
+        axis.axvline(1, color=_MUTED, linewidth=1, linestyle=(0, (3, 3)))
+        axis.set_yticks(place, names)
+        axis.invert_yaxis()
+        axis.set(
+            xlim=(0, max(times["even"]) * 1.36), xlabel="time of the slowest rank, 1 = mean load of a rank"
+        )
+        axis.tick_params(axis="y", length=0)
+        axis.grid(axis="x")
     return drawn
 
 

@@ -84,6 +84,15 @@ def picture_set(replay: Replay) -> Iterator[Picture]:
         "it, from which it was planned. A circle far above its line is a change of traffic.",
         _png(figures.balancedness_over_time(replay)),
     )
+    if chosen.balanced is not None:
+        cost = f" An expert in use costs {replay.expert_cost} tokens at least." if replay.expert_cost else ""
+        yield Picture(
+            "dispatch",
+            "What dispatch adds",
+            "Light: the tokens of an expert go to its replicas evenly. Dark: dispatch balanced splits each "
+            f"batch so that all ranks finish together. Dashed: all tokens spread over all ranks.{cost}",
+            _png(figures.dispatches_compared(replay)),
+        )
     yield Picture(
         "moves",
         "Moves over time",
@@ -145,26 +154,54 @@ def _section(replay: Replay, pictures: list[Picture]) -> str:
 
 def _numbers(replay: Replay) -> str:
     """The headline and the table."""
-    best = chosen_policy(replay).result
-    static = next((item.result for item in replay.policies if item.result.policy == "static"), None)
+    chosen = chosen_policy(replay)
+    best = chosen.result
+    static = next((item for item in replay.policies if item.result.policy == "static"), None)
     told = f"<p><b>{escape(best.policy)}</b> reaches a balancedness of <b>{best.balancedness:.3f}</b>"
-    if static is not None and static is not best:
-        change = static.balancedness / best.balancedness - 1
+    if static is not None and static is not chosen:
+        change = chosen.time(replay.expert_cost) / static.time(replay.expert_cost) - 1
         told += (
-            f", against {static.balancedness:.3f} when nothing is ever rebalanced. Where MoE layers wait for "
-            f"their fullest rank, they take {abs(change):.0%} {'less' if change <= 0 else 'more'} time"
+            f", against {static.result.balancedness:.3f} when nothing is ever rebalanced. Where MoE layers "
+            f"wait for their fullest rank, they take {abs(change):.0%} "
+            f"{'less' if change <= 0 else 'more'} time"
         )
-    told += f". A rebalance moves {best.moved_share:.1%} of the slots.</p>"
+    told += f". A rebalance moves {best.moved_share:.1%} of the slots.</p>{_dispatch_told(replay)}"
     rows = "".join(
         f"<tr><td>{escape(item.result.policy)}</td><td>{item.result.balancedness:.4f}</td>"
         f"<td>{min(part.balancedness for part in item.result.intervals):.4f}</td>"
-        f"<td>{item.result.moved_share:.1%}</td><td>{item.result.plan_ms:.0f}</td></tr>"
+        f"<td>{item.result.moved_share:.1%}</td><td>{item.result.plan_ms:.0f}</td>"
+        f"<td>{'-' if item.balanced is None else f'{1 - item.balanced.cost_ratio:.1%}'}</td></tr>"
         for item in replay.policies
     )
     return (
         f'<h3>In numbers</h3>{told}<div class="scroll"><table><tr><th>policy</th><th>balanced&shy;ness</th>'
-        f"<th>worst interval</th><th>slots moved</th><th>plan ms</th></tr>{rows}</table></div>"
+        "<th>worst interval</th><th>slots moved</th><th>plan ms</th><th>dispatch saves</th></tr>"
+        f"{rows}</table></div>"
     )
+
+
+def _dispatch_told(replay: Replay) -> str:
+    """What dispatch `balanced` adds to the chosen policy, and when that is worth its message."""
+    chosen = chosen_policy(replay)
+    if chosen.balanced is None:
+        return "<p>Dispatch is not judged: the load has fractions of tokens, so its steps are no batches.</p>"
+    saved = 1 - chosen.balanced.cost_ratio
+    told = "With dispatch <b>balanced</b>, which splits each step as one batch, "
+    if not replay.expert_cost:
+        told += f"balancedness is {chosen.balanced.balancedness:.3f}, and "
+    told += f"the experts take {saved:.1%} less time than with the even split"
+    if replay.expert_cost:
+        told += f", at an expert cost of {replay.expert_cost} tokens"
+    if not replay.message_us:
+        told += ". It needs no message: every rank has all tokens."
+    elif saved > 0:
+        told += (
+            f". Its message, assumed to take {replay.message_us:g} &micro;s for each layer and batch, pays "
+            f"where the experts of a layer take above {replay.message_us / saved:.0f} &micro;s."
+        )
+    else:
+        told += ", which is not worth a message."
+    return f"<p>{told}</p>"
 
 
 def _png(figure: Figure) -> bytes:

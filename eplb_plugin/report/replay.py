@@ -11,7 +11,8 @@ from ..config.options import PlannerOptions, RebalancerOptions
 from ..core.balancedness import balancedness, rank_loads
 from ..core.placement import Placement
 from ..core.topology import Topology
-from ..offline.simulation import PolicySetup, SimulationResult, policy_setup, simulate
+from ..offline.dispatch_replay import has_whole_counts
+from ..offline.simulation import DispatchResult, PolicySetup, SimulationResult, policy_setup, simulate
 from ..offline.traces import LoadTrace
 
 __all__ = ["PolicyReplay", "Replay", "replay"]
@@ -31,6 +32,19 @@ class PolicyReplay:
     placements: tuple[Placement, ...]
     predicted: tuple[float, ...]
 
+    @property
+    def balanced(self) -> DispatchResult | None:
+        """The steps with dispatch `balanced`, each as one batch. None: the load holds no whole batches."""
+        return next((item for item in self.result.dispatches if item.dispatch == "balanced"), None)
+
+    def time(self, expert_cost: int) -> float:
+        """Time of the experts at the slowest rank with the even split, 1 being that without any waiting.
+
+        With an expert cost, it is the cost of the slowest rank.
+        """
+        even = next((item for item in self.result.dispatches if item.dispatch == "even"), None)
+        return even.cost if expert_cost and even is not None else 1 / self.result.balancedness
+
 
 @dataclass(frozen=True, eq=False)
 class Replay:
@@ -41,12 +55,17 @@ class Replay:
         topology: nodes, ranks, slots and groups.
         interval: steps between two rebalances.
         policies: the replay under each policy, in the order of the request.
+        expert_cost: least cost of a replica in use, in tokens.
+        message_us: assumed time of the message of dispatch `balanced`, in microseconds for each layer and
+            batch; 0: none is needed.
     """
 
     trace: LoadTrace
     topology: Topology
     interval: int
     policies: tuple[PolicyReplay, ...]
+    expert_cost: int = 0
+    message_us: float = 0.0
 
     def mean_rank_loads(self, policy: PolicyReplay) -> torch.Tensor:
         """Load of each rank over all scored steps, relative to the mean of its layer.
@@ -68,6 +87,8 @@ def replay(
     planner: PlannerOptions,
     rebalancer: RebalancerOptions,
     *,
+    expert_cost: int = 0,
+    message_us: float = 0.0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Replay:
     """Replay `trace` under each of `policies`.
@@ -78,6 +99,7 @@ def replay(
         policies: names of policies, as for `simulate`.
         planner: options of the planner.
         rebalancer: options of the window: interval, snapshots and history.
+        expert_cost, message_us: see `Replay`.
         progress: called with (policy, rebalances done, rebalances in all).
 
     Raises:
@@ -85,6 +107,7 @@ def replay(
         TopologyError, PlacementError: the numbers do not fit together.
     """
     results = []
+    dispatches = ("even", "balanced") if has_whole_counts(trace.load) else ()
     for name in policies:
         setup, placements = _kept(policy_setup(name, planner))
         result = simulate(
@@ -94,6 +117,8 @@ def replay(
             rebalancer.interval,
             snapshots=rebalancer.snapshots,
             history=rebalancer.history,
+            dispatches=dispatches,
+            expert_cost=expert_cost,
             progress=None if progress is None else lambda done, total, name=name: progress(name, done, total),  # type: ignore[misc]
         )
         predicted = tuple(
@@ -103,7 +128,7 @@ def replay(
             for part, placement in zip(result.intervals, placements, strict=True)
         )
         results.append(PolicyReplay(result, tuple(placements), predicted))
-    return Replay(trace, topology, rebalancer.interval, tuple(results))
+    return Replay(trace, topology, rebalancer.interval, tuple(results), expert_cost, message_us)
 
 
 def _kept(setup: PolicySetup) -> tuple[PolicySetup, list[Placement]]:

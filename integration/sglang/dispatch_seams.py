@@ -19,7 +19,7 @@ from ...dispatch.batch_split import GatherCounts
 from ...dispatch.expert_cost import resolve_expert_cost
 from ..common.agreement import announce
 from .dispatch import NO_BACKEND, LayerSolvers, ServedSplit, check_dispatch, serve, to_slots
-from .policy import is_first_rank
+from .policy import SglangBalancer, is_first_rank
 from .seams import map_in_force, missing_seams
 
 __all__ = ["INIT_SOLVERS", "begin_dispatch", "check_arguments", "put_solvers_in_force"]
@@ -75,13 +75,12 @@ def check_arguments(server_args: Any, algorithm: str) -> None:
     _check(view.moe_a2a_backend, view.ep_dispatch_algorithm, view.device or "cuda", algorithm)
 
 
-def begin_dispatch(manager: Any, option: int | str, algorithm: str) -> None:
+def begin_dispatch(manager: Any, balancer: SglangBalancer) -> None:
     """Replace SGLang's mapping in this process. All ranks call it before the model loads.
 
     Args:
         manager: SGLang's EPLBManager.
-        option: the option `expert_cost`.
-        algorithm: value of `--eplb-algorithm`, for messages.
+        balancer: with the solvers, if each rank has its own tokens.
 
     Raises:
         ConfigError: see `check_arguments`; or ranks with tokens of their own exchange them in an unknown way.
@@ -92,11 +91,16 @@ def begin_dispatch(manager: Any, option: int | str, algorithm: str) -> None:
     moe, parallel, metadata = get_exec().moe, get_parallel(), map_in_force()
     device = metadata.physical_to_logical_map.device
     backend = moe.moe_a2a_backend
-    _check(backend, moe.ep_dispatch_algorithm, device.type, algorithm)
+    _check(backend, moe.ep_dispatch_algorithm, device.type, balancer.algorithm)
     if backend == NO_BACKEND and is_moe_input_scattered_across_dp_ranks():
         raise ConfigError(
             "dispatch=balanced: ranks route tokens of their own before SGLang's FP4 all-gather; give "
             "--disable-flashinfer-cutlass-moe-fp4-allgather"
+        )
+    if backend != NO_BACKEND and balancer.solvers is None:
+        raise ConfigError(
+            f"dispatch=balanced with --moe-a2a-backend {backend}: SGLang made its own solvers, not those of "
+            f"eplb_plugin; its log says why {INIT_SOLVERS} could not be hooked"
         )
     gather = None if backend == NO_BACKEND else _gather_over(parallel.moe_ep_group, metadata.ep_size)
     serve(
@@ -104,7 +108,7 @@ def begin_dispatch(manager: Any, option: int | str, algorithm: str) -> None:
             Topology(num_ranks=metadata.ep_size, num_slots=metadata.num_physical_experts),
             metadata.num_logical_experts,
             rank=parallel.moe_ep_rank,
-            expert_cost=partial(_expert_cost, manager, option, device),
+            expert_cost=partial(_expert_cost, manager, balancer.options.expert_cost, device),
             num_tokens=_num_tokens,
             gather=gather,
             device=device,
@@ -112,8 +116,8 @@ def begin_dispatch(manager: Any, option: int | str, algorithm: str) -> None:
     )
     _replace_mapping()
     if is_first_rank():
-        where = "of all tokens on every rank" if gather is None else "of the counts of all ranks"
-        _logger.info("dispatch=balanced: the split %s, expert_cost=%s", where, option)
+        seen = "every rank has all tokens" if gather is None else "ranks exchange their counts"
+        _logger.info("dispatch=balanced: %s, expert_cost=%s", seen, balancer.options.expert_cost)
 
 
 def put_solvers_in_force(

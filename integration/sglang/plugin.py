@@ -130,7 +130,7 @@ def _start(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         watch(args[0], balancer)
         balancer.before_first = partial(warn_unmoved, args[0])
         if balancer.options.dispatch == "balanced":
-            begin_dispatch(args[0], balancer.options.expert_cost, algorithm)
+            begin_dispatch(args[0], balancer)
 
 
 def _init_solvers(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:

@@ -58,7 +58,8 @@ def parse_algorithm(algorithm: str) -> EngineOptions:
     """The options in `eplb_plugin`, or in `eplb_plugin:OPTION=VALUE,OPTION=VALUE` with names from `OPTIONS`.
 
     They go over the environment, which goes over the file in `config` or EPLB_PLUGIN_CONFIG. Of the file
-    count the section `planner`, `snapshots` and `history` of `rebalancer`, and `enabled` of `metrics`.
+    count the section `planner`, of `rebalancer` `snapshots`, `history`, `dispatch` and `expert_cost`, and
+    `enabled` of `metrics`.
 
     Raises:
         ConfigError: a malformed, unknown or repeated option, a wrong value, or an unusable file.

@@ -1,4 +1,4 @@
-"""Everything that is hooked or read in SGLang: functions, placement, manager, weights."""
+"""What the planner hooks into and reads in SGLang: functions, placement, manager, weights."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import sglang.srt.layers.moe.topk as sglang_topk
+import sglang.srt.layers.moe.utils as sglang_utils
 import sglang.srt.model_executor.model_runner as sglang_runner
 import sglang.srt.utils
 import torch
@@ -135,3 +136,12 @@ def split(rank: int, setup: Setup, costs: tuple[int, ...]) -> Split:
     server.split.moves = sum(report.moves for report in planner.reports)
     server.split.failures = planner.failures
     return server.split
+
+
+def start(rank: int, setup: Setup, broken: str) -> None:
+    """Start as far as the model, with one thing otherwise than it should be."""
+    if broken == "allgather":
+        sglang_utils.is_moe_input_scattered_across_dp_ranks = lambda: True
+    else:
+        sglang_runner.init_lplb_solvers = lambda model_config: None
+    SplittingServer(rank, setup)

@@ -36,7 +36,7 @@ def test_the_engine_splits_each_batch_and_its_tokens_stay_right(tiny, tmp_path):
     }
     engine = run(serve, arguments, tiny.prompts, ROUNDS, result, folder, log=tmp_path / "engine.log", env={})
     assert result.exists(), engine.tail()
-    assert "dispatch=balanced: the split of all tokens on every rank, expert_cost=3" in engine.text()
+    assert "dispatch=balanced: every rank has all tokens, expert_cost=3" in engine.text()
     assert len(engine.rebalances()) >= 10, engine.tail()
     assert sum(moves > 0 for moves, _ in engine.rebalances()) >= 3
 
@@ -98,3 +98,21 @@ def test_ranks_with_another_cost_do_not_serve(backend):
     with pytest.raises(RanksFailedError, match="expert_cost=3 on rank 1, here expert_cost=2") as caught:
         run_ranks(split, 2, setup_for(backend), (2, 3), timeout=180)
     assert all("AgreementError" in text for text in caught.value.failures.values())
+
+
+def start(rank, setup, broken):
+    from tests.engines.sglang import dispatch_ranks
+
+    dispatch_ranks.start(rank, setup, broken)
+
+
+@pytest.mark.parametrize(
+    ("backend", "broken", "message"),
+    [
+        ("none", "allgather", "before SGLang's FP4 all-gather; give --disable-flashinfer-cutlass-moe-fp4"),
+        ("flashinfer", "hook", "flashinfer: SGLang made its own solvers"),
+    ],
+)
+def test_what_only_ranks_can_see_is_refused_there(backend, broken, message):
+    with pytest.raises(RanksFailedError, match=f"ConfigError: .*{message}"):
+        run_ranks(start, 2, setup_for(backend), broken, timeout=180)

@@ -13,7 +13,9 @@ from vllm.distributed.eplb.eplb_state import EplbState
 from vllm.v1.worker.worker_base import WorkerBase
 
 import eplb_plugin as eplb
+from eplb_plugin.integration.common.options import EngineOptions
 from eplb_plugin.integration.vllm import plugin as vllm_plugin
+from eplb_plugin.integration.vllm.dispatch import BalancedMapping, bind_dispatch, restore_mapping
 from eplb_plugin.integration.vllm.seams import missing_seams, warn_unmoved
 
 
@@ -248,3 +250,78 @@ def test_vllms_tables_of_our_maps_are_ours():
     tables, counts = compute_logical_maps(ids.physical_to_logical, 16)
     assert torch.equal(tables, ids.logical_to_physical)
     assert torch.equal(counts, ids.replica_count)
+
+
+@pytest.fixture
+def balanced_dispatch():
+    """Binds dispatch `balanced` in this process, for a placement of one layer on two ranks."""
+    from vllm.config import ParallelConfig
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+
+    for owner, names in (
+        (ParallelConfig, ("enable_elastic_ep", "enable_fault_tolerance", "tensor_parallel_size")),
+        (ParallelConfig, ("use_ubatching",)),
+        (FusedMoEConfig, ("dp_size", "pcp_size", "is_sequence_parallel")),
+        (MoERunner, ("do_naive_dispatch_combine", "is_monolithic")),
+    ):
+        for name in names:
+            fields = getattr(owner, "__dataclass_fields__", ())
+            assert hasattr(owner, name) or name in fields, (owner, name)
+
+    def bind(placement):
+        layer = SimpleNamespace(
+            is_monolithic=False,
+            do_naive_dispatch_combine=False,
+            moe_config=SimpleNamespace(dp_size=1, pcp_size=1, is_sequence_parallel=False),
+        )
+        model = SimpleNamespace(
+            moe_layers=[layer],
+            num_logical_experts=placement.num_logical,
+            num_physical_experts=placement.num_slots,
+            expert_weights=[[torch.rand(placement.num_slots // 2, 3)]],
+        )
+        state = EplbState(SimpleNamespace(), torch.device("cpu"))
+        state.parallel_config = SimpleNamespace(
+            tensor_parallel_size=2, enable_elastic_ep=False, use_ubatching=False, enable_fault_tolerance=False
+        )
+        table = placement.logical_to_physical
+        state.model_states["model"] = SimpleNamespace(model=model, logical_to_physical_map=table)
+        group = SimpleNamespace(rank_in_group=0, world_size=2, ranks=[0, 1])
+        bind_dispatch(state, EngineOptions(dispatch="balanced"), group)
+
+    yield bind
+    restore_mapping()
+
+
+def test_routers_and_models_map_as_we_do(balanced_dispatch):
+    from vllm.distributed.eplb.eplb_state import EplbLayerState
+    from vllm.model_executor.layers.fused_moe.router import base_router
+    from vllm.models.deepseek_v4.nvidia import model as imported_before
+
+    own = base_router.eplb_map_to_physical_and_record
+    assert imported_before.eplb_map_to_physical_and_record is own
+    topology = eplb.Topology(num_ranks=2, num_slots=20)
+    placement = eplb.plan(torch.rand(1, 16) ** 3, topology).placement
+    balanced_dispatch(placement)
+    from vllm.models.kimi_k3.nvidia import model as imported_later
+
+    modules = (base_router, imported_before, imported_later)
+    assert all(isinstance(module.eplb_map_to_physical_and_record, BalancedMapping) for module in modules)
+
+    layer = EplbLayerState(
+        expert_load_view=torch.zeros(20, dtype=torch.int32),
+        logical_to_physical_map=placement.logical_to_physical[0],
+        logical_replica_count=placement.replica_count[0],
+        should_record_tensor=torch.tensor(True),
+        num_unpadded_tokens_tensors=[torch.tensor(50, dtype=torch.int32)],
+    )
+    ids = (torch.rand(50, 4) ** 2 * 16).int()
+    slots = base_router.BaseRouter._apply_eplb_mapping(SimpleNamespace(eplb_state=layer), ids)
+    counts = torch.bincount(ids.flatten(), minlength=16)
+    wanted = eplb.balance_batch(counts[None], placement, topology)[0]
+    assert torch.equal(torch.bincount(slots.flatten(), minlength=20), wanted)
+
+    # The next engine of this process has options of its own.
+    state_with({"eplb_plugin": {"enabled": True}})
+    assert all(module.eplb_map_to_physical_and_record is own for module in modules)
