@@ -30,12 +30,13 @@ from eplb_plugin.cli.demo.ranks import run_ranks
 from eplb_plugin.core.balancedness import balancedness_of_peaks
 from eplb_plugin.core.load import fold_steps
 from eplb_plugin.dispatch.balance_batch import rank_of_slot
+from eplb_plugin.dispatch.rank_costs import rank_costs
 from eplb_plugin.dispatch.registry import Serving, find_dispatch
 from eplb_plugin.dispatch.split_kernels import split_batches
 from eplb_plugin.dispatch.tables import ReplicaTables
 from eplb_plugin.formats.loads import read_trace
 from eplb_plugin.integration.torch_moe import MoEConfig, MoEModel
-from eplb_plugin.offline.dispatch_replay import DISPATCHES, rank_costs
+from eplb_plugin.offline.dispatch_replay import DISPATCHES
 from eplb_plugin.offline.linear_program import best_split
 from eplb_plugin.offline.synthetic_traffic import generate
 from eplb_plugin.offline.token_replay import fold_decode, fold_prefill
@@ -180,21 +181,23 @@ def serve(
         model.rebalancer.physical = timed(model.rebalancer.physical)  # type: ignore[method-assign]
     generator, order = torch.Generator().manual_seed(rank), torch.Generator().manual_seed(7)
     seconds: dict[str, list[float]] = {name: [] for name in PAIR}
+    work: dict[str, list[float]] = {name: [] for name in PAIR}
     inside: dict[str, list[float]] = {name: [] for name in PAIR}
     for turn in range(steps + 20):
         batch = torch.randint(config.vocab, (tokens,), generator=generator)
         for at in torch.randperm(2, generator=order).tolist():
             spent[0] = 0.0
-            began = time.perf_counter()
+            busy, began = time.process_time(), time.perf_counter()
             models[PAIR[at]].forward(batch)
             models[PAIR[at]].step()
             if turn >= 20:
                 seconds[PAIR[at]].append(time.perf_counter() - began)
+                work[PAIR[at]].append(time.process_time() - busy)
                 inside[PAIR[at]].append(spent[0])
     for model in models.values():
         model.rebalancer.close()
     if rank == 0:
-        send((seconds, inside))
+        send((seconds, work, inside))
 
 
 def measure_model(quick: bool) -> Rows:
@@ -205,8 +208,8 @@ def measure_model(quick: bool) -> Rows:
     rows: Rows = []
     for name, (config, slots) in configs.items():
         for tokens in (64, 512):
-            arguments = (config, slots, tokens, 60 if quick else 400)
-            ((_, (seconds, inside)),) = list(run_ranks(serve, 2, arguments, time_limit=600))
+            arguments = (config, slots, tokens, 60 if quick else 200)
+            ((_, (seconds, work, inside)),) = list(run_ranks(serve, 2, arguments, time_limit=600))
             even, balanced = (1e6 * statistics.median(seconds[each]) for each in PAIR)
             # Both serve the same batch one after the other: their ratio leaves out what the machine does.
             slower = statistics.median(
@@ -219,6 +222,7 @@ def measure_model(quick: bool) -> Rows:
                     "tokens": tokens,
                     "step_us": {"even": even, "balanced": balanced},
                     "slower": slower - 1,
+                    "more_work": sum(work["balanced"]) / sum(work["even"]) - 1,
                     "dispatch_us_per_layer": spent,
                 }
             )
@@ -347,12 +351,25 @@ def main() -> None:
             str(row["tokens"]),
             *(f"{row['step_us'][each]:,.0f}" for each in PAIR),
             f"{row['slower']:+.1%}",
+            f"{row['more_work']:+.1%}",
             *(f"{row['dispatch_us_per_layer'][each]:,.0f}" for each in PAIR),
         ]
         for row in model
     ]
-    columns = ("model", "tokens", "even, us", "balanced, us", "slower", "dispatch even", "dispatch balanced")
-    note = "dispatch: microseconds a layer, with the all-gather of counts and the wait for the other rank"
+    columns = (
+        "model",
+        "tokens",
+        "even, us",
+        "balanced, us",
+        "slower",
+        "CPU time",
+        "dispatch even",
+        "balanced",
+    )
+    note = (
+        "slower: median of pairs. CPU time: of all threads of a rank; other processes do not lengthen it.\n"
+        "dispatch: microseconds a layer, with the all-gather of counts and the wait for the other rank"
+    )
     console.print(table("A step of torch_moe, two ranks over gloo", columns, lines, note))
 
     traces, decode = [], []

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 
 import eplb_plugin as eplb
-from eplb_plugin.offline.dispatch_replay import DISPATCHES, find_dispatch, rank_costs, whole_counts
+from eplb_plugin.dispatch.rank_costs import rank_costs
+from eplb_plugin.offline.dispatch_replay import DISPATCHES, find_dispatch, whole_counts
 from eplb_plugin.offline.linear_program import best_split
 from tests.dispatch.test_balance_batch import batches, even_split
 from tests.dispatch.test_balance_batch import rank_costs as slow_rank_costs

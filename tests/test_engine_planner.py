@@ -10,10 +10,12 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 import eplb_plugin as eplb
 from eplb_plugin.core.load import fold_steps
+from eplb_plugin.dispatch.rank_costs import dispatch_gain
 from eplb_plugin.integration.common.options import EngineOptions
-from eplb_plugin.integration.common.planner import EnginePlanner, bytes_of_one_expert
+from eplb_plugin.integration.common.planner import DispatchInForce, EnginePlanner, bytes_of_one_expert
 from eplb_plugin.observability.prometheus import Telemetry, lower_bound_gap
 from eplb_plugin.offline.synthetic_traffic import generate
+from eplb_plugin.planning.planner import plan
 from eplb_plugin.runtime.control.rank_group import RankGroup
 
 from .processes import run_ranks
@@ -285,3 +287,42 @@ def _differ(rank: int) -> tuple[list[list[int]], eplb.RebalanceReport, str, dict
     ids = rebalance(planner, traffic(8).roll(5 * rank, 2), ranks=RankGroup)
     message = "AgreementError: ranks planned different maps: one on ranks [0], another on ranks [1]"
     return ids.tolist(), planner.reports[-1], message, samples(generate_latest(registry))
+
+
+def test_the_dispatch_is_measured_on_single_steps(caplog):
+    caplog.set_level("INFO")
+    planner = EnginePlanner(EngineOptions(dispatch="balanced"))
+    load = traffic(12) + 1
+    rebalance(planner, load, samples=lambda: 3 * load[:4])
+    assert planner.reports[-1].sampled_balancedness is None  # the engine's own mapping is in force
+    planner.dispatch = lambda: DispatchInForce(expert_cost=8, copies=3)
+    steps = torch.cat([3 * load[:4], torch.zeros_like(load[:2])])
+    ids = rebalance(planner, load, samples=lambda: steps)
+    report, gain = planner.reports[-1], dispatch_gain(load[:4], start(), TOPOLOGY, 8)
+    assert report.sampled_balancedness_even == pytest.approx(gain.even)
+    assert report.sampled_balancedness == pytest.approx(gain.balanced)
+    assert f"single steps {gain.even:.3f} -> {gain.balanced:.3f} by dispatch" in caplog.text
+    rebalance(planner, load, samples=lambda: steps[4:])
+    assert planner.reports[-1].sampled_balancedness is None
+    # A failure there is one of the rebalance.
+    assert torch.equal(rebalance(planner, load, ids, samples=lambda: 1 / 0), ids)
+    assert planner.reports[-1].failed
+
+
+def test_plans_for_balanced_dispatch_are_made_from_single_steps():
+    options = EngineOptions(dispatch="balanced", planner={"dispatch": "balanced"})
+    planner, load = EnginePlanner(options), traffic(12) + 1
+    # The engine could not take the dispatch: the plan is for its own mapping.
+    even = plan(fold_steps(load, 32).double(), TOPOLOGY, start()).placement.physical_to_logical
+    assert torch.equal(rebalance(planner, load, samples=lambda: load[:4]), even)
+    planner = EnginePlanner(options)
+    planner.dispatch = lambda: DispatchInForce(expert_cost=0, copies=1)
+    ids = rebalance(planner, load, samples=lambda: load[::3])
+    wanted = plan(load[::3], TOPOLOGY, start(), options.planner).placement
+    assert torch.equal(ids, wanted.physical_to_logical)
+    ids = rebalance(planner, load, ids, samples=lambda: load[1::3])
+    wanted = plan(torch.cat([load[::3], load[1::3]]), TOPOLOGY, wanted, options.planner).placement
+    assert torch.equal(ids, wanted.physical_to_logical)
+    for wrong in ({"dispatch": "even"}, {"dispatch": "balanced", "samples": 0}):
+        with pytest.raises(eplb.ConfigError, match="planner.dispatch='balanced' needs"):
+            EngineOptions(planner={"dispatch": "balanced"}, **wrong)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import eplb_plugin as eplb
-from eplb_plugin.integration.sglang.policy import SglangBalancer, fold_busy_steps
+from eplb_plugin.integration.sglang.policy import SglangBalancer, fold_busy_steps, sample_busy_steps
 from tests.processes import RanksFailedError, run_ranks
 
 TOPOLOGY = eplb.Topology(num_ranks=2, num_slots=12)
@@ -38,6 +38,9 @@ def test_folding_leaves_out_steps_that_were_never_recorded():
     gaps[5:11], gaps[13:16] = counts[:6], counts[6:]
     assert torch.equal(fold_busy_steps(gaps, 4), fold_busy_steps(counts, 4))
     assert torch.equal(fold_busy_steps(gaps, 16), counts.long())
+    assert torch.equal(sample_busy_steps(gaps, 4), counts[[0, 2, 4, 6]].long())
+    assert torch.equal(sample_busy_steps(gaps, 16), counts.long())
+    assert sample_busy_steps(gaps[:5], 4).shape == (0, LAYERS, LOGICAL)
     assert fold_busy_steps(gaps, 1).tolist() == [counts.sum(0).tolist()]
     assert fold_busy_steps(gaps[:5], 4).shape == (0, LAYERS, LOGICAL)
     assert fold_busy_steps(counts, 4).sum(0).tolist() == counts.sum(0).tolist()

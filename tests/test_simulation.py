@@ -17,8 +17,9 @@ from eplb_plugin.core.load import fold_steps
 from eplb_plugin.core.placement import Placement
 from eplb_plugin.core.topology import Topology
 from eplb_plugin.dispatch.balance_batch import balance_batch
+from eplb_plugin.dispatch.rank_costs import rank_costs
 from eplb_plugin.formats.loads import read_trace
-from eplb_plugin.offline.dispatch_replay import DISPATCHES, rank_costs
+from eplb_plugin.offline.dispatch_replay import DISPATCHES
 from eplb_plugin.offline.simulation import POLICIES, PolicySetup, policy_setup, simulate
 from eplb_plugin.offline.synthetic_traffic import generate
 from eplb_plugin.offline.token_replay import fold_decode

@@ -7,7 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eplb_plugin.integration.vllm.window import fold_window, no_window, sum_over_ranks
+from eplb_plugin.integration.vllm.window import (
+    fold_window,
+    no_samples,
+    no_window,
+    sample_window,
+    sum_over_ranks,
+)
 
 
 def by_loops(window, ids, num_logical, position, steps, snapshots):
@@ -47,6 +53,28 @@ def test_folding_is_what_loops_say(ring, steps, snapshots, position, unused, see
     assert torch.equal(folded, by_loops(window, ids, 4, position % ring, steps, snapshots))
     assert torch.equal(window, given_window)
     assert torch.equal(ids, given_ids)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    ring=st.integers(1, 9),
+    steps=st.integers(1, 12),
+    samples=st.integers(0, 5),
+    position=st.integers(0, 8),
+    seed=st.integers(0, 999),
+)
+def test_samples_are_single_steps_evenly_spaced(ring, steps, samples, position, seed):
+    generator = torch.Generator().manual_seed(seed)
+    window = torch.randint(0, 50, (ring, 2, 6), generator=generator, dtype=torch.int32)
+    ids = torch.stack([torch.randperm(6, generator=generator) % 4 for _ in range(2)])
+    size = {"steps": steps, "samples": samples}
+    sampled = sample_window(window, ids, 4, position=position % ring, **size)
+    steps = min(steps, ring)
+    # As many snapshots as steps are the single steps.
+    single = by_loops(window, ids, 4, position % ring, steps, steps)
+    count = min(samples, steps)
+    assert torch.equal(sampled, single[[n * steps // count for n in range(count)]])
+    assert no_samples(window, 4, **size).shape == sampled.shape
 
 
 def test_ranks_whose_rings_stand_elsewhere_meet_by_age():

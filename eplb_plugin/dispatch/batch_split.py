@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from ..core.errors import LoadError
@@ -31,7 +32,7 @@ class BatchSplit:
 
     Raises:
         LoadError: `expert_cost` is negative or not an integer.
-        ConfigError: on CUDA, Triton cannot be imported.
+        ConfigError: on CUDA, Triton cannot be imported, or is too old.
     """
 
     def __init__(
@@ -55,6 +56,8 @@ class BatchSplit:
         with torch.inference_mode(False):
             self._rank_of_slot = rank_of_slot(topology).to(device)
         self.device = self._rank_of_slot.device
+        if self._on_gpu is None:
+            _compile()
 
     def slots(
         self, expert_ids: torch.Tensor, replicas: LayerTables, num_tokens: torch.Tensor | None = None
@@ -110,3 +113,14 @@ class BatchSplit:
             chosen.view(-1).numpy(),
         )
         return chosen
+
+
+def _compile() -> None:
+    """Compile the kernels for the CPU, or load them from the cache on disk, so that no batch has to."""
+    from .slot_kernels import choose_slots, count_tokens
+
+    zero, one = np.zeros(1, np.int64), np.ones(1, np.int64)
+    for dtype in (np.int32, np.int64):
+        ids = np.zeros(1, dtype)
+        count_tokens(ids, np.zeros(1, np.int64))
+        choose_slots(ids, 1, 1, one[None], 0, zero, zero, one, zero, 1, 0, np.zeros(1, dtype))

@@ -9,7 +9,7 @@ import torch
 from ..core.balancedness import balancedness_of_peaks
 from ..core.placement import Placement
 from ..core.topology import Topology
-from .balance_batch import balance_batch, rank_of_slot
+from .balance_batch import balance_batch
 
 __all__ = ["DispatchGain", "dispatch_gain", "even_batch", "rank_costs"]
 
@@ -35,15 +35,16 @@ def even_batch(counts: torch.Tensor, placement: Placement) -> torch.Tensor:
     Returns:
         int64 [..., layers, slots], tokens; 0 for an empty slot.
     """
-    ids = placement.physical_to_logical.to(counts.device)
-    # The position of each slot among the slots of its expert.
-    same = ids[:, :, None] == ids[:, None, :]
-    place = same.tril(-1).sum(2)
-    safe = ids.clamp(min=0).expand(*counts.shape[:-1], -1)
-    count = counts.long().gather(-1, safe)
-    replicas = placement.replica_count.to(counts.device).gather(1, ids.clamp(min=0))
-    tokens = count // replicas + (place < count % replicas)
-    return torch.where(ids >= 0, tokens, 0)
+    placement = placement.to(counts.device)
+    ids, slots = placement.physical_to_logical, placement.logical_to_physical
+    held = ids.clamp(min=0)
+    # The number of each slot among those of its expert; the padding goes to a column behind the slots.
+    number = ids.new_zeros(ids.shape[0], ids.shape[1] + 1)
+    place = torch.arange(slots.shape[2], device=ids.device).expand_as(slots).flatten(1)
+    number.scatter_(1, torch.where(slots < 0, ids.shape[1], slots).flatten(1), place)
+    tokens = counts.long().gather(-1, held.expand(*counts.shape[:-1], -1))
+    replicas = placement.replica_count.gather(1, held)
+    return torch.where(ids < 0, 0, tokens // replicas + (number[:, :-1] < tokens % replicas))
 
 
 def rank_costs(tokens: torch.Tensor, topology: Topology, expert_cost: int = 0) -> torch.Tensor:
@@ -55,9 +56,7 @@ def rank_costs(tokens: torch.Tensor, topology: Topology, expert_cost: int = 0) -
     Returns:
         int64 [..., ranks], tokens.
     """
-    costs = torch.where(tokens > 0, tokens.clamp(min=expert_cost), 0)
-    ranks = rank_of_slot(topology).to(tokens.device)
-    return costs.new_zeros(*costs.shape[:-1], topology.num_ranks).index_add_(-1, ranks, costs)
+    return topology.by_rank(torch.where(tokens > 0, tokens.clamp(min=expert_cost), 0), 0).sum(-1)
 
 
 def dispatch_gain(

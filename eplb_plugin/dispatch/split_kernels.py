@@ -1,7 +1,7 @@
 """Compiled: the split of a batch over the replicas of its experts, by water filling.
 
 For one replicated expert after the other, its tokens are taken off its ranks and filled back in, so that its
-lightest ranks end level. Eight sweeps over the experts end within 0.2 points of the balancedness of the
+lightest ranks end level. Eight sweeps over the experts end within half a point of the balancedness of the
 linear program. Integers throughout, in one order: equal counts give equal splits everywhere.
 """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -16,8 +16,23 @@ __all__ = ["SplitOfCounts", "TritonSplit"]
 
 _MOST = 2**29
 """Most ids of a batch over all ranks, and most that `expert_cost` adds to them in int32."""
+_OLDEST = (3, 4)  # Triton whose histograms take a mask
 _COUNTERS = 64  # programs that count, at most: one program adds up what they found
 _IDS = 128  # ids that one program gives their slots
+
+
+def _next_power(device: torch.device) -> Callable[[int], int]:
+    """Triton's function to the next power of two."""
+    try:
+        import triton
+    except ImportError as error:
+        raise ConfigError(f"dispatch='balanced' on {device} needs Triton: {error}") from error
+    if tuple(map(int, triton.__version__.split(".")[:2])) < _OLDEST:
+        raise ConfigError(
+            f"dispatch='balanced' on {device} needs Triton {'.'.join(map(str, _OLDEST))} or later; "
+            f"{triton.__version__} is installed"
+        )
+    return cast(Callable[[int], int], triton.next_power_of_2)
 
 
 class SplitOfCounts(NamedTuple):
@@ -46,7 +61,7 @@ class TritonSplit:
         device: where expert ids arrive. On the CPU, only Triton's interpreter runs the kernels.
 
     Raises:
-        ConfigError: Triton cannot be imported.
+        ConfigError: Triton cannot be imported, or is too old.
     """
 
     def __init__(
@@ -59,12 +74,7 @@ class TritonSplit:
         device: torch.device | str,
     ) -> None:
         device = torch.device(device)
-        try:
-            from triton import next_power_of_2 as power
-        except ImportError as error:
-            raise ConfigError(
-                f"dispatch='balanced' on {device} needs Triton ({error}): pip install triton"
-            ) from error
+        power = _next_power(device)
         # Importing numba takes a while.
         from .split_kernels import SWEEPS
 

@@ -230,16 +230,16 @@ def _fill(
     # The first number of ranks that reaches the least level is the fewest that hold the tokens below it: with
     # fewer ranks and room for the tokens, the level would be above it because of a rank that is used anyway.
     total = tokens.to(base.dtype)
-    level = tl.full(base.shape, MOST, base.dtype)
-    used, whole, rest = tl.zeros_like(slot), tl.zeros_like(base), tl.zeros_like(base)
-    total, level, used, whole, rest = _try(total, b0, 1, EXPERT_COST, level, used, whole, rest, MOST)
-    total, level, used, whole, rest = _try(total, b1, 2, EXPERT_COST, level, used, whole, rest, MOST)
-    total, level, used, whole, rest = _try(total, b2, 3, EXPERT_COST, level, used, whole, rest, MOST)
-    total, level, used, whole, rest = _try(total, b3, 4, EXPERT_COST, level, used, whole, rest, MOST)
-    total, level, used, whole, rest = _try(total, b4, 5, EXPERT_COST, level, used, whole, rest, MOST)
-    total, level, used, whole, rest = _try(total, b5, 6, EXPERT_COST, level, used, whole, rest, MOST)
-    total, level, used, whole, rest = _try(total, b6, 7, EXPERT_COST, level, used, whole, rest, MOST)
-    total, level, used, whole, rest = _try(total, b7, 8, EXPERT_COST, level, used, whole, rest, MOST)
+    total, n1 = _level(total, b0, 1, EXPERT_COST, MOST)
+    total, n2 = _level(total, b1, 2, EXPERT_COST, MOST)
+    total, n3 = _level(total, b2, 3, EXPERT_COST, MOST)
+    total, n4 = _level(total, b3, 4, EXPERT_COST, MOST)
+    total, n5 = _level(total, b4, 5, EXPERT_COST, MOST)
+    total, n6 = _level(total, b5, 6, EXPERT_COST, MOST)
+    total, n7 = _level(total, b6, 7, EXPERT_COST, MOST)
+    total, n8 = _level(total, b7, 8, EXPERT_COST, MOST)
+    low, high = _least(_least(n1, n2), _least(n3, n4)), _least(_least(n5, n6), _least(n7, n8))
+    _, used, whole, rest = _least(low, high)
     return tl.where(ahead < used, whole - base + (ahead < rest).to(base.dtype), 0), complete
 
 
@@ -258,21 +258,23 @@ def _sorted(a, b):
 
 
 @triton.jit
-def _try(
-    total, cost, NUMBER: tl.constexpr, EXPERT_COST: tl.constexpr, level, used, whole, rest, MOST: tl.constexpr
-):
-    """The level of NUMBER ranks, the last of cost `cost`, if it is below that of fewer."""
+def _level(total, cost, NUMBER: tl.constexpr, EXPERT_COST: tl.constexpr, MOST: tl.constexpr):
+    """The level of NUMBER ranks, the last of cost `cost`; the number; what each gets at least; the rest."""
     total += tl.where(cost < MOST, cost, 0)
     share = total // NUMBER
     left = total - share * NUMBER
-    reached = tl.maximum(cost + EXPERT_COST, share + (left > 0).to(cost.dtype))
-    lower = reached < level
+    return total, (tl.maximum(cost + EXPERT_COST, share + (left > 0).to(cost.dtype)), NUMBER, share, left)
+
+
+@triton.jit
+def _least(few, more):
+    """The one of two numbers of ranks whose level is less, the first of equal ones."""
+    less = more[0] < few[0]
     return (
-        total,
-        tl.where(lower, reached, level),
-        tl.where(lower, NUMBER, used),
-        tl.where(lower, share, whole),
-        tl.where(lower, left, rest),
+        tl.where(less, more[0], few[0]),
+        tl.where(less, more[1], few[1]),
+        tl.where(less, more[2], few[2]),
+        tl.where(less, more[3], few[3]),
     )
 
 

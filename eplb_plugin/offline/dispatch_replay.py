@@ -14,6 +14,7 @@ from ..core.errors import ConfigError, TraceError
 from ..core.placement import Placement
 from ..core.topology import Topology
 from ..dispatch.balance_batch import balance_batch, checked_cost
+from ..dispatch.rank_costs import even_batch, rank_costs
 from .linear_program import best_split
 
 __all__ = [
@@ -22,7 +23,6 @@ __all__ = [
     "SplitSteps",
     "find_dispatch",
     "has_whole_counts",
-    "rank_costs",
     "score",
     "whole_counts",
 ]
@@ -51,17 +51,7 @@ class BatchScore(NamedTuple):
 def _even(
     counts: torch.Tensor, placement: Placement, topology: Topology, expert_cost: int, seed: tuple[int, ...]
 ) -> torch.Tensor:
-    """Each replica of an expert gets as many tokens, earlier slots one more if they do not divide."""
-    ids, slots = placement.physical_to_logical, placement.logical_to_physical
-    held = ids.clamp(min=0)
-    # The number of each slot among those of its expert; the padding goes to a column behind the slots.
-    number = ids.new_zeros(ids.shape[0], ids.shape[1] + 1)
-    place = torch.arange(slots.shape[2]).expand_as(slots).flatten(1)
-    number.scatter_(1, torch.where(slots < 0, ids.shape[1], slots).flatten(1), place)
-    shape = (counts.shape[0], *ids.shape)
-    tokens = counts.gather(2, held.expand(shape))
-    replicas = placement.replica_count.gather(1, held)
-    return torch.where(ids < 0, 0, tokens // replicas + (number[:, :-1] < tokens % replicas))
+    return even_batch(counts, placement)
 
 
 def _balanced(
@@ -144,19 +134,6 @@ def score(
         balancedness(steps, placement, topology) if even else balancedness_of_peaks(mean, torch.cat(loads))
     )
     return BatchScore(found, costs, float(mean.sum()))
-
-
-def rank_costs(tokens: torch.Tensor, topology: Topology, expert_cost: int) -> torch.Tensor:
-    """The cost of each rank: the sum over its slots in use of max(`expert_cost`, tokens).
-
-    Args:
-        tokens: int64 [..., slots].
-        expert_cost: least cost of a replica in use, in tokens. 0: the costs are the tokens.
-
-    Returns:
-        int64 [..., ranks], tokens.
-    """
-    return topology.by_rank(torch.where(tokens > 0, tokens.clamp(min=expert_cost), 0), 0).sum(-1)
 
 
 def has_whole_counts(load: torch.Tensor) -> bool:

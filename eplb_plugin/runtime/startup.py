@@ -56,7 +56,7 @@ def start_up(
     num_layers, num_logical = shape
     control, device = connections.control, group.device
 
-    def check() -> tuple[torch.Tensor, ExpertWeights]:
+    def check() -> tuple[torch.Tensor, ExpertWeights, int]:
         if not min(topology.slots_by_rank):
             raise TopologyError(f"{topology} has ranks without slots; leave them out of the group")
         held = _check_placement(placement, num_layers, num_logical, topology)
@@ -70,16 +70,18 @@ def start_up(
                 f"planner.dispatch='balanced' needs dispatch='balanced' and samples, not "
                 f"dispatch={options.dispatch!r} and samples={options.samples}"
             )
-        return held, ExpertWeights(weights or [[]] * num_layers, topology, control.rank)
+        cost = resolve_expert_cost(options.expert_cost, weights[0] if weights else (), device)
+        return held, ExpertWeights(weights or [[]] * num_layers, topology, control.rank), cost
 
     # 1. Check what can be wrong on one rank, before any rank goes on.
-    held, registered = control.attempt("registration", check)
+    held, registered, expert_cost = control.attempt("registration", check)
 
     # 2. Agree on what has to be the same on all ranks.
     described = f"{topology} {shape} {options.model_dump_json()} {planner.model_dump_json()}"
     control.agree("topology, model and options", content_hash(described))
     control.agree("the placement at the start", content_hash(held))
     control.agree("the structure of the expert weights", content_hash(registered.signature))
+    control.agree("expert_cost", expert_cost)  # `auto` differs between accelerators
 
     # 3. Complete the placement, and load experts again that no rank holds.
     start = _complete(connections, topology, held, num_logical, load)
@@ -90,7 +92,6 @@ def start_up(
     if options.verify != "off" and registered.signature:
         holding = Placement(held, num_logical)
         prints = ExpertFingerprints.make(registered, holding, topology, control, options.verify)
-    expert_cost = resolve_expert_cost(options.expert_cost, weights[0] if weights else (), device)
     gather = group.all_gather if options.batch == "sharded" and group.size > 1 else None
     serving = Serving(control.rank, device, expert_cost, gather)
     tables = find_dispatch(options.dispatch)(start, topology, serving)

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from ...config.options import Options, PlannerOptions
 from ...config.sources import load_settings
+from ...core.errors import ConfigError
 from ...planning.policies import policy_for
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ __all__ = ["EngineOptions", "SHARED", "options_in_settings"]
 SHARED: Mapping[str, str] = MappingProxyType(
     {
         "snapshots": "rebalancer.snapshots",
+        "samples": "rebalancer.samples",
         "history": "rebalancer.history",
         "dispatch": "rebalancer.dispatch",
         "expert_cost": "rebalancer.expert_cost",
@@ -37,6 +39,8 @@ class EngineOptions(Options):
     """How placements are planned."""
     snapshots: int = Field(32, ge=1, le=1024)
     """Maximum number of snapshots of one interval: 3,000 steps become 32 sums of 94 steps or fewer."""
+    samples: int = Field(16, ge=0, le=1024)
+    """Dispatch `balanced`: single steps of an interval on which it is measured, evenly spaced."""
     history: int = Field(4, ge=1, le=64)
     """Intervals in the window: a plan is made from the latest 4."""
     dispatch: Literal["even", "balanced"] = "even"
@@ -53,6 +57,11 @@ class EngineOptions(Options):
     @model_validator(mode="after")
     def _refuse_unfit_policy(self) -> Self:
         policy_for(self.planner)
+        if self.planner.dispatch == "balanced" and (self.dispatch != "balanced" or self.samples == 0):
+            raise ConfigError(
+                f"planner.dispatch='balanced' needs dispatch='balanced' and samples, not "
+                f"dispatch={self.dispatch!r} and samples={self.samples}"
+            )
         return self
 
 

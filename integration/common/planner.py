@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cache
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 
@@ -18,6 +18,7 @@ from ...core.errors import LoadError, PlacementError
 from ...core.load import as_snapshots, fold_steps
 from ...core.placement import Placement
 from ...core.topology import Topology
+from ...dispatch.rank_costs import dispatch_gain
 from ...observability.failures import FailureLog
 from ...observability.prometheus import ModelTelemetry, Telemetry
 from ...planning.planner import plan
@@ -26,7 +27,14 @@ from ...runtime.reports import RebalanceReport
 from .agreement import agree_on_plan
 from .options import EngineOptions
 
-__all__ = ["EnginePlanner", "ExpertBytes", "Inputs", "bytes_of_one_expert", "engine_telemetry"]
+__all__ = [
+    "DispatchInForce",
+    "EnginePlanner",
+    "ExpertBytes",
+    "Inputs",
+    "bytes_of_one_expert",
+    "engine_telemetry",
+]
 
 _logger = logging.getLogger(__name__)
 _REPORTS = 64
@@ -36,6 +44,18 @@ Inputs: TypeAlias = Callable[[], tuple[torch.Tensor, Topology]]
 
 ExpertBytes: TypeAlias = Callable[[], Mapping[int, int]]
 """Gives the bytes of one expert's weights by layer."""
+
+
+class DispatchInForce(NamedTuple):
+    """Dispatch `balanced` in an engine, for measuring it on sampled steps.
+
+    Attributes:
+        expert_cost: least cost of a replica in use, in tokens.
+        copies: ranks that count each token; 1 where ranks have tokens of their own.
+    """
+
+    expert_cost: int
+    copies: int
 
 
 class EnginePlanner:
@@ -51,6 +71,7 @@ class EnginePlanner:
         reports: the latest 64 reports.
         failures: failed rebalances.
         telemetry: shows the reports of this rank; None on all ranks but one.
+        dispatch: gives the dispatch `balanced` of the engine; None while its own mapping is in force.
     """
 
     def __init__(self, options: EngineOptions | None = None, *, model: str = "", speaks: bool = True) -> None:
@@ -59,8 +80,10 @@ class EnginePlanner:
         self.reports: deque[RebalanceReport] = deque(maxlen=_REPORTS)
         self.failures = 0
         self.telemetry: ModelTelemetry | None = None
+        self.dispatch: Callable[[], DispatchInForce] | None = None
         self._name = f" of {model}" if model else ""
         self._history: deque[torch.Tensor] = deque(maxlen=self.options.history)
+        self._samples: deque[torch.Tensor] = deque(maxlen=self.options.history)
         self._topology: Topology | None = None
         self._calls = 0
         self._failure_log = FailureLog(_logger, f"rebalance{self._name}", "the map in force stays")
@@ -71,6 +94,7 @@ class EnginePlanner:
         inputs: Inputs,
         current: torch.Tensor,
         *,
+        samples: Callable[[], torch.Tensor] | None = None,
         ranks: Callable[[], RankGroup] | None = None,
         expert_bytes: ExpertBytes | None = None,
     ) -> torch.Tensor:
@@ -81,6 +105,8 @@ class EnginePlanner:
         Args:
             inputs: called once; may raise.
             current: integer [layers, slots], the map in force, equal on all ranks; it is not written to.
+            samples: gives single steps of the interval, int64 [samples, layers, logical], tokens as counted
+                over all ranks; for the dispatch. Called after `inputs`; may raise.
             ranks: gives the ranks that compare their plans; None where each may act alone.
             expert_bytes: for the bytes in the report; None where they are unknown.
 
@@ -94,9 +120,10 @@ class EnginePlanner:
         # A failure has to come before the ranks compare their plans: the others would wait for this one.
         try:
             load, topology = inputs()
-            new, report = self._place(load, topology, old, expert_bytes)
+            steps = load[:0] if samples is None or self.dispatch is None else samples()
+            new, report = self._place(load, steps, topology, old, expert_bytes)
         except Exception as error:
-            report = self._nothing(self._failure_log.add(error), failed=True)
+            new, report = old, self._nothing(self._failure_log.add(error), failed=True)
         if ranks is not None and self.options.check_agreement:
             try:
                 agree_on_plan(new, ranks())
@@ -113,11 +140,12 @@ class EnginePlanner:
                 self.telemetry.rebalanced(report, load, Placement(new, load.shape[2]), topology)
         return new
 
-    def observe(self, interval_load: torch.Tensor) -> None:
+    def observe(self, interval_load: torch.Tensor, samples: torch.Tensor | None = None) -> None:
         """Add an interval to the history, folded into `options.snapshots`.
 
         Args:
             interval_load: [steps, layers, logical], tokens over all ranks, in time order; not written to.
+            samples: single steps of it, int64 [samples, layers, logical]; None: none.
 
         Raises:
             LoadError: it is malformed, or has other layers or experts than the history.
@@ -129,20 +157,31 @@ class EnginePlanner:
                 f"the history {tuple(self._history[0].shape[1:])}"
             )
         self._history.append(load)
+        self._samples.append(load[:0] if samples is None else samples)
 
     def forget(self) -> None:
         """Drop the history. On all ranks alike, when the group of ranks changes for instance."""
         self._history.clear()
+        self._samples.clear()
 
     def plan(self, window: torch.Tensor, topology: Topology, current: Placement) -> Placement:
         """`planning.plan` with the options; override it for a planner of your own.
 
-        The window is float64 [snapshots, layers, logical] in time order, tokens.
+        The window is float64 [snapshots, layers, logical] in time order, tokens. Where dispatch `balanced` is
+        in force, and planned for, it holds single steps instead.
         """
-        return plan(window, topology, current, self.options.planner).placement
+        options = self.options.planner
+        if self.dispatch is None:  # the engine could not take it, and has said so
+            options = options.model_copy(update={"dispatch": "even"})
+        return plan(window, topology, current, options).placement
 
     def _place(
-        self, load: torch.Tensor, topology: Topology, old: torch.Tensor, expert_bytes: ExpertBytes | None
+        self,
+        load: torch.Tensor,
+        samples: torch.Tensor,
+        topology: Topology,
+        old: torch.Tensor,
+        expert_bytes: ExpertBytes | None,
     ) -> tuple[torch.Tensor, RebalanceReport]:
         """The map to go to, checked, and its report."""
         if topology != self._topology:
@@ -150,11 +189,13 @@ class EnginePlanner:
             self._topology = topology
         if not bool(load.any()):  # a profiling run, or an idle engine
             return old, self._nothing("no load was seen")
-        self.observe(load)
+        samples = samples[samples.any(2).any(1)]
+        self.observe(load, samples)
         in_force = Placement(old, load.shape[2])
         start = time.perf_counter()
         window = torch.cat(list(self._history))
-        new = self.plan(window, topology, in_force)
+        for_dispatch = self.dispatch is not None and self.options.planner.dispatch == "balanced"
+        new = self.plan(torch.cat(list(self._samples)) if for_dispatch else window, topology, in_force)
         if (new.num_layers, new.num_logical) != (in_force.num_layers, in_force.num_logical):
             raise PlacementError(f"{new} was planned in place of {in_force}")
         # Made anew: its checks run on the present content of the tensor.
@@ -177,6 +218,10 @@ class EnginePlanner:
             bytes_moved=self._bytes_moved(moves.tolist(), expert_bytes),
             plan_seconds=seconds,
         )
+        if self.dispatch is not None and len(samples):
+            cost, copies = self.dispatch()
+            even, balanced = dispatch_gain(samples // copies, in_force, topology, cost)
+            report = replace(report, sampled_balancedness_even=even, sampled_balancedness=balanced)
         return ids, report
 
     def _bytes_moved(self, moves: list[int], expert_bytes: ExpertBytes | None) -> int | None:
@@ -206,6 +251,9 @@ class EnginePlanner:
                 f"{observed}, {before:.3f} -> {after:.3f} predicted; {report.moves} moves in "
                 f"{report.layers} layers; planned in {1000 * report.plan_seconds:.1f} ms"
             )
+        if report.sampled_balancedness is not None:
+            even, balanced = report.sampled_balancedness_even, report.sampled_balancedness
+            said += f"; single steps {even:.3f} -> {balanced:.3f} by dispatch"
         failures = f"; {self.failures} failures so far" if self.failures else ""
         _logger.info("rebalance %d%s: %s%s", report.number, self._name, said, failures)
 

@@ -108,6 +108,11 @@ class ServedSplit:
             device=self._device,
         )
 
+    @property
+    def expert_cost(self) -> int:
+        """Least cost of a replica in use, in tokens."""
+        return self._split.expert_cost
+
     def slots(self, expert_ids: torch.Tensor, replicas: LayerTables) -> torch.Tensor:
         """The slot of each token, see `BatchSplit.slots`. Padding has no part in the split."""
         return self._split.slots(expert_ids, replicas, self._num_tokens())

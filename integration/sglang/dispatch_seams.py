@@ -18,6 +18,7 @@ from ...core.topology import Topology
 from ...dispatch.batch_split import GatherCounts
 from ...dispatch.expert_cost import resolve_expert_cost
 from ..common.agreement import announce
+from ..common.planner import DispatchInForce
 from .dispatch import NO_BACKEND, LayerSolvers, ServedSplit, check_dispatch, serve, to_slots
 from .policy import SglangBalancer, is_first_rank
 from .seams import map_in_force, missing_seams
@@ -103,17 +104,18 @@ def begin_dispatch(manager: Any, balancer: SglangBalancer) -> None:
             f"eplb_plugin; its log says why {INIT_SOLVERS} could not be hooked"
         )
     gather = None if backend == NO_BACKEND else _gather_over(parallel.moe_ep_group, metadata.ep_size)
-    serve(
-        ServedSplit(
-            Topology(num_ranks=metadata.ep_size, num_slots=metadata.num_physical_experts),
-            metadata.num_logical_experts,
-            rank=parallel.moe_ep_rank,
-            expert_cost=partial(_expert_cost, manager, balancer.options.expert_cost, device),
-            num_tokens=_num_tokens,
-            gather=gather,
-            device=device,
-        )
+    split = ServedSplit(
+        Topology(num_ranks=metadata.ep_size, num_slots=metadata.num_physical_experts),
+        metadata.num_logical_experts,
+        rank=parallel.moe_ep_rank,
+        expert_cost=partial(_expert_cost, manager, balancer.options.expert_cost, device),
+        num_tokens=_num_tokens,
+        gather=gather,
+        device=device,
     )
+    serve(split)
+    copies = parallel.tp_size if gather is None else 1
+    balancer.planner.dispatch = lambda: DispatchInForce(split.expert_cost, copies)
     _replace_mapping()
     if is_first_rank():
         seen = "every rank has all tokens" if gather is None else "ranks exchange their counts"

@@ -30,6 +30,7 @@ __all__ = [
     "is_first_rank",
     "is_ours",
     "parse_algorithm",
+    "sample_busy_steps",
 ]
 
 _logger = logging.getLogger(__name__)
@@ -170,6 +171,7 @@ class SglangBalancer:
         ids = self.planner.rebalance(
             lambda: (fold_busy_steps(counts, self.options.snapshots), topology),
             current,
+            samples=lambda: sample_busy_steps(counts, self.options.samples),
             ranks=lambda: _all_ranks(counts),
             expert_bytes=self.expert_bytes,
         )
@@ -200,6 +202,17 @@ def fold_busy_steps(counts: torch.Tensor, snapshots: int) -> torch.Tensor:
     parts = counts.tensor_split(min(snapshots, counts.shape[0])) if counts.shape[0] else ()
     folded = [part.sum(0, dtype=torch.int64) for part in parts]
     return torch.stack(folded).cpu() if folded else torch.zeros(0, *counts.shape[1:], dtype=torch.int64)
+
+
+def sample_busy_steps(counts: torch.Tensor, samples: int) -> torch.Tensor:
+    """Single steps with tokens, evenly spaced: int64 [at most `samples`, layers, logical] on the CPU.
+
+    `counts`: as for `fold_busy_steps`.
+    """
+    busy = counts.any(2).any(1).nonzero()[:, 0]
+    number = min(samples, len(busy))
+    chosen = busy[torch.arange(number, device=busy.device) * len(busy) // max(number, 1)]
+    return counts[chosen].to("cpu", torch.int64)
 
 
 def is_first_rank() -> bool:

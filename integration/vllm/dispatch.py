@@ -20,6 +20,7 @@ from ...dispatch.expert_cost import resolve_expert_cost
 from ...dispatch.tables import LayerTables
 from ..common.agreement import announce
 from ..common.options import EngineOptions
+from ..common.planner import DispatchInForce
 
 __all__ = ["BalancedMapping", "bind_dispatch", "restore_mapping", "token_layout"]
 
@@ -97,7 +98,7 @@ class BalancedMapping:
         return slots.to(topk_ids.dtype)
 
 
-def bind_dispatch(state: Any, options: EngineOptions, group: Any) -> None:
+def bind_dispatch(state: Any, options: EngineOptions, group: Any) -> DispatchInForce | None:
     """Put the dispatch of `options` in force in this process. All ranks call it together after each model.
 
     Where vLLM lacks a seam, or ranks share tokens in a way that is not known, an error says so and vLLM's own
@@ -107,13 +108,16 @@ def bind_dispatch(state: Any, options: EngineOptions, group: Any) -> None:
         state: an `EplbState` with one model or more.
         group: vLLM's group of expert-parallel ranks.
 
+    Returns:
+        The dispatch in force; None where vLLM's own mapping is.
+
     Raises:
         ConfigError: `expert_cost` is `auto` and the accelerator is unknown.
         AgreementError: `auto` means another cost on another rank.
     """
     restore_mapping()
     if options.dispatch == "even":
-        return
+        return None
     models = list(state.model_states.values())
     try:
         own = _own_mapping()
@@ -126,7 +130,7 @@ def bind_dispatch(state: Any, options: EngineOptions, group: Any) -> None:
     except (AttributeError, ConfigError) as error:
         # Attributes that are read here may be gone from a later vLLM.
         _logger.error("dispatch=balanced is not possible: %s. vLLM's own mapping goes on", error)
-        return
+        return None
     (layout,) = layouts
     model = models[0].model
     cost = resolve_expert_cost(options.expert_cost, model.expert_weights[0], table.device)
@@ -151,6 +155,7 @@ def bind_dispatch(state: Any, options: EngineOptions, group: Any) -> None:
             message,
             cost,
         )
+    return DispatchInForce(cost, copies=1 if layout == "sharded" else ranks)
 
 
 def restore_mapping() -> None:

@@ -18,7 +18,7 @@ from ...observability.prometheus import Telemetry
 from ...planning.planner import plan
 from ...runtime.control.rank_group import RankGroup
 from ..common.options import EngineOptions
-from ..common.planner import EnginePlanner, ExpertBytes
+from ..common.planner import DispatchInForce, EnginePlanner, ExpertBytes
 
 __all__ = ["Interval", "VllmPolicy"]
 
@@ -32,6 +32,7 @@ class Interval:
     Attributes:
         model: vLLM's name of the model.
         load: int64 [snapshots, layers, logical] on the CPU, tokens over all ranks, in time order.
+        samples: int64 [samples, layers, logical] on the CPU, single steps, likewise; None: none.
         failures: int64 [1] on the CPU, number of ranks without a load.
         ready: waits for the copies of both from the device.
         error: cause of this rank's missing load, else None.
@@ -40,6 +41,7 @@ class Interval:
 
     model: str
     load: torch.Tensor
+    samples: torch.Tensor | None = None
     failures: torch.Tensor | None = None
     ready: Callable[[], object] = lambda: None
     error: Exception | None = None
@@ -69,6 +71,7 @@ class VllmPolicy:
     Attributes:
         planners: by model.
         telemetry: the series of this process, or None.
+        dispatch: dispatch `balanced` in force; None while vLLM's own mapping is.
     """
 
     def __init__(
@@ -82,6 +85,7 @@ class VllmPolicy:
         self.own = own
         self.planners: dict[str, EnginePlanner] = {}
         self.telemetry: Telemetry | None = None
+        self.dispatch: DispatchInForce | None = None
         self._ranks = ranks
         self._speaks = speaks
         self._expected: deque[Interval] = deque()
@@ -141,9 +145,12 @@ class VllmPolicy:
                 _logger.error("no plan without a map in force: %s; vLLM's own policy answers", error)
                 return self._by_vllm(weight, *numbers)
         interval = self._expected.popleft() if self._expected else Interval("model", weight.unsqueeze(0))
-        return self._planner(interval.model).rebalance(
+        samples, planner, dispatch = interval.samples, self._planner(interval.model), self.dispatch
+        planner.dispatch = None if dispatch is None else lambda: dispatch
+        return planner.rebalance(
             lambda: (interval.arrived(), topology()),
             old,
+            samples=None if samples is None else lambda: samples,
             ranks=self._ranks,
             expert_bytes=interval.expert_bytes,
         )

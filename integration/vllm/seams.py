@@ -21,7 +21,7 @@ from ..common.options import EngineOptions
 from ..common.planner import bytes_of_one_expert, engine_telemetry
 from .dispatch import bind_dispatch
 from .policy import Interval, VllmPolicy
-from .window import RingKeeper, fold_window, no_window, sum_over_ranks
+from .window import RingKeeper, fold_window, no_samples, no_window, sample_window, sum_over_ranks
 
 __all__ = ["bind_policy", "expert_bytes", "missing_seams", "warn_unmoved", "wrap_rearrange", "wrap_step"]
 
@@ -68,7 +68,7 @@ def bind_policy(
             made(policy)
             _warm_up(state)
         state.policy = policy
-        bind_dispatch(state, options, _ep_group())
+        policy.dispatch = bind_dispatch(state, options, _ep_group())
         if policy.telemetry is not None:
             policy.telemetry.of(_names(state)[-1])
         if _is_first_rank():
@@ -176,7 +176,7 @@ def wrap_rearrange(state: Any, ring: RingKeeper, policy: VllmPolicy) -> None:
             policy.expect_scaling()
         else:
             ring.clear()
-            policy.expect(_intervals(state, policy.options))
+            policy.expect(_intervals(state, policy))
         result = rearrange(*args, **kwargs)
         ring.rearranged()
         return result
@@ -184,28 +184,34 @@ def wrap_rearrange(state: Any, ring: RingKeeper, policy: VllmPolicy) -> None:
     state.rearrange = rearranging
 
 
-def _intervals(state: Any, options: EngineOptions) -> list[Interval]:
+def _intervals(state: Any, policy: VllmPolicy) -> list[Interval]:
     """Each model's load since the last rearrangement, summed over the ranks. All ranks call it together."""
     models, names = list(state.model_states.values()), _names(state)
     error: Exception | None = None
-    size = {"steps": state.expert_rearrangement_step_interval, "snapshots": options.snapshots}
+    steps, position = state.expert_rearrangement_step_interval, state.expert_load_window_step
+    snapshots = policy.options.snapshots
+    samples = 0 if policy.dispatch is None else policy.options.samples
     try:
-        loads = [
-            fold_window(
+        loads = []
+        for model in models:
+            window = (
                 model.expert_load_window,
                 model.physical_to_logical_map,
                 model.model.num_logical_experts,
-                position=state.expert_load_window_step,
-                **size,
             )
-            for model in models
-        ]
+            loads += [
+                fold_window(*window, position=position, steps=steps, snapshots=snapshots),
+                sample_window(*window, position=position, steps=steps, samples=samples),
+            ]
     except Exception as failure:
         # The others are about to sum: they have to hear of it there.
-        error = failure
-        loads = [
-            no_window(model.expert_load_window, model.model.num_logical_experts, **size) for model in models
-        ]
+        error, loads = failure, []
+        for model in models:
+            size = model.expert_load_window, model.model.num_logical_experts
+            loads += [
+                no_window(*size, steps=steps, snapshots=snapshots),
+                no_samples(*size, steps=steps, samples=samples),
+            ]
     group = _ep_group().device_group
     all_reduce = functools.partial(dist.all_reduce, group=group)
     loads, failures = sum_over_ranks(loads, error is not None, all_reduce)
@@ -213,8 +219,8 @@ def _intervals(state: Any, options: EngineOptions) -> list[Interval]:
     *on_host, failures = (load.to("cpu", non_blocking=True) for load in (*loads, failures))
     ready = _arrival(loads[0].device)
     return [
-        Interval(name, load, failures, ready, error, functools.partial(expert_bytes, model.model))
-        for name, load, model in zip(names, on_host, models, strict=True)
+        Interval(name, load, sampled, failures, ready, error, functools.partial(expert_bytes, model.model))
+        for name, load, sampled, model in zip(names, on_host[::2], on_host[1::2], models, strict=True)
     ]
 
 

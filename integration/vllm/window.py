@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["RingKeeper", "fold_window", "no_window", "sum_over_ranks"]
+__all__ = ["RingKeeper", "fold_window", "no_samples", "no_window", "sample_window", "sum_over_ranks"]
 
 
 def fold_window(
@@ -41,6 +41,40 @@ def fold_window(
     # Summed range by range: a copy of the window would be the largest tensor of the rebalance.
     edges = [position - steps - (-snapshot * steps // snapshots) for snapshot in range(snapshots + 1)]
     per_slot = torch.stack([_sum_steps(window, *edge) for edge in pairwise(edges)])
+    return _per_expert(per_slot, physical_to_logical, num_logical)
+
+
+def sample_window(
+    window: torch.Tensor,
+    physical_to_logical: torch.Tensor,
+    num_logical: int,
+    *,
+    position: int,
+    steps: int,
+    samples: int,
+) -> torch.Tensor:
+    """Single steps of this rank per logical expert, evenly spaced, in time order. Device work only.
+
+    Steps are taken by age, as in `fold_window`: on every rank the same ones, unless some were idle meanwhile.
+
+    Args:
+        samples: maximum number of steps taken.
+
+    Returns:
+        int64 [samples, layers, logical], tokens, on the device of `window`.
+    """
+    ring = window.shape[0]
+    steps = min(steps, ring)
+    samples = min(samples, steps)
+    ages = [steps - sample * steps // samples for sample in range(samples)]
+    per_slot = (
+        torch.stack([window[(position - age) % ring].long() for age in ages]) if ages else window[:0].long()
+    )
+    return _per_expert(per_slot, physical_to_logical, num_logical)
+
+
+def _per_expert(per_slot: torch.Tensor, physical_to_logical: torch.Tensor, num_logical: int) -> torch.Tensor:
+    """int64 [..., layers, logical] from int64 [..., layers, slots]."""
     # Unused slots count for one more expert at the end, which is cut off.
     expert = physical_to_logical.to(torch.int64)
     expert = torch.where(expert < 0, num_logical, expert).expand_as(per_slot)
@@ -61,6 +95,12 @@ def _sum_steps(window: torch.Tensor, first: int, end: int) -> torch.Tensor:
 def no_window(window: torch.Tensor, num_logical: int, *, steps: int, snapshots: int) -> torch.Tensor:
     """Zeros in the shape of `fold_window`'s result, for a rank where that failed."""
     shape = (min(snapshots, steps, window.shape[0]), window.shape[1], num_logical)
+    return torch.zeros(shape, dtype=torch.int64, device=window.device)
+
+
+def no_samples(window: torch.Tensor, num_logical: int, *, steps: int, samples: int) -> torch.Tensor:
+    """Zeros in the shape of `sample_window`'s result, for a rank where that failed."""
+    shape = (min(samples, steps, window.shape[0]), window.shape[1], num_logical)
     return torch.zeros(shape, dtype=torch.int64, device=window.device)
 
 

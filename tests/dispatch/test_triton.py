@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -142,14 +143,14 @@ def check_slots(
     padding: list[int | None],
     gathers: bool,
 ) -> None:
-    """Each batch of `batches` on a rank of its own if `gathers`, else alone. Three of the ranks are compared."""
+    """Each batch is on a rank of its own if `gathers`, else alone. Three of the ranks are compared."""
     replicas, logical = layer_tables(placement, topology, way), placement.num_logical
     rows = torch.zeros(len(batches), logical, dtype=replicas.counts.dtype)
     for row, (ids, tokens) in enumerate(zip(batches, padding, strict=True)):
         real = ids[:tokens].flatten()
         rows[row] = torch.bincount(real[(real >= 0) & (real < logical)], minlength=logical)
 
-    for rank in sorted({0, len(batches) // 2, len(batches) - 1}):
+    for rank in sorted({0, len(batches) - 1} | ({1} if len(batches) > 1 else set())):
         ids, tokens = batches[rank], padding[rank]
 
         def gather(counts: torch.Tensor, rank: int = rank) -> torch.Tensor:
@@ -201,19 +202,21 @@ def test_slots_of_sharded_batches(interpreted: Interpreted, seed: int) -> None:
 
 
 def check_large(gathers: bool) -> None:
-    """More ids than one block or one program has, of a model's size."""
-    topology, draw = eplb.Topology(num_ranks=32, num_slots=288), np.random.default_rng(5)
+    """More blocks, and more ranks below this one, than are summed at once."""
+    from eplb_plugin.dispatch import triton_slots
+
+    small = {name: triton_slots.tl.constexpr(size) for name, size in (("BLOCK", 32), ("CHUNK", 16))}
+    topology, draw = eplb.Topology(num_ranks=40, num_slots=320), np.random.default_rng(5)
     load = draw.lognormal(0, 1.0, 256)
     placement = eplb.plan(torch.from_numpy(load)[None], topology).placement
-    ids = [torch.from_numpy(draw.choice(256, (400, 8), p=load / load.sum())) for _ in range(32)]
-    if gathers:
-        split = TritonSplit(topology, rank=9, expert_cost=8, gather=lambda _: rows, device="cpu")
-        rows = torch.stack([torch.bincount(mine.flatten(), minlength=256) for mine in ids])
-        reference = BatchSplit(topology, rank=9, expert_cost=8, gather=lambda _: rows)
-    else:
-        split, reference = TritonSplit(topology, device="cpu"), BatchSplit(topology)
+    ids = [torch.from_numpy(draw.choice(256, (300, 8), p=load / load.sum())) for _ in range(40)]
+    rows = torch.stack([torch.bincount(mine.flatten(), minlength=256) for mine in ids])
+    options: dict[str, Any] = {"expert_cost": 8, "gather": (lambda _: rows) if gathers else None}
+    split = TritonSplit(topology, rank=36, device="cpu", **options)
     replicas = layer_tables(placement, topology, "listed int64")
-    assert split.slots(ids[9], replicas).tolist() == reference.slots(ids[9], replicas).tolist()
+    with mock.patch.multiple(triton_slots, **small):
+        found = split.slots(ids[36], replicas)
+    assert found.tolist() == BatchSplit(topology, rank=36, **options).slots(ids[36], replicas).tolist()
 
 
 @pytest.mark.parametrize("gathers", [False, True])
@@ -262,7 +265,13 @@ def test_what_does_not_fit_is_refused_after_the_message(interpreted: Interpreted
 
 def test_without_triton_it_is_refused_at_construction(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
-    with pytest.raises(eplb.ConfigError, match="on cuda needs Triton"):
+    with pytest.raises(eplb.ConfigError, match="on cuda needs Triton: "):
+        BatchSplit(eplb.Topology(num_ranks=2, num_slots=4), device="cuda")
+
+
+def test_an_old_triton_is_refused_at_construction(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("triton.__version__", "3.3.1+git1")
+    with pytest.raises(eplb.ConfigError, match=r"needs Triton 3\.4 or later; 3\.3\.1\+git1 is installed"):
         BatchSplit(eplb.Topology(num_ranks=2, num_slots=4), device="cuda")
 
 

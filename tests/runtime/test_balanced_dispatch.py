@@ -165,3 +165,43 @@ def test_one_rank_alone_needs_no_group() -> None:
     slots = balancer.physical(0, ids)
     held = placement.physical_to_logical[0][slots.clamp(min=0)]
     assert torch.equal(torch.where(ids >= 0, held, -1), ids)
+
+
+def serve_with_plans(rank: int) -> list[tuple[float, float]]:
+    topology = eplb.Topology(num_ranks=2, num_slots=SLOTS)
+    options = eplb.RebalancerOptions(mode="sync", interval=8, history=2, dispatch="balanced", samples=8)
+    planner = eplb.PlannerOptions(dispatch="balanced")
+    balancer = eplb.Rebalancer(topology, LAYERS, LOGICAL, options=options, planner=planner)
+    told = []
+    for step in range(32):
+        for layer in range(LAYERS):
+            ids = batch(step, layer, rank)
+            balancer.record(layer, ids)
+            balancer.physical(layer, ids)
+        report = balancer.step()
+        if report is not None:
+            assert not report.failed, report.reason
+            told.append((report.sampled_balancedness_even, report.sampled_balancedness))
+    samples = balancer.window.samples()
+    assert samples.shape == (16, LAYERS, LOGICAL)
+    assert torch.equal(samples[-1, 0], sum(counts_of(batch(31, 0, source), LOGICAL) for source in range(2)))
+    return told
+
+
+def test_the_loop_plans_for_its_dispatch_from_single_steps() -> None:
+    first, second = run_ranks(serve_with_plans, 2)
+    assert first == second
+    assert first[-1][1] > 0.97
+    assert first[-1][1] > first[0][1]
+
+
+def test_a_plan_for_a_dispatch_that_is_not_there_is_refused() -> None:
+    for options in ({"dispatch": "even"}, {"dispatch": "balanced", "samples": 0}):
+        with pytest.raises(eplb.ConfigError, match="planner.dispatch='balanced' needs"):
+            eplb.Rebalancer(
+                eplb.Topology(num_ranks=1, num_slots=6),
+                1,
+                4,
+                options=eplb.RebalancerOptions(**options),  # type: ignore[arg-type]
+                planner=eplb.PlannerOptions(dispatch="balanced"),
+            )
