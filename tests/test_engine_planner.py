@@ -324,5 +324,5 @@ def test_plans_for_balanced_dispatch_are_made_from_single_steps():
     wanted = plan(torch.cat([load[::3], load[1::3]]), TOPOLOGY, wanted, options.planner).placement
     assert torch.equal(ids, wanted.physical_to_logical)
     for wrong in ({"dispatch": "even"}, {"dispatch": "balanced", "samples": 0}):
-        with pytest.raises(eplb.ConfigError, match="planner.dispatch='balanced' needs"):
+        with pytest.raises(eplb.ConfigError, match=r"planner\.dispatch='balanced' needs"):
             EngineOptions(planner={"dispatch": "balanced"}, **wrong)

@@ -140,12 +140,11 @@ class EnginePlanner:
                 self.telemetry.rebalanced(report, load, Placement(new, load.shape[2]), topology)
         return new
 
-    def observe(self, interval_load: torch.Tensor, samples: torch.Tensor | None = None) -> None:
+    def observe(self, interval_load: torch.Tensor) -> None:
         """Add an interval to the history, folded into `options.snapshots`.
 
         Args:
             interval_load: [steps, layers, logical], tokens over all ranks, in time order; not written to.
-            samples: single steps of it, int64 [samples, layers, logical]; None: none.
 
         Raises:
             LoadError: it is malformed, or has other layers or experts than the history.
@@ -157,7 +156,6 @@ class EnginePlanner:
                 f"the history {tuple(self._history[0].shape[1:])}"
             )
         self._history.append(load)
-        self._samples.append(load[:0] if samples is None else samples)
 
     def forget(self) -> None:
         """Drop the history. On all ranks alike, when the group of ranks changes for instance."""
@@ -190,7 +188,8 @@ class EnginePlanner:
         if not bool(load.any()):  # a profiling run, or an idle engine
             return old, self._nothing("no load was seen")
         samples = samples[samples.any(2).any(1)]
-        self.observe(load, samples)
+        self.observe(load)
+        self._samples.append(samples)
         in_force = Placement(old, load.shape[2])
         start = time.perf_counter()
         window = torch.cat(list(self._history))

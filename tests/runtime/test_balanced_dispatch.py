@@ -197,7 +197,7 @@ def test_the_loop_plans_for_its_dispatch_from_single_steps() -> None:
 
 def test_a_plan_for_a_dispatch_that_is_not_there_is_refused() -> None:
     for options in ({"dispatch": "even"}, {"dispatch": "balanced", "samples": 0}):
-        with pytest.raises(eplb.ConfigError, match="planner.dispatch='balanced' needs"):
+        with pytest.raises(eplb.ConfigError, match=r"planner\.dispatch='balanced' needs"):
             eplb.Rebalancer(
                 eplb.Topology(num_ranks=1, num_slots=6),
                 1,
