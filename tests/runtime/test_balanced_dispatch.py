@@ -168,7 +168,7 @@ def test_one_rank_alone_needs_no_group() -> None:
 
 
 def serve_with_plans(rank: int) -> list[tuple[float, float]]:
-    topology = eplb.Topology(num_ranks=2, num_slots=SLOTS)
+    topology = eplb.Topology(num_ranks=4, num_slots=SLOTS)
     options = eplb.RebalancerOptions(mode="sync", interval=8, history=2, dispatch="balanced", samples=8)
     planner = eplb.PlannerOptions(dispatch="balanced")
     balancer = eplb.Rebalancer(topology, LAYERS, LOGICAL, options=options, planner=planner)
@@ -184,15 +184,15 @@ def serve_with_plans(rank: int) -> list[tuple[float, float]]:
             told.append((report.sampled_balancedness_even, report.sampled_balancedness))
     samples = balancer.window.samples()
     assert samples.shape == (16, LAYERS, LOGICAL)
-    assert torch.equal(samples[-1, 0], sum(counts_of(batch(31, 0, source), LOGICAL) for source in range(2)))
+    assert torch.equal(samples[-1, 0], sum(counts_of(batch(31, 0, source), LOGICAL) for source in range(4)))
     return told
 
 
 def test_the_loop_plans_for_its_dispatch_from_single_steps() -> None:
-    first, second = run_ranks(serve_with_plans, 2)
-    assert first == second
-    assert first[-1][1] > 0.97
-    assert first[-1][1] > first[0][1]
+    told, *others = run_ranks(serve_with_plans, 4)
+    assert all(other == told for other in others)
+    assert told[-1][1] > told[0][1] + 0.02
+    assert all(balanced >= even for even, balanced in told)
 
 
 def test_a_plan_for_a_dispatch_that_is_not_there_is_refused() -> None:
