@@ -158,7 +158,7 @@ def test_which_tokens_a_rank_has(layers, config, layout):
 @pytest.mark.parametrize(
     ("layers", "config", "said"),
     [
-        ([layer(dp_size=2)], parallel(2), "tensor parallelism 2 with data parallelism 2"),
+        ([layer(dp_size=2)], parallel(2), "tensor parallelism 2, data parallelism 2"),
         ([layer(pcp_size=4)], parallel(2), "prefill context parallelism 4"),
         ([layer(), layer(is_sequence_parallel=True)], parallel(2), "replicated and sharded"),
         ([layer(), layer(is_monolithic=True)], parallel(2), "kernel of MoE layer 1"),
