@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from ..config.options import PlannerOptions, RebalancerOptions
-from ..core.errors import ConfigError, LoadError, PlacementError, TopologyError, TransferError
+from ..core.errors import LoadError, PlacementError, TopologyError, TransferError
 from ..core.load import as_snapshots
 from ..core.placement import Placement
 from ..core.topology import Topology
@@ -65,11 +65,6 @@ def start_up(
         if load is not None:
             as_snapshots(load)
         find_dispatch(options.dispatch)
-        if planner.dispatch == "balanced" and (options.dispatch != "balanced" or options.samples == 0):
-            raise ConfigError(
-                f"planner.dispatch='balanced' needs dispatch='balanced' and samples, not "
-                f"dispatch={options.dispatch!r} and samples={options.samples}"
-            )
         cost = resolve_expert_cost(options.expert_cost, weights[0] if weights else (), device)
         return held, ExpertWeights(weights or [[]] * num_layers, topology, control.rank), cost
 

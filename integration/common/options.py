@@ -11,7 +11,6 @@ from pydantic import Field, model_validator
 
 from ...config.options import Options, PlannerOptions
 from ...config.sources import load_settings
-from ...core.errors import ConfigError
 from ...planning.policies import policy_for
 
 if TYPE_CHECKING:
@@ -57,11 +56,7 @@ class EngineOptions(Options):
     @model_validator(mode="after")
     def _refuse_unfit_policy(self) -> Self:
         policy_for(self.planner)
-        if self.planner.dispatch == "balanced" and (self.dispatch != "balanced" or self.samples == 0):
-            raise ConfigError(
-                f"planner.dispatch='balanced' needs dispatch='balanced' and samples, not "
-                f"dispatch={self.dispatch!r} and samples={self.samples}"
-            )
+        self.planner.resolved(self.dispatch, self.samples)
         return self
 
 

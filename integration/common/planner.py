@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 
+from ...config.options import PlannerOptions
 from ...config.sources import metrics_folder
 from ...core.balancedness import balancedness, count_moves
 from ...core.errors import LoadError, PlacementError
@@ -168,10 +169,14 @@ class EnginePlanner:
         The window is float64 [snapshots, layers, logical] in time order, tokens. Where dispatch `balanced` is
         in force, and planned for, it holds single steps instead.
         """
-        options = self.options.planner
-        if self.dispatch is None:  # the engine could not take it, and has said so
-            options = options.model_copy(update={"dispatch": "even"})
-        return plan(window, topology, current, options).placement
+        return plan(window, topology, current, self._planner_options()).placement
+
+    def _planner_options(self) -> PlannerOptions:
+        """For the dispatch in force: an engine that could not take ours has said so."""
+        options = self.options
+        if self.dispatch is None:
+            return options.planner.model_copy(update={"dispatch": "even"})
+        return options.planner.resolved(options.dispatch, options.samples)
 
     def _place(
         self,
@@ -193,7 +198,7 @@ class EnginePlanner:
         in_force = Placement(old, load.shape[2])
         start = time.perf_counter()
         window = torch.cat(list(self._history))
-        for_dispatch = self.dispatch is not None and self.options.planner.dispatch == "balanced"
+        for_dispatch = self._planner_options().dispatch == "balanced"
         new = self.plan(torch.cat(list(self._samples)) if for_dispatch else window, topology, in_force)
         if (new.num_layers, new.num_logical) != (in_force.num_layers, in_force.num_logical):
             raise PlacementError(f"{new} was planned in place of {in_force}")
