@@ -15,6 +15,7 @@ from eplb_plugin.integration.common.options import EngineOptions
 from eplb_plugin.integration.common.planner import DispatchInForce, EnginePlanner, bytes_of_one_expert
 from eplb_plugin.observability.prometheus import Telemetry, lower_bound_gap
 from eplb_plugin.offline.synthetic_traffic import generate
+from eplb_plugin.planning.planner import plan
 from eplb_plugin.runtime.control.rank_group import RankGroup
 
 from .processes import run_ranks
@@ -306,3 +307,22 @@ def test_the_dispatch_is_measured_on_single_steps(caplog):
     # A failure there is one of the rebalance.
     assert torch.equal(rebalance(planner, load, ids, samples=lambda: 1 / 0), ids)
     assert planner.reports[-1].failed
+
+
+def test_plans_for_balanced_dispatch_are_made_from_single_steps():
+    options = EngineOptions(dispatch="balanced", planner={"dispatch": "balanced"})
+    planner, load = EnginePlanner(options), traffic(12) + 1
+    # The engine could not take the dispatch: the plan is for its own mapping.
+    even = plan(fold_steps(load, 32).double(), TOPOLOGY, start()).placement.physical_to_logical
+    assert torch.equal(rebalance(planner, load, samples=lambda: load[:4]), even)
+    planner = EnginePlanner(options)
+    planner.dispatch = lambda: DispatchInForce(expert_cost=0, copies=1)
+    ids = rebalance(planner, load, samples=lambda: load[::3])
+    wanted = plan(load[::3], TOPOLOGY, start(), options.planner).placement
+    assert torch.equal(ids, wanted.physical_to_logical)
+    ids = rebalance(planner, load, ids, samples=lambda: load[1::3])
+    wanted = plan(torch.cat([load[::3], load[1::3]]), TOPOLOGY, wanted, options.planner).placement
+    assert torch.equal(ids, wanted.physical_to_logical)
+    for wrong in ({"dispatch": "even"}, {"dispatch": "balanced", "samples": 0}):
+        with pytest.raises(eplb.ConfigError, match=r"planner\.dispatch='balanced' needs"):
+            EngineOptions(planner={"dispatch": "balanced"}, **wrong)

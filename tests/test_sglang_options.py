@@ -102,7 +102,7 @@ def test_the_example_is_read():
 def test_the_documentation_has_every_option_with_its_default():
     text = (ROOT / "docs" / "sglang.md").read_text(encoding="utf-8")
     documented = dict(re.findall(r"^\| `(\w+)` \| (.*?) ?\| ", text, re.MULTILINE))
-    defaults = {**EngineOptions().model_dump(), **PlannerOptions().model_dump(), "config": ""}
+    defaults = {**PlannerOptions().model_dump(), **EngineOptions().model_dump(), "config": ""}
     assert sorted(documented) == sorted(OPTIONS)
     for option, told in documented.items():
         assert (yaml.safe_load(told) if told else "") == defaults[option], option

@@ -19,7 +19,7 @@ _ROWS_OF_ALL_NODES = 64  # the same, each with every possible set of groups of a
 _EQUAL = 1e-12
 
 
-def peak_lower_bound(load: torch.Tensor, topology: Topology) -> torch.Tensor:
+def peak_lower_bound(load: torch.Tensor, topology: Topology, *, even: bool = True) -> torch.Tensor:
     """A lower bound on the peak rank load of every layer, mean over the snapshots: float64 [layers], tokens.
 
     The largest of three bounds of each snapshot:
@@ -27,28 +27,32 @@ def peak_lower_bound(load: torch.Tensor, topology: Topology) -> torch.Tensor:
     - The mean rank load.
     - The load T of the hottest replica at the best replica counts: the smallest T with
       sum of ceil(load / T) <= slots. Loads 300 and 100 in 4 slots: 100.
-    - The bound of ranks that share their experts (`kernels.lower_bounds`). With groups within nodes, it is
-      the minimum over all packings of groups to nodes, if these are few. If they are many, two weaker bounds
-      replace it. One is the mean rank load of the heaviest node. The other is T of each group, in the slots
-      left by the other groups of its node.
+    - With the even split, the bound of ranks that share their experts (`kernels.lower_bounds`). With groups
+      within nodes, it is the minimum over all packings of groups to nodes, if these are few. If they are
+      many, or the split is another, two weaker bounds replace it. One is the mean rank load of the heaviest
+      node. The other is T of each group, in the slots left by the other groups of its node.
 
     Args:
         load: float64 [snapshots, layers, logical], tokens.
         topology: as from `effective_topology`.
+        even: whether the tokens of an expert spread evenly over its replicas; else they go to them in any
+            way.
     """
     at_once = max(1, _ROWS_AT_ONCE // load.shape[1])
-    return torch.cat([_step_bounds(part, topology) for part in torch.split(load, at_once)]).mean(0)
+    return torch.cat([_step_bounds(part, topology, even) for part in torch.split(load, at_once)]).mean(0)
 
 
-def _step_bounds(load: torch.Tensor, topology: Topology) -> torch.Tensor:
+def _step_bounds(load: torch.Tensor, topology: Topology, even: bool) -> torch.Tensor:
     """The bound of each snapshot: `load` [snapshots, layers, logical] to float64 [snapshots, layers]."""
     bound = torch.maximum(load.sum(2) / topology.num_ranks, _hottest_replica(load, topology.num_slots))
     if topology.num_nodes == 1:
+        if not even:
+            return bound
         shared = shared_bounds(load.flatten(0, 1), topology.slots_by_rank).view_as(bound)
         return torch.maximum(bound, shared)
     by_group = load.view(*load.shape[:2], topology.num_groups, -1)
     per_node = topology.num_groups // topology.num_nodes
-    if num_packings(topology.num_groups, topology.num_nodes) <= MOST_PACKINGS:
+    if even and num_packings(topology.num_groups, topology.num_nodes) <= MOST_PACKINGS:
         best = _best_packing_bound(by_group.flatten(0, 1), topology).view_as(bound)
         return torch.maximum(bound, best)
     node = _heaviest_node(by_group.sum(3), topology.num_nodes)

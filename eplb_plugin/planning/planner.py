@@ -17,9 +17,9 @@ from ..core.load import as_snapshots, sum_over_last
 from ..core.placement import Placement, checked_ids
 from ..core.topology import Topology
 from .elastic import ActivePart, active_part, complete_placement, missing_experts
-from .forecast import expected_load
+from .forecast import expected_load, expected_samples
 from .hierarchy import effective_topology
-from .kernels.api import count_shared, step_peaks
+from .kernels.api import count_shared, split_peaks, step_peaks
 from .lower_bounds import peak_lower_bound
 from .policies import policy_for
 from .skip_rule import apply_skip_rule
@@ -36,7 +36,8 @@ class Plan:
 
     Attributes:
         placement: on the device of the load; the slots of dead ranks are empty (-1).
-        balancedness: predicted for the given load, mean over its snapshots, of living ranks.
+        balancedness: predicted for the given load, mean over its snapshots, of living ranks; after the split
+            with `dispatch="balanced"`.
         moves: transfers of one expert's weights to one rank, from `current` to the placement; 0 without
             `current`.
         seconds: planning time.
@@ -55,6 +56,7 @@ class Plan:
     lost: tuple[tuple[int, int], ...]
     _load: torch.Tensor = field(repr=False)
     _topology: Topology = field(repr=False)
+    _even: bool = field(repr=False)
 
     @cached_property
     def lower_bound(self) -> torch.Tensor:
@@ -63,7 +65,7 @@ class Plan:
         A mean over the snapshots. A peak of 102 with a bound of 100 is at most 2 % above the optimum. It is
         computed on first use, which takes longer than planning.
         """
-        return peak_lower_bound(self._load, self._topology).to(self.placement.device)
+        return peak_lower_bound(self._load, self._topology, even=self._even).to(self.placement.device)
 
 
 def plan(
@@ -78,7 +80,7 @@ def plan(
 
     Args:
         load: [layers, logical] or [snapshots, layers, logical] in time order, tokens; integer or float, on
-            any device.
+            any device. With `options.dispatch="balanced"`, the leading axis holds single steps.
         topology: nodes, ranks, slots and groups.
         current: the placement in force, as a Placement or its int64 [layers, slots]. Experts that stay on a
             rank keep their slot. Slots may be empty (-1), as on a rank that has just joined; the tensor may
@@ -107,7 +109,12 @@ def plan(
     if not hierarchical:
         _warn_of_global_plan(topology, active, num_logical)
 
-    expected = expected_load(snapshots, options.snapshot_decay, options.persistence)
+    balanced = options.dispatch == "balanced"
+    if balanced:
+        expected = expected_samples(snapshots, options.persistence)
+    else:
+        expected = expected_load(snapshots, options.snapshot_decay, options.persistence)
+    peaks = split_peaks if balanced else step_peaks
     in_force: Placement | None = None
     lost: tuple[tuple[int, int], ...] = ()
     if current is not None:
@@ -119,11 +126,11 @@ def plan(
     if in_force is None:
         moves, shared = 0, int(count_shared(ids, usable, num_logical).sum())
     else:
-        ids, moves, shared = apply_skip_rule(expected, ids, in_force, usable, options.min_gain)
+        ids, moves, shared = apply_skip_rule(expected, ids, in_force, usable, options.min_gain, peaks)
     mean = sum_over_last(snapshots) / usable.num_ranks
     return Plan(
         placement=Placement(active.expand(ids).to(load.device), num_logical),
-        balancedness=balancedness_of_peaks(mean, step_peaks(snapshots, ids, usable)),
+        balancedness=balancedness_of_peaks(mean, peaks(snapshots, ids, usable)),
         moves=moves,
         seconds=time.perf_counter() - started,
         hierarchical=hierarchical,
@@ -131,6 +138,7 @@ def plan(
         lost=lost,
         _load=snapshots,
         _topology=usable,
+        _even=not balanced,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,12 @@ class Kept(NamedTuple):
 
 
 def apply_skip_rule(
-    load: torch.Tensor, planned: torch.Tensor, current: Placement, topology: Topology, min_gain: float
+    load: torch.Tensor,
+    planned: torch.Tensor,
+    current: Placement,
+    topology: Topology,
+    min_gain: float,
+    peaks: Callable[[torch.Tensor, torch.Tensor, Topology], torch.Tensor] = step_peaks,
 ) -> Kept:
     """Skip layers that would gain too little; in the others, experts that stay on a rank keep their slots.
 
@@ -39,6 +45,7 @@ def apply_skip_rule(
         current: the placement in force, completed, on the CPU.
         topology: as from `effective_topology`.
         min_gain: least gain of a layer that changes.
+        peaks: the peak rank loads of a load under a placement: `step_peaks`, or `split_peaks`.
     """
     num_logical = load.shape[2]
     held, start = held_slots(current), current.physical_to_logical
@@ -49,7 +56,7 @@ def apply_skip_rule(
     else:
         _, moves_start, shared_start, _ = keep_slots(start, held, topology, num_logical)
 
-    after, before = (step_peaks(load, x, topology).sum(0) for x in (ids, start))
+    after, before = (peaks(load, x, topology).sum(0) for x in (ids, start))
     mean = sum_over_last(load).sum(0) / topology.num_ranks
     gain = torch.where(mean > 0, mean / after - mean / before, 0.0)
     stays = (gain < min_gain) & (shared_start <= shared) & groups_within_nodes(start, num_logical, topology)

@@ -72,7 +72,7 @@ class LoadWindow:
         samples = checked_integer("samples", samples, LoadError, least=0)
         self._num_snapshots, self._num_samples = min(snapshots, interval), min(samples, interval)
         self.steps = 0
-        self._history: deque[torch.Tensor] = deque(maxlen=history)
+        self._history: deque[IntervalLoad] = deque(maxlen=history)
         # Not inference tensors, whatever the mode of the caller: those refuse writes outside of it.
         with torch.inference_mode(False):
             # The step under way. Bin 0 takes what is not counted: ids of -1 and masked tokens.
@@ -182,28 +182,40 @@ class LoadWindow:
         self._restart()
         return taken
 
-    def push(self, interval_load: torch.Tensor) -> None:
-        """Add an interval summed over ranks, int64 [snapshots, layers, logical], to the history.
+    def push(self, interval_load: torch.Tensor, samples: torch.Tensor | None = None) -> None:
+        """Add an interval summed over ranks to the history.
+
+        Args:
+            interval_load: its snapshots, int64 [snapshots, layers, logical].
+            samples: its single steps, int64 [samples, layers, logical]; None: none.
 
         Values are not checked, see `record_counts`.
 
         Raises:
             LoadError: another dtype, or its layers or experts are not the window's.
         """
-        if interval_load.dtype != torch.int64:
-            raise LoadError(f"interval_load has dtype {interval_load.dtype}, not int64")
-        if interval_load.dim() != 3 or interval_load.shape[1:] != (self.num_layers, self.num_logical):
-            raise LoadError(
-                f"interval_load has shape {tuple(interval_load.shape)}, "
-                f"not [snapshots, {self.num_layers}, {self.num_logical}]"
-            )
+        samples = self._samples[:0] if samples is None else samples
+        for name, part in (("interval_load", interval_load), ("samples", samples)):
+            if part.dtype != torch.int64:
+                raise LoadError(f"{name} has dtype {part.dtype}, not int64")
+            if part.dim() != 3 or part.shape[1:] != (self.num_layers, self.num_logical):
+                raise LoadError(
+                    f"{name} has shape {tuple(part.shape)}, "
+                    f"not [any number, {self.num_layers}, {self.num_logical}]"
+                )
         if interval_load.shape[0]:
-            self._history.append(interval_load)
+            self._history.append(IntervalLoad(interval_load, samples))
 
     def load(self) -> torch.Tensor:
         """The whole window, int64 [snapshots, layers, logical] in time order; no snapshots before the
         first `push`."""
-        return torch.cat(list(self._history)) if self._history else self._snapshots[:0]
+        parts = [interval.snapshots for interval in self._history]
+        return torch.cat(parts) if parts else self._snapshots[:0]
+
+    def samples(self) -> torch.Tensor:
+        """The single steps of the window, int64 [samples, layers, logical] in time order."""
+        parts = [interval.samples for interval in self._history]
+        return torch.cat(parts) if parts else self._samples[:0]
 
     def clear(self) -> None:
         """Forget everything; to be called on all ranks alike, for instance when the group changes."""

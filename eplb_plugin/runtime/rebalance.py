@@ -84,7 +84,8 @@ def rebalance(context: Context, request: Request, scheduler: Scheduler) -> Outco
         throttle.pause()
 
         goal = before.physical_to_logical
-        load = context.window.load()
+        samples = context.planner.dispatch == "balanced"
+        load = context.window.samples() if samples else context.window.load()
         if not bool(load.any()):
             draft.notes.append("no load was recorded")
         else:
@@ -146,8 +147,7 @@ def gather(context: Context, request: Request, throttle: Throttle) -> IntervalLo
     # All ranks have ended the rebalance before, so all have read its decisions.
     context.connections.two_phase_commit.decisions.forget(delete=control.rank == 0)
     for load in loads:
-        window.push(control.sum(load.snapshots))
-        control.sum(load.samples)
+        window.push(control.sum(load.snapshots), control.sum(load.samples))
     none = torch.zeros(0, *shape, dtype=torch.int64)
     return IntervalLoad(
         torch.cat([none, *(load.snapshots for load in loads)]),

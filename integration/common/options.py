@@ -56,6 +56,7 @@ class EngineOptions(Options):
     @model_validator(mode="after")
     def _refuse_unfit_policy(self) -> Self:
         policy_for(self.planner)
+        self.planner.resolved(self.dispatch, self.samples)
         return self
 
 

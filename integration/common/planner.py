@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 
+from ...config.options import PlannerOptions
 from ...config.sources import metrics_folder
 from ...core.balancedness import balancedness, count_moves
 from ...core.errors import LoadError, PlacementError
@@ -83,6 +84,7 @@ class EnginePlanner:
         self.dispatch: Callable[[], DispatchInForce] | None = None
         self._name = f" of {model}" if model else ""
         self._history: deque[torch.Tensor] = deque(maxlen=self.options.history)
+        self._samples: deque[torch.Tensor] = deque(maxlen=self.options.history)
         self._topology: Topology | None = None
         self._calls = 0
         self._failure_log = FailureLog(_logger, f"rebalance{self._name}", "the map in force stays")
@@ -119,9 +121,8 @@ class EnginePlanner:
         # A failure has to come before the ranks compare their plans: the others would wait for this one.
         try:
             load, topology = inputs()
-            new, report = self._place(load, topology, old, expert_bytes)
-            if samples is not None and self.dispatch is not None and not report.failed:
-                report = self._with_dispatch(report, samples(), Placement(old, load.shape[2]), topology)
+            steps = load[:0] if samples is None or self.dispatch is None else samples()
+            new, report = self._place(load, steps, topology, old, expert_bytes)
         except Exception as error:
             new, report = old, self._nothing(self._failure_log.add(error), failed=True)
         if ranks is not None and self.options.check_agreement:
@@ -160,16 +161,30 @@ class EnginePlanner:
     def forget(self) -> None:
         """Drop the history. On all ranks alike, when the group of ranks changes for instance."""
         self._history.clear()
+        self._samples.clear()
 
     def plan(self, window: torch.Tensor, topology: Topology, current: Placement) -> Placement:
         """`planning.plan` with the options; override it for a planner of your own.
 
-        The window is float64 [snapshots, layers, logical] in time order, tokens.
+        The window is float64 [snapshots, layers, logical] in time order, tokens. Where dispatch `balanced` is
+        in force, and planned for, it holds single steps instead.
         """
-        return plan(window, topology, current, self.options.planner).placement
+        return plan(window, topology, current, self._planner_options()).placement
+
+    def _planner_options(self) -> PlannerOptions:
+        """For the dispatch in force: an engine that could not take ours has said so."""
+        options = self.options
+        if self.dispatch is None:
+            return options.planner.model_copy(update={"dispatch": "even"})
+        return options.planner.resolved(options.dispatch, options.samples)
 
     def _place(
-        self, load: torch.Tensor, topology: Topology, old: torch.Tensor, expert_bytes: ExpertBytes | None
+        self,
+        load: torch.Tensor,
+        samples: torch.Tensor,
+        topology: Topology,
+        old: torch.Tensor,
+        expert_bytes: ExpertBytes | None,
     ) -> tuple[torch.Tensor, RebalanceReport]:
         """The map to go to, checked, and its report."""
         if topology != self._topology:
@@ -177,11 +192,14 @@ class EnginePlanner:
             self._topology = topology
         if not bool(load.any()):  # a profiling run, or an idle engine
             return old, self._nothing("no load was seen")
+        samples = samples[samples.any(2).any(1)]
         self.observe(load)
+        self._samples.append(samples)
         in_force = Placement(old, load.shape[2])
         start = time.perf_counter()
         window = torch.cat(list(self._history))
-        new = self.plan(window, topology, in_force)
+        for_dispatch = self._planner_options().dispatch == "balanced"
+        new = self.plan(torch.cat(list(self._samples)) if for_dispatch else window, topology, in_force)
         if (new.num_layers, new.num_logical) != (in_force.num_layers, in_force.num_logical):
             raise PlacementError(f"{new} was planned in place of {in_force}")
         # Made anew: its checks run on the present content of the tensor.
@@ -204,19 +222,11 @@ class EnginePlanner:
             bytes_moved=self._bytes_moved(moves.tolist(), expert_bytes),
             plan_seconds=seconds,
         )
+        if self.dispatch is not None and len(samples):
+            cost, copies = self.dispatch()
+            even, balanced = dispatch_gain(samples // copies, in_force, topology, cost)
+            report = replace(report, sampled_balancedness_even=even, sampled_balancedness=balanced)
         return ids, report
-
-    def _with_dispatch(
-        self, report: RebalanceReport, samples: torch.Tensor, in_force: Placement, topology: Topology
-    ) -> RebalanceReport:
-        """The report, with what the dispatch made of sampled steps."""
-        assert self.dispatch is not None
-        cost, copies = self.dispatch()
-        steps = samples[samples.any(2).any(1)] // copies
-        if not len(steps):
-            return report
-        even, balanced = dispatch_gain(steps, in_force, topology, cost)
-        return replace(report, sampled_balancedness_even=even, sampled_balancedness=balanced)
 
     def _bytes_moved(self, moves: list[int], expert_bytes: ExpertBytes | None) -> int | None:
         """Bytes of the moves of each layer; None unless the size of each moved expert is known."""

@@ -36,7 +36,8 @@ def serve(rank: int, size: int, batch_of: str, cost: int) -> list[tuple[list[int
     options = eplb.RebalancerOptions(
         mode="sync", interval=4, history=1, dispatch="balanced", batch=batch_of, expert_cost=cost
     )
-    balancer = eplb.Rebalancer(topology, LAYERS, LOGICAL, options=options)
+    planner = eplb.PlannerOptions(dispatch="even")  # which moves more
+    balancer = eplb.Rebalancer(topology, LAYERS, LOGICAL, options=options, planner=planner)
     told: list[tuple[list[int], list[float]]] = []
     source = 0 if batch_of == "replicated" else rank
     for step in range(STEPS):
@@ -165,3 +166,43 @@ def test_one_rank_alone_needs_no_group() -> None:
     slots = balancer.physical(0, ids)
     held = placement.physical_to_logical[0][slots.clamp(min=0)]
     assert torch.equal(torch.where(ids >= 0, held, -1), ids)
+
+
+def serve_with_plans(rank: int) -> list[tuple[float, float]]:
+    topology = eplb.Topology(num_ranks=4, num_slots=SLOTS)
+    options = eplb.RebalancerOptions(mode="sync", interval=8, history=2, dispatch="balanced", samples=8)
+    balancer = eplb.Rebalancer(topology, LAYERS, LOGICAL, options=options)
+    assert balancer.planner.dispatch == "balanced"
+    told = []
+    for step in range(32):
+        for layer in range(LAYERS):
+            ids = batch(step, layer, rank)
+            balancer.record(layer, ids)
+            balancer.physical(layer, ids)
+        report = balancer.step()
+        if report is not None:
+            assert not report.failed, report.reason
+            told.append((report.sampled_balancedness_even, report.sampled_balancedness))
+    samples = balancer.window.samples()
+    assert samples.shape == (16, LAYERS, LOGICAL)
+    assert torch.equal(samples[-1, 0], sum(counts_of(batch(31, 0, source), LOGICAL) for source in range(4)))
+    return told
+
+
+def test_the_loop_plans_for_its_dispatch_from_single_steps() -> None:
+    told, *others = run_ranks(serve_with_plans, 4)
+    assert all(other == told for other in others)
+    assert told[-1][1] > told[0][1] + 0.02
+    assert all(balanced >= even for even, balanced in told)
+
+
+def test_a_plan_for_a_dispatch_that_is_not_there_is_refused() -> None:
+    for options in ({"dispatch": "even"}, {"dispatch": "balanced", "samples": 0}):
+        with pytest.raises(eplb.ConfigError, match=r"planner\.dispatch='balanced' needs"):
+            eplb.Rebalancer(
+                eplb.Topology(num_ranks=1, num_slots=6),
+                1,
+                4,
+                options=eplb.RebalancerOptions(**options),  # type: ignore[arg-type]
+                planner=eplb.PlannerOptions(dispatch="balanced"),
+            )

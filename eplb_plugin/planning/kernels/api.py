@@ -21,10 +21,12 @@ __all__ = [
     "count_shared",
     "expect_loads",
     "grow",
+    "improve_splits",
     "keep_slots",
     "over_layers",
     "plan_from_scratch",
     "shared_bounds",
+    "split_peaks",
     "step_peaks",
 ]
 
@@ -121,6 +123,46 @@ def _plan(
     return _from_ranks(slot_expert, topology)
 
 
+def improve_splits(
+    samples: torch.Tensor,
+    topology: Topology,
+    current: torch.Tensor,
+    starts: Sequence[torch.Tensor],
+    *,
+    price: float,
+    max_moves: int | None,
+) -> torch.Tensor:
+    """Improve placements for balanced dispatch, by exchanges that lower the smooth peak after the split.
+
+    Args:
+        samples: float64 [samples, layers, logical] on the CPU, tokens of single steps.
+        topology: nodes, ranks and slots. Experts stay on their node.
+        current: int64 [layers, slots], the placement that moves are counted from, -1 for an empty slot.
+        starts: int64 [layers, slots] each; of each layer the best is improved, of equal ones the last.
+        price: of one move, as a fraction of the mean rank load.
+        max_moves: most moves of a layer.
+
+    Returns:
+        physical_to_logical: int64 [layers, slots].
+    """
+    from .split_search import SplitProblem, improve_splits
+
+    problem = SplitProblem(
+        samples=_array(samples),
+        current=_array(current),
+        starts=_array(torch.stack(list(starts))),
+        rank_of=_array(topology.rank_of_slot()),
+        num_ranks=topology.num_ranks,
+        ranks_per_node=topology.ranks_per_node,
+        price=price,
+        max_moves=_UNBOUNDED if max_moves is None else max_moves,
+        rounds=_ROUNDS,
+    )
+    ids = np.empty(current.shape, _INT64)
+    over_layers(lambda first, last: improve_splits(problem, first, last, ids), samples)
+    return torch.from_numpy(ids)
+
+
 def choose_nodes(
     weight: torch.Tensor, topology: Topology, current: torch.Tensor, start: torch.Tensor, price: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -177,6 +219,22 @@ def step_peaks(weight: torch.Tensor, physical_to_logical: torch.Tensor, topology
         lambda first, last: placement_tables.peak_loads(load, ids, first_slot, first, last, peaks),
         weight,
         _WORTH_THREADS_TO_SUM,
+    )
+    return torch.from_numpy(peaks)
+
+
+def split_peaks(samples: torch.Tensor, physical_to_logical: torch.Tensor, topology: Topology) -> torch.Tensor:
+    """The peak rank load of each sample and layer after the split of dispatch `balanced`, in fractions.
+
+    Arguments and result as of `step_peaks`; samples are single steps, and no slot is empty.
+    """
+    from .split_search import peaks_after_split
+
+    peaks = np.empty(samples.shape[:2])
+    load, ids, rank_of = _array(samples), _array(physical_to_logical), _array(topology.rank_of_slot())
+    over_layers(
+        lambda first, last: peaks_after_split(load, ids, rank_of, topology.num_ranks, first, last, peaks),
+        samples,
     )
     return torch.from_numpy(peaks)
 
