@@ -115,7 +115,8 @@ def split_batch(
         tl.store(arrived + slot, -1, mask=inside)
     tl.debug_barrier()
 
-    # 3. Sweeps, until each rank has gone through its tasks without a change, or SWEEPS times.
+    # 3. Sweeps, until each rank has gone through its tasks without a change, or SWEEPS times. Then no expert
+    # would change any more: on its ranks, nothing has changed since its last turn.
     at = tl.zeros([RANKS], tl.int32)
     sweep = tl.zeros([RANKS], tl.int32)
     unchanged = tl.zeros([RANKS], tl.int32)
