@@ -230,7 +230,7 @@ def test_the_command_takes_the_expert_cost_and_the_message_that_it_is_told(tmp_p
         (["--accelerator", "H200"], "the parameters of an expert are unknown; give --model or --expert-cost"),
         (["--expert-cost", -1], "--expert-cost: Input should be greater"),
         (["--message-us", 0], "--message-us: Input should be greater than 0"),
-        (["--tokens", "some"], "--tokens: Input should be 'sharded' or 'replicated'"),
+        (["--tokens", "some"], "--tokens: Input should be 'sharded', 'own' or 'replicated'"),
     ):
         with pytest.raises(ConfigError, match=told):
             ask(path, "--expert-mb", 10, *flags)

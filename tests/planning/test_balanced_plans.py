@@ -83,7 +83,7 @@ def test_moves_earn_their_price_and_keep_their_bound() -> None:
     load = skewed(2, 64, 2, 32)
     start = eplb.Placement.default(2, 32, 40)
     moves = []
-    for options in ({"move_price": 0.001}, {"move_price": 0.03}, {"max_moves": 2}, {"move_price": 10.0}):
+    for options in ({"move_price": 0.001}, {"move_price": 0.03}, {"max_moves": 2}, {"move_price": 1000.0}):
         plan = eplb.plan(load, topology, start, eplb.PlannerOptions(dispatch="balanced", **options))
         moves.append(plan.moves)
         assert plan.moves == int(eplb.count_moves(start, plan.placement, topology).sum())

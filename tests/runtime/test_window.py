@@ -141,7 +141,7 @@ def test_recording_allocates_nothing_after_the_first_step(masked: bool, dtype: t
         (lambda w: w.record(0, torch.zeros(1, 1, 1, dtype=torch.int64)), r"\(1, 1, 1\)"),
         (lambda w: w.record(0, torch.tensor([0]), torch.tensor([True, True])), r"\(2,\), not bool \(1,\)"),
         (lambda w: w.record_counts(0, torch.zeros(3, dtype=torch.int64)), r"\(3,\), not integers \(4,\)"),
-        (lambda w: w.push(torch.zeros(1, 2, 5).long()), r"\(1, 2, 5\), not \[snapshots, 2, 4\]"),
+        (lambda w: w.push(torch.zeros(1, 2, 5).long()), r"\(1, 2, 5\), not \[any number, 2, 4\]"),
         (lambda w: w.record(0, torch.zeros(1, dtype=torch.int64, device="meta")), "meta"),
         (lambda w: w.push(torch.full((1, 2, 4), -1.0)), "interval_load has dtype torch.float32, not int64"),
         (lambda w: window(snapshots=0), "snapshots=0 is below 1"),
