@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 import eplb_plugin as eplb
 from eplb_plugin.core.load import fold_steps
-from eplb_plugin.dispatch.rank_costs import dispatch_gain
+from eplb_plugin.dispatch.rank_costs import split_balancedness
 from eplb_plugin.integration.common.options import EngineOptions
 from eplb_plugin.integration.common.planner import DispatchInForce, EnginePlanner, bytes_of_one_expert
 from eplb_plugin.observability.prometheus import Telemetry, lower_bound_gap
@@ -298,7 +298,7 @@ def test_the_dispatch_is_measured_on_single_steps(caplog):
     planner.dispatch = lambda: DispatchInForce(expert_cost=8, copies=3)
     steps = torch.cat([3 * load[:4], torch.zeros_like(load[:2])])
     ids = rebalance(planner, load, samples=lambda: steps)
-    report, gain = planner.reports[-1], dispatch_gain(load[:4], start(), TOPOLOGY, 8)
+    report, gain = planner.reports[-1], split_balancedness(load[:4], start(), TOPOLOGY, 8)
     assert report.sampled_balancedness_even == pytest.approx(gain.even)
     assert report.sampled_balancedness == pytest.approx(gain.balanced)
     assert f"single steps {gain.even:.3f} -> {gain.balanced:.3f} by dispatch" in caplog.text

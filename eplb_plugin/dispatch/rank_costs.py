@@ -11,10 +11,10 @@ from ..core.placement import Placement
 from ..core.topology import Topology
 from .balance_batch import balance_batch
 
-__all__ = ["DispatchGain", "dispatch_gain", "even_batch", "rank_costs"]
+__all__ = ["SplitBalancedness", "split_balancedness", "even_batch", "rank_costs"]
 
 
-class DispatchGain(NamedTuple):
+class SplitBalancedness(NamedTuple):
     """Balancedness of single steps by their rank costs: mean over max, summed over layers.
 
     Attributes:
@@ -59,9 +59,9 @@ def rank_costs(tokens: torch.Tensor, topology: Topology, expert_cost: int = 0) -
     return topology.by_rank(torch.where(tokens > 0, tokens.clamp(min=expert_cost), 0), 0).sum(-1)
 
 
-def dispatch_gain(
+def split_balancedness(
     counts: torch.Tensor, placement: Placement, topology: Topology, expert_cost: int = 0
-) -> DispatchGain:
+) -> SplitBalancedness:
     """Compare the two splits of whole batches.
 
     Both are over the mean cost of the even split: what `balanced` saves by using fewer replicas counts.
@@ -76,4 +76,4 @@ def dispatch_gain(
     even = rank_costs(even_batch(counts, placement), topology, expert_cost).double()
     peaks = rank_costs(balanced, topology, expert_cost).amax(2).double()
     mean = even.mean(2)
-    return DispatchGain(balancedness_of_peaks(mean, even.amax(2)), balancedness_of_peaks(mean, peaks))
+    return SplitBalancedness(balancedness_of_peaks(mean, even.amax(2)), balancedness_of_peaks(mean, peaks))

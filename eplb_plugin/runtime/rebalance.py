@@ -15,7 +15,7 @@ import torch
 from ..core.balancedness import balancedness
 from ..core.errors import AgreementError, EplbError, LoadError, RankLostError
 from ..core.placement import Placement
-from ..dispatch.rank_costs import dispatch_gain
+from ..dispatch.rank_costs import split_balancedness
 from ..planning.planner import plan
 from .context import Context
 from .control.rank_group import content_hash
@@ -252,7 +252,7 @@ def _measure_dispatch(
         samples = samples // context.topology.num_ranks
     gains = []
     for sample in samples[samples.any(2).any(1)]:
-        gains.append(dispatch_gain(sample.unsqueeze(0), before, context.topology, context.expert_cost))
+        gains.append(split_balancedness(sample.unsqueeze(0), before, context.topology, context.expert_cost))
         throttle.pause()
     if gains:
         even, balanced = (sum(parts) / len(gains) for parts in zip(*gains, strict=True))

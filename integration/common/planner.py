@@ -19,7 +19,7 @@ from ...core.errors import LoadError, PlacementError
 from ...core.load import as_snapshots, fold_steps
 from ...core.placement import Placement
 from ...core.topology import Topology
-from ...dispatch.rank_costs import dispatch_gain
+from ...dispatch.rank_costs import split_balancedness
 from ...observability.failures import FailureLog
 from ...observability.prometheus import ModelTelemetry, Telemetry
 from ...planning.planner import plan
@@ -224,7 +224,7 @@ class EnginePlanner:
         )
         if self.dispatch is not None and len(samples):
             cost, copies = self.dispatch()
-            even, balanced = dispatch_gain(samples // copies, in_force, topology, cost)
+            even, balanced = split_balancedness(samples // copies, in_force, topology, cost)
             report = replace(report, sampled_balancedness_even=even, sampled_balancedness=balanced)
         return ids, report
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 
 import eplb_plugin as eplb
-from eplb_plugin.dispatch.rank_costs import dispatch_gain, even_batch, rank_costs
+from eplb_plugin.dispatch.rank_costs import even_batch, rank_costs, split_balancedness
 from eplb_plugin.planning.kernels.api import improve_splits, split_peaks, step_peaks
 from tests.runtime.cases import random_placement
 
@@ -66,16 +66,16 @@ def test_a_plan_for_balanced_dispatch_is_better_with_it() -> None:
     seen, unseen = load[:64], load[64:]
     even = eplb.plan(seen, topology)
     plan = eplb.plan(seen, topology, options=BALANCED)
-    assert dispatch_gain(unseen, plan.placement, topology).balanced > 0.98
-    gain = dispatch_gain(unseen, even.placement, topology)
-    assert dispatch_gain(unseen, plan.placement, topology).balanced > gain.balanced + 0.005
+    assert split_balancedness(unseen, plan.placement, topology).balanced > 0.98
+    gain = split_balancedness(unseen, even.placement, topology)
+    assert split_balancedness(unseen, plan.placement, topology).balanced > gain.balanced + 0.005
     assert plan.balancedness == pytest.approx(
-        dispatch_gain(seen, plan.placement, topology).balanced, abs=0.01
+        split_balancedness(seen, plan.placement, topology).balanced, abs=0.01
     )
     assert (plan.lower_bound >= seen.double().sum(2).mean(0) / 8 - 1e-9).all()
     again = eplb.plan(seen, topology, plan.placement, BALANCED)
     assert again.moves <= 3
-    assert dispatch_gain(unseen, again.placement, topology).balanced > 0.98
+    assert split_balancedness(unseen, again.placement, topology).balanced > 0.98
 
 
 def test_moves_earn_their_price_and_keep_their_bound() -> None:
@@ -87,7 +87,7 @@ def test_moves_earn_their_price_and_keep_their_bound() -> None:
         plan = eplb.plan(load, topology, start, eplb.PlannerOptions(dispatch="balanced", **options))
         moves.append(plan.moves)
         assert plan.moves == int(eplb.count_moves(start, plan.placement, topology).sum())
-        assert plan.balancedness >= dispatch_gain(load, start, topology).balanced - 0.01
+        assert plan.balancedness >= split_balancedness(load, start, topology).balanced - 0.01
     assert moves[0] > moves[1] > moves[3] == 0
     assert 0 < moves[2] <= 4
 

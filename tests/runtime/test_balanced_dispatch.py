@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import eplb_plugin as eplb
-from eplb_plugin.dispatch.rank_costs import dispatch_gain, even_batch, rank_costs
+from eplb_plugin.dispatch.rank_costs import even_batch, rank_costs, split_balancedness
 from tests.processes import run_ranks
 from tests.runtime.cases import random_placement
 
@@ -84,7 +84,7 @@ def test_slots_get_the_tokens_that_balance_batch_says(size: int, batch_of: str, 
         if step % 4 == 3:
             parts = next(told)
             before = eplb.Placement(torch.tensor(rows_before(by_rank[0], step)), LOGICAL)
-            gain = dispatch_gain(torch.stack(samples).view(4, LAYERS, LOGICAL), before, topology, cost)
+            gain = split_balancedness(torch.stack(samples).view(4, LAYERS, LOGICAL), before, topology, cost)
             assert all(part[1] == pytest.approx(list(gain)) for part in parts)
             assert gain.balanced >= gain.even
             samples, reports = [], reports + 1
@@ -107,7 +107,7 @@ def test_rank_costs_and_the_even_split_are_sums_over_slots() -> None:
     assert rank_costs(tokens, topology).tolist() == [[[11, 3, 5], [6, 2, 4]]]
     assert rank_costs(tokens, topology, 3).tolist() == [[[11, 3, 6], [9, 3, 6]]]
     even = (19 / 3 + 12 / 3) / (11 + 6)
-    assert dispatch_gain(counts, placement, topology).even == pytest.approx(even)
+    assert split_balancedness(counts, placement, topology).even == pytest.approx(even)
 
 
 PROGRAM = """
