@@ -175,7 +175,7 @@ def rebalance_experts(
     return placement.physical_to_logical, placement.logical_to_physical, placement.replica_count
 
 
-def warmup(topology: Topology | None = None) -> None:
+def warmup(topology: Topology | None = None, *, dispatch: str | None = None) -> None:
     """Compile whatever the first plan would compile, or load it from the cache on disk.
 
     Compiling takes 30 to 90 seconds, once for each version and location of the package. Loading takes about
@@ -184,6 +184,7 @@ def warmup(topology: Topology | None = None) -> None:
     Args:
         topology: planned for as well, so that everything its plans need is loaded; None plans for a small
             topology of several nodes alone.
+        dispatch: that plans expect; `balanced` compiles the search for it too.
     """
     small = Topology(num_nodes=2, num_ranks=4, num_slots=12, num_groups=2)
     for each in (small,) if topology is None else (small, topology):
@@ -195,6 +196,8 @@ def warmup(topology: Topology | None = None) -> None:
         plan(load, each, current)
         # With free moves, a plan from scratch is matched to the placement in force, which imports scipy.
         plan(load, each, current, PlannerOptions(move_price=0))
+        if dispatch == "balanced":
+            plan(load, each, current, PlannerOptions(dispatch="balanced"))
 
 
 def _checked_current(

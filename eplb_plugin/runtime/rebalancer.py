@@ -139,7 +139,7 @@ class Rebalancer:
         self._told_failure = False
         # Ranks that plan compile the planner now, so that the first rebalance does not wait for it.
         if self.rank == 0 or options.planning == "sharded":
-            warmup()
+            warmup(dispatch=self.planner.dispatch)
 
     @property
     def placement(self) -> Placement:

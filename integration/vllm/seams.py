@@ -66,7 +66,7 @@ def bind_policy(
                 return result
             policy = _make_policy(state, options)
             made(policy)
-            _warm_up(state)
+            _warm_up(state, options)
         state.policy = policy
         policy.dispatch = bind_dispatch(state, options, _ep_group())
         if policy.telemetry is not None:
@@ -224,12 +224,13 @@ def _intervals(state: Any, policy: VllmPolicy) -> list[Interval]:
     ]
 
 
-def _warm_up(state: Any) -> None:
+def _warm_up(state: Any, options: EngineOptions) -> None:
     """Compile the planner."""
     model = next(iter(state.model_states.values())).model
     started = time.perf_counter()
     slots, groups = model.num_physical_experts, max(model.num_expert_groups, 1)
-    warmup(Topology(num_ranks=_ep_group().world_size, num_slots=slots, num_groups=groups))
+    topology = Topology(num_ranks=_ep_group().world_size, num_slots=slots, num_groups=groups)
+    warmup(topology, dispatch=options.planned_dispatch)
     if _is_first_rank():
         _logger.info("eplb_plugin: the planner was set up in %.1f s", time.perf_counter() - started)
 
