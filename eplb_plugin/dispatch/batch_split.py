@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from ..core.errors import LoadError
+from ..core.placement import Placement
 from ..core.topology import Topology
-from .balance_batch import checked_cost, rank_of_slot
+from .balance_batch import balance_batch, checked_cost, rank_of_slot
 from .tables import LayerTables
 from .triton_batch import TritonSplit
 
@@ -56,8 +57,7 @@ class BatchSplit:
         with torch.inference_mode(False):
             self._rank_of_slot = rank_of_slot(topology).to(device)
         self.device = self._rank_of_slot.device
-        if self._on_gpu is None:
-            _compile()
+        _compile(slots=self._on_gpu is None)
 
     def slots(
         self, expert_ids: torch.Tensor, replicas: LayerTables, num_tokens: torch.Tensor | None = None
@@ -115,8 +115,15 @@ class BatchSplit:
         return chosen
 
 
-def _compile() -> None:
-    """Compile the kernels for the CPU, or load them from the cache on disk, so that no batch has to."""
+def _compile(*, slots: bool) -> None:
+    """Compile kernels for the CPU, or load them from the cache on disk, so that nothing waits for it later.
+
+    `slots`: also those that choose the slots of a batch. The others measure dispatch for reports.
+    """
+    single = Placement(torch.tensor([[0]]), 1)
+    balance_batch(torch.ones(1, 1, 1, dtype=torch.int64), single, Topology(num_ranks=1, num_slots=1))
+    if not slots:
+        return
     from .slot_kernels import choose_slots, count_tokens
 
     zero, one = np.zeros(1, np.int64), np.ones(1, np.int64)

@@ -12,7 +12,6 @@ from ..core.errors import LoadError, PlacementError, TopologyError, TransferErro
 from ..core.load import as_snapshots
 from ..core.placement import Placement
 from ..core.topology import Topology
-from ..dispatch.balance_batch import balance_batch
 from ..dispatch.expert_cost import resolve_expert_cost
 from ..dispatch.registry import Serving, find_dispatch
 from ..planning.elastic import complete, missing_experts
@@ -91,8 +90,6 @@ def start_up(
     gather = group.all_gather if options.batch == "sharded" and group.size > 1 else None
     serving = Serving(control.rank, device, expert_cost, gather)
     tables = find_dispatch(options.dispatch)(start, topology, serving)
-    if options.dispatch == "balanced":  # compile what reports are measured with
-        balance_batch(torch.zeros(1, num_layers, num_logical, dtype=torch.int64), start, topology)
     window = LoadWindow(
         *shape,
         interval=options.interval,
