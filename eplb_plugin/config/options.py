@@ -107,10 +107,9 @@ class PlannerOptions(Options):
     policy: str = "adaptive"
     """`adaptive`: exchanges from the placement in force; `ensemble`: from scratch, by the vectorized ensemble
     packer; `greedy`: from scratch, by the algorithm of today's engines."""
-    dispatch: Literal["even", "balanced"] | None = None
+    dispatch: Literal["even", "balanced"] = "even"
     """What a plan expects of the engine. `even`: the tokens of an expert spread evenly over its replicas.
-    `balanced`: each batch is split by dispatch `balanced`; the load then holds single steps. null: the
-    dispatch of the loop or the engine for policy `adaptive`, else `even`."""
+    `balanced`: each batch is split by dispatch `balanced`; the load then holds single steps."""
     move_price: float = Field(0.009, ge=0, allow_inf_nan=False)
     """`adaptive`: minimum reduction of the peak rank load for each expert transferred, as a fraction of the
     mean slot load. Higher: fewer transfers. 0: transfers are free, and a plan from scratch is tried too.
@@ -131,8 +130,8 @@ class PlannerOptions(Options):
     """`ensemble`: the packer. `objective`: peak or spread; `num_candidates`: candidate packings of each row;
     `memory_mib`: bound on scratch memory, in MiB; `seed` of the candidates' noise."""
 
-    def resolved(self, dispatch: str, samples: int) -> PlannerOptions:
-        """These options, with `dispatch` for a loop or an engine that has the given one.
+    def check_dispatch(self, dispatch: str, samples: int) -> None:
+        """Check these options for a loop or an engine.
 
         Args:
             dispatch: of the loop or engine, by name.
@@ -141,16 +140,11 @@ class PlannerOptions(Options):
         Raises:
             ConfigError: plans for dispatch `balanced` where it is not, or without single steps.
         """
-        possible = dispatch == "balanced" and samples > 0
-        if self.dispatch == "balanced" and not possible:
+        if self.dispatch == "balanced" and (dispatch != "balanced" or not samples):
             raise ConfigError(
                 f"planner.dispatch='balanced' needs dispatch='balanced' and samples, not "
                 f"dispatch={dispatch!r} and samples={samples}"
             )
-        if self.dispatch is not None:
-            return self
-        follows = possible and self.policy == "adaptive"
-        return self.model_copy(update={"dispatch": "balanced" if follows else "even"})
 
 
 class RebalancerOptions(Options):

@@ -53,15 +53,10 @@ class EngineOptions(Options):
     metrics: bool = False
     """Show the rebalances on the engine's own `/metrics`."""
 
-    @property
-    def planned_dispatch(self) -> str | None:
-        """What plans expect of the engine, where it takes the dispatch."""
-        return self.planner.resolved(self.dispatch, self.samples).dispatch
-
     @model_validator(mode="after")
     def _refuse_unfit_policy(self) -> Self:
         policy_for(self.planner)
-        self.planner.resolved(self.dispatch, self.samples)
+        self.planner.check_dispatch(self.dispatch, self.samples)
         return self
 
 

@@ -173,10 +173,8 @@ class EnginePlanner:
 
     def _planner_options(self) -> PlannerOptions:
         """For the dispatch in force: an engine that could not take ours has said so."""
-        options = self.options
-        if self.dispatch is None:
-            return options.planner.model_copy(update={"dispatch": "even"})
-        return options.planner.resolved(options.dispatch, options.samples)
+        options = self.options.planner
+        return options if self.dispatch else options.model_copy(update={"dispatch": "even"})
 
     def _place(
         self,

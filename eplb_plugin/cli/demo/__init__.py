@@ -85,7 +85,7 @@ def run_demo(settings: Settings, console: Console) -> DemoOutcome:
     settings = settings.replaced("rebalancer.dispatch", options.dispatch)
     find_dispatch(options.dispatch)
     with compiling(console, "loading the planner"):
-        warmup(dispatch=settings.rebalancer.dispatch)
+        warmup(dispatch=settings.planner.dispatch)
     bar = progress_bar(console)
     task = bar.add_task("steps served", total=options.steps)
     tally = DemoTally(options.ranks)
