@@ -140,9 +140,9 @@ def gather(context: Context, request: Request, throttle: Throttle) -> IntervalLo
         loads = [IntervalLoad(*(_checked(part, shape) for part in load)) for load in request.intervals]
     except Exception as caught:  # every kind, since the other ranks wait
         error = caught
-    snapshots = sum(load.snapshots.shape[0] for load in loads)
+    snapshots, samples = (sum(len(load[part]) for load in loads) for part in (0, 1))
     phase = f"taking the load in rebalance {request.number}"
-    if len(set(control.vote(phase, error, snapshots))) > 1:
+    if len(set(control.vote(phase, error, (samples << 32) + snapshots))) > 1:
         raise AgreementError(f"ranks took part in different numbers of steps, here {snapshots} snapshots")
     # All ranks have ended the rebalance before, so all have read its decisions.
     context.connections.two_phase_commit.decisions.forget(delete=control.rank == 0)

@@ -13,7 +13,7 @@ import torch
 from eplb_plugin.runtime import rebalance as phases
 from eplb_plugin.runtime import repair
 from eplb_plugin.runtime.control.rank_group import RankGroup
-from eplb_plugin.runtime.load_window import LoadWindow
+from eplb_plugin.runtime.load_window import IntervalLoad, LoadWindow
 from eplb_plugin.runtime.verify.fingerprints import ExpertFingerprints
 from eplb_plugin.runtime.weights import transfer
 from eplb_plugin.runtime.weights.staging import Staging
@@ -39,7 +39,12 @@ def garbled_plan() -> AbstractContextManager[object]:
 
 def garbled_load(garble: Callable[[torch.Tensor], torch.Tensor]) -> Patch:
     taken = LoadWindow.take
-    return lambda: mock.patch.object(LoadWindow, "take", lambda self: garble(taken(self)))
+
+    def garbled(window: LoadWindow) -> IntervalLoad:
+        load = taken(window)
+        return load._replace(snapshots=garble(load.snapshots))
+
+    return lambda: mock.patch.object(LoadWindow, "take", garbled)
 
 
 # What happens, where it is found, and what all ranks are told about it.
