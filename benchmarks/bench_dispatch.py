@@ -29,7 +29,6 @@ import eplb_plugin as eplb
 from eplb_plugin.cli.demo.ranks import run_ranks
 from eplb_plugin.core.balancedness import balancedness_of_peaks
 from eplb_plugin.core.load import fold_steps
-from eplb_plugin.dispatch.balance_batch import rank_of_slot
 from eplb_plugin.dispatch.rank_costs import rank_costs
 from eplb_plugin.dispatch.registry import Serving, find_dispatch
 from eplb_plugin.dispatch.split_kernels import split_batches
@@ -126,7 +125,7 @@ def layer_times(case: Case, tokens: int, rounds: int) -> dict[str, float]:
     (replicas, *_) = tables.prepare(placement.physical_to_logical[:1], [0]).values()
     counts = torch.bincount(ids.flatten(), minlength=placement.num_logical).expand(16, 1, -1).contiguous()
     quota = np.zeros((16, 1, case.topology.num_slots), np.int64)
-    ranks = rank_of_slot(case.topology).numpy()
+    ranks = case.topology.rank_of_slot().numpy()
     rows = [table[None].numpy() for table in replicas]
 
     def split() -> None:

@@ -11,7 +11,7 @@ from ..core.errors import LoadError, PlacementError, checked_integer
 from ..core.placement import Placement
 from ..core.topology import Topology
 
-__all__ = ["balance_batch", "checked_cost", "rank_of_slot"]
+__all__ = ["balance_batch", "checked_cost"]
 
 _MOST = 2**40  # tokens of an expert, and `expert_cost`: sums over experts and ranks stay far below 2^63
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -59,7 +59,7 @@ def balance_batch(
     first, count = (np.zeros((layers, placement.num_logical), np.int64) for _ in range(2))
     list_replicas(ids, 0, 0, listed, first, count)
     tokens = np.zeros((steps.shape[0], layers, slots), np.int64)
-    ranks = rank_of_slot(topology).numpy()
+    ranks = topology.rank_of_slot().numpy()
     split_batches(steps, listed, first, count, ranks, topology.num_ranks, cost, tokens)
     return torch.from_numpy(tokens).view(*counts.shape[:-1], slots).to(counts.device)
 
@@ -67,11 +67,6 @@ def balance_batch(
 def checked_cost(expert_cost: SupportsIndex) -> int:
     """`expert_cost` as an int. Raises LoadError: no integer, negative, or above 2^40."""
     return checked_integer("expert_cost", expert_cost, LoadError, least=0, most=_MOST)
-
-
-def rank_of_slot(topology: Topology) -> torch.Tensor:
-    """int64 [slots]: the rank of each slot."""
-    return torch.arange(topology.num_ranks).repeat_interleave(torch.tensor(topology.slots_by_rank))
 
 
 def _checked_counts(counts: torch.Tensor, placement: Placement) -> np.ndarray:

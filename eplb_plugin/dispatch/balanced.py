@@ -8,7 +8,7 @@ from ..core.errors import LoadError
 from ..core.placement import Placement
 from ..core.topology import Topology
 from .batch_split import BatchSplit
-from .tables import LayerTables, ReplicaTables
+from .tables import ReplicaTables
 
 __all__ = ["BalancedDispatch"]
 
@@ -47,5 +47,4 @@ class BalancedDispatch(ReplicaTables):
                 f"expert_ids has shape {tuple(expert_ids.shape)} for layer {layer} of {self._shape[0]}, "
                 "not [tokens, top_k] or [tokens]"
             )
-        replicas = LayerTables(self._slots[layer], self._first[layer, 1:], self._count[layer, 1:])
-        return self._split.slots(expert_ids, replicas)
+        return self._split.slots(expert_ids, self.of_layer(layer))

@@ -10,7 +10,7 @@ import torch
 from ..core.errors import LoadError
 from ..core.placement import Placement
 from ..core.topology import Topology
-from .balance_batch import balance_batch, checked_cost, rank_of_slot
+from .balance_batch import balance_batch, checked_cost
 from .tables import LayerTables
 from .triton_batch import TritonSplit
 
@@ -55,7 +55,7 @@ class BatchSplit:
                 topology, rank=self._row, expert_cost=self.expert_cost, gather=gather, device=device
             )
         with torch.inference_mode(False):
-            self._rank_of_slot = rank_of_slot(topology).to(device)
+            self._rank_of_slot = topology.rank_of_slot(device)
         self.device = self._rank_of_slot.device
         _compile(slots=self._on_gpu is None)
 

@@ -11,7 +11,7 @@ from ..core.placement import Placement
 from ..core.topology import Topology
 from .balance_batch import balance_batch
 
-__all__ = ["SplitBalancedness", "split_balancedness", "even_batch", "rank_costs"]
+__all__ = ["SplitBalancedness", "even_batch", "rank_costs", "split_balancedness"]
 
 
 class SplitBalancedness(NamedTuple):

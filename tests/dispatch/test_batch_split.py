@@ -103,7 +103,7 @@ def test_padding_changes_no_tokens_slot(seed: int, tokens: int, padding: int) ->
     placement = random_placement(1, LOGICAL, SLOTS, seed)
     split = BatchSplit(TOPOLOGY)
     tables = BalancedDispatch(placement, TOPOLOGY, split)
-    row = LayerTables(tables._slots[0], tables._first[0, 1:], tables._count[0, 1:])
+    row = tables.of_layer(0)
     ids, junk = random_ids(seed, tokens), random_ids(seed + 1, padding)
     slots = split.slots(torch.cat([ids, junk]), row, torch.tensor([tokens]))
     assert torch.equal(slots[:tokens], split.slots(ids, row))
