@@ -54,14 +54,11 @@ def balance_batch(
     from .table_kernels import list_replicas
 
     ids = np.ascontiguousarray(placement.physical_to_logical.cpu().numpy())
-    layers, slots = ids.shape
-    listed = np.full((layers, slots + 1), -1)
-    first, count = (np.zeros((layers, placement.num_logical), np.int64) for _ in range(2))
-    list_replicas(ids, 0, 0, listed, first, count)
-    tokens = np.zeros((steps.shape[0], layers, slots), np.int64)
+    tokens = np.zeros((len(steps), *ids.shape), np.int64)
+    replicas = list_replicas(ids, placement.num_logical, 0, 0)
     ranks = topology.rank_of_slot().numpy()
-    split_batches(steps, listed, first, count, ranks, topology.num_ranks, cost, tokens)
-    return torch.from_numpy(tokens).view(*counts.shape[:-1], slots).to(counts.device)
+    split_batches(steps, *replicas, ranks, topology.num_ranks, cost, tokens)
+    return torch.from_numpy(tokens).view(*counts.shape[:-1], ids.shape[1]).to(counts.device)
 
 
 def checked_cost(expert_cost: SupportsIndex) -> int:

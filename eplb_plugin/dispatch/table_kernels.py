@@ -10,18 +10,22 @@ __all__ = ["list_replicas"]
 
 
 @cached_njit(nogil=True, fastmath=False, boundscheck=False)
-def list_replicas(slot_expert, first_near, end_near, slots, first, count):
-    """Write the slots of each expert, expert by expert and in rising order, and where they are.
+def list_replicas(slot_expert, num_logical, first_near, end_near):
+    """List the slots of each expert, expert by expert and in rising order, and where they are.
 
     Args:
         slot_expert: int64 [layers, slots], -1 for an empty slot.
         first_near, end_near: of an expert with any replica in these slots, only those are listed.
-        slots: int64 [layers, slots + 1], filled with -1.
-        first: int64 [layers, logical]; written: index of the first slot of each expert in `slots`.
-        count: int64 [layers, logical], zeros; written: number of its slots.
+
+    Returns:
+        slots: int64 [layers, slots + 1], -1 behind the listed ones.
+        first: int64 [layers, logical], index of the first slot of each expert in `slots`.
+        count: int64 [layers, logical], number of its slots.
     """
     num_layers, num_slots = slot_expert.shape
-    num_logical = count.shape[1]
+    slots = np.full((num_layers, num_slots + 1), -1, np.int64)
+    first = np.zeros((num_layers, num_logical), np.int64)
+    count = np.zeros((num_layers, num_logical), np.int64)
     is_near = np.empty(num_logical, np.bool_)
     end = np.empty(num_logical, np.int64)
     for layer in range(num_layers):
@@ -42,3 +46,4 @@ def list_replicas(slot_expert, first_near, end_near, slots, first, count):
             if expert >= 0 and (first_near <= slot < end_near or not is_near[expert]):
                 slots[layer, end[expert]] = slot
                 end[expert] += 1
+    return slots, first, count

@@ -116,9 +116,7 @@ class ReplicaTables:
                 f"a placement of shape {ids.shape} with experts {ids.min()}..{ids.max()} does not fit "
                 f"{wanted[0]} layers of tables of {wanted[1]} slots and {logical} experts"
             )
-        slots = np.full((len(layers), self._num_slots + 1), -1)
-        first, count = (np.zeros((len(layers), logical), np.int64) for _ in range(2))
-        list_replicas(ids, self._near.start, self._near.stop, slots, first, count)
+        slots, first, count = list_replicas(ids, logical, self._near.start, self._near.stop)
         if not count.all():
             row, expert = np.argwhere(count == 0)[0]
             raise PlacementError(f"layer {layers[row]} has no slot for expert {expert} of {logical}")

@@ -39,7 +39,7 @@ def layer_tables(placement: eplb.Placement, topology: eplb.Topology, way: str) -
         listed = LayerTables(wide.view(-1), torch.arange(len(count)) * 1024, count)
     else:
         tables = ReplicaTables(placement, topology)
-        listed = LayerTables(tables._slots[0], tables._first[0, 1:], tables._count[0, 1:])
+        listed = tables.of_layer(0)
     return LayerTables(*(table.to(torch.int32 if way.endswith("int32") else torch.int64) for table in listed))
 
 
