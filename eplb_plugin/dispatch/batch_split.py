@@ -86,7 +86,7 @@ class BatchSplit:
         self, expert_ids: torch.Tensor, replicas: LayerTables, num_tokens: torch.Tensor | None
     ) -> torch.Tensor:
         # Importing numba takes a while.
-        from .slot_kernels import choose_slots, count_tokens
+        from .split_kernels import choose_slots, count_tokens
 
         ids = expert_ids.contiguous().view(-1).numpy()
         top_k = expert_ids.shape[1] if expert_ids.dim() == 2 else 1
@@ -124,7 +124,7 @@ def _compile(*, slots: bool) -> None:
     balance_batch(torch.ones(1, 1, 1, dtype=torch.int64), single, Topology(num_ranks=1, num_slots=1))
     if not slots:
         return
-    from .slot_kernels import choose_slots, count_tokens
+    from .split_kernels import choose_slots, count_tokens
 
     zero, one = np.zeros(1, np.int64), np.ones(1, np.int64)
     for dtype in (np.int32, np.int64):

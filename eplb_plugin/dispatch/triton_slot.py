@@ -1,4 +1,4 @@
-"""Triton: from the experts of a batch's tokens to their slots, in three launches, equal to `slot_kernels`.
+"""Triton: from the experts of a batch's tokens to their slots, in three launches, equal to `split_kernels`.
 
 1. `count`: tokens of each expert, by blocks of ids; beside that, the tasks of the ranks.
 2. `split`: quotas of all slots; beside that, the position of each id among those of its expert.
