@@ -35,7 +35,7 @@ from eplb_plugin.dispatch.split_kernels import split_batches
 from eplb_plugin.dispatch.tables import ReplicaTables
 from eplb_plugin.formats.loads import read_trace
 from eplb_plugin.integration.torch_moe import MoEConfig, MoEModel
-from eplb_plugin.offline.dispatch_replay import DISPATCHES
+from eplb_plugin.offline.dispatch_replay import SPLITS
 from eplb_plugin.offline.linear_program import best_split
 from eplb_plugin.offline.synthetic_traffic import generate
 from eplb_plugin.offline.token_replay import fold_decode, fold_prefill
@@ -90,7 +90,7 @@ def balance(case: Case) -> dict[str, float]:
     for placement, steps in case.judged():
         means.append(steps.sum(2).double() / ranks)
         shares += [eplb.balancedness(step, placement, case.topology) for step in steps]
-        for name, split in DISPATCHES.items():
+        for name, split in SPLITS.items():
             tokens = split(steps, placement, case.topology, 0, (0,))
             peaks.setdefault(name, []).append(rank_costs(tokens, case.topology, 0).amax(2).double())
         best = case.topology.by_rank(best_split(steps, placement, case.topology), 0.0).sum(3).amax(2)
@@ -279,7 +279,7 @@ def measure_decode(folder: Path, quick: bool, expert_cost: int = 32) -> Rows:
                 ("tokens alone", "balanced", 0),
                 ("balanced", "balanced", expert_cost),
             ):
-                split = DISPATCHES[dispatch](steps, placement, topology, cost, (0,))
+                split = SPLITS[dispatch](steps, placement, topology, cost, (0,))
                 peaks[name].append(rank_costs(split, topology, expert_cost).amax(2))
         even, alone, balanced = (torch.cat(each) for each in peaks.values())
         rows.append(

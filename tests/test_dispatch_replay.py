@@ -11,7 +11,7 @@ from hypothesis import given, settings
 
 import eplb_plugin as eplb
 from eplb_plugin.dispatch.rank_costs import rank_costs
-from eplb_plugin.offline.dispatch_replay import DISPATCHES, find_dispatch, whole_counts
+from eplb_plugin.offline.dispatch_replay import SPLITS, find_split, whole_counts
 from eplb_plugin.offline.linear_program import best_split
 from tests.dispatch.test_balance_batch import batches, even_split
 from tests.dispatch.test_balance_batch import rank_costs as slow_rank_costs
@@ -33,8 +33,8 @@ def skewed(steps: int, layers: int = 2) -> tuple[torch.Tensor, eplb.Placement]:
 def test_every_split_keeps_the_tokens_of_each_expert(batch: Batch) -> None:
     counts, placement, topology = batch
     ids = placement.physical_to_logical
-    for name in DISPATCHES:
-        (tokens,) = find_dispatch(name)(counts[None], placement, topology, 0, (1,))
+    for name in SPLITS:
+        (tokens,) = find_split(name)(counts[None], placement, topology, 0, (1,))
         assert tokens.dtype == torch.int64
         assert tokens.min() >= 0
         assert not tokens[ids < 0].any()
@@ -46,7 +46,7 @@ def test_every_split_keeps_the_tokens_of_each_expert(batch: Batch) -> None:
 @given(batch=batches())
 def test_the_even_split_is_that_of_a_loop(batch: Batch) -> None:
     counts, placement, topology = batch
-    (tokens,) = DISPATCHES["even"](counts[None], placement, topology, 0, (0,))
+    (tokens,) = SPLITS["even"](counts[None], placement, topology, 0, (0,))
     for layer, slots in enumerate(placement.physical_to_logical):
         for expert, count in enumerate(counts[layer].tolist()):
             where = slots == expert
@@ -57,7 +57,7 @@ def test_the_even_split_is_that_of_a_loop(batch: Batch) -> None:
 @given(batch=batches())
 def test_costs_of_ranks_are_those_of_a_loop(batch: Batch) -> None:
     counts, placement, topology = batch
-    (tokens,) = DISPATCHES["even"](counts[None], placement, topology, 0, (0,))
+    (tokens,) = SPLITS["even"](counts[None], placement, topology, 0, (0,))
     for cost in (0, 5, 30):
         for layer, row in enumerate(rank_costs(tokens, topology, cost)):
             assert row.tolist() == slow_rank_costs(tokens[layer].tolist(), topology, cost)
@@ -102,7 +102,7 @@ def test_each_step_and_layer_has_an_optimum_of_its_own() -> None:
 def test_a_placement_without_replicas_leaves_nothing_to_split() -> None:
     topology = eplb.Topology(num_ranks=2, num_slots=4)
     placement = eplb.Placement(torch.tensor([[3, 1, 0, 2]]), 4)
-    for split in DISPATCHES.values():
+    for split in SPLITS.values():
         assert split(torch.tensor([[[1, 2, 3, 4]]]), placement, topology, 0, (0,)).tolist() == [
             [[4, 2, 1, 3]]
         ]
@@ -112,10 +112,10 @@ def test_drawn_tokens_follow_the_shares_of_the_linear_program_and_their_seed() -
     counts, placement = skewed(1)
     best = best_split(counts, placement, TOPOLOGY)
     states = np.random.get_state()[1].copy(), torch.get_rng_state()
-    drawn = torch.cat([DISPATCHES["sampled"](counts, placement, TOPOLOGY, 0, (seed,)) for seed in range(400)])
+    drawn = torch.cat([SPLITS["sampled"](counts, placement, TOPOLOGY, 0, (seed,)) for seed in range(400)])
     assert (np.random.get_state()[1] == states[0]).all()
     assert torch.equal(torch.get_rng_state(), states[1])
-    again = DISPATCHES["sampled"](counts, placement, TOPOLOGY, 0, (7,))
+    again = SPLITS["sampled"](counts, placement, TOPOLOGY, 0, (7,))
     assert torch.equal(again[0], drawn[7])
     assert not torch.equal(drawn[7], drawn[8])
     # Five standard deviations of a mean of 400 binomial draws of up to 1024 tokens.
@@ -128,7 +128,7 @@ def test_what_cannot_be_replayed() -> None:
     with pytest.raises(
         eplb.ConfigError, match="no dispatch 'best' to replay; there are even, balanced, sampled"
     ):
-        find_dispatch("best")
+        find_split("best")
     with pytest.raises(eplb.TraceError, match=r"mine: step 1, layer 0, expert 2 has 0\.5 tokens"):
         whole_counts(torch.tensor([[[1.0, 2, 3]], [[1, 2, 0.5]]]), "mine")
     assert whole_counts(torch.tensor([[[1.0, 2, 3]]]), "mine").dtype == torch.int64

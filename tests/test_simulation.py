@@ -19,7 +19,7 @@ from eplb_plugin.core.topology import Topology
 from eplb_plugin.dispatch.balance_batch import balance_batch
 from eplb_plugin.dispatch.rank_costs import rank_costs
 from eplb_plugin.formats.loads import read_trace
-from eplb_plugin.offline.dispatch_replay import DISPATCHES
+from eplb_plugin.offline.dispatch_replay import SPLITS
 from eplb_plugin.offline.simulation import POLICIES, PolicySetup, policy_setup, simulate
 from eplb_plugin.offline.synthetic_traffic import generate
 from eplb_plugin.offline.token_replay import fold_decode
@@ -147,7 +147,7 @@ def test_dispatches_are_judged_on_single_steps(trace):
     last = Placement(policy.currents[-1].physical_to_logical.roll(1, 1), 32)
     placements = [*policy.currents[1:], last]
     costs, found = {}, {}
-    for name, split in DISPATCHES.items():
+    for name, split in SPLITS.items():
         costs[name], found[name] = 0, []
         for part, placement in zip(result.intervals, placements, strict=True):
             ahead = trace.load[part.first_step : part.first_step + part.steps].to(torch.int64)

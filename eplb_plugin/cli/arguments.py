@@ -10,7 +10,7 @@ import typer
 from ..config.options import Options
 from ..config.sources import Settings, load_settings
 from ..core.errors import ConfigError
-from ..offline.dispatch_replay import DISPATCHES
+from ..offline.dispatch_replay import SPLITS
 from ..offline.simulation import POLICIES
 from ..offline.synthetic_traffic import PROFILES
 
@@ -98,7 +98,7 @@ Dispatches = Annotated[
     option(
         "simulate.dispatches",
         "--dispatch",
-        meaning=f"Dispatch to judge on single steps; repeatable: {', '.join(DISPATCHES)}.",
+        meaning=f"Dispatch to judge on single steps; repeatable: {', '.join(SPLITS)}.",
     ),
 ]
 ExpertCost = Annotated[int | None, option("simulate.expert_cost")]

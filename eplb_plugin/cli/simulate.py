@@ -13,7 +13,7 @@ from rich.table import Table
 from ..config.sources import COMMAND_LINE
 from ..core.errors import ConfigError
 from ..core.topology import Topology
-from ..offline.dispatch_replay import find_dispatch
+from ..offline.dispatch_replay import find_split
 from ..offline.simulation import SimulationResult, policy_setup
 from ..offline.simulation import simulate as replay
 from ..offline.traces import LoadTrace
@@ -51,7 +51,7 @@ def simulate(
     settings = arguments.settings_for(context)
     setups = [policy_setup(name, settings.planner) for name in settings.simulate.policies]
     for name in settings.simulate.dispatches:
-        find_dispatch(name)
+        find_split(name)
     # The even split alone is what every row shows anyway.
     judged = () if set(settings.simulate.dispatches) == {"even"} else settings.simulate.dispatches
     if not judged and settings.origins.get("simulate.expert_cost") == COMMAND_LINE:

@@ -18,10 +18,10 @@ from ..dispatch.rank_costs import even_batch, rank_costs
 from .linear_program import best_split
 
 __all__ = [
-    "DISPATCHES",
+    "SPLITS",
     "BatchScore",
     "SplitSteps",
-    "find_dispatch",
+    "find_split",
     "has_whole_counts",
     "score",
     "whole_counts",
@@ -78,21 +78,21 @@ def _sampled(
     return torch.from_numpy(drawn)
 
 
-DISPATCHES: Mapping[str, SplitSteps] = MappingProxyType(
+SPLITS: Mapping[str, SplitSteps] = MappingProxyType(
     {"even": _even, "balanced": _balanced, "sampled": _sampled}
 )
 """The splits of whole batches, by name. `sampled` ignores `expert_cost`; the seed is for its draws."""
 
 
-def find_dispatch(name: str) -> SplitSteps:
+def find_split(name: str) -> SplitSteps:
     """The split of the dispatch `name`.
 
     Raises:
         ConfigError: there is none; the message lists the names.
     """
-    if name not in DISPATCHES:
-        raise ConfigError(f"no dispatch {name!r} to replay; there are {', '.join(DISPATCHES)}")
-    return DISPATCHES[name]
+    if name not in SPLITS:
+        raise ConfigError(f"no dispatch {name!r} to replay; there are {', '.join(SPLITS)}")
+    return SPLITS[name]
 
 
 def score(
@@ -110,7 +110,7 @@ def score(
     cost is that of whole tokens, also for `even`.
 
     Args:
-        name: of `DISPATCHES`.
+        name: of `SPLITS`.
         steps: [steps, layers, logical], tokens, whole numbers.
         expert_cost: least cost of a replica in use, in tokens.
         seed: of `sampled`.
@@ -119,7 +119,7 @@ def score(
         ConfigError: unknown dispatch. LoadError, PlacementError: see `balance_batch`. TraceError: a number of
             tokens is no whole number.
     """
-    split, cost = find_dispatch(name), checked_cost(expert_cost)
+    split, cost = find_split(name), checked_cost(expert_cost)
     counts = whole_counts(steps, "the load")
     each = max(1, _MOST_CELLS // placement.physical_to_logical.numel())
     loads, costs = [], 0

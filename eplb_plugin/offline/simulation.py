@@ -19,7 +19,7 @@ from ..core.topology import Topology
 from ..planning.planner import plan
 from ..planning.policies import POLICIES as PLANNER_POLICIES
 from ..planning.policies import Policy
-from .dispatch_replay import BatchScore, find_dispatch, score, whole_counts
+from .dispatch_replay import BatchScore, find_split, score, whole_counts
 from .traces import LoadTrace
 
 __all__ = [
@@ -137,7 +137,7 @@ def simulate(
         snapshots: snapshots that each interval is folded into, at most.
         history: intervals that the window spans, at most.
         planner: options of the planner, for policies given by name.
-        dispatches: names of `dispatch_replay.DISPATCHES`, to be judged on each step as one batch. Without
+        dispatches: names of `dispatch_replay.SPLITS`, to be judged on each step as one batch. Without
             any, balancedness is that of the even split alone.
         expert_cost: for dispatches: least cost of a replica in use, in tokens.
         seed: of the dispatch `sampled`.
@@ -158,7 +158,7 @@ def simulate(
     snapshots, history = setup.snapshots or snapshots, setup.history or history
     names = list(dict.fromkeys(dispatches))
     for name in names:
-        find_dispatch(name)
+        find_split(name)
     counts = whole_counts(trace.load, trace.name) if names else trace.load
     # Costs are told as a ratio to those of the even split.
     judged = ["even", *(name for name in names if name != "even")] if names else []

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import pkgutil
-import sys
-import types
 from collections.abc import Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -19,6 +17,7 @@ from ...dispatch.batch_split import GatherCounts
 from ...dispatch.expert_cost import resolve_expert_cost
 from ..common.agreement import announce
 from ..common.planner import DispatchInForce
+from ..common.replacement import replace_function
 from .dispatch import NO_BACKEND, LayerSolvers, ServedSplit, check_dispatch, serve, to_slots
 from .policy import SglangBalancer, is_first_rank
 from .seams import map_in_force, missing_seams
@@ -116,7 +115,7 @@ def begin_dispatch(manager: Any, balancer: SglangBalancer) -> None:
     serve(split)
     copies = parallel.tp_size if gather is None else 1
     balancer.planner.dispatch = lambda: DispatchInForce(split.expert_cost, copies)
-    _replace_mapping()
+    replace_function(pkgutil.resolve_name(_MAPPING), to_slots)
     if is_first_rank():
         seen = "every rank has all tokens" if gather is None else "ranks exchange their counts"
         _logger.info("dispatch=balanced: %s, expert_cost=%s", seen, balancer.options.expert_cost)
@@ -189,16 +188,6 @@ def _check_model(architectures: Sequence[str]) -> None:
                 f"of {name}, and the others would wait for it. Known to take part are "
                 f"{', '.join(_ASK_WITHOUT_TOKENS)}, and models with SGLang's own --ep-dispatch-algorithm lp"
             ) from None
-
-
-def _replace_mapping() -> None:
-    """Put `to_slots` wherever SGLang's mapping is; modules imported later take it from its own module."""
-    original = pkgutil.resolve_name(_MAPPING)
-    for module in list(sys.modules.values()):
-        if isinstance(module, types.ModuleType):
-            for name, value in list(vars(module).items()):
-                if value is original:
-                    setattr(module, name, to_slots)
 
 
 def _num_tokens() -> torch.Tensor | None:

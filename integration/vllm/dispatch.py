@@ -8,7 +8,6 @@ import inspect
 import logging
 import sys
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -21,6 +20,7 @@ from ...dispatch.tables import LayerTables
 from ..common.agreement import announce
 from ..common.options import EngineOptions
 from ..common.planner import DispatchInForce
+from ..common.replacement import replace_function
 
 __all__ = ["BalancedMapping", "bind_dispatch", "restore_mapping", "token_layout"]
 
@@ -163,19 +163,6 @@ def restore_mapping() -> None:
     ours = getattr(sys.modules.get(_MODULE), _NAME, None)
     if isinstance(ours, BalancedMapping):
         replace_function(ours, ours.own)
-
-
-def replace_function(old: object, new: object) -> None:
-    """Put `new` in place of `old` in every module that holds it under any name.
-
-    Modules that are imported later get it from vLLM's own module.
-    """
-    for module in list(sys.modules.values()):
-        if isinstance(module, ModuleType):
-            # Not `getattr`: it makes lazy modules import things.
-            for name, value in list(vars(module).items()):
-                if value is old:
-                    setattr(module, name, new)
 
 
 def token_layout(model: Any, parallel: Any) -> TokenLayout:

@@ -10,10 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import linprog
 
 import eplb_plugin as eplb
 from eplb_plugin.dispatch.split_kernels import SWEEPS
+from tests.dispatch.cases import best_peak
 from tests.runtime.cases import random_placement
 
 COSTS = (0, 1, 8, 30)
@@ -156,19 +156,6 @@ def test_the_peak_is_within_a_hundredth_of_the_linear_programs() -> None:
         tokens = eplb.balance_batch(torch.from_numpy(counts)[None], placement, topology)
         ratios.append(max(rank_costs(tokens[0].tolist(), topology, 0)) / best)
     assert np.mean(ratios) < 1.01
-
-
-def best_peak(counts: np.ndarray, slots: np.ndarray, topology: eplb.Topology) -> float:
-    """The least peak rank load of any split into fractions, by a linear program."""
-    n, ranks = len(slots), topology.num_ranks
-    of_expert = np.zeros((len(counts), n + 1))
-    of_expert[slots, np.arange(n)] = 1
-    of_rank = np.hstack([np.zeros((ranks, n)), -np.ones((ranks, 1))])
-    for rank in range(ranks):
-        of_rank[rank, :n][topology.slots_of_rank(rank)] = 1
-    solved = linprog(np.eye(n + 1)[-1], of_rank, np.zeros(ranks), of_expert, counts)
-    assert solved.success
-    return float(solved.fun)
 
 
 def test_empty_slots_and_second_replicas_on_a_rank_get_nothing() -> None:

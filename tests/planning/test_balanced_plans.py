@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import linprog
 
 import eplb_plugin as eplb
 from eplb_plugin.dispatch.rank_costs import even_batch, rank_costs, split_balancedness
 from eplb_plugin.planning.kernels.api import improve_splits, split_peaks, step_peaks
+from tests.dispatch.cases import best_peak
 from tests.runtime.cases import random_placement
 
 BALANCED = eplb.PlannerOptions(dispatch="balanced")
@@ -26,19 +26,6 @@ def skewed(seed: int, steps: int, layers: int, logical: int, tokens: int = 800) 
     return torch.from_numpy(
         draw.poisson(tokens * share / share.sum(1, keepdims=True), (steps, layers, logical))
     )
-
-
-def best_peak(counts: np.ndarray, slots: np.ndarray, topology: eplb.Topology) -> float:
-    """The least peak rank load of any split into fractions, by a linear program."""
-    n, ranks = len(slots), topology.num_ranks
-    of_expert = np.zeros((len(counts), n + 1))
-    of_expert[slots, np.arange(n)] = 1
-    of_rank = np.hstack([np.zeros((ranks, n)), -np.ones((ranks, 1))])
-    for rank in range(ranks):
-        of_rank[rank, :n][topology.slots_of_rank(rank)] = 1
-    solved = linprog(np.eye(n + 1)[-1], of_rank, np.zeros(ranks), of_expert, counts)
-    assert solved.success
-    return float(solved.fun)
 
 
 @settings(max_examples=40, deadline=None)

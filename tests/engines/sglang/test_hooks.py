@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from eplb_plugin import ConfigError
+from eplb_plugin.integration.common.replacement import replace_function
 from eplb_plugin.integration.sglang import dispatch_seams
 from eplb_plugin.integration.sglang import plugin as sglang_plugin
 from eplb_plugin.integration.sglang.dispatch import to_slots
@@ -176,7 +177,7 @@ def test_the_mapping_is_replaced_wherever_it_is(monkeypatch):
         monkeypatch.setattr(module, name, getattr(module, name))  # put back at the end
     before = {getattr(module, name) for module in holders}
     assert len(before) == 1
-    dispatch_seams._replace_mapping()
+    replace_function(expert_location_dispatch.topk_ids_logical_to_physical, to_slots)
     assert all(getattr(module, name) is to_slots for module in holders)
     left = [
         module.__name__

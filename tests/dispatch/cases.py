@@ -1,0 +1,26 @@
+"""The best split of a batch, for comparison: an oracle apart from `offline.linear_program`."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.optimize import linprog
+
+import eplb_plugin as eplb
+
+
+def best_peak(counts: np.ndarray, slots: np.ndarray, topology: eplb.Topology) -> float:
+    """The least peak rank load of any split into fractions, by a dense linear program.
+
+    Args:
+        counts: [logical], tokens.
+        slots: int64 [slots], the expert in each slot.
+    """
+    n, ranks = len(slots), topology.num_ranks
+    of_expert = np.zeros((len(counts), n + 1))
+    of_expert[slots, np.arange(n)] = 1
+    of_rank = np.hstack([np.zeros((ranks, n)), -np.ones((ranks, 1))])
+    for rank in range(ranks):
+        of_rank[rank, :n][topology.slots_of_rank(rank)] = 1
+    solved = linprog(np.eye(n + 1)[-1], of_rank, np.zeros(ranks), of_expert, counts)
+    assert solved.success
+    return float(solved.fun)
