@@ -11,7 +11,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("algorithm", "reliability", "performance", "architecture")),
+    *(
+        ROOT / "docs" / f"{name}.md"
+        for name in ("algorithm", "architecture", "dispatch", "performance", "reliability")
+    ),
 ]
 MOST_ON_THE_MEAN = 18  # words
 MOST = 35  # words

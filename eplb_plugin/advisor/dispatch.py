@@ -17,7 +17,7 @@ class DispatchGain:
 
     Attributes:
         expert_cost: least cost of a replica in use, in tokens.
-        first, second: part of the time of the experts that it saves on each half of the load.
+        first, second: fraction of the time of the experts saved, on each half of the load.
         layer_seconds: time of the experts of a layer with the even split, at the slowest rank; None: unknown.
         message_seconds: time of its message for each layer and batch; 0: none.
     """

@@ -67,8 +67,8 @@ class Trial(BaseModel):
     """Mean transfers between nodes of the rank with the most."""
 
     even_cost: float | None = None
-    """Cost of the slowest rank over the mean load of a rank, with the even split; None if the load does not
-    consist of whole batches."""
+    """Cost of the slowest rank / mean load of a rank, with the even split; None for loads in fractions of
+    tokens."""
 
     balanced_cost: float | None = None
     """The same with dispatch `balanced`."""

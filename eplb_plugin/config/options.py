@@ -158,7 +158,7 @@ class RebalancerOptions(Options):
     snapshots: int = Field(32, ge=1, le=1024)
     """Maximum number of snapshots of an interval. Example: 1000 steps make 32 snapshots of 31 or 32 steps."""
     samples: int = Field(16, ge=0, le=1024)
-    """Dispatch `balanced`: single steps of an interval on which it is measured, evenly spaced."""
+    """Dispatch `balanced`: single steps kept of an interval, evenly spaced, to measure and to plan for it."""
     history: int = Field(4, ge=1, le=64)
     """Intervals in the window of a plan."""
     planning: Literal["leader", "sharded"] = "leader"
@@ -167,9 +167,9 @@ class RebalancerOptions(Options):
     """Replica of each token. `even`: all replicas of the expert equally. `local_first`: replicas on the
     token's own rank, if there are any. `balanced`: each batch is split so that all ranks finish together."""
     batch: Literal["sharded", "own", "replicated"] = "sharded"
-    """Dispatch `balanced`: the batch that a rank splits. `sharded`: its tokens are those of all ranks, by one
-    all-gather of counts per layer. `own`: the tokens of this rank alone, without a message, for half of the
-    gain. `replicated`: every rank has all tokens, in the same order; no message."""
+    """Dispatch `balanced`: tokens that are split together. `sharded`: of all ranks, after one all-gather of
+    counts per layer. `own`: of this rank alone, without a message, for half of the gain. `replicated`: every
+    rank has all tokens, in the same order; no message."""
     expert_cost: Annotated[int, Field(ge=0, le=2**20)] | Literal["auto"] = 0
     """Dispatch `balanced`: least cost of a replica in use, in tokens: time to read its weights over time of a
     token. `auto`: from the weights and the accelerator. Example: with 32, an expert with 20 tokens goes to

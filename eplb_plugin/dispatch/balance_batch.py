@@ -22,10 +22,10 @@ def balance_batch(
 ) -> torch.Tensor:
     """Split each batch over the replicas of its experts so that the slowest rank has the least to do.
 
-    Water filling from the even split: for one replicated expert after the other, its tokens are taken off its
-    ranks and filled back in at the lowest level, until nothing changes, eight sweeps at most. The cost of a
-    rank is the sum over its slots in use of max(`expert_cost`, tokens). The slowest rank's is never above
-    that of the even split.
+    Water filling, from the even split on. The tokens of one replicated expert after the other come off its
+    ranks, and are filled back in at the lowest level. Sweeps end when nothing changes, after eight at the
+    latest. The cost of a rank is the sum over its slots in use of max(`expert_cost`, tokens). The cost of the
+    slowest rank is never above its cost with the even split.
 
     Example: expert 0 with 8 tokens has replicas on two ranks, one of which has 4 tokens of another expert.
     It gets 2 tokens there and 6 on the other rank: both ranks have 6.
@@ -42,8 +42,7 @@ def balance_batch(
         the slots of an expert they add up to its count. Equal input gives equal splits on every machine.
 
     Raises:
-        LoadError: `counts` has another shape, no integers, or values outside of its range, or `expert_cost`
-            has.
+        LoadError: `counts` has another shape, another dtype or values out of range; or `expert_cost` has.
         PlacementError: the placement does not fit the topology.
     """
     steps = _checked_counts(counts, placement)

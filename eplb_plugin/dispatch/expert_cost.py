@@ -50,8 +50,8 @@ _FORMATS = {
 def resolve_expert_cost(option: int | str, tensors: Sequence[torch.Tensor], device: torch.device) -> int:
     """The option `expert_cost` in tokens.
 
-    The bytes are those of all tensors. Parameters are counted in the weights alone: scales, biases and zero
-    points, with less than a quarter of the bytes of the largest tensor, are left out. Packed formats: uint8
+    Bytes are counted in all tensors, parameters in the weights alone. Scales, biases and zero points are left
+    out: tensors with less than a quarter of the bytes of the largest one. Packed formats: uint8
     holds two 4-bit weights (MXFP4, NVFP4), int32 eight of them (GPTQ, AWQ, compressed tensors). Any float8 is
     8 bits wide.
 

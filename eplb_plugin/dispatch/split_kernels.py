@@ -1,7 +1,7 @@
 """Compiled: the split of a batch over the replicas of its experts, by water filling.
 
-For one replicated expert after the other, its tokens are taken off its ranks and filled back in, so that its
-lightest ranks end level. Eight sweeps over the experts end within half a point of the balancedness of the
+The tokens of one replicated expert after the other come off its ranks, and are filled back in until its
+lightest ranks are level. Eight sweeps over the experts end within half a point of the balancedness of the
 linear program. Integers throughout, in one order: equal counts give equal splits everywhere.
 
 From the split to the slots of tokens is here too. Numba's cache notices a change of this file alone: with the

@@ -78,8 +78,8 @@ class DispatchResult:
     Attributes:
         dispatch: its name.
         balancedness: mean over all steps after the first interval.
-        cost: cost of the slowest rank over the mean load of a rank, both summed over steps and layers: the
-            time of the MoE layers, that of tokens spread over all ranks being 1.
+        cost: cost of the slowest rank / mean load of a rank, both summed over steps and layers. It is
+            the time of the MoE layers; 1 is the time of tokens spread evenly over all ranks.
         cost_ratio: `cost` over that of the even split.
         intervals: balancedness of each interval.
     """
@@ -144,8 +144,8 @@ def simulate(
         progress: called with (rebalances done, rebalances in all) after each.
 
     Raises:
-        TraceError: the trace is not longer than one interval, a number is below 1, or a dispatch is asked for
-            and a load is no whole number. ConfigError: an unknown policy or dispatch. TopologyError: more
+        TraceError: the trace is not longer than one interval, a number is below 1, or a dispatch is given for
+            loads in fractions of tokens. ConfigError: an unknown policy or dispatch. TopologyError: more
             experts than slots. PlacementError: the placement of the policy does not fit.
     """
     for name, value in (("interval", interval), ("snapshots", snapshots), ("history", history)):

@@ -157,7 +157,11 @@ class Rebalancer:
             self.window.record_counts(layer, counts)
 
     def physical(self, layer: int, expert_ids: torch.Tensor) -> torch.Tensor:
-        """The slots to send tokens to; see `Dispatch.physical`. Hot path: device work only."""
+        """The slots to send tokens to; see `Dispatch.physical`. Hot path: device work only.
+
+        With `dispatch="balanced"` and `batch="sharded"` it is a collective: all ranks call it for each layer
+        and batch, also ranks without tokens. On the CPU, the split is computed at once.
+        """
         return self.tables.physical(layer, expert_ids)
 
     def step(self, is_dummy: bool = False) -> RebalanceReport | None:

@@ -32,9 +32,9 @@ class RebalanceReport:
         balancedness_after: of the same interval, under the placement now in force.
         window_balancedness_before: of the whole window, under the old placement; None if unknown.
         window_balancedness_after: of the whole window, under the placement now in force; None if unknown.
-        sampled_balancedness_even: of single steps by their rank costs, under the old placement, if each
-            expert's tokens were spread evenly over its replicas; None without dispatch `balanced`.
-        sampled_balancedness: of the same steps, as they were split.
+        sampled_balancedness_even: of single steps by rank costs, under the old placement, with the even
+            split; None without dispatch `balanced`.
+        sampled_balancedness: of the same steps, with the split of dispatch `balanced`.
         layers: layers with a new placement.
         moves: transfers of one expert's weights to one rank, over all ranks.
         bytes_moved: bytes sent between ranks, over all ranks; 0 for a loop without weights, None if unknown.

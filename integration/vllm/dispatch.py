@@ -101,8 +101,8 @@ class BalancedMapping:
 def bind_dispatch(state: Any, options: EngineOptions, group: Any) -> DispatchInForce | None:
     """Put the dispatch of `options` in force in this process. All ranks call it together after each model.
 
-    Where vLLM lacks a seam, or ranks share tokens in a way that is not known, an error says so and vLLM's own
-    mapping goes on.
+    Where vLLM lacks a seam, or the layout of tokens is unknown, an error is logged. vLLM's own mapping then
+    goes on.
 
     Args:
         state: an `EplbState` with one model or more.

@@ -98,8 +98,8 @@ class IntervalRecord:
     Attributes:
         interval: index of the interval.
         rows: int64 [steps, layers], (token, expert) pairs computed by this rank, with rebalancing.
-        even: float64 [steps, layers, ranks], pairs of this rank's tokens on each rank, had the tokens of each
-            expert been spread evenly over its replicas, with rebalancing.
+        even: float64 [steps, layers, ranks], pairs of this rank's tokens on each rank, with rebalancing and
+            the even split.
         rows_static: int64 [steps, layers], the same without rebalancing.
         compared: the outputs compared.
         reports: rebalances that ended since the last record. In the background, a rebalance ends some steps
