@@ -93,10 +93,10 @@ def _try_exchange(state, mine, other, is_copy, limit, given, load, norms):
     rank_of, num_samples = state.rank_of, state.samples.shape[0]
     x, y = state.expert[mine], state.expert[other]
     # Where the tokens of the other expert go until they are filled anew, if it loses a replica.
-    refuge = -1
+    remaining = -1
     for slot in state.slots[state.first[y] : state.first[y + 1]]:
-        if slot != other and refuge < 0:
-            refuge = slot
+        if slot != other and remaining < 0:
+            remaining = slot
     make_exchange(state, mine, other, is_copy)
     list_slots(state.expert, state.slots, state.first)
     total, before = 0.0, 0.0
@@ -110,8 +110,8 @@ def _try_exchange(state, mine, other, is_copy, limit, given, load, norms):
         loads[rank_of[other]] -= here
         if is_copy:
             row[other] = 0.0
-            row[refuge] += here
-            loads[rank_of[refuge]] += here
+            row[remaining] += here
+            loads[rank_of[remaining]] += here
         else:
             there = row[mine]
             row[other], row[mine] = there, here
