@@ -20,6 +20,8 @@ from . import worker_checks  # noqa: F401
 from .prompts import NEW_TOKENS, PROMPTS, traffic
 from .step_loads import count_steps
 
+MOST_ROUNDS = 40  # of a step that waits for failures
+
 # vLLM forks its processes on GPUs; on CPUs it starts interpreters, and each imports all of it again, for many
 # seconds. `test_server.py` has those, too.
 for module in (vllm.v1.engine.coordinator, vllm.v1.engine.utils, vllm.v1.executor.multiproc_executor):
@@ -37,6 +39,12 @@ class Meeting:
         self._path.with_suffix(f".{self._number}").touch()
         while len(list(self._path.parent.glob(f"result*.{self._number}"))) < self._peers:
             time.sleep(0.01)
+
+
+def count_failures(llm):
+    """The failures of each rank's planners so far."""
+    ranks = llm.collective_rpc("eplb_plugin_report")
+    return [sum(model["failures"] for model in rank["models"].values()) for rank in ranks]
 
 
 def main(scenario, result_path):
@@ -57,9 +65,16 @@ def main(scenario, result_path):
         for method, *args in step.get("before", []):
             result[method] = llm.collective_rpc(method, args=tuple(args))
         rounds = []
+        failures = count_failures(llm) if step.get("until_failures") else []
         for number in range(step["rounds"]):
             rounds.append(generate(PROMPTS))
             if step.get("traffic"):
+                generate(traffic(number))
+        if step.get("until_failures"):
+            # The planner may be busy for longer than the rounds take, and then fail as the step before made it.
+            for number in range(step["rounds"], MOST_ROUNDS):
+                if all(now > then + 1 for then, now in zip(failures, count_failures(llm), strict=True)):
+                    break
                 generate(traffic(number))
         after = {}
         if scenario.get("watched"):

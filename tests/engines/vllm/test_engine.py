@@ -22,6 +22,7 @@ STEPS = [
             "name": how,
             "before": [*([["mend_planner"]] if n else []), ["break_planner", how]],
             "rounds": 1,
+            "until_failures": how != "slow",
             **EVERY,
         }
         for n, how in enumerate(FAULTS)
