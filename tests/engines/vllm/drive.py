@@ -71,7 +71,7 @@ def main(scenario, result_path):
             if step.get("traffic"):
                 generate(traffic(number))
         if step.get("until_failures"):
-            # The planner may be busy for longer than the rounds take; what fails first may be the last step's.
+            # The planner may outlast the rounds, and fail first as the step before made it.
             for number in range(step["rounds"], MOST_ROUNDS):
                 if all(now > then + 1 for then, now in zip(failures, count_failures(llm), strict=True)):
                     break
