@@ -6,7 +6,7 @@ import numpy as np
 
 from .compiling import jitable
 
-__all__ = ["pack_lpt", "sift_down"]
+__all__ = ["pack_lpt", "sift_down", "splitmix64"]
 
 
 @jitable
@@ -33,8 +33,8 @@ def pack_lpt(total, count, expert_node, ranks_per_node, rank_slots, candidate, s
     for expert in range(num_logical):
         key[expert] = -total[expert] / count[expert]
         if candidate > 0:
-            word = _splitmix64(np.uint64(seed) * np.uint64(4096) + np.uint64(candidate))
-            word = _splitmix64(word + np.uint64(expert))
+            word = splitmix64(np.uint64(seed) * np.uint64(4096) + np.uint64(candidate))
+            word = splitmix64(word + np.uint64(expert))
             key[expert] *= 0.8 + 0.4 * (np.float64(word >> np.uint64(11)) * 2.0**-53)
     order = np.argsort(key, kind="mergesort")
     load = np.zeros(num_ranks, np.float64)
@@ -80,7 +80,7 @@ def pack_lpt(total, count, expert_node, ranks_per_node, rank_slots, candidate, s
 
 
 @jitable
-def _splitmix64(x):
+def splitmix64(x):
     """The finaliser of SplitMix64, a bijection of 64-bit words."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
