@@ -3,14 +3,11 @@
 Greedy counts give the lowest hottest replica, but not always the lowest peak.
 
 - `isolating_counts`: no two of the hottest experts need to share a rank.
-- `best_pair_counts`: a search for ranks of two slots. There, the best packing of given replicas is known: the
-  heaviest with the lightest, the second heaviest with the second lightest, and so on. LPT packing gives it, and
-  one pass over the experts its peak. So thousands of counts can be tried. Example: loads of 600, 560, 120, 120,
-  20, 10, 10 and 10 on eight ranks. Greedy counts are 5, 4, 2, 1, 1, 1, 1 and 1, with a peak of 232. With 4, 4,
-  2, 2, 1, 1, 1 and 1 the peak is 200.
-
-The search is threshold accepting. Each trial moves one replica from one expert to another, both chosen by
-pseudo-random numbers. It is kept if it raises the peak by less than a threshold that falls to zero.
+- `pair_counts`: for ranks of two slots. There, the best packing of given replicas is known: the heaviest with
+  the lightest, the second heaviest with the second lightest, and so on. LPT packing makes these pairs, and
+  one pass over the experts gives their peak. So thousands of counts can be tried. Example: loads of 600,
+  560, 120, 120, 20, 10, 10 and 10 on eight ranks. Greedy counts are 5, 5, 1, 1, 1, 1, 1 and 1, with a peak
+  of 232. With 4, 3, 1, 4, 1, 1, 1 and 1 the peak is 196.7.
 """
 
 from __future__ import annotations
@@ -20,16 +17,19 @@ from typing import NamedTuple
 import numpy as np
 
 from .compiling import copy_into, jitable
+from .lower_bounds import rank_bound
 from .lpt_packing import splitmix64
-from .replica_counts import add_replicas
+from .replica_counts import add_replicas, greedy_counts
 
-__all__ = ["PairedReplicas", "best_pair_counts", "heaviest_pair", "isolating_counts", "paired_replicas"]
+__all__ = ["PairedReplicas", "heaviest_pair", "isolating_counts", "pair_counts", "paired_replicas"]
 
-_TRIALS = 4000  # of a search
-_EFFORT = 1 << 19  # experts of all its trials together, so that a large node takes no longer
+_WORTH_SEARCH = 4  # most ranks for each spare slot; with more ranks, other counts gain next to nothing
+_SEARCHES = 4  # from the same counts, with other pseudo-random numbers; one for large nodes
+_TRIALS = 1000  # of a search
+_EFFORT = 1 << 19  # experts of all trials together, so that a large node takes hardly longer
 _REACH = 16  # experts up to which the threshold begins at the whole gap to the bound; with more, at less
-_GUIDED = 0.5  # trials that give the replica to an expert which may lower the peak
-_GOLDEN_GAMMA = 0x9E3779B97F4A7C15  # the step of a counter, for SplitMix64
+_GUIDED = 0.5  # share of the trials whose replica goes to an expert that is likely to lower the peak
+_GOLDEN_GAMMA = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, the step of the counter of SplitMix64
 
 
 @jitable
@@ -148,64 +148,126 @@ def _set_count(pairs, expert, number):
 
 
 @jitable
-def best_pair_counts(weight, count, num_experts, num_ranks, bound, target, seed):
-    """Search for replica counts with a low peak on ranks of two slots.
+def pair_counts(weight, rank_slots, target, tolerance, seed):
+    """Replica counts with a low peak on ranks of at most two slots.
+
+    Each slot that a rank lacks holds one more expert without load, the last one, so that all ranks have two.
 
     Args:
-        weight: float64 [experts], load of each expert. The slots that a rank lacks may be one more expert
-            without load, the last one.
-        count: int64 [experts], replicas of each to start from; written. Together twice the ranks, and none
-            more than the ranks.
-        num_experts: experts whose counts may change, at least two.
-        bound: a lower bound on the peak for any counts.
-        target: peak at which the search ends.
+        weight: float64 [experts], load of at least two experts.
+        rank_slots: int64 [ranks], open slots of each rank, 0, 1 or 2.
+        target: peak at which the search ends. It also ends within `tolerance` of the lower bound.
         seed: of the pseudo-random numbers.
 
     Returns:
-        The peak.
+        The peak. The load of each expert, float64 [experts], and its replicas, int64 [experts]. These are the
+        given experts, and one more where ranks lack slots.
     """
-    pairs = paired_replicas(weight, count.copy(), num_ranks)
-    peak, heavy, light = heaviest_pair(pairs, np.inf)
-    best = peak
-    order = pairs.order
+    num_experts, num_slots = weight.shape[0], rank_slots.sum()
+    num_ranks, num_closed = 0, 0
+    for slots in rank_slots:
+        num_ranks += slots > 0
+        num_closed += slots == 1
+    size = num_experts + (num_closed > 0)
+    total = np.zeros(size, np.float64)
+    copy_into(total[:num_experts], weight)
+    none = np.zeros(num_experts, np.int64)
+    count = np.full(size, num_closed, np.int64)
+    greedy = greedy_counts(weight, none, none, 1.0, num_slots, num_ranks, num_ranks)
+    copy_into(count[:num_experts], greedy)
+    peak = heaviest_pair(paired_replicas(total, count, num_ranks), np.inf)[0]
+    if peak > target and _WORTH_SEARCH * (num_slots - num_experts) >= num_ranks:
+        bound = rank_bound(weight, rank_slots)
+        target = max(target, bound + tolerance)
+        if peak > target:
+            _isolate_hottest(weight, num_slots, num_ranks, total, peak, count)
+            peak = _search_counts(total, count, num_experts, num_ranks, bound, target, seed)
+    return peak, total, count
+
+
+@jitable
+def _isolate_hottest(weight, num_slots, num_ranks, total, peak, count):
+    """Isolate the 2, 3, 4, 6, 9, ... hottest experts, whichever gives the lowest peak.
+
+    `count`, int64 [experts or one more], stays as it is where no peak is below `peak`. Arguments are
+    otherwise those of `pair_counts`, or computed there.
+    """
+    order = np.argsort(-weight, kind="mergesort")
+    trial = count.copy()
+    hot = 2
+    while hot <= min(num_ranks, order.shape[0] - 1):
+        isolated = isolating_counts(weight, order, hot, num_slots, num_ranks, num_ranks, False)
+        copy_into(trial[: order.shape[0]], isolated)
+        value = heaviest_pair(paired_replicas(total, trial, num_ranks), peak)[0]
+        if value < peak:
+            peak = value
+            copy_into(count, trial)
+        hot = hot * 3 // 2
+
+
+@jitable
+def _search_counts(total, count, num_experts, num_ranks, bound, target, seed):
+    """Lower the peak by threshold accepting. Returns the peak.
+
+    Each trial takes a replica from one expert for another. It is kept if it raises the peak by less than a
+    threshold, which falls to zero. Both experts and a factor on the threshold are pseudo-random.
+
+    Args:
+        total: float64 [experts], load of each expert.
+        count: int64 [experts], replicas of each; written.
+        num_experts: the first experts, whose counts may change.
+        bound: a lower bound on the peak for any counts.
+        target: peak at which the search ends.
+    """
+    start = count.copy()
+    best = heaviest_pair(paired_replicas(total, start, num_ranks), np.inf)[0]
     reach = min(1.0, _REACH / num_experts)
-    trials = min(_TRIALS, _EFFORT // order.shape[0])
+    trials = min(_TRIALS, _EFFORT // num_experts)
     counter = np.uint64(seed)
-    for trial in range(trials):
-        if best <= target:
-            break
-        counter += np.uint64(_GOLDEN_GAMMA)
-        word = splitmix64(counter)
-        giver = _below(num_experts, word)
-        word = splitmix64(word)
-        taker = _below(num_experts, word)
-        guide = np.float64(word & np.uint64(0xFFFF)) * 2.0**-16
-        if guide < _GUIDED:
-            # One of the pair, or an expert whose replicas are lighter still.
-            if guide < _GUIDED / 3:
-                taker = order[heavy]
-            elif guide < _GUIDED * 2 / 3:
-                taker = order[light]
+    for _ in range(max(1, min(_SEARCHES, _EFFORT // (trials * num_experts)))):
+        pairs = paired_replicas(total, start.copy(), num_ranks)
+        peak, heavy, light = heaviest_pair(pairs, np.inf)
+        for trial in range(trials):
+            if best <= target:
+                return best
+            counter += np.uint64(_GOLDEN_GAMMA)
+            word = splitmix64(counter)
+            giver = _below(num_experts, word)
+            word = splitmix64(word)
+            taker = _choose_taker(pairs, num_experts, heavy, light, word)
+            given, taken = pairs.count[giver], pairs.count[taker]
+            if giver == taker or given == 1 or taken == num_ranks or taker >= num_experts:
+                continue
+            left = 1.0 - trial / trials
+            factor = np.float64(splitmix64(word) >> np.uint64(11)) * 2.0**-53
+            limit = peak + reach * (best - bound) * left * left * factor
+            _set_count(pairs, giver, given - 1)
+            _set_count(pairs, taker, taken + 1)
+            after, after_heavy, after_light = heaviest_pair(pairs, limit)
+            if after < limit:
+                peak, heavy, light = after, after_heavy, after_light
+                if peak < best:
+                    best = peak
+                    copy_into(count, pairs.count)
             else:
-                taker = order[light + _below(order.shape[0] - light, word)]
-        given, taken = pairs.count[giver], pairs.count[taker]
-        if giver == taker or given == 1 or taken == num_ranks or taker >= num_experts:
-            continue
-        word = splitmix64(word)
-        left = 1.0 - trial / trials
-        threshold = reach * (best - bound) * left * left * np.float64(word >> np.uint64(11)) * 2.0**-53
-        _set_count(pairs, giver, given - 1)
-        _set_count(pairs, taker, taken + 1)
-        after, after_heavy, after_light = heaviest_pair(pairs, peak + threshold)
-        if after < peak + threshold:
-            peak, heavy, light = after, after_heavy, after_light
-            if peak < best:
-                best = peak
-                copy_into(count, pairs.count)
-        else:
-            _set_count(pairs, giver, given)
-            _set_count(pairs, taker, taken)
+                _set_count(pairs, giver, given)
+                _set_count(pairs, taker, taken)
     return best
+
+
+@jitable
+def _choose_taker(pairs, num_experts, heavy, light, word):
+    """The expert that a trial gives a replica to.
+
+    Often it is one of the heaviest pair, or one whose replicas are lighter still: each of these may leave the
+    heavy replica with a lighter one.
+    """
+    guide = np.float64(word & np.uint64(0xFFFF)) * 2.0**-16
+    if guide >= _GUIDED:
+        return _below(num_experts, word)
+    if guide >= _GUIDED * 2 / 3:
+        return pairs.order[light + _below(pairs.order.shape[0] - light, word)]
+    return pairs.order[heavy if guide < _GUIDED / 3 else light]
 
 
 @jitable

@@ -1,8 +1,8 @@
 """The plan of one layer for a single load, from scratch: node by node, with several replica counts each.
 
-With two slots a rank, `single_load_counts` has a search over replica counts. With more, greedy counts are first.
-They give the lowest hottest replica, but not always the lowest peak. Two searches over other counts follow, each
-with new packings:
+With two slots a rank, counts are searched first, and packed once (`single_load_counts`). With more, greedy
+counts are packed and improved. They give the lowest hottest replica, but not always the lowest peak. Two
+searches over other counts follow, each with new packings:
 - `_isolate_hottest`: no two of the hottest experts share a rank. Greedy counts often give them more replicas
   than ranks. Example: loads of 100 and 50 get 7 and 3 replicas on 8 ranks, so two ranks hold both, with a
   load of 31. With 5 and 3 replicas, of 20 and 17, each rank has one.
@@ -17,7 +17,7 @@ from .compiling import copy_into, inlined, jitable
 from .lower_bounds import counts_bound, rank_bound
 from .lpt_packing import pack_lpt
 from .replica_counts import greedy_counts
-from .single_load_counts import best_pair_counts, heaviest_pair, isolating_counts, paired_replicas
+from .single_load_counts import isolating_counts, pair_counts
 from .single_load_search import LEAST_EXACT_GAIN, lower_peak
 from .single_load_state import new_node, refresh_node
 
@@ -25,7 +25,6 @@ __all__ = ["plan_node", "plan_single_load"]
 
 _MOST_HOT = 16  # hottest experts; with more of them none is much hotter than the next
 _MOST_WITHOUT = 2  # ranks that may be left without any of the hottest experts
-_WORTH_SEARCH = 4  # ranks of two slots for each spare slot, with which counts are searched; with more, little is gained
 _RECEIVERS = 3  # experts of the heaviest rank that may get a replica
 _DONORS = 4  # experts that may lose one
 _ROUNDS = 40  # of each packing of other counts: enough to tell whether they are better
@@ -97,11 +96,12 @@ def plan_node(problem, load, rank_slots, target, best):
             peak = value
             copy_into(best, node.expert)
         if candidate == 0 and peak > target:
-            target = max(target, rank_bound(weight, rank_slots) + tolerance)
+            if capacity > 1:
+                target = max(target, rank_bound(weight, rank_slots) + tolerance)
             enough = max(target, counts_bound(weight, count, rank_slots) + tolerance)
         if peak <= enough or failures >= problem.patience:
             break
-    # With one slot a rank, greedy counts are the best.
+    # With one slot a rank, no other counts are better.
     if peak > target + tolerance and capacity > 1:
         peak = _isolate_hottest(node, one_node, problem.rounds, target, tolerance, peak, best)
     if peak > target + tolerance and capacity > 1:
@@ -113,71 +113,28 @@ def plan_node(problem, load, rank_slots, target, best):
 
 @jitable
 def _plan_pairs(weight, rank_slots, target, tolerance, seed, best):
-    """Plan ranks of at most two slots, and two experts or more.
-
-    Each slot that a rank lacks holds one more expert without load, so that all ranks have two. Arguments and
-    result are otherwise as for `plan_node`.
-    """
-    num_experts, num_slots = weight.shape[0], rank_slots.sum()
-    num_ranks, num_closed = 0, 0
-    for slots in rank_slots:
-        num_ranks += slots > 0
-        num_closed += slots == 1
-    size = num_experts + (num_closed > 0)
-    total = np.zeros(size, np.float64)
-    copy_into(total[:num_experts], weight)
-    one_node = np.zeros(size, np.int64)
-    count = np.full(size, num_closed, np.int64)
-    experts = count[:num_experts]
-    copy_into(
-        experts,
-        greedy_counts(
-            weight, one_node[:num_experts], one_node[:num_experts], 1.0, num_slots, num_ranks, num_ranks
-        ),
-    )
-    peak = heaviest_pair(paired_replicas(total, count, num_ranks), np.inf)[0]
-    if peak > target and (num_slots - num_experts) * _WORTH_SEARCH >= num_ranks:
-        bound = rank_bound(weight, rank_slots)
-        target = max(target, bound + tolerance)
-        if peak > target:
-            _isolate_hottest_pairs(weight, total, num_slots, num_ranks, peak, count)
-            peak = best_pair_counts(total, count, num_experts, num_ranks, bound, target, seed)
+    """Plan ranks of at most two slots. Arguments and result are otherwise as for `plan_node`."""
+    peak, total, count = pair_counts(weight, rank_slots, target, tolerance, seed)
+    num_experts, num_ranks = weight.shape[0], count.sum() // 2
     paired = np.empty(2 * num_ranks, np.int64)
-    pack_lpt(total, count, one_node, num_ranks, np.full(num_ranks, 2), 0, 0, paired)
-    full, closed = 0, 0  # next pair of experts, and next one of an expert and a slot that is lacking
+    one_node = np.zeros(total.shape[0], np.int64)
+    pack_lpt(total, count, one_node, num_ranks, np.full(num_ranks, 2), 0, seed, paired)
+    # A pair with the expert that is one too many goes to a rank that lacks a slot.
+    whole, partial = 0, 0
     for rank in range(rank_slots.shape[0]):
+        slots = rank_slots[rank]
         at = 0
-        if rank_slots[rank] == 2:
-            while paired[full + 1] == num_experts:
-                full += 2
-            at, full = full, full + 2
-        elif rank_slots[rank] == 1:
-            while paired[closed + 1] != num_experts:
-                closed += 2
-            at, closed = closed, closed + 2
+        if slots == 2:
+            while paired[whole + 1] == num_experts:
+                whole += 2
+            at, whole = whole, whole + 2
+        elif slots == 1:
+            while paired[partial + 1] != num_experts:
+                partial += 2
+            at, partial = partial, partial + 2
         for place in range(2):
-            best[2 * rank + place] = paired[at + place] if place < rank_slots[rank] else -1
+            best[2 * rank + place] = paired[at + place] if place < slots else -1
     return peak
-
-
-@jitable
-def _isolate_hottest_pairs(weight, total, num_slots, num_ranks, peak, count):
-    """Write the counts to `count` that isolate the 2, 3, 4, 6, 9, ... hottest experts with the lowest peak.
-
-    They stay as they are where no peak is below `peak`. `total` is `weight` and maybe one more expert, whose
-    replicas do not change; `count` is int64 of its length.
-    """
-    order = np.argsort(-weight, kind="mergesort")
-    trial = count.copy()
-    hot = 2
-    while hot <= min(num_ranks, order.shape[0] - 1):
-        isolated = isolating_counts(weight, order, hot, num_slots, num_ranks, num_ranks, False)
-        copy_into(trial[: order.shape[0]], isolated)
-        value = heaviest_pair(paired_replicas(total, trial, num_ranks), peak)[0]
-        if value < peak:
-            peak = value
-            copy_into(count, trial)
-        hot = hot * 3 // 2
 
 
 @jitable

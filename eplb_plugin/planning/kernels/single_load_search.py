@@ -20,17 +20,16 @@ _SHORTLIST = 3  # slots that are computed exactly for each expert that might get
 def lower_peak(node, rounds, target):
     """Lower the peak of the packing in `node.expert`, until it is at most `target` or nothing helps.
 
-    A round relieves the heaviest rank. There are `rounds`, and one more for every four ranks where ranks have
-    more than two slots; with two, many exchanges gain little. A quarter of `rounds` try replica changes too,
-    which take longer than swaps. Skip rule: a rank without improving exchange is skipped until it changes.
-    Returns the peak.
+    A round relieves the heaviest rank. There are `rounds`, and one more for every four ranks. A quarter of
+    `rounds` try replica changes too, which take longer than swaps. Skip rule: a rank without improving
+    exchange is skipped until it changes. Returns the peak.
     """
     refresh_node(node)
     load, order = node.load, node.order
     failed = np.zeros(load.shape[0], np.bool_)
     stale = False  # whether a swap was made after some rank failed
     changes_left = rounds // 4
-    for _ in range(rounds + (load.shape[0] // 4 if node.capacity > 2 else 0)):
+    for _ in range(rounds + load.shape[0] // 4):
         peak = load[order[-1]]
         if peak <= target:
             break
