@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from eplb_plugin.planning.kernels.lpt_packing import pack_lpt
 from eplb_plugin.planning.kernels.replica_counts import apply_counts, greedy_counts
-from eplb_plugin.planning.kernels.single_load_plan import isolating_counts
+from eplb_plugin.planning.kernels.single_load_counts import isolating_counts
 
 
 @st.composite

@@ -5,9 +5,9 @@ Greedy counts give the lowest hottest replica, but not always the lowest peak.
 - `isolating_counts`: no two of the hottest experts need to share a rank.
 - `pair_counts`: for ranks of two slots. There, the best packing of given replicas is known: the heaviest with
   the lightest, the second heaviest with the second lightest, and so on. LPT packing makes these pairs, and
-  one pass over the experts gives their peak. So thousands of counts can be tried. Example: loads of 600,
-  560, 120, 120, 20, 10, 10 and 10 on eight ranks. Greedy counts are 5, 5, 1, 1, 1, 1, 1 and 1, with a peak
-  of 232. With 4, 3, 1, 4, 1, 1, 1 and 1 the peak is 196.7.
+  one pass over the experts gives their peak. So thousands of counts can be tried: in small cases all, in
+  others those that a search visits. Example: loads of 600, 560, 120, 120, 20, 10, 10 and 10 on eight ranks.
+  Greedy counts are 5, 5, 1, 1, 1, 1, 1 and 1, with a peak of 232. With 4, 3, 1, 4, 1, 1, 1 and 1 it is 196.7.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from .replica_counts import add_replicas, greedy_counts
 __all__ = ["PairedReplicas", "heaviest_pair", "isolating_counts", "pair_counts", "paired_replicas"]
 
 _WORTH_SEARCH = 4  # most ranks for each spare slot; with more ranks, other counts gain next to nothing
+_MOST_COUNTS = 4000  # all of which are tried, instead of a search
 _SEARCHES = 4  # from the same counts, with other pseudo-random numbers; one for large nodes
 _TRIALS = 1000  # of a search
 _EFFORT = 1 << 19  # experts of all trials together, so that a large node takes hardly longer
@@ -180,14 +181,19 @@ def pair_counts(weight, rank_slots, target, tolerance, seed):
         bound = rank_bound(weight, rank_slots)
         target = max(target, bound + tolerance)
         if peak > target:
-            _isolate_hottest(weight, num_slots, num_ranks, total, peak, count)
-            peak = _search_counts(total, count, num_experts, num_ranks, bound, target, seed)
+            peak = _isolate_hottest(weight, num_slots, num_ranks, total, peak, count)
+            fewest = _fewest_replicas(weight, peak)
+            if _num_counts(fewest, num_slots) > _MOST_COUNTS:
+                peak = _search_counts(total, count, num_experts, num_ranks, bound, target, seed)
+                fewest = _fewest_replicas(weight, peak)
+            if _num_counts(fewest, num_slots) <= _MOST_COUNTS:
+                peak = _try_all_counts(total, count, fewest, num_slots, num_ranks, peak)
     return peak, total, count
 
 
 @jitable
 def _isolate_hottest(weight, num_slots, num_ranks, total, peak, count):
-    """Isolate the 2, 3, 4, 6, 9, ... hottest experts, whichever gives the lowest peak.
+    """Isolate the 2, 3, 4, 6, 9, ... hottest experts, whichever gives the lowest peak. Returns the peak.
 
     `count`, int64 [experts or one more], stays as it is where no peak is below `peak`. Arguments are
     otherwise those of `pair_counts`, or computed there.
@@ -203,6 +209,66 @@ def _isolate_hottest(weight, num_slots, num_ranks, total, peak, count):
             peak = value
             copy_into(count, trial)
         hot = hot * 3 // 2
+    return peak
+
+
+@jitable
+def _fewest_replicas(weight, peak):
+    """The fewest replicas of each expert for any peak below `peak`: int64 [experts]."""
+    fewest = np.empty(weight.shape[0], np.int64)
+    for expert in range(weight.shape[0]):
+        number = max(1, np.int64(weight[expert] / peak))
+        while weight[expert] / number >= peak:
+            number += 1
+        fewest[expert] = number
+    return fewest
+
+
+@jitable
+def _num_counts(fewest, num_slots):
+    """How many replica counts have at least `fewest` each; just some number above `_MOST_COUNTS` for many."""
+    spare = num_slots - fewest.sum()
+    if spare < 0:
+        return 0
+    number = 1
+    for expert in range(1, fewest.shape[0]):
+        # Exact: the product of so many factors is a binomial coefficient.
+        number = number * (spare + expert) // expert
+        if number > _MOST_COUNTS:
+            break
+    return number
+
+
+@jitable
+def _try_all_counts(total, count, fewest, num_slots, num_ranks, peak):
+    """Write the replica counts with the lowest peak to `count`, if it is below `peak`. Returns the peak.
+
+    All counts of at least `fewest` each are tried. The last expert has the rest of the slots, and the others
+    count up as the digits of a number.
+    """
+    last, spare = fewest.shape[0] - 1, num_slots - fewest.sum()
+    trial = count.copy()
+    copy_into(trial[: last + 1], fewest)
+    if spare < 0 or fewest.max() > num_ranks:
+        return peak
+    trial[last] += spare
+    pairs = paired_replicas(total, trial, num_ranks)
+    while True:
+        if trial[last] <= num_ranks:
+            after = heaviest_pair(pairs, peak)[0]
+            if after < peak:
+                peak = after
+                copy_into(count, trial)
+        digit = 0
+        while digit < last and (spare == 0 or trial[digit] == num_ranks):
+            spare += trial[digit] - fewest[digit]
+            _set_count(pairs, digit, fewest[digit])
+            digit += 1
+        if digit == last:
+            return peak
+        spare -= 1
+        _set_count(pairs, digit, trial[digit] + 1)
+        _set_count(pairs, last, fewest[last] + spare)
 
 
 @jitable
