@@ -21,7 +21,14 @@ from .lower_bounds import rank_bound
 from .lpt_packing import splitmix64
 from .replica_counts import add_replicas, greedy_counts
 
-__all__ = ["PairedReplicas", "heaviest_pair", "isolating_counts", "pair_counts", "paired_replicas"]
+__all__ = [
+    "PairedReplicas",
+    "heaviest_pair",
+    "isolating_counts",
+    "pair_counts",
+    "pair_counts_by_node",
+    "paired_replicas",
+]
 
 _WORTH_SEARCH = 4  # most ranks for each spare slot; with more ranks, other counts gain next to nothing
 _MOST_COUNTS = 4000  # all of which are tried, instead of a search
@@ -189,6 +196,40 @@ def pair_counts(weight, rank_slots, target, tolerance, seed):
             if _num_counts(fewest, num_slots) <= _MOST_COUNTS:
                 peak = _try_all_counts(total, count, fewest, num_slots, num_ranks, peak)
     return peak, total, count
+
+
+@jitable
+def pair_counts_by_node(total, expert_node, rank_slots, ranks_per_node, tolerance, seed, count):
+    """Write `pair_counts` of each node to `count`, int64 [logical], which holds the greedy counts.
+
+    Nothing changes where a rank has other than two slots.
+
+    Args:
+        total: float64 [logical], load of each expert.
+        expert_node: int64 [logical], node of each expert.
+        ranks_per_node: ranks of each node.
+
+    Returns:
+        Whether any count changed. Other arguments are those of `pair_counts`.
+    """
+    changed = False
+    if rank_slots.min() != 2 or rank_slots.max() != 2:
+        return changed
+    members = np.empty(total.shape[0], np.int64)
+    weight = np.empty(total.shape[0], np.float64)
+    for first in range(0, rank_slots.shape[0], ranks_per_node):
+        size = 0
+        for expert in range(total.shape[0]):
+            if expert_node[expert] == first // ranks_per_node:
+                members[size], weight[size] = expert, total[expert]
+                size += 1
+        if size > 1:
+            slots = rank_slots[first : first + ranks_per_node]
+            _, _, found = pair_counts(weight[:size], slots, 0.0, tolerance, seed)
+            for at in range(size):
+                changed |= count[members[at]] != found[at]
+                count[members[at]] = found[at]
+    return changed
 
 
 @jitable

@@ -8,6 +8,7 @@ from .compiling import inlined, jitted
 from .lower_bounds import snapshots_bound
 from .lpt_packing import pack_lpt
 from .replica_counts import VACANT, apply_counts, greedy_counts
+from .single_load_counts import pair_counts_by_node
 from .snapshot_objective import smooth_peak
 from .snapshot_replicas import best_replica_change
 from .snapshot_state import interleaved, make_replica_change, make_swap, start_search
@@ -67,6 +68,15 @@ def _plan_from_scratch(problem, layer, load, total, scratch, packed):
             best, best_value = state, value
         if best_value <= bound + problem.tolerance or failures >= problem.patience:
             break
+    # Two slots a rank: counts for the summed load are one more candidate.
+    if best_value > 1.0 + problem.tolerance and pair_counts_by_node(
+        total, expert_node, rank_slots, ranks_per_node, problem.tolerance, problem.seed, count
+    ):
+        pack_lpt(total, count, expert_node, ranks_per_node, rank_slots, 0, problem.seed, packed)
+        state = start_search(load, packed, packed, num_ranks, ranks_per_node)
+        value, _ = _lower_smooth_peak(problem, state, scratch, problem.rounds, np.inf)
+        if value < best_value:
+            best = state
     return best
 
 
