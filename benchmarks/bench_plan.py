@@ -1,10 +1,11 @@
 """Planning time and peak rank load of every policy, side by side.
 
-    python benchmarks/bench_plan.py [--repeat 9]
+    python benchmarks/bench_plan.py [--repeat 9] [--few-slots]
 
-Plans one summed load, and the full plan of the online loop: 128 snapshots and the placement in force.
-Prints tables and, as the last line, one JSON object. vLLM's default policy takes part after
-`make bench-peers`. With a GPU, plans of a load on it are timed too.
+Plans one summed load, and the full plan of the online loop: 128 snapshots and the placement in force. Then
+one load with two or three slots a rank; `--few-slots` plans these alone. Prints tables and, as the last line,
+one JSON object. vLLM's default policy and FlashLB take part after `make bench-peers`. With a GPU, plans of a
+load on it are timed too.
 """
 
 from __future__ import annotations
@@ -30,6 +31,10 @@ SIZES = [
     (94, 128, 160, 1, 2, 16),
     (60, 384, 448, 1, 8, 64),
 ]
+# experts, slots, ranks
+FEW_SLOTS = [(8, 16, 8), (16, 32, 16), (32, 64, 32), (16, 24, 8)]
+SIGMAS = (0.5, 1.0, 1.5, 2.0, 2.5)
+DRAWS = 24
 PAUSE = 0.02  # seconds before each plan: threads that torch woke for the one before spin for a while
 Planner = Callable[[torch.Tensor, eplb.Topology], torch.Tensor]
 
@@ -138,6 +143,68 @@ def measure_full(repeat: int) -> list[dict[str, object]]:
     return rows
 
 
+def flashlb(load: torch.Tensor, topology: eplb.Topology) -> torch.Tensor:
+    start = eplb.Placement.default(*load.shape, topology.num_slots)
+    return peers.FlashLB()(load[None], topology, start).physical_to_logical
+
+
+def measure_few_slots(repeat: int) -> list[dict[str, object]]:
+    """Peaks over the lower bound of lognormal loads, with two or three slots a rank.
+
+    All draws are layers of one load. vLLM's default plans are those of `greedy`.
+    """
+    planners: dict[str, Planner] = {"adaptive": ours("adaptive")}
+    planners |= (
+        {"vLLM default": theirs, "FlashLB": flashlb} if peers.available() else {"greedy": ours("greedy")}
+    )
+    rows: list[dict[str, object]] = []
+    for experts, slots, ranks in FEW_SLOTS:
+        topology = eplb.Topology(num_ranks=ranks, num_slots=slots)
+        for sigma in SIGMAS:
+            generator = torch.Generator().manual_seed(0)
+            load = torch.empty(DRAWS, experts).log_normal_(6, sigma, generator=generator).round().clamp(min=1)
+            bound = eplb.plan(load, topology).lower_bound
+            times: dict[str, list[float]] = {policy: [] for policy in planners}
+            ratios = {}
+            for turn in range(repeat + 1):
+                for policy, planner in planners.items():
+                    time.sleep(PAUSE)
+                    began = time.perf_counter()
+                    ids = planner(load, topology)
+                    if turn > 0:  # the first turn compiles
+                        times[policy].append(time.perf_counter() - began)
+                    peaks = eplb.rank_loads(load, eplb.Placement(ids, experts), topology).amax(2)[0]
+                    ratios[policy] = peaks / bound
+            rows += [
+                {
+                    "size": [experts, slots, ranks],
+                    "sigma": sigma,
+                    "policy": policy,
+                    "peak_over_bound": float(ratio.mean()),
+                    "worst_peak_over_bound": float(ratio.max()),
+                    "layer_ms": statistics.median(times[policy]) / DRAWS * 1e3,
+                }
+                for policy, ratio in ratios.items()
+            ]
+    return rows
+
+
+def show_few_slots(console: Console, rows: list[dict[str, object]]) -> None:
+    policies = list(dict.fromkeys(str(row["policy"]) for row in rows))
+    table = Table(title=f"Few slots a rank: mean / worst peak over the bound of {DRAWS} draws; ms a layer")
+    table.caption = "size: experts, slots, ranks"
+    for column in ("size", "sigma", *policies):
+        table.add_column(column, no_wrap=True, justify="right")
+    for first in range(0, len(rows), len(policies)):
+        cells = [
+            f"{row['peak_over_bound']:.3f} / {row['worst_peak_over_bound']:.3f}; {row['layer_ms']:.2f}"
+            for row in rows[first : first + len(policies)]
+        ]
+        size = " ".join(map(str, rows[first]["size"]))
+        table.add_row(size, str(rows[first]["sigma"]), *cells)
+    console.print(table)
+
+
 def measure_on_gpu(repeat: int) -> list[dict[str, object]]:
     """Plans of one summed load on the GPU: `adaptive` copies it to the host, `ensemble` packs on the GPU."""
     rows: list[dict[str, object]] = []
@@ -197,8 +264,16 @@ def show_full(console: Console, rows: list[dict[str, object]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeat", type=int, default=9)
-    repeat = parser.parse_args().repeat
+    parser.add_argument("--few-slots", action="store_true", help="only loads with few slots a rank")
+    arguments = parser.parse_args()
+    repeat = arguments.repeat
+    console = Console(width=110)
     eplb.warmup()
+    if arguments.few_slots:
+        few = measure_few_slots(repeat)
+        show_few_slots(console, few)
+        print(json.dumps({"benchmark": "plan", "few_slots": few}))
+        return
     planners: dict[str, Planner] = {policy: ours(policy) for policy in POLICIES}
     if peers.available():
         planners["vLLM default"] = theirs
@@ -217,16 +292,17 @@ def main() -> None:
             f"{row['peak_over_mean']:.4f}",
             f"{row['peak_over_bound']:.4f}",
         )
-    console = Console(width=110)
     console.print(table)
     full = measure_full(repeat)
     show_full(console, full)
+    few = measure_few_slots(repeat)
+    show_few_slots(console, few)
     if not peers.available():
-        console.print("The peers' wheels are not there (make bench-peers): vLLM's policy was left out.")
+        console.print("The peers' wheels are not there (make bench-peers): only our policies took part.")
     on_gpu = measure_on_gpu(repeat) if torch.cuda.is_available() else []
     if on_gpu:
         show_on_gpu(console, on_gpu)
-    print(json.dumps({"benchmark": "plan", "rows": rows, "full": full, "on_gpu": on_gpu}))
+    print(json.dumps({"benchmark": "plan", "rows": rows, "full": full, "few_slots": few, "on_gpu": on_gpu}))
 
 
 if __name__ == "__main__":
