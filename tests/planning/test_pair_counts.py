@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import eplb_plugin as eplb
 from eplb_plugin.planning.kernels import single_load_counts as counts
+from eplb_plugin.planning.kernels import single_load_pairs as pairing
 from eplb_plugin.planning.kernels.api import plan_from_scratch
 from eplb_plugin.planning.kernels.lpt_packing import pack_lpt
 from eplb_plugin.planning.kernels.plan_layers import Problem
@@ -77,8 +78,8 @@ def replicas_of_pairs(draw):
 @settings(max_examples=300, deadline=None)
 def test_no_packing_of_given_replicas_is_below_their_heaviest_pair(case):
     weight, count, ranks = case
-    pairs = counts.paired_replicas(weight, count, ranks)
-    peak, heavy, light = counts.heaviest_pair(pairs, np.inf)
+    pairs = pairing.paired_replicas(weight, count, ranks)
+    peak, heavy, light = pairing.heaviest_pair(pairs, np.inf)
     assert peak == pytest.approx(best_peak_of_counts(weight, count.tolist()))
     assert peak == pytest.approx(pairs.share[pairs.order[[heavy, light]]].sum())
     # LPT packing attains it, with replicas on different ranks.
@@ -94,12 +95,12 @@ def test_no_packing_of_given_replicas_is_below_their_heaviest_pair(case):
 def test_the_order_stays_right_from_change_to_change(case, seed):
     weight, count, ranks = case
     rng = np.random.default_rng(seed)
-    pairs = counts.paired_replicas(weight, count.copy(), ranks)
+    pairs = pairing.paired_replicas(weight, count.copy(), ranks)
     for _ in range(20):
         expert, number = int(rng.integers(len(weight))), int(rng.integers(1, ranks + 1))
-        counts._set_count(pairs, expert, number)
-        assert pairs.count[expert] == number
-        assert pairs.share == pytest.approx(weight / pairs.count)
+        pairing.set_count(pairs, expert, number)
+        assert pairs.replicas[expert] == number
+        assert pairs.share == pytest.approx(weight / pairs.replicas)
         assert (np.diff(pairs.share[pairs.order]) <= 0).all()
         assert (pairs.order[pairs.place] == np.arange(len(weight))).all()
 
@@ -108,9 +109,9 @@ def test_the_order_stays_right_from_change_to_change(case, seed):
 @settings(max_examples=200, deadline=None)
 def test_a_pass_ends_at_its_limit_at_the_earliest(case, share):
     weight, count, ranks = case
-    pairs = counts.paired_replicas(weight, count, ranks)
-    peak = counts.heaviest_pair(pairs, np.inf)[0]
-    ended = counts.heaviest_pair(pairs, peak * share)[0]
+    pairs = pairing.paired_replicas(weight, count, ranks)
+    peak = pairing.heaviest_pair(pairs, np.inf)[0]
+    ended = pairing.heaviest_pair(pairs, peak * share)[0]
     assert ended == peak if share > 1.0 else peak * share <= ended <= peak
 
 

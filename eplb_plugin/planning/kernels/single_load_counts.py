@@ -3,16 +3,13 @@
 Greedy counts give the lowest hottest replica, but not always the lowest peak.
 
 - `isolating_counts`: no two of the hottest experts need to share a rank.
-- `pair_counts`: for ranks of two slots. There, the best packing of given replicas is known: the heaviest with
-  the lightest, the second heaviest with the second lightest, and so on. LPT packing makes these pairs, and
-  one pass over the experts gives their peak. So thousands of counts can be tried: in small cases all, in
-  others those that a search visits. Example: loads of 600, 560, 120, 120, 20, 10, 10 and 10 on eight ranks.
-  Greedy counts are 5, 5, 1, 1, 1, 1, 1 and 1, with a peak of 232. With 4, 3, 1, 4, 1, 1, 1 and 1 it is 196.7.
+- `pair_counts`: for ranks of two slots. There, the peak of given counts takes one pass over the experts
+  (`single_load_pairs`). So thousands of counts can be tried: in small cases all, in others those that a
+  search visits. Example: loads of 600, 560, 120, 120, 20, 10, 10 and 10 on eight ranks. Greedy counts are 5,
+  5, 1, 1, 1, 1, 1 and 1, with a peak of 232. With 4, 3, 1, 4, 1, 1, 1 and 1 it is 196.7.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import numpy as np
 
@@ -20,15 +17,9 @@ from .compiling import copy_into, jitable
 from .lower_bounds import rank_bound
 from .lpt_packing import splitmix64
 from .replica_counts import add_replicas, greedy_counts
+from .single_load_pairs import heaviest_pair, paired_replicas, set_count
 
-__all__ = [
-    "PairedReplicas",
-    "heaviest_pair",
-    "isolating_counts",
-    "pair_counts",
-    "pair_counts_by_node",
-    "paired_replicas",
-]
+__all__ = ["isolating_counts", "pair_counts", "pair_counts_by_node"]
 
 _WORTH_SEARCH = 4  # most ranks for each spare slot; with more ranks, other counts gain next to nothing
 _MOST_COUNTS = 4000  # all of which are tried, instead of a search
@@ -66,93 +57,6 @@ def isolating_counts(total, order, hot, num_slots, num_ranks, ranks, to_lightest
         return count
     add_replicas(total, none, 1.0, heap[hot:], others, spare - spare_hot, most, key, count)
     return count
-
-
-class PairedReplicas(NamedTuple):
-    """Replica counts of the experts on ranks of two slots, and the order in which replicas are paired."""
-
-    num_ranks: int
-    weight: np.ndarray  # float64 [experts], load of each expert
-    count: np.ndarray  # int64 [experts], replicas of each; together twice the ranks, none more than the ranks
-    share: np.ndarray  # float64 [experts], load of a replica
-    order: np.ndarray  # int64 [experts], experts by falling share, equal ones in any order
-    place: np.ndarray  # int64 [experts], place of each expert in `order`
-
-
-@jitable
-def paired_replicas(weight, count, num_ranks):
-    """Pair the replicas of `count`, which the result shares."""
-    share = weight / count
-    order = np.argsort(-share, kind="mergesort")
-    place = np.empty(order.shape[0], np.int64)
-    for at in range(order.shape[0]):
-        place[order[at]] = at
-    return PairedReplicas(num_ranks, weight, count, share, order, place)
-
-
-@jitable
-def heaviest_pair(pairs, limit):
-    """The peak of the best packing, and where the heaviest pair comes from.
-
-    An expert in the middle of the order may meet itself. Its replicas then go to the middle ones of all other
-    replicas, half of these heavier and half lighter. No packing with replicas on different ranks is better.
-
-    Returns:
-        The peak; the first peak that is no lower than `limit` ends the pass. The places in `order` of the
-        heavier and the lighter expert of that pair.
-    """
-    count, share, order = pairs.count, pairs.share, pairs.order
-    heavy, light = 0, order.shape[0] - 1
-    heavy_left, light_left = count[order[heavy]], count[order[light]]
-    peak, peak_heavy, peak_light = 0.0, heavy, light
-    while heavy < light:
-        both = share[order[heavy]] + share[order[light]]
-        if both > peak:
-            peak, peak_heavy, peak_light = both, heavy, light
-            if peak >= limit:
-                return peak, peak_heavy, peak_light
-        paired = min(heavy_left, light_left)
-        heavy_left -= paired
-        light_left -= paired
-        if heavy_left == 0:
-            heavy += 1
-            # Both ends of the order may have met: the rest is one expert's.
-            heavy_left = light_left if heavy == light else count[order[heavy]]
-        if light_left == 0:
-            light -= 1
-            light_left = heavy_left if heavy == light else count[order[light]]
-    if heavy == light and heavy_left > 1:
-        middle = order[heavy]
-        # The heaviest ranks that need no replica of the expert in the middle.
-        without = pairs.num_ranks - count[middle]
-        partner = 0
-        while without >= count[order[partner]]:
-            without -= count[order[partner]]
-            partner += 1
-        both = share[middle] + share[order[partner]]
-        if both > peak:
-            peak, peak_heavy, peak_light = both, partner, heavy
-    return peak, peak_heavy, peak_light
-
-
-@jitable
-def _set_count(pairs, expert, number):
-    """Give an expert another number of replicas. The order is nearly right: few places change."""
-    share, order, place = pairs.share, pairs.order, pairs.place
-    pairs.count[expert] = number
-    part = pairs.weight[expert] / number
-    share[expert] = part
-    at = place[expert]
-    while at > 0 and share[order[at - 1]] < part:
-        order[at] = order[at - 1]
-        place[order[at]] = at
-        at -= 1
-    while at + 1 < order.shape[0] and share[order[at + 1]] > part:
-        order[at] = order[at + 1]
-        place[order[at]] = at
-        at += 1
-    order[at] = expert
-    place[expert] = at
 
 
 @jitable
@@ -258,7 +162,10 @@ def _fewest_replicas(weight, peak):
     """The fewest replicas of each expert for any peak below `peak`: int64 [experts]."""
     fewest = np.empty(weight.shape[0], np.int64)
     for expert in range(weight.shape[0]):
-        number = max(1, np.int64(weight[expert] / peak))
+        number = 1 + np.int64(weight[expert] / peak)
+        # The quotient may be rounded either way.
+        while number > 1 and weight[expert] / (number - 1) < peak:
+            number -= 1
         while weight[expert] / number >= peak:
             number += 1
         fewest[expert] = number
@@ -303,13 +210,13 @@ def _try_all_counts(total, count, fewest, num_slots, num_ranks, peak):
         digit = 0
         while digit < last and (spare == 0 or trial[digit] == num_ranks):
             spare += trial[digit] - fewest[digit]
-            _set_count(pairs, digit, fewest[digit])
+            set_count(pairs, digit, fewest[digit])
             digit += 1
         if digit == last:
             return peak
         spare -= 1
-        _set_count(pairs, digit, trial[digit] + 1)
-        _set_count(pairs, last, fewest[last] + spare)
+        set_count(pairs, digit, trial[digit] + 1)
+        set_count(pairs, last, fewest[last] + spare)
 
 
 @jitable
@@ -342,23 +249,23 @@ def _search_counts(total, count, num_experts, num_ranks, bound, target, seed):
             giver = _below(num_experts, word)
             word = splitmix64(word)
             taker = _choose_taker(pairs, num_experts, heavy, light, word)
-            given, taken = pairs.count[giver], pairs.count[taker]
+            given, taken = pairs.replicas[giver], pairs.replicas[taker]
             if giver == taker or given == 1 or taken == num_ranks or taker >= num_experts:
                 continue
             left = 1.0 - trial / trials
             factor = np.float64(splitmix64(word) >> np.uint64(11)) * 2.0**-53
             limit = peak + reach * (best - bound) * left * left * factor
-            _set_count(pairs, giver, given - 1)
-            _set_count(pairs, taker, taken + 1)
+            set_count(pairs, giver, given - 1)
+            set_count(pairs, taker, taken + 1)
             after, after_heavy, after_light = heaviest_pair(pairs, limit)
             if after < limit:
                 peak, heavy, light = after, after_heavy, after_light
                 if peak < best:
                     best = peak
-                    copy_into(count, pairs.count)
+                    copy_into(count, pairs.replicas)
             else:
-                _set_count(pairs, giver, given)
-                _set_count(pairs, taker, taken)
+                set_count(pairs, giver, given)
+                set_count(pairs, taker, taken)
     return best
 
 
