@@ -1,8 +1,8 @@
 """Two slots a rank: the peak of given replica counts for a single load.
 
 The best packing pairs the heaviest replica with the lightest, the second heaviest with the second lightest,
-and so on. LPT packing makes these pairs. Replicas of an expert are equally heavy, so all pairs of the same two
-experts are counted at once, without any packing.
+and so on. LPT packing makes these pairs. Replicas of an expert are equally heavy, so all pairs of the same
+two experts are counted at once, without any packing.
 """
 
 from __future__ import annotations
