@@ -14,8 +14,7 @@ from .tables import LayerTables
 
 __all__ = ["SplitOfCounts", "TritonSplit"]
 
-_MOST = 2**29
-"""Most ids of a batch over all ranks, and most that `expert_cost` adds to them in int32."""
+_MOST = 2**29  # ids of a batch over all ranks
 _OLDEST = (3, 4)  # Triton whose histograms take a mask
 _COUNTERS = 64  # programs that count, at most: one program adds up what they found
 _IDS = 128  # ids that one program gives their slots
@@ -79,7 +78,7 @@ class TritonSplit:
         device = torch.device(device)
         _check_triton(device)
         # Importing numba takes a while.
-        from .split_kernels import SWEEPS
+        from .split_kernels import FINE_SWEEPS, MOST_FINE, SHIFT
 
         self._gather, self._num_slots = gather, topology.num_slots
         self._most_ids = _MOST if gather is None else _MOST // topology.num_ranks
@@ -91,9 +90,9 @@ class TritonSplit:
         with torch.inference_mode(False):
             of_ranks = [numbers.to(device) for numbers in (ranks, first, sizes)]
         self._device = of_ranks[0].device
-        # Costs are below the ids of all ranks plus expert_cost * slots. Where that fits, they are int32: GPUs
-        # divide it several times faster than int64.
-        narrow = expert_cost * topology.num_slots <= _MOST
+        # Costs are below the ids of all ranks plus expert_cost * slots. Four times as much in parts of tokens
+        # has to fit int32, which GPUs divide several times faster than int64.
+        narrow = expert_cost * topology.num_slots <= MOST_FINE
         self._cost_type = torch.int32 if narrow else torch.int64
         # One lane is one rank. The lanes of one warp exchange without a barrier.
         self._lanes = max(32, _power(topology.num_ranks))
@@ -105,7 +104,9 @@ class TritonSplit:
             "NUM_SLOTS": topology.num_slots,
             "MOST_SLOTS": topology.most_slots,
             "EXPERT_COST": expert_cost,
-            "SWEEPS": SWEEPS,
+            "FINE_SWEEPS": FINE_SWEEPS,
+            "SHIFT": SHIFT,
+            "MOST_FINE": MOST_FINE,
             "MOST": 2**30 if narrow else 2**62,
             "RANKS": self._lanes,
             "TILE": min(_power(topology.num_slots), 512),

@@ -145,7 +145,9 @@ def split(
     EXPERTS: tl.constexpr,
     RANKS: tl.constexpr,
     WIDTH: tl.constexpr,
-    SWEEPS: tl.constexpr,
+    FINE_SWEEPS: tl.constexpr,
+    SHIFT: tl.constexpr,
+    MOST_FINE: tl.constexpr,
     MOST: tl.constexpr,
     PADDED: tl.constexpr,
     GATHERED: tl.constexpr,
@@ -165,7 +167,7 @@ def split(
         split_batch(
             rows, num_rows, slots, first, counts, rank_of_slot, first_slot, slots_of_rank, lists, total,
             own_costs, arrived, steps, NUM_LOGICAL, NUM_SLOTS, NUM_RANKS, MOST_SLOTS, EXPERT_COST,
-            EXPERTS, RANKS, WIDTH, SWEEPS, MOST,
+            EXPERTS, RANKS, WIDTH, FINE_SWEEPS, SHIFT, MOST_FINE, MOST,
         )  # fmt: skip
     elif program <= parts:
         _sum_blocks(

@@ -52,10 +52,14 @@ def split_batch(
     EXPERTS: tl.constexpr,
     RANKS: tl.constexpr,
     WIDTH: tl.constexpr,
-    SWEEPS: tl.constexpr,
+    FINE_SWEEPS: tl.constexpr,
+    SHIFT: tl.constexpr,
+    MOST_FINE: tl.constexpr,
     MOST: tl.constexpr,
 ):
     """Split one batch: the even split, then sweeps over the replicated experts.
+
+    Costs and tokens given are in parts of tokens until the end, see `split_kernels`.
 
     Args:
         rows: integer [num_rows, logical], whose sum is the tokens of each expert.
@@ -82,6 +86,8 @@ def split_batch(
         begin += DEPTH
     tl.store(total + expert, tokens_of, mask=expert < NUM_LOGICAL)
     tl.debug_barrier()
+    shift = tl.where(tl.sum(tokens_of) <= MOST_FINE, SHIFT, 0).to(TYPE)
+    fine_cost = tl.full([], EXPERT_COST, TYPE) << shift
 
     # 2. The even split.
     lane = tl.arange(0, RANKS)
@@ -102,7 +108,10 @@ def split_batch(
         replicas = tl.load(counts + mine, mask=mine >= 0, other=1).to(tl.int32)
         whole = tokens // replicas
         rest = tokens - whole * replicas
-        less, more = _cost(whole.to(TYPE), EXPERT_COST), _cost((whole + 1).to(TYPE), EXPERT_COST)
+        less, more = (
+            _cost(whole.to(TYPE) << shift, fine_cost),
+            _cost((whole + 1).to(TYPE) << shift, fine_cost),
+        )
         cost += tl.sum(tl.where(mine < 0, 0, tl.where(index < rest, more, less)), 1)
         tasks += tl.sum((task >= 0).to(tl.int32), 1)
         most = tl.maximum(most, tl.max(replicas, 1))
@@ -110,37 +119,41 @@ def split_batch(
         tl.store(own_costs + task, larger * more + (copies - larger) * less, mask=task >= 0)
         tl.store(lists + TASK_TOKENS * NUM_SLOTS + task, tokens, mask=task >= 0)
         # Tasks follow below. A second replica on the same rank gets nothing.
-        only = tl.where(replicas == 1, tokens, 0)
+        only = tl.where(replicas == 1, tokens, 0) << shift.to(tl.int32)
         tl.store(lists + GIVEN * NUM_SLOTS + slot, only, mask=inside & (task < 0))
         tl.store(arrived + slot, -1, mask=inside)
     tl.debug_barrier()
 
-    # 3. Sweeps, until each rank has gone through its tasks without a change, or SWEEPS times. Then no expert
-    # would change any more: on its ranks, nothing has changed since its last turn.
+    # 3. The sweeps.
+    highest = tl.max(cost)
     at = tl.zeros([RANKS], tl.int32)
     sweep = tl.zeros([RANKS], tl.int32)
-    unchanged = tl.zeros([RANKS], tl.int32)
     step = 0
     go = tl.max(tasks) > 0
     has_many = tl.max(most) > PEERS
     while go:
-        active = (tasks > 0) & (sweep < SWEEPS)
+        active = (tasks > 0) & (sweep <= FINE_SWEEPS)
         # Found before the step: the next one need not wait for it, at the price of one step. The limit is for
         # tables that contradict themselves.
-        go = (tl.max((active & (unchanged < tasks)).to(tl.int32)) > 0) & (step < SWEEPS * NUM_SLOTS)
+        go = (tl.max(active.to(tl.int32)) > 0) & (step < (FINE_SWEEPS + 1) * NUM_SLOTS)
         task = lists + begin + at
         slot = tl.load(task + TASK_SLOT * NUM_SLOTS, mask=active, other=0)
         tokens = tl.load(task + TASK_TOKENS * NUM_SLOTS, mask=active, other=0)
         own = tl.load(own_costs + begin + at, mask=active, other=0)
-        base = cost - own
+        rest_of_rank = cost - own
+        in_whole = sweep == FINE_SWEEPS
+        relaxed = rest_of_rank + (cost >> 1)
+        base = tl.where(in_whole, (rest_of_rank + ((1 << shift) >> 1)) >> shift, relaxed)
+        parts = tokens.to(TYPE) << tl.where(in_whole, 0, shift)
+        least = tl.where(in_whole, EXPERT_COST, fine_cost)
         tl.store(arrived + slot, base, mask=active)
         tl.debug_barrier()
-        given, fired = _fill(task, arrived, slot, base, tokens, active, NUM_SLOTS, EXPERT_COST, MOST)
+        given, fired = _fill(task, arrived, slot, base, parts, least, active, NUM_SLOTS, MOST)
         if has_many:
             many = tl.load(task + TASK_MANY * NUM_SLOTS, mask=active, other=0)
             key = tl.load(task + TASK_EXPERT * NUM_SLOTS, mask=active, other=0)
             # One at a time, the first in turn. Its ranks wait for no other expert of this kind.
-            turn = tl.where(many > 0, sweep * NUM_LOGICAL + key, SWEEPS * NUM_LOGICAL)
+            turn = tl.where(many > 0, sweep * NUM_LOGICAL + key, (FINE_SWEEPS + 1) * NUM_LOGICAL)
             chosen = tl.min(turn)
             member = (many > 0) & (turn == chosen)
             fired &= many == 0
@@ -148,17 +161,16 @@ def split_batch(
                 start = tl.load(first + chosen % NUM_LOGICAL).to(tl.int32)
                 count = tl.load(counts + chosen % NUM_LOGICAL).to(tl.int32)
                 filled = _fill_many(
-                    slots, rank_of_slot, start, count, arrived, slot, member, base, tokens,
-                    NUM_SLOTS, EXPERT_COST, MOST,
+                    slots, rank_of_slot, start, count, arrived, slot, member, base, parts, least,
+                    NUM_SLOTS, MOST,
                 )  # fmt: skip
                 given = tl.where(member, filled, given)
                 fired |= member
         # Experts without tokens wait for nobody.
         fired = active & (fired | (tokens == 0))
-        given = tl.where(tokens > 0, given, 0)
-        new = _cost(given, EXPERT_COST)
-        cost = tl.where(fired, base + new, cost)
-        unchanged = tl.where(fired, tl.where(new == own, unchanged + 1, 0), unchanged)
+        given = tl.where(tokens > 0, given, 0) << tl.where(in_whole, shift, 0)
+        new = _cost(given, fine_cost)
+        cost = tl.where(fired, rest_of_rank + new, cost)
         tl.debug_barrier()
         tl.store(arrived + slot, -1, mask=fired)
         tl.store(lists + GIVEN * NUM_SLOTS + slot, given.to(tl.int32), mask=fired)
@@ -170,10 +182,24 @@ def split_batch(
         tl.debug_barrier()
     tl.store(steps, step)
 
+    # 4. In whole tokens, or evenly if that has the lower peak.
+    is_even = tl.max(cost) > highest
+    for offset in range(0, MOST_SLOTS, WIDTH):
+        slot = begin[:, None] + offset + place
+        inside = offset + place < size[:, None]
+        mine = tl.load(lists + EXPERT * NUM_SLOTS + slot, mask=inside, other=-1)
+        given = tl.load(lists + GIVEN * NUM_SLOTS + slot, mask=inside, other=0) >> shift.to(tl.int32)
+        if is_even:
+            index = tl.load(lists + INDEX * NUM_SLOTS + slot, mask=mine >= 0, other=0)
+            tokens = tl.load(total + mine, mask=mine >= 0, other=0)
+            replicas = tl.load(counts + mine, mask=mine >= 0, other=1).to(tl.int32)
+            given = tokens // replicas + (index < tokens % replicas).to(tl.int32)
+        tl.store(lists + GIVEN * NUM_SLOTS + slot, given, mask=inside)
+
 
 @triton.jit
-def _cost(tokens, EXPERT_COST: tl.constexpr):
-    return tl.where(tokens > 0, tl.maximum(tokens, EXPERT_COST), 0)
+def _cost(tokens, least):
+    return tl.where(tokens > 0, tl.maximum(tokens, least), 0)
 
 
 @triton.jit
@@ -183,16 +209,17 @@ def _fill(
     slot,
     base,
     tokens,
+    least,
     active,
     NUM_SLOTS: tl.constexpr,
-    EXPERT_COST: tl.constexpr,
     MOST: tl.constexpr,
 ):
     """Fill in the experts of the tasks, each of at most PEERS slots.
 
     Args:
         task: pointers to the task of each lane.
-        slot, base, tokens: [ranks], of its task: slot, cost of the rank without it, tokens of its expert.
+        slot, base, tokens: [ranks], of its task: slot, base of the rank, tokens of its expert.
+        least: [ranks], least cost of a replica in use, in the unit of the tokens.
 
     Returns:
         Tokens of each rank; whether all ranks of its expert have arrived.
@@ -230,15 +257,14 @@ def _fill(
     b5, b6 = _sorted(b5, b6)
     # The first number of ranks that reaches the least level is the fewest that hold the tokens below it: with
     # fewer ranks and room for the tokens, the level would be above it because of a rank that is used anyway.
-    total = tokens.to(base.dtype)
-    total, n1 = _level(total, b0, 1, EXPERT_COST, MOST)
-    total, n2 = _level(total, b1, 2, EXPERT_COST, MOST)
-    total, n3 = _level(total, b2, 3, EXPERT_COST, MOST)
-    total, n4 = _level(total, b3, 4, EXPERT_COST, MOST)
-    total, n5 = _level(total, b4, 5, EXPERT_COST, MOST)
-    total, n6 = _level(total, b5, 6, EXPERT_COST, MOST)
-    total, n7 = _level(total, b6, 7, EXPERT_COST, MOST)
-    total, n8 = _level(total, b7, 8, EXPERT_COST, MOST)
+    total, n1 = _level(tokens, b0, 1, least, MOST)
+    total, n2 = _level(total, b1, 2, least, MOST)
+    total, n3 = _level(total, b2, 3, least, MOST)
+    total, n4 = _level(total, b3, 4, least, MOST)
+    total, n5 = _level(total, b4, 5, least, MOST)
+    total, n6 = _level(total, b5, 6, least, MOST)
+    total, n7 = _level(total, b6, 7, least, MOST)
+    total, n8 = _level(total, b7, 8, least, MOST)
     low, high = _least(_least(n1, n2), _least(n3, n4)), _least(_least(n5, n6), _least(n7, n8))
     _, used, whole, rest = _least(low, high)
     return tl.where(ahead < used, whole - base + (ahead < rest).to(base.dtype), 0), complete
@@ -259,12 +285,12 @@ def _sorted(a, b):
 
 
 @triton.jit
-def _level(total, cost, NUMBER: tl.constexpr, EXPERT_COST: tl.constexpr, MOST: tl.constexpr):
-    """The level of NUMBER ranks, the last of cost `cost`; the number; what each gets at least; the rest."""
-    total += tl.where(cost < MOST, cost, 0)
+def _level(total, base, NUMBER: tl.constexpr, least, MOST: tl.constexpr):
+    """The level of NUMBER ranks, the last of base `base`; the number; what each gets at least; the rest."""
+    total += tl.where(base < MOST, base, 0)
     share = total // NUMBER
     left = total - share * NUMBER
-    return total, (tl.maximum(cost + EXPERT_COST, share + (left > 0).to(cost.dtype)), NUMBER, share, left)
+    return total, (tl.maximum(base + least, share + (left > 0).to(base.dtype)), NUMBER, share, left)
 
 
 @triton.jit
@@ -290,14 +316,14 @@ def _fill_many(
     member,
     base,
     tokens,
+    least,
     NUM_SLOTS: tl.constexpr,
-    EXPERT_COST: tl.constexpr,
     MOST: tl.constexpr,
 ):
     """Fill in one expert of any number of slots. Its ranks, `member`, have arrived. Returns their tokens."""
     WIDTH: tl.constexpr = 16
     ahead = tl.zeros_like(slot)
-    total = base + tokens.to(base.dtype)
+    total = base + tokens
     begin = 0
     while begin < count:
         index = begin + tl.arange(0, WIDTH)
@@ -310,7 +336,7 @@ def _fill_many(
     ranks = ahead + 1
     share = total // ranks
     left = total - share * ranks
-    reached = tl.maximum(base + EXPERT_COST, share + (left > 0).to(base.dtype))
+    reached = tl.maximum(base + least, share + (left > 0).to(base.dtype))
     level = tl.min(tl.where(member, reached, MOST))
     used = tl.min(tl.where(member & (reached == level), ranks, count))
     best = member & (ranks == used)

@@ -1,8 +1,9 @@
-"""The best split of a batch, for comparison: an oracle apart from `offline.linear_program`."""
+"""The best split of a batch, by an oracle of its own; and a batch whose best split found is the even one."""
 
 from __future__ import annotations
 
 import numpy as np
+import torch
 from scipy.optimize import linprog
 
 import eplb_plugin as eplb
@@ -24,3 +25,9 @@ def best_peak(counts: np.ndarray, slots: np.ndarray, topology: eplb.Topology) ->
     solved = linprog(np.eye(n + 1)[-1], of_rank, np.zeros(ranks), of_expert, counts)
     assert solved.success
     return float(solved.fun)
+
+
+def worse_by_sweeps() -> tuple[torch.Tensor, eplb.Placement, eplb.Topology]:
+    """Counts of one layer whose sweeps end above the even split, with an `expert_cost` of 4."""
+    placement = eplb.Placement(torch.tensor([[0, 1, 0, 1, 2, 1]]), 3)
+    return torch.tensor([13, 9, 8]), placement, eplb.Topology(num_ranks=3, num_slots=6)

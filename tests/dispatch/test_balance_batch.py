@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eplb_plugin as eplb
-from eplb_plugin.dispatch.split_kernels import SWEEPS
-from tests.dispatch.cases import best_peak
+from eplb_plugin.dispatch.split_kernels import FINE_SWEEPS, SHIFT
+from tests.dispatch.cases import best_peak, worse_by_sweeps
 from tests.runtime.cases import random_placement
 
 COSTS = (0, 1, 8, 30)
@@ -30,19 +30,25 @@ def even_split(count: int, replicas: int) -> list[int]:
 
 
 def pour(count: int, base: Sequence[int], expert_cost: int) -> list[int]:
-    """Tokens for ranks of cost `base` with the lowest peak, on the fewest ranks, token by token.
+    """Units for ranks of `base` with the lowest peak, on the fewest ranks.
 
-    Every subset of ranks is tried. Within one, each rank in use costs at least `expert_cost`, and each token
-    goes to the rank with the fewest tokens and base, of equal ones to the earlier in the order of cost.
+    Every subset of ranks is tried. Within one, each rank in use costs at least `expert_cost`, and each unit
+    goes to the rank with the fewest units and base, of equal ones to the earlier in the order of base.
     """
     order = sorted(range(len(base)), key=lambda rank: base[rank])
     best = None
     for size in range(1, len(base) + 1):
         for subset in itertools.combinations(range(len(base)), size):
             ranks = [order[at] for at in subset]
-            filled = dict.fromkeys(ranks, 0)
-            for _ in range(count):
-                filled[min(ranks, key=lambda rank: (base[rank] + filled[rank], order.index(rank)))] += 1
+            # Unit by unit ends at the last level whose room is not above the count; the rest goes one higher.
+            level = base[ranks[0]]
+            while sum(max(0, level + 1 - base[rank]) for rank in ranks) <= count:
+                level += 1
+            filled = {rank: max(0, level - base[rank]) for rank in ranks}
+            rest = count - sum(filled.values())
+            for rank in [rank for rank in ranks if base[rank] <= level][:rest]:
+                filled[rank] += 1
+            assert sum(filled.values()) == count
             peak = max(base[rank] + max(n, expert_cost) for rank, n in filled.items())
             if best is None or (peak, size, subset) < best[0]:
                 best = (peak, size, subset), filled
@@ -51,28 +57,40 @@ def pour(count: int, base: Sequence[int], expert_cost: int) -> list[int]:
 
 
 def slow_split(counts: list[int], slots: list[int], topology: eplb.Topology, expert_cost: int) -> list[int]:
-    """The split of one layer: even, then `pour` for one replicated expert after the other."""
+    """The split of one layer: even, then `pour` for one replicated expert after the other, in parts of tokens
+    and at last in tokens; even again if that is lower."""
+    unit = 2**SHIFT
     rank_of = [rank for rank in range(topology.num_ranks) for _ in range(topology.slots_by_rank[rank])]
     tokens = [0] * len(slots)
     replicas = {e: [s for s, held in enumerate(slots) if held == e] for e in range(len(counts))}
     for expert, where in replicas.items():
         for slot, part in zip(where, even_split(counts[expert], len(where)), strict=True):
-            tokens[slot] = part
-    for _ in range(SWEEPS):
-        before = list(tokens)
+            tokens[slot] = unit * part
+    even = list(tokens)
+    for sweep in range(FINE_SWEEPS + 1):
+        in_tokens = sweep == FINE_SWEEPS
         for expert, where in replicas.items():
             if len(where) == 1 or not counts[expert]:
                 continue
+            firsts = [s for s in where if all(rank_of[s] != rank_of[t] for t in where if t < s)]
+            with_it = rank_costs(tokens, topology, unit * expert_cost)
             for slot in where:
                 tokens[slot] = 0
-            costs = rank_costs(tokens, topology, expert_cost)
-            firsts = [s for s in where if all(rank_of[s] != rank_of[t] for t in where if t < s)]
-            poured = pour(counts[expert], [costs[rank_of[s]] for s in firsts], expert_cost)
+            costs = rank_costs(tokens, topology, unit * expert_cost)
+            base = [costs[rank_of[slot]] for slot in firsts]
+            if in_tokens:
+                poured = pour(counts[expert], [(b + unit // 2) // unit for b in base], expert_cost)
+                poured = [unit * part for part in poured]
+            else:
+                relaxed = [b + with_it[rank_of[slot]] // 2 for b, slot in zip(base, firsts, strict=True)]
+                poured = pour(unit * counts[expert], relaxed, unit * expert_cost)
             for slot, part in zip(firsts, poured, strict=True):
                 tokens[slot] = part
-        if tokens == before:
-            break
-    return tokens
+    if max(rank_costs(tokens, topology, unit * expert_cost)) > max(
+        rank_costs(even, topology, unit * expert_cost)
+    ):
+        tokens = even
+    return [part // unit for part in tokens]
 
 
 @st.composite
@@ -120,6 +138,14 @@ def test_no_token_is_lost_and_no_peak_is_above_the_even_splits(
                 even[slot] = part
         peak = max(rank_costs(tokens[layer].tolist(), topology, expert_cost))
         assert peak <= max(rank_costs(even, topology, expert_cost))
+
+
+def test_sweeps_that_end_above_the_even_split_are_dropped() -> None:
+    """With a cost of 4, they end with 13 on the slowest rank."""
+    counts, placement, topology = worse_by_sweeps()
+    tokens = eplb.balance_batch(counts[None], placement, topology, expert_cost=4)
+    assert tokens.tolist() == [[7, 3, 6, 3, 8, 3]]
+    assert max(rank_costs(tokens[0].tolist(), topology, 4)) == 12
 
 
 @settings(max_examples=60, deadline=None)

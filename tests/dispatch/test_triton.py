@@ -13,9 +13,10 @@ import torch
 
 import eplb_plugin as eplb
 from eplb_plugin.dispatch.batch_split import BatchSplit
-from eplb_plugin.dispatch.split_kernels import SWEEPS
+from eplb_plugin.dispatch.split_kernels import FINE_SWEEPS, MOST_FINE
 from eplb_plugin.dispatch.tables import LayerTables, ReplicaTables
 from eplb_plugin.dispatch.triton_batch import TritonSplit
+from tests.dispatch.cases import worse_by_sweeps
 from tests.dispatch.interpreter import interpreter
 from tests.runtime.cases import random_placement
 
@@ -129,11 +130,11 @@ def check_planned(expert_cost: int) -> int:
 
 
 def longest_chain(placement: eplb.Placement, topology: eplb.Topology) -> int:
-    """Of the replicated experts in SWEEPS sweeps, the most that have to wait for each other."""
+    """Of the replicated experts in all sweeps, the most that have to wait for each other."""
     rank_of = [rank for rank in range(topology.num_ranks) for _ in range(topology.slots_by_rank[rank])]
     ranks = [{rank_of[s] for s in slots if s >= 0} for slots in placement.logical_to_physical[0].tolist()]
     last = [0] * topology.num_ranks
-    for _ in range(SWEEPS):
+    for _ in range(FINE_SWEEPS + 1):
         for mine in (mine for mine in ranks if len(mine) > 1):
             step = 1 + max(last[rank] for rank in mine)
             for rank in mine:
@@ -144,7 +145,30 @@ def longest_chain(placement: eplb.Placement, topology: eplb.Topology) -> int:
 def test_experts_without_a_common_rank_take_the_same_step(interpreted: Interpreted) -> None:
     steps, chain = interpreted(check_planned, 0)
     assert 1 < steps <= chain + 1
-    assert chain < 60  # 23 replicated experts in 8 sweeps, one by one, are 184
+    assert chain < 68  # 23 replicated experts in 9 sweeps, one by one, are 207
+
+
+def check_even_split() -> None:
+    check_split(*worse_by_sweeps(), 4)
+
+
+def test_sweeps_that_end_above_the_even_split_are_dropped(interpreted: Interpreted) -> None:
+    interpreted(check_even_split)
+
+
+def check_large_counts() -> None:
+    """Where parts of tokens would not fit 32 bits, the split is in whole tokens; and just below that."""
+    topology, placement = hot_layer()
+    share = torch.tensor([0.4, 0.2, 0.15, 0.1, 0.1, 0.05], dtype=torch.float64)
+    for tokens in (MOST_FINE, 2**29):
+        counts = (share * tokens).long()
+        counts[0] += tokens - counts.sum()
+        check_split(counts, placement, topology, 0)
+        check_split(counts, placement, topology, MOST_FINE // topology.num_slots)
+
+
+def test_large_batches(interpreted: Interpreted) -> None:
+    interpreted(check_large_counts)
 
 
 def check_slots(
