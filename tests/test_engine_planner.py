@@ -310,19 +310,25 @@ def test_the_dispatch_is_measured_on_single_steps(caplog):
 
 
 def test_plans_for_balanced_dispatch_are_made_from_single_steps():
-    options = EngineOptions(dispatch="balanced", planner={"dispatch": "balanced"})
-    planner, load = EnginePlanner(options), traffic(12) + 1
-    # The engine could not take the dispatch: the plan is for its own mapping.
-    even = plan(fold_steps(load, 32).double(), TOPOLOGY, start()).placement.physical_to_logical
-    assert torch.equal(rebalance(planner, load, samples=lambda: load[:4]), even)
-    planner = EnginePlanner(options)
-    planner.dispatch = lambda: DispatchInForce(expert_cost=0, copies=1)
-    ids = rebalance(planner, load, samples=lambda: load[::3])
-    wanted = plan(load[::3], TOPOLOGY, start(), options.planner).placement
-    assert torch.equal(ids, wanted.physical_to_logical)
-    ids = rebalance(planner, load, ids, samples=lambda: load[1::3])
-    wanted = plan(torch.cat([load[::3], load[1::3]]), TOPOLOGY, wanted, options.planner).placement
-    assert torch.equal(ids, wanted.physical_to_logical)
+    load = traffic(12) + 1
+    folded = fold_steps(load, 32).double()
+    even = plan(folded, TOPOLOGY, start()).placement.physical_to_logical
+    for dispatch, expects in (("auto", "balanced"), ("balanced", "balanced"), ("even", "even")):
+        options = EngineOptions(dispatch="balanced", planner={"dispatch": dispatch})
+        planner = EnginePlanner(options)
+        # The engine could not take the dispatch: the plan is for its own mapping.
+        assert torch.equal(rebalance(planner, load, samples=lambda: load[:4]), even)
+        planner = EnginePlanner(options)
+        planner.dispatch = lambda: DispatchInForce(expert_cost=0, copies=1)
+        expected = eplb.PlannerOptions(dispatch=expects)
+        ids = rebalance(planner, load, samples=lambda: load[::3])
+        wanted = plan(folded, TOPOLOGY, start(), expected, samples=load[::3]).placement
+        assert torch.equal(ids, wanted.physical_to_logical)
+        assert torch.equal(ids, even) == (expects == "even")
+        ids = rebalance(planner, load, ids, samples=lambda: load[1::3])
+        both, samples = torch.cat([folded, folded]), torch.cat([load[::3], load[1::3]])
+        wanted = plan(both, TOPOLOGY, wanted, expected, samples=samples).placement
+        assert torch.equal(ids, wanted.physical_to_logical)
     for wrong in ({"dispatch": "even"}, {"dispatch": "balanced", "samples": 0}):
         with pytest.raises(eplb.ConfigError, match=r"planner\.dispatch='balanced' needs"):
             EngineOptions(planner={"dispatch": "balanced"}, **wrong)

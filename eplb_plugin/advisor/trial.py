@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from dataclasses import dataclass
 from functools import cache
@@ -19,7 +20,7 @@ from ..core.placement import Placement
 from ..core.safe_files import written_whole
 from ..core.topology import Topology
 from ..offline.dispatch_replay import has_whole_counts, score
-from ..offline.simulation import PolicySetup, policy_setup, simulate
+from ..offline.simulation import policy_setup, simulate
 from ..offline.traces import LoadTrace
 from ..runtime.weights.migration import plan_migration
 
@@ -97,19 +98,10 @@ def try_setting(
         raise ConfigError(f"a trial needs expert_cost in tokens, not {rebalancer.expert_cost!r}")
     dispatches = ("even", "balanced") if has_whole_counts(trace.load) else ()
     options = planner.model_copy(update={"move_price": setting.move_price, "policy": "adaptive"})
-    setup = policy_setup("adaptive", options)
-    counts: list[tuple[int, int, int]] = []
-
-    def watch(window: torch.Tensor, topology: Topology, current: Placement | None) -> Placement:
-        assert current is not None
-        placement = setup.policy(window, topology, current)
-        counts.append(_transfers(current, placement, topology))
-        return placement
-
     result = simulate(
         trace,
         topology,
-        PolicySetup(setup.name, watch),
+        policy_setup("adaptive", options),
         setting.interval,
         snapshots=rebalancer.snapshots,
         history=rebalancer.history,
@@ -117,6 +109,9 @@ def try_setting(
         expert_cost=rebalancer.expert_cost,
     )
     even_cost, balanced_cost = [item.cost for item in result.dispatches] or (None, None)
+    default = Placement.default(trace.num_layers, trace.num_experts, topology.num_slots)
+    placements = [default, *(item.placement for item in result.intervals)]
+    counts = [_transfers(*pair, topology) for pair in itertools.pairwise(placements)]
     later = counts[1:] or counts
     return Trial(
         balancedness=result.balancedness,

@@ -71,7 +71,7 @@ def report(
             bar.update(task, description=f"{source}: loading the planner")
             # On a terminal, the bar shows that work is going on.
             with nullcontext() if errors.is_terminal else compiling(errors, ""):
-                warmup()
+                warmup(dispatch=settings.planner.dispatch)
             done = replay(
                 load,
                 topology,

@@ -62,7 +62,7 @@ def simulate(
     options = fit_interval(settings, load).rebalancer
     topology = topology_for(load, settings.simulate)
     with compiling(errors, "loading the planner"):
-        warmup()
+        warmup(dispatch=settings.planner.dispatch)
     results: list[SimulationResult] = []
     with progress_bar(errors) as bar:
         for setup in setups:

@@ -107,9 +107,11 @@ class PlannerOptions(Options):
     policy: str = "adaptive"
     """`adaptive`: exchanges from the placement in force; `ensemble`: from scratch, by the vectorized ensemble
     packer; `greedy`: from scratch, by the algorithm of today's engines."""
-    dispatch: Literal["even", "balanced"] = "even"
+    dispatch: Literal["auto", "even", "balanced"] = "auto"
     """What a plan expects of the engine. `even`: the tokens of an expert spread evenly over its replicas.
-    `balanced`: each batch is split by dispatch `balanced`; the load then holds single steps."""
+    `balanced`: each batch is split by dispatch `balanced`. `adaptive` improves its plan for that, from single
+    steps; the plans of the other policies are measured with it. `auto`: the dispatch of the loop or the
+    engine; `even` for a plan alone, and offline."""
     move_price: float = Field(0.009, ge=0, allow_inf_nan=False)
     """`adaptive`: minimum reduction of the peak rank load for each expert transferred, as a fraction of the
     mean slot load. Higher: fewer transfers. 0: transfers are free, and a plan from scratch is tried too.
@@ -130,21 +132,21 @@ class PlannerOptions(Options):
     """`ensemble`: the packer. `objective`: peak or spread; `num_candidates`: candidate packings of each row;
     `memory_mib`: bound on scratch memory, in MiB; `seed` of the candidates' noise."""
 
-    def check_dispatch(self, dispatch: str, samples: int) -> None:
-        """Check these options for a loop or an engine.
+    def for_dispatch(self, splits: bool) -> PlannerOptions:
+        """These options for a loop or an engine, without `auto`.
 
         Args:
-            dispatch: of the loop or engine, by name.
-            samples: single steps that it keeps of an interval.
+            splits: whether dispatch `balanced` splits whole batches there, and single steps are kept of them.
 
         Raises:
-            ConfigError: plans for dispatch `balanced` where it is not, or without single steps.
+            ConfigError: plans for dispatch `balanced` where it is not.
         """
-        if self.dispatch == "balanced" and (dispatch != "balanced" or not samples):
+        if self.dispatch == "balanced" and not splits:
             raise ConfigError(
-                f"planner.dispatch='balanced' needs dispatch='balanced' and samples, not "
-                f"dispatch={dispatch!r} and samples={samples}"
+                "planner.dispatch='balanced' needs dispatch='balanced' of whole batches, and samples above 0"
             )
+        dispatch = "balanced" if splits and self.dispatch != "even" else "even"
+        return self.model_copy(update={"dispatch": dispatch})
 
 
 class RebalancerOptions(Options):
@@ -187,6 +189,11 @@ class RebalancerOptions(Options):
     force stays."""
     verify: Literal["off", "sampled", "all"] = "sampled"
     """Comparison of moved weights with their fingerprints: none, some bytes of each tensor, or all bytes."""
+
+    @property
+    def splits(self) -> bool:
+        """Whether dispatch `balanced` splits whole batches, with single steps to plan from."""
+        return self.dispatch == "balanced" and self.batch != "own" and self.samples > 0
 
 
 class MetricsOptions(Options):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import torch
 
-from ..config.options import PlannerOptions
+from ..config.options import PlannerOptions, RebalancerOptions
 from ..core.balancedness import balancedness, count_moves
 from ..core.errors import ConfigError, PlacementError, TraceError, checked_integer
 from ..core.load import as_snapshots, fold_steps
@@ -18,7 +18,6 @@ from ..core.placement import Placement
 from ..core.topology import Topology
 from ..planning.planner import plan
 from ..planning.policies import POLICIES as PLANNER_POLICIES
-from ..planning.policies import Policy
 from .dispatch_replay import BatchScore, find_split, score, whole_counts
 from .traces import LoadTrace
 
@@ -32,6 +31,8 @@ __all__ = [
     "simulate",
 ]
 
+_SAMPLES = RebalancerOptions().samples
+
 
 @dataclass(frozen=True)
 class PolicySetup:
@@ -42,12 +43,14 @@ class PolicySetup:
         policy: called once per interval, in time order, with the recorded window and the placement in force.
         snapshots: snapshots per interval; None takes what `simulate` was given.
         history: intervals of the window; None takes what `simulate` was given.
+        samples: single steps per interval that the policy gets as the keyword `samples`; 0: it takes none.
     """
 
     name: str
-    policy: Policy
+    policy: Callable[..., Placement]
     snapshots: int | None = None
     history: int | None = None
+    samples: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class IntervalResult:
         predicted: balancedness of the new placement on its window.
         moves: transfers of one expert's weights to one rank.
         plan_ms: planning time, in milliseconds.
+        placement: in force for these steps.
     """
 
     first_step: int
@@ -69,6 +73,7 @@ class IntervalResult:
     predicted: float
     moves: int
     plan_ms: float
+    placement: Placement = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -165,13 +170,18 @@ def simulate(
     scores: dict[str, list[BatchScore]] = {name: [] for name in judged}
     current = Placement.default(trace.num_layers, trace.num_experts, topology.num_slots)
     past: list[torch.Tensor] = []
+    single: list[torch.Tensor] = []
     results: list[IntervalResult] = []
     starts = range(interval, trace.num_steps, interval)
     for start in starts:
         past = [*past, fold_steps(trace.load[start - interval : start], snapshots)][-history:]
         window = as_snapshots(torch.cat(past))
+        samples = {}
+        if setup.samples:
+            single = [*single, _single_steps(trace.load[start - interval : start], setup.samples)][-history:]
+            samples["samples"] = torch.cat(single)
         began = time.perf_counter()
-        placement = setup.policy(window, topology, current)
+        placement = setup.policy(window, topology, current, **samples)
         seconds = time.perf_counter() - began
         ids, in_force = placement.physical_to_logical, current.physical_to_logical
         if (placement.num_logical, ids.shape) != (current.num_logical, in_force.shape):
@@ -185,6 +195,7 @@ def simulate(
                 predicted=balancedness(window, placement, topology),
                 moves=int(count_moves(current, placement, topology).sum()),
                 plan_ms=1000 * seconds,
+                placement=placement,
             )
         )
         for name, found in scores.items():
@@ -203,6 +214,12 @@ def simulate(
         intervals=tuple(results),
         dispatches=tuple(_dispatch_result(name, scores, results) for name in names),
     )
+
+
+def _single_steps(load: torch.Tensor, samples: int) -> torch.Tensor:
+    """Evenly spaced steps of an interval, as the load window keeps them."""
+    count = min(samples, len(load))
+    return load[torch.arange(count) * len(load) // count]
 
 
 def _dispatch_result(
@@ -259,10 +276,15 @@ def _as_the_online_loop_does(name: str, options: PlannerOptions) -> PolicySetup:
     bound = options.max_moves if PLANNER_POLICIES[name].keeps_max_moves else None
     options = options.model_copy(update={"policy": name, "max_moves": bound})
 
-    def follow(window: torch.Tensor, topology: Topology, current: Placement | None) -> Placement:
-        return plan(window, topology, current, options).placement
+    def follow(
+        window: torch.Tensor,
+        topology: Topology,
+        current: Placement | None,
+        samples: torch.Tensor | None = None,
+    ) -> Placement:
+        return plan(window, topology, current, options, samples=samples).placement
 
-    return PolicySetup(name, follow)
+    return PolicySetup(name, follow, samples=_SAMPLES if options.dispatch == "balanced" else 0)
 
 
 POLICIES: Mapping[str, Callable[[str, PlannerOptions], PolicySetup]] = MappingProxyType(

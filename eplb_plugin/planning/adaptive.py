@@ -11,17 +11,16 @@ from ..config.options import PlannerOptions
 from ..core.load import sum_over_last
 from ..core.placement import Placement
 from ..core.topology import Topology
-from .anti_affinity import set_replicas_apart, shared_replicas
+from .anti_affinity import set_replicas_apart
 from .elastic import held_slots
-from .hierarchy import MOST_PACKINGS, best_nodes, groups_within_nodes, num_packings
-from .kernels.api import choose_nodes, grow, improve_splits, plan_from_scratch, step_peaks
+from .hierarchy import MOST_PACKINGS, best_nodes, num_packings
+from .kernels.api import choose_nodes, grow, plan_from_scratch, step_peaks
 
 __all__ = ["Adaptive"]
 
 _CANDIDATES = 128  # plans from scratch of a single load, and packings of its groups
 _PATIENCE = 1  # candidates in a row that may fail to improve on the best
 _GROUP_PATIENCE = 8  # the same for packing groups of a single load: few items, and all else depends on it
-_PRICE_AFTER_SPLIT = 1 / 6  # measured: the split takes most of what exchanges gain without it
 _GROUP_DISCOUNT = 0.5  # measured: the gain of moving a group lasts longer than that of an expert
 
 
@@ -37,36 +36,14 @@ class Adaptive:
 
     def __call__(self, window: torch.Tensor, topology: Topology, current: Placement | None) -> Placement:
         load = window.cpu()
-        held = start = None
+        held = None
         if current is None:
             ids = _from_scratch(load, topology)
         else:
             held, start = held_slots(current).cpu(), current.physical_to_logical.cpu()
             ids = self._from_placement(load, topology, held, start)
         ids = set_replicas_apart(ids, load, topology, held, self.options.max_moves)
-        if self.options.dispatch == "balanced":
-            ids = self._for_balanced_dispatch(load, topology, ids, held, start)
         return Placement(ids, load.shape[2])
-
-    def _for_balanced_dispatch(
-        self,
-        samples: torch.Tensor,
-        topology: Topology,
-        ids: torch.Tensor,
-        held: torch.Tensor | None,
-        start: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Improve a plan for the even split, or the placement in force where that is better already."""
-        if held is None or start is None:
-            return improve_splits(samples, topology, ids, [ids], price=0.0, max_moves=None)
-        starts = [ids]
-        # The placement in force, in the layers where it keeps the rules.
-        sound = (held >= 0).all(1) & groups_within_nodes(start, samples.shape[2], topology)
-        sound &= ~shared_replicas(start, topology).any(1)
-        starts.append(torch.where(sound[:, None], start, ids))
-        price = _PRICE_AFTER_SPLIT * self.options.move_price * topology.num_ranks / topology.num_slots
-        most = self.options.max_moves
-        return improve_splits(samples, topology, held, starts, price=price, max_moves=most)
 
     def _from_placement(
         self, load: torch.Tensor, topology: Topology, held: torch.Tensor, start: torch.Tensor

@@ -6,10 +6,9 @@ import torch
 
 from .kernels.api import expect_loads
 
-__all__ = ["expected_load", "expected_samples", "weighted_bins"]
+__all__ = ["expected_load", "weighted_bins"]
 
 _RECENCY = 0.6  # weight of a snapshot relative to the next one, in the load of the moment
-_RECENCY_OF_SAMPLES = 0.85  # the same of a single step, whose noise is larger
 _BINS = 32
 
 
@@ -33,20 +32,6 @@ def expected_load(load: torch.Tensor, decay: float, persistence: float) -> torch
     if load.shape[0] == 1:
         return load
     return expect_loads(load, *weighted_bins(load.shape[0], decay), _RECENCY, persistence, decay)
-
-
-def expected_samples(load: torch.Tensor, persistence: float) -> torch.Tensor:
-    """Shift single steps to the mean that is expected next, as `expected_load` does, but condense none.
-
-    Args:
-        load: float64 [steps, layers, logical] on the CPU, in time order, tokens.
-        persistence: as of `expected_load`.
-
-    Returns:
-        float64 [steps, layers, logical], tokens.
-    """
-    steps = load.shape[0]
-    return expect_loads(load, [1.0] * steps, list(range(steps)), _RECENCY_OF_SAMPLES, persistence, 1.0)
 
 
 def weighted_bins(num_snapshots: int, decay: float) -> tuple[list[float], list[int]]:

@@ -16,8 +16,9 @@ from ..core.errors import ConfigError, LoadError, PlacementError, TopologyError
 from ..core.load import as_snapshots, sum_over_last
 from ..core.placement import Placement, checked_ids
 from ..core.topology import Topology
+from .balanced_dispatch import expected_samples, improve_for_dispatch
 from .elastic import ActivePart, active_part, complete_placement, missing_experts
-from .forecast import expected_load, expected_samples
+from .forecast import expected_load
 from .hierarchy import effective_topology
 from .kernels.api import count_shared, split_peaks, step_peaks
 from .lower_bounds import peak_lower_bound
@@ -74,18 +75,22 @@ def plan(
     current: Placement | torch.Tensor | None = None,
     options: PlannerOptions | None = None,
     *,
+    samples: torch.Tensor | None = None,
     active_ranks: Sequence[bool] | torch.Tensor | None = None,
 ) -> Plan:
     """Plan a placement of every layer for a load. A pure function: same input, same plan, everywhere.
 
     Args:
         load: [layers, logical] or [snapshots, layers, logical] in time order, tokens; integer or float, on
-            any device. With `options.dispatch="balanced"`, the leading axis holds single steps.
+            any device.
         topology: nodes, ranks, slots and groups.
         current: the placement in force, as a Placement or its int64 [layers, slots]. Experts that stay on a
             rank keep their slot. Slots may be empty (-1), as on a rank that has just joined; the tensor may
             then also lack experts, as with `active_ranks`: see `Plan.lost`.
         options: policy and its options.
+        samples: [steps, layers, logical], tokens of single steps of the same time, for
+            `options.dispatch="balanced"`, which is planned for by them. None, or no step: `load` is taken for
+            them.
         active_ranks: bool [ranks], True for living ranks; None: all are alive. Dead ranks get empty slots,
             and `current` is ignored there.
 
@@ -110,11 +115,11 @@ def plan(
         _warn_of_global_plan(topology, active, num_logical)
 
     balanced = options.dispatch == "balanced"
-    if balanced:
-        expected = expected_samples(snapshots, options.persistence)
-    else:
-        expected = expected_load(snapshots, options.snapshot_decay, options.persistence)
+    measured = snapshots
+    if balanced and samples is not None and len(samples):
+        measured = _checked_samples(samples, snapshots)
     peaks = split_peaks if balanced else step_peaks
+    expected = expected_load(snapshots, options.snapshot_decay, options.persistence)
     in_force: Placement | None = None
     lost: tuple[tuple[int, int], ...] = ()
     if current is not None:
@@ -123,20 +128,24 @@ def plan(
         in_force = complete_placement(held, num_logical, expected, usable)
     placed = policy(expected.to(load.device), usable, in_force)
     ids = _checked_result(placed, options.policy, snapshots, usable)
+    if balanced:
+        expected = expected_samples(measured, expected)
+    if balanced and options.policy == "adaptive":
+        ids = improve_for_dispatch(expected, usable, ids, in_force, options)
     if in_force is None:
         moves, shared = 0, int(count_shared(ids, usable, num_logical).sum())
     else:
         ids, moves, shared = apply_skip_rule(expected, ids, in_force, usable, options.min_gain, peaks)
-    mean = sum_over_last(snapshots) / usable.num_ranks
+    mean = sum_over_last(measured) / usable.num_ranks
     return Plan(
         placement=Placement(active.expand(ids).to(load.device), num_logical),
-        balancedness=balancedness_of_peaks(mean, peaks(snapshots, ids, usable)),
+        balancedness=balancedness_of_peaks(mean, peaks(measured, ids, usable)),
         moves=moves,
         seconds=time.perf_counter() - started,
         hierarchical=hierarchical,
         shared_replicas=shared,
         lost=lost,
-        _load=snapshots,
+        _load=measured,
         _topology=usable,
         _even=not balanced,
     )
@@ -222,6 +231,17 @@ def _checked_current(
             f"the placement in force has {ids.shape[1]} slots, the topology {topology.num_slots}"
         )
     return ids.cpu()
+
+
+def _checked_samples(samples: torch.Tensor, snapshots: torch.Tensor) -> torch.Tensor:
+    """`samples` as float64 [steps, layers, logical] on the CPU."""
+    steps = as_snapshots(samples, "samples").cpu()
+    if steps.shape[1:] != snapshots.shape[1:]:
+        raise LoadError(
+            f"samples have {steps.shape[1]} layers of {steps.shape[2]} experts, "
+            f"the load {snapshots.shape[1]} of {snapshots.shape[2]}"
+        )
+    return steps
 
 
 def _checked_result(

@@ -12,7 +12,7 @@ from ..core.balancedness import balancedness, rank_loads
 from ..core.placement import Placement
 from ..core.topology import Topology
 from ..offline.dispatch_replay import has_whole_counts
-from ..offline.simulation import DispatchResult, PolicySetup, SimulationResult, policy_setup, simulate
+from ..offline.simulation import DispatchResult, SimulationResult, policy_setup, simulate
 from ..offline.traces import LoadTrace
 
 __all__ = ["PolicyReplay", "Replay", "replay"]
@@ -109,11 +109,10 @@ def replay(
     results = []
     dispatches = ("even", "balanced") if has_whole_counts(trace.load) else ()
     for name in policies:
-        setup, placements = _kept(policy_setup(name, planner))
         result = simulate(
             trace,
             topology,
-            setup,
+            policy_setup(name, planner),
             rebalancer.interval,
             snapshots=rebalancer.snapshots,
             history=rebalancer.history,
@@ -121,22 +120,12 @@ def replay(
             expert_cost=expert_cost,
             progress=None if progress is None else lambda done, total, name=name: progress(name, done, total),  # type: ignore[misc]
         )
+        placements = tuple(part.placement for part in result.intervals)
         predicted = tuple(
             balancedness(
                 trace.load[part.first_step - rebalancer.interval : part.first_step], placement, topology
             )
             for part, placement in zip(result.intervals, placements, strict=True)
         )
-        results.append(PolicyReplay(result, tuple(placements), predicted))
+        results.append(PolicyReplay(result, placements, predicted))
     return Replay(trace, topology, rebalancer.interval, tuple(results), expert_cost, message_us)
-
-
-def _kept(setup: PolicySetup) -> tuple[PolicySetup, list[Placement]]:
-    """The policy, and a list to which it appends each of its placements."""
-    placements: list[Placement] = []
-
-    def keep(window: torch.Tensor, topology: Topology, current: Placement | None) -> Placement:
-        placements.append(setup.policy(window, topology, current))
-        return placements[-1]
-
-    return PolicySetup(setup.name, keep, setup.snapshots, setup.history), placements

@@ -84,8 +84,7 @@ def rebalance(context: Context, request: Request, scheduler: Scheduler) -> Outco
         throttle.pause()
 
         goal = before.physical_to_logical
-        samples = context.planner.dispatch == "balanced"
-        load = context.window.samples() if samples else context.window.load()
+        load = context.window.load()
         if not bool(load.any()):
             draft.notes.append("no load was recorded")
         else:
@@ -175,6 +174,7 @@ def plan_layers(context: Context, number: int, load: torch.Tensor, scheduler: Sc
     last = min(first + share, num_layers)
     rows = torch.zeros(share, context.topology.num_slots, dtype=torch.int64)
     in_force = context.in_force.physical_to_logical
+    samples = context.window.samples() if context.planner.dispatch == "balanced" else None
 
     def plan_share() -> None:
         # Layers are planned independently, so their number in one call does not change the plan.
@@ -182,7 +182,13 @@ def plan_layers(context: Context, number: int, load: torch.Tensor, scheduler: Sc
         for start in range(first, last, at_once):
             end = min(start + at_once, last)
             current = Placement(in_force[start:end], num_logical)
-            planned = plan(load[:, start:end], context.topology, current, context.planner)
+            planned = plan(
+                load[:, start:end],
+                context.topology,
+                current,
+                context.planner,
+                samples=None if samples is None else samples[:, start:end],
+            )
             rows[start - first : end - first] = planned.placement.physical_to_logical
             scheduler.throttle.pause()
 

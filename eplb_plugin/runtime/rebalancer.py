@@ -101,7 +101,7 @@ class Rebalancer:
         group_of_engine = RankGroup(group, device, alone=alone)
         unfit: EplbError | None = None
         try:
-            self.planner.check_dispatch(options.dispatch, options.samples)
+            self.planner = self.planner.for_dispatch(options.splits)
             policy_for(self.planner)
             topology.check_experts(num_logical)
             group_of_engine.check_topology(topology)

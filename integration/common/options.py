@@ -56,8 +56,13 @@ class EngineOptions(Options):
     @model_validator(mode="after")
     def _refuse_unfit_policy(self) -> Self:
         policy_for(self.planner)
-        self.planner.check_dispatch(self.dispatch, self.samples)
+        self.planner.for_dispatch(self.splits)
         return self
+
+    @property
+    def splits(self) -> bool:
+        """Whether dispatch `balanced` is asked for, with single steps to plan from."""
+        return self.dispatch == "balanced" and self.samples > 0
 
 
 def options_in_settings(

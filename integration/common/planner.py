@@ -167,14 +167,18 @@ class EnginePlanner:
         """`planning.plan` with the options; override it for a planner of your own.
 
         The window is float64 [snapshots, layers, logical] in time order, tokens. Where dispatch `balanced` is
-        in force, and planned for, it holds single steps instead.
+        in force, and planned for, the single steps of the window are planned for.
         """
-        return plan(window, topology, current, self._planner_options()).placement
+        options = self._planner_options()
+        samples = torch.cat(list(self._samples)) if options.dispatch == "balanced" else None
+        return plan(window, topology, current, options, samples=samples).placement
 
     def _planner_options(self) -> PlannerOptions:
         """For the dispatch in force: an engine that could not take ours has said so."""
         options = self.options.planner
-        return options if self.dispatch else options.model_copy(update={"dispatch": "even"})
+        if self.dispatch is None:
+            return options.model_copy(update={"dispatch": "even"})
+        return options.for_dispatch(self.options.splits)
 
     def _place(
         self,
@@ -196,8 +200,7 @@ class EnginePlanner:
         in_force = Placement(old, load.shape[2])
         start = time.perf_counter()
         window = torch.cat(list(self._history))
-        for_dispatch = self._planner_options().dispatch == "balanced"
-        new = self.plan(torch.cat(list(self._samples)) if for_dispatch else window, topology, in_force)
+        new = self.plan(window, topology, in_force)
         if (new.num_layers, new.num_logical) != (in_force.num_layers, in_force.num_logical):
             raise PlacementError(f"{new} was planned in place of {in_force}")
         # Made anew: its checks run on the present content of the tensor.

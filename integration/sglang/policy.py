@@ -136,7 +136,7 @@ class SglangBalancer:
         if dist.is_initialized():
             compare(range(dist.get_world_size()))
         Placement(current, num_logical)
-        warmup(dispatch=self.options.planner.dispatch)
+        warmup(dispatch=self.options.planner.for_dispatch(self.options.splits).dispatch)
         if is_first_rank():
             # SGLang starts without the plugin too, and fails at the first rebalance: a line to search for.
             _logger.warning("eplb-plugin is active: --eplb-algorithm %s, options %s", self.algorithm, options)

@@ -230,7 +230,7 @@ def _warm_up(state: Any, options: EngineOptions) -> None:
     started = time.perf_counter()
     slots, groups = model.num_physical_experts, max(model.num_expert_groups, 1)
     topology = Topology(num_ranks=_ep_group().world_size, num_slots=slots, num_groups=groups)
-    warmup(topology, dispatch=options.planner.dispatch)
+    warmup(topology, dispatch=options.planner.for_dispatch(options.splits).dispatch)
     if _is_first_rank():
         _logger.info("eplb_plugin: the planner was set up in %.1f s", time.perf_counter() - started)
 

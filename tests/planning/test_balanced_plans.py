@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eplb_plugin as eplb
+from eplb_plugin.core.load import fold_steps
 from eplb_plugin.dispatch.rank_costs import even_batch, rank_costs, split_balancedness
+from eplb_plugin.planning.balanced_dispatch import expected_samples
 from eplb_plugin.planning.kernels.api import improve_splits, split_peaks, step_peaks
 from tests.dispatch.cases import best_peak
 from tests.runtime.cases import random_placement
@@ -63,6 +65,46 @@ def test_a_plan_for_balanced_dispatch_is_better_with_it() -> None:
     again = eplb.plan(seen, topology, plan.placement, BALANCED)
     assert again.moves <= 3
     assert split_balancedness(unseen, again.placement, topology).balanced > 0.98
+
+
+def test_single_steps_are_scaled_to_the_load_that_is_expected_next() -> None:
+    load = skewed(1, 24, 2, 9).double()
+    expected = skewed(2, 4, 2, 9).double()
+    expected[:, 1, 3], load[:, 1, 5], load[:, 1, 6] = 0, 0, 0
+    scaled = expected_samples(load, expected)
+    for layer in range(2):
+        share = expected[:, layer].sum(0) / expected[:, layer].sum()
+        seen = load[:, layer].sum(0) / load[:, layer].sum()
+        for expert in range(9):
+            for step in range(24):
+                tokens = load[step, layer].sum()
+                factor = share[expert] / seen[expert] if seen[expert] else None
+                wanted = share[expert] * tokens if factor is None else load[step, layer, expert] * factor
+                assert float(scaled[step, layer, expert]) == pytest.approx(float(wanted))
+    assert not expected_samples(load * 0, expected * 0).any()
+
+
+def test_a_plan_follows_the_load_and_its_chance_the_samples() -> None:
+    """Traffic has changed: the snapshots say so, and half of the samples are from before."""
+    topology = eplb.Topology(num_ranks=8, num_slots=40)
+    before, after = skewed(1, 64, 2, 32), skewed(2, 96, 2, 32)
+    start = eplb.plan(before, topology, options=BALANCED).placement
+    samples = torch.cat([before, after[:64]])
+    plan = eplb.plan(fold_steps(after[:64], 16), topology, start, BALANCED, samples=samples)
+    late = eplb.plan(samples, topology, start, BALANCED)
+    found, missed = (split_balancedness(after[64:], x.placement, topology).balanced for x in (plan, late))
+    assert found > missed + 0.005
+    assert plan.balancedness == pytest.approx(
+        split_balancedness(samples, plan.placement, topology).balanced, abs=0.01
+    )
+    assert torch.equal(
+        eplb.plan(before, topology, start, BALANCED, samples=before[:0]).placement.physical_to_logical,
+        eplb.plan(before, topology, start, BALANCED).placement.physical_to_logical,
+    )
+    with pytest.raises(eplb.LoadError, match="samples have 2 layers of 31 experts, the load 2 of 32"):
+        eplb.plan(before, topology, options=BALANCED, samples=samples[..., 1:])
+    with pytest.raises(eplb.LoadError, match="samples"):
+        eplb.plan(before, topology, options=BALANCED, samples=-samples)
 
 
 def test_moves_earn_their_price_and_keep_their_bound() -> None:

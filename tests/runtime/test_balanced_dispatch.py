@@ -36,7 +36,9 @@ def serve(rank: int, size: int, batch_of: str, cost: int) -> list[tuple[list[int
     options = eplb.RebalancerOptions(
         mode="sync", interval=4, history=1, dispatch="balanced", batch=batch_of, expert_cost=cost
     )
-    balancer = eplb.Rebalancer(topology, LAYERS, LOGICAL, options=options)
+    # Plans for the even split move experts, which those for this dispatch need not.
+    planner = eplb.PlannerOptions(dispatch="even")
+    balancer = eplb.Rebalancer(topology, LAYERS, LOGICAL, options=options, planner=planner)
     told: list[tuple[list[int], list[float]]] = []
     source = 0 if batch_of == "replicated" else rank
     for step in range(STEPS):
@@ -170,8 +172,7 @@ def test_one_rank_alone_needs_no_group() -> None:
 def serve_with_plans(rank: int) -> list[tuple[float, float]]:
     topology = eplb.Topology(num_ranks=4, num_slots=SLOTS)
     options = eplb.RebalancerOptions(mode="sync", interval=8, history=2, dispatch="balanced", samples=8)
-    planner = eplb.PlannerOptions(dispatch="balanced")
-    balancer = eplb.Rebalancer(topology, LAYERS, LOGICAL, options=options, planner=planner)
+    balancer = eplb.Rebalancer(topology, LAYERS, LOGICAL, options=options)
     told = []
     for step in range(32):
         for layer in range(LAYERS):
@@ -193,6 +194,22 @@ def test_the_loop_plans_for_its_dispatch_from_single_steps() -> None:
     assert all(other == told for other in others)
     assert told[-1][1] > told[0][1] + 0.02
     assert all(balanced >= even for even, balanced in told)
+
+
+def test_plans_are_for_the_dispatch_of_the_loop() -> None:
+    topology = eplb.Topology(num_ranks=1, num_slots=6)
+    for given, expected in (
+        ({}, "even"),
+        ({"dispatch": "local_first"}, "even"),
+        ({"dispatch": "balanced"}, "balanced"),
+        ({"dispatch": "balanced", "batch": "own"}, "even"),
+        ({"dispatch": "balanced", "samples": 0}, "even"),
+    ):
+        options = eplb.RebalancerOptions(**given)  # type: ignore[arg-type]
+        assert eplb.Rebalancer(topology, 1, 4, options=options).planner.dispatch == expected
+    even = eplb.PlannerOptions(dispatch="even")
+    options = eplb.RebalancerOptions(dispatch="balanced")
+    assert eplb.Rebalancer(topology, 1, 4, options=options, planner=even).planner.dispatch == "even"
 
 
 def test_a_plan_for_a_dispatch_that_is_not_there_is_refused() -> None:

@@ -85,7 +85,7 @@ def run_demo(settings: Settings, console: Console) -> DemoOutcome:
     settings = settings.replaced("rebalancer.dispatch", options.dispatch)
     find_dispatch(options.dispatch)
     with compiling(console, "loading the planner"):
-        warmup(dispatch=settings.planner.dispatch)
+        warmup(dispatch=settings.planner.for_dispatch(settings.rebalancer.splits).dispatch)
     bar = progress_bar(console)
     task = bar.add_task("steps served", total=options.steps)
     tally = DemoTally(options.ranks)

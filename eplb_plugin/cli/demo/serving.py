@@ -180,11 +180,10 @@ def serve(
     config = model_config(options, mix.shape[1])
     topology = Topology(num_ranks=options.ranks, num_slots=options.slots)
     # Without rebalancing: the same code with an interval longer than the run.
-    never = settings.replaced("rebalancer.interval", options.steps + 1).replaced(
-        "rebalancer.dispatch", "even"
-    )
+    never = settings.replaced("rebalancer.interval", options.steps + 1)
+    never = never.replaced("rebalancer.dispatch", "even").replaced("planner.dispatch", "even")
     balanced, static = (
-        _WatchedModel(config, topology, options=item.rebalancer, planner=settings.planner)
+        _WatchedModel(config, topology, options=item.rebalancer, planner=item.planner)
         for item in (settings, never)
     )
     server = serve_metrics(balanced.rebalancer, metrics, model="demo")

@@ -36,7 +36,7 @@ if not collect_ignore_glob:
 @pytest.fixture(scope="session", autouse=True)
 def prepared():
     """Engines, and ranks of parts of one, find the planner compiled and SGLang imported."""
-    eplb_plugin.warmup()
+    eplb_plugin.warmup(dispatch="balanced")
     preload("tests.engines.sglang.drive", "tests.engines.sglang.dispatch_ranks")
 
 

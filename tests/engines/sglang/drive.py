@@ -22,7 +22,7 @@ from sglang.srt.eplb.expert_distribution import _StatAccumulator
 import eplb_plugin
 from eplb_plugin.dispatch.batch_split import BatchSplit
 
-eplb_plugin.warmup()
+eplb_plugin.warmup(dispatch="balanced")
 
 
 def start(arguments: dict[str, Any]) -> Engine:

@@ -95,7 +95,7 @@ def _drive(scenario, result):
 @pytest.fixture(scope="session", autouse=True)
 def prepared():
     """Engines find the planner compiled and vLLM imported."""
-    eplb_plugin.warmup()
+    eplb_plugin.warmup(dispatch="balanced")
     preload("tests.engines.vllm.drive")
 
 
