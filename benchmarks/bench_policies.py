@@ -4,13 +4,16 @@
 
 Replays traces offline: every interval is planned from the steps before it and scored on the steps after it.
 Uses the package's generator, the real traces in ../shared/traces if present, and the policies of vLLM and
-vllm-ascend after `make bench-peers`. Prints a table per trace, a table of means with several seeds, and one
-line of JSON. The balancedness of one seed varies by a third of a point with any change.
+vllm-ascend after `make bench-peers`. Each placement is scored with the even split and with dispatch
+`balanced`, so that what plan and dispatch gain can be told apart. Prints a table per trace, a table of means
+with several seeds, and one line of JSON. The balancedness of one seed varies by a third of a point with any
+change.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 from collections.abc import Iterator
@@ -24,6 +27,7 @@ from rich.table import Table
 
 import eplb_plugin as eplb
 from eplb_plugin.formats.loads import read_trace
+from eplb_plugin.offline.dispatch_replay import has_whole_counts
 from eplb_plugin.offline.simulation import POLICIES, PolicySetup, SimulationResult, policy_setup, simulate
 from eplb_plugin.offline.synthetic_traffic import generate
 from eplb_plugin.offline.token_replay import fold_decode, fold_prefill
@@ -32,6 +36,7 @@ from eplb_plugin.offline.traces import LoadTrace, TokenTrace
 TRACES = Path(__file__).resolve().parent.parent.parent / "shared" / "traces"
 PRICES = (0.0, 0.001, 0.003, 0.009, 0.02, 0.05)
 PLOTTED = "glm-5.2 mixed"
+FOR_DISPATCH = "adaptive, for dispatch"
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,7 @@ def policies(num_nodes: int) -> list[PolicySetup]:
 
     ours = [policy_setup(name) for name in POLICIES]
     ours.append(PolicySetup("adaptive from scratch", scratch))
+    ours.append(for_dispatch())
     if not peers.available():
         return ours
     default = PolicySetup("vLLM default", peers.vllm_default, snapshots=1, history=1)
@@ -104,9 +110,25 @@ def policies(num_nodes: int) -> list[PolicySetup]:
     ]
 
 
+def for_dispatch(**options: float) -> PolicySetup:
+    """Plans for dispatch `balanced`."""
+    setup = policy_setup("adaptive", eplb.PlannerOptions(dispatch="balanced", **options))
+    return dataclasses.replace(setup, name=FOR_DISPATCH)
+
+
 def priced(price: float) -> PolicySetup:
-    options = eplb.PlannerOptions(move_price=price)
-    return PolicySetup(f"price {price}", policy_setup("adaptive", options).policy)
+    return policy_setup("adaptive", eplb.PlannerOptions(move_price=price))
+
+
+def replay(case: Case, setup: PolicySetup) -> SimulationResult:
+    """With both dispatches; with the even one alone where the load is in fractions of tokens."""
+    dispatches = ("even", "balanced") if has_whole_counts(case.trace.load) else ()
+    return simulate(case.trace, case.topology, setup, case.interval, dispatches=dispatches)
+
+
+def dispatched(result: SimulationResult) -> float | None:
+    """Balancedness of single steps with dispatch `balanced`."""
+    return result.dispatches[1].balancedness if result.dispatches else None
 
 
 def settled_share(result: SimulationResult, case: Case) -> float:
@@ -117,9 +139,7 @@ def settled_share(result: SimulationResult, case: Case) -> float:
 
 
 def run(case: Case) -> list[dict[str, object]]:
-    results = []
-    for setup in policies(case.topology.num_nodes):
-        results.append(simulate(case.trace, case.topology, setup, case.interval))
+    results = [replay(case, setup) for setup in policies(case.topology.num_nodes)]
     reference = next((r for r in results if r.policy == "vLLM default"), None) or next(
         r for r in results if r.policy == "greedy"
     )
@@ -128,6 +148,7 @@ def run(case: Case) -> list[dict[str, object]]:
             "trace": case.name,
             "policy": result.policy,
             "balancedness": result.balancedness,
+            "dispatched": dispatched(result),
             "gain_points": 100 * (result.balancedness - reference.balancedness),
             "moved_share": result.moved_share,
             "moved_ratio": result.moved_share / max(reference.moved_share, 1e-12),
@@ -144,15 +165,17 @@ def show(console: Console, case: Case, rows: list[dict[str, object]]) -> None:
     table = Table(
         title=f"{case.name}: {case.trace.num_layers} layers, {case.trace.num_experts} experts in "
         f"{case.topology.num_slots} slots on {case.topology.num_ranks} ranks",
-        caption=f"gain, x: against {reference}; later: slots moved without the first rebalance",
+        caption=f"gain, x: against {reference}; dispatched: balancedness with dispatch balanced; "
+        "later: slots moved without the first rebalance",
     )
-    for column in ("policy", "balancedness", "gain", "moved", "x", "later", "plan ms", "x"):
+    for column in ("policy", "balancedness", "gain", "dispatched", "moved", "x", "later", "plan ms", "x"):
         table.add_column(column, justify="left" if column == "policy" else "right", no_wrap=True)
     for row in rows:
         table.add_row(
             str(row["policy"]),
             f"{row['balancedness']:.4f}",
             f"{row['gain_points']:+.1f}",
+            "" if row["dispatched"] is None else f"{row['dispatched']:.4f}",
             f"{100 * row['moved_share']:.1f} %",
             f"{row['moved_ratio']:.3f}",
             f"{100 * row['moved_share_settled']:.1f} %",
@@ -163,50 +186,67 @@ def show(console: Console, case: Case, rows: list[dict[str, object]]) -> None:
 
 
 def show_means(console: Console, rows: list[dict[str, object]]) -> None:
-    """Balancedness and slots moved, means over the seeds of each trace."""
+    """Balancedness with both dispatches and slots moved, means over the seeds of each trace."""
     table = Table(title="Means over the seeds")
-    for column in ("trace", "policy", "balancedness", "moved"):
-        table.add_column(column, justify="right" if column in ("balancedness", "moved") else "left")
+    for column in ("trace", "policy", "balancedness", "dispatched", "moved"):
+        table.add_column(column, justify="left" if column in ("trace", "policy") else "right")
     for trace, policy in dict.fromkeys((row["trace"], row["policy"]) for row in rows):
         found = [row for row in rows if (row["trace"], row["policy"]) == (trace, policy)]
-        balance, moved = (
-            statistics.fmean(float(str(row[key])) for row in found) for key in ("balancedness", "moved_share")
+        balance, split, moved = (
+            statistics.fmean(float(str(row[key])) for row in found if row[key] is not None)
+            for key in ("balancedness", "dispatched", "moved_share")
         )
-        table.add_row(str(trace), str(policy), f"{balance:.4f}", f"{100 * moved:.1f} %")
+        table.add_row(str(trace), str(policy), f"{balance:.4f}", f"{split:.4f}", f"{100 * moved:.1f} %")
     console.print(table)
 
 
 def plot(path: Path, case: Case, rows: list[dict[str, object]]) -> None:
-    """Balancedness against moves: our planner for several prices, the others as points."""
+    """Balancedness against moves: our planner for several prices, the others as points.
+
+    Hollow marks: the same placement with dispatch `balanced`.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    curve = [simulate(case.trace, case.topology, priced(price), case.interval) for price in PRICES]
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=150)
-    share = [100 * result.moved_share for result in curve]
-    axes.plot(share, [r.balancedness for r in curve], "o-", color="#0072b2", label="adaptive, by move_price")
-    for price, x, result in zip(PRICES, share, curve, strict=True):
+    figure, axes = pyplot.subplots(figsize=(7, 5.2), dpi=150)
+    even = [replay(case, priced(price)) for price in PRICES]
+    share = [100 * result.moved_share for result in even]
+    axes.plot(share, [r.balancedness for r in even], "o-", color="#0072b2", label="adaptive, by move_price")
+    for price, x, result in zip(PRICES, share, even, strict=True):
         axes.annotate(
             f"{price:g}", (x, result.balancedness), textcoords="offset points", xytext=(4, -12), fontsize=7
         )
-    colours = ("#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#888888")
-    marks = iter(zip("sD^vPX*", colours, strict=True))
+    hollow = {"markerfacecolor": "white"}
+    axes.plot(share, [dispatched(r) for r in even], "o-", color="#0072b2", **hollow)
+    planned = [replay(case, for_dispatch(move_price=price)) for price in PRICES]
+    axes.plot(
+        [100 * r.moved_share for r in planned],
+        [dispatched(r) for r in planned],
+        "o--",
+        color="#56b4e9",
+        label="adaptive, planned for dispatch balanced",
+        **hollow,
+    )
+    colours = ("#d55e00", "#009e73", "#cc79a7", "#e69f00", "#000000", "#888888")
+    marks = iter(zip("sD^vP*", colours, strict=True))
     for row in rows:
-        if row["policy"] in ("adaptive", "static", "adaptive from scratch"):
+        if row["policy"] in ("adaptive", "static", "adaptive from scratch", FOR_DISPATCH):
             continue
         mark, colour = next(marks)
-        axes.plot(
-            100 * row["moved_share"], row["balancedness"], mark, color=colour, label=row["policy"], ms=7
-        )
+        x = 100 * row["moved_share"]
+        axes.plot(x, row["balancedness"], mark, color=colour, label=row["policy"], ms=7)
+        axes.plot(x, row["dispatched"], mark, color=colour, ms=7, **hollow)
     axes.set_xscale("log")
     axes.set_xticks([2, 5, 10, 20, 50, 100], ["2", "5", "10", "20", "50", "100"])
     axes.minorticks_off()
     axes.set_xlabel("slots that get another expert per rebalance (%)")
     axes.set_ylabel("balancedness on the unseen next window")
     axes.set_title(
-        f"{case.name} traffic, {case.topology.num_ranks} ranks: further up and left is better", fontsize=10
+        f"{case.name} traffic, {case.topology.num_ranks} ranks: further up and left is better\n"
+        "filled: even split; hollow: the same placement with dispatch balanced",
+        fontsize=10,
     )
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, frameon=False, loc="best")
@@ -221,7 +261,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help=f"write the trade-off on {PLOTTED} as a PNG")
     arguments = parser.parse_args()
     console = Console(width=110)
-    eplb.warmup()
+    eplb.warmup(dispatch="balanced")
     if not peers.available():
         console.print("The peers' wheels are not there (make bench-peers): only our policies take part.")
     rows: list[dict[str, object]] = []
