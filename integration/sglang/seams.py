@@ -11,6 +11,7 @@ from typing import Any
 
 from ...runtime.verify.unregistered import warn_unregistered
 from ..common.planner import bytes_of_one_expert, engine_telemetry
+from ..common.redundant_experts import uneven_slots
 from .policy import SglangBalancer, is_first_rank
 
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
     "algorithm_in_use",
     "map_in_force",
     "missing_seams",
+    "no_first_map",
+    "redundant_experts",
     "warn_unmoved",
     "watch",
 ]
@@ -38,6 +41,7 @@ HOOKED: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "num_nodes",
             "algorithm",
         ),
+        f"{_EPLB}.expert_location.compute_initial_expert_location_metadata": ("model_config",),
         f"{_EPLB}.eplb_manager.EPLBManager.__init__": ("self",),
         f"{_RING}.get_all": ("self",),
     }
@@ -83,6 +87,31 @@ def map_in_force() -> Any:
     from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
 
     return get_global_expert_location_metadata()
+
+
+def redundant_experts() -> int:
+    """The value of `--ep-num-redundant-experts`."""
+    from sglang.srt.runtime_context import get_exec
+
+    return int(get_exec().moe.ep_num_redundant_experts)
+
+
+def no_first_map(model_config: Any) -> str | None:
+    """Why SGLang cannot place the experts of a model, and what to give or remove; None where it can."""
+    from sglang.srt.eplb.expert_location import ModelConfigForExpertLocation
+    from sglang.srt.runtime_context import get_parallel
+
+    model = ModelConfigForExpertLocation.from_model_config(model_config)
+    if model is None:
+        name = ", ".join(getattr(model_config.hf_config, "architectures", None) or ["this model"])
+        return (
+            f"{name} has no EPLB support in this SGLang: no expert would move. Remove --enable-eplb, "
+            "--eplb-algorithm and --ep-num-redundant-experts"
+        )
+    ranks = int(get_parallel().ep_size)
+    return uneven_slots(
+        int(model.num_logical_experts), redundant_experts(), ranks, "--ep-num-redundant-experts"
+    )
 
 
 def watch(manager: Any, balancer: SglangBalancer) -> None:
