@@ -9,7 +9,7 @@ import pytest
 import torch
 from prometheus_client import CollectorRegistry, generate_latest
 
-from eplb_plugin.integration.common.redundant_experts import uneven_slots
+from eplb_plugin.integration.common.options import uneven_slots
 from eplb_plugin.integration.vllm.policy import Interval
 from eplb_plugin.integration.vllm.seams import wrap_step
 from eplb_plugin.integration.vllm.warnings import StallWatch, dropped_plan, drops_small_plans, long_window

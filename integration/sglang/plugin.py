@@ -18,11 +18,10 @@ import torch
 from ...core.errors import ConfigError
 from ...core.topology import Topology
 from ..adapters import Adapter
-from .dispatch_seams import INIT_SOLVERS, begin_dispatch, check_arguments, put_solvers_in_force
+from .dispatch_seams import begin_dispatch, check_arguments, put_solvers_in_force
 from .policy import ALGORITHM, SglangBalancer, is_ours, parse_algorithm
+from .seam_table import HOOKED, INIT_SOLVERS, LAUNCH_HOOK
 from .seams import (
-    HOOKED,
-    LAUNCH_HOOK,
     algorithm_in_use,
     map_in_force,
     missing_seams,
@@ -41,6 +40,7 @@ ADAPTER = Adapter(
     allowed_plugins="SGLANG_PLUGINS",
     empty_allows_all=True,
     tested=("0.5.23",),
+    checked=("0.5.23",),
     how_to_enable=f"on in servers started with --enable-eplb --eplb-algorithm {ALGORITHM}",
 )
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import pkgutil
 from collections.abc import Mapping
-from types import MappingProxyType
+from contextlib import suppress
 from typing import Any
 
 from ...runtime.verify.unregistered import warn_unregistered
+from ..common.options import uneven_slots
 from ..common.planner import bytes_of_one_expert, engine_telemetry
-from ..common.redundant_experts import uneven_slots
+from ..common.seams import missing_here, seams_of
 from .policy import SglangBalancer, is_first_rank
+from .seam_table import PLANNING, RING
 
 __all__ = [
-    "HOOKED",
-    "LAUNCH_HOOK",
     "algorithm_in_use",
     "map_in_force",
     "missing_seams",
@@ -28,29 +27,6 @@ __all__ = [
 
 _logger = logging.getLogger(__name__)
 
-_EPLB = "sglang.srt.eplb"
-_RING = f"{_EPLB}.expert_distribution._CircularBuffer"
-HOOKED: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        f"{_EPLB}.eplb_algorithms.compute_algorithm": ("raw_algorithm",),
-        f"{_EPLB}.eplb_algorithms.rebalance_experts": (
-            "tokens_per_expert",
-            "num_physical_experts",
-            "num_local_physical_experts",
-            "num_groups",
-            "num_nodes",
-            "algorithm",
-        ),
-        f"{_EPLB}.expert_location.compute_initial_expert_location_metadata": ("model_config",),
-        f"{_EPLB}.eplb_manager.EPLBManager.__init__": ("self",),
-        f"{_RING}.get_all": ("self",),
-    }
-)
-"""Functions of SGLang with a hook, and the arguments that the hook uses."""
-
-LAUNCH_HOOK = "sglang.srt.arg_groups.resolution_hooks.register_resolution_hook"
-"""SGLang's way to check arguments at launch."""
-
 
 def missing_seams(needed: Mapping[str, tuple[str, ...]] | None = None) -> list[str]:
     """What this SGLang lacks, one line for each function and argument.
@@ -58,19 +34,12 @@ def missing_seams(needed: Mapping[str, tuple[str, ...]] | None = None) -> list[s
     Args:
         needed: functions and classes, and the arguments that are used. None: what the planner needs.
     """
-    missing = []
-    if needed is None:
-        needed = {**HOOKED, f"{_RING}.__init__": (), LAUNCH_HOOK: ("name",)}
-    for target, arguments in needed.items():
-        try:
-            function = pkgutil.resolve_name(target)
-        except (ImportError, AttributeError) as error:
-            missing.append(f"{target} is missing ({error})")
-            continue
-        known = inspect.signature(function).parameters
-        missing += [f"{target} has no argument {name!r}" for name in arguments if name not in known]
-        if target == f"{_RING}.__init__" and "_curr_index" not in function.__code__.co_names:
-            missing.append(f"{_RING} has no _curr_index")
+    if needed is not None:
+        return missing_here(seams_of(needed))
+    missing = missing_here(seams_of(PLANNING))
+    with suppress(ImportError, AttributeError):  # then it is missing already
+        if "_curr_index" not in pkgutil.resolve_name(f"{RING}.__init__").__code__.co_names:
+            missing.append(f"{RING} has no _curr_index")
     return missing
 
 

@@ -144,7 +144,7 @@ def _enable(state: Any) -> None:
     from vllm.v1.worker.worker_base import WorkerBase
 
     _share_log()
-    if missing := missing_seams(state):
+    if missing := missing_seams():
         _logger.error(
             "eplb_plugin is enabled, but vLLM %s lacks what it needs: %s. vLLM's own policy plans instead; "
             "tested with vLLM %s",
@@ -198,6 +198,7 @@ ADAPTER = Adapter(
     allowed_plugins="VLLM_PLUGINS",
     empty_allows_all=False,
     tested=("0.32",),
+    checked=("0.33.0",),
     how_to_enable="off in the configuration; on with --additional-config "
     '\'{"eplb_plugin": {"enabled": true}}\'',
     in_file=_in_file,

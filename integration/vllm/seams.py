@@ -19,8 +19,10 @@ from ...runtime.control.rank_group import RankGroup
 from ...runtime.verify.unregistered import warn_unregistered
 from ..common.options import EngineOptions
 from ..common.planner import bytes_of_one_expert, engine_telemetry
+from ..common.seams import missing_here
 from .dispatch import bind_dispatch
 from .policy import Interval, VllmPolicy
+from .seam_table import PLANNING
 from .warnings import StallWatch, drops_small_plans, long_window, model_names
 from .window import RingKeeper, fold_window, no_samples, no_window, sample_window, sum_over_ranks
 
@@ -96,29 +98,9 @@ def expert_bytes(model: Any) -> dict[int, int]:
     return {layer: bytes_of_one_expert(tensors) for layer, tensors in enumerate(model.expert_weights)}
 
 
-def missing_seams(state: Any) -> list[str]:
-    """Names in vLLM that the plugin reads or wraps and that are absent; empty when all are there."""
-    from vllm.distributed import parallel_state
-    from vllm.distributed.eplb import policy as policies
-
-    abstract = getattr(policies, "AbstractEplbPolicy", None)
-    if abstract is None:
-        return ["policy.AbstractEplbPolicy"]
-    ring = ("expert_load_window_step", "expert_rearrangement_step", "expert_rearrangement_step_interval")
-    wanted: tuple[tuple[Any, str, tuple[str, ...]], ...] = (
-        (state, "EplbState", ("add_model", "model_states", "policy", "rearrange", "step", *ring)),
-        (parallel_state, "parallel_state", ("get_ep_group", "get_eplb_group")),
-    )
-    absent = [f"{name}.{part}" for owner, name, parts in wanted for part in parts if not hasattr(owner, part)]
-    if absent:
-        return absent
-    missing = []
-    taken = set(inspect.signature(VllmPolicy.rebalance_experts).parameters) - {"self"}
-    if taken != set(inspect.signature(abstract.rebalance_experts).parameters):
-        missing.append(f"AbstractEplbPolicy.rebalance_experts({', '.join(sorted(taken))})")
-    if not {"is_profile", "rank_mapping"} <= set(inspect.signature(state.rearrange).parameters):
-        missing.append("EplbState.rearrange(is_profile, rank_mapping)")
-    return missing
+def missing_seams() -> list[str]:
+    """What this vLLM lacks of the names that a plan needs; empty when all are there."""
+    return missing_here(PLANNING)
 
 
 def _missing_fields(state: Any) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ...core.errors import ConfigError, EplbError
-from ..common.redundant_experts import uneven_slots
+from ..common.options import uneven_slots
 
 __all__ = ["StallWatch", "dropped_plan", "drops_small_plans", "long_window", "model_names", "watch_load"]
 

@@ -13,10 +13,12 @@ import torch
 
 from eplb_plugin import ConfigError
 from eplb_plugin.integration.common.replacement import replace_function
+from eplb_plugin.integration.common.seams import missing_here
 from eplb_plugin.integration.sglang import dispatch_seams
 from eplb_plugin.integration.sglang import plugin as sglang_plugin
 from eplb_plugin.integration.sglang.dispatch import to_slots
 from eplb_plugin.integration.sglang.policy import SglangBalancer
+from eplb_plugin.integration.sglang.seam_table import SEAMS
 from eplb_plugin.integration.sglang.seams import missing_seams, warn_unmoved
 
 
@@ -100,6 +102,7 @@ def test_a_missing_hook_stops_the_launch(tiny, monkeypatch, caplog):
     from sglang.srt.eplb import eplb_algorithms, expert_distribution
 
     assert missing_seams() == []
+    assert missing_here(SEAMS) == []
     monkeypatch.delattr(eplb_algorithms, "compute_algorithm")
     monkeypatch.setattr(eplb_algorithms, "rebalance_experts", lambda tokens_per_expert: None)
     monkeypatch.setattr(expert_distribution._CircularBuffer, "__init__", lambda self: None)

@@ -16,8 +16,10 @@ from vllm.v1.worker.worker_base import WorkerBase
 
 import eplb_plugin as eplb
 from eplb_plugin.integration.common.options import EngineOptions
+from eplb_plugin.integration.common.seams import missing_here
 from eplb_plugin.integration.vllm import plugin as vllm_plugin
 from eplb_plugin.integration.vllm.dispatch import BalancedMapping, bind_dispatch, restore_mapping
+from eplb_plugin.integration.vllm.seam_table import SEAMS
 from eplb_plugin.integration.vllm.seams import missing_seams, warn_unmoved
 from eplb_plugin.integration.vllm.warnings import dropped_plan, drops_small_plans, watch_load
 from eplb_plugin.observability.prometheus import Telemetry
@@ -115,7 +117,8 @@ def test_a_bad_file_ends_the_start_of_every_process(tmp_path, monkeypatch):
 
 
 def test_this_vllm_has_all_that_is_needed():
-    assert missing_seams(state_with({})) == []
+    assert missing_seams() == []
+    assert missing_here(SEAMS) == []
 
 
 @pytest.mark.parametrize("gone", ["rearrange", "add_model", "policy", "parameters"])
