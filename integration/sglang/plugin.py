@@ -40,7 +40,6 @@ ADAPTER = Adapter(
     allowed_plugins="SGLANG_PLUGINS",
     empty_allows_all=True,
     tested=("0.5.23",),
-    checked=("0.5.23",),
     how_to_enable=f"on in servers started with --enable-eplb --eplb-algorithm {ALGORITHM}",
 )
 
