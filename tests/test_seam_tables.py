@@ -47,6 +47,9 @@ SOURCES = {
             async def run(self, x):
                 self.later, self.also = x, x
 
+            def reads(self):
+                return self.only_read
+
         @dataclass
         class Row:
             one: int
@@ -69,6 +72,7 @@ PRESENT = (
     Seam("madeup.parts.inner.Child.make", ("b",)),
     Seam("madeup.parts.inner.Child.fixed"),
     Seam("madeup.parts.inner.Child.run", ("self", "x")),
+    Seam("madeup.parts.inner.Child.also"),
     Seam("madeup.parts.inner.Row", ("one", "two"), exactly=True),
     Seam("madeup.parts.inner.Row.one"),
     Seam("madeup.other.helper", ("value",)),
@@ -79,6 +83,7 @@ ABSENT = {
     Seam("madeup.parts.Base", ("size",), exactly=True): "takes (size, flag), not (size)",
     Seam("madeup.parts.none"): "is missing",
     Seam("madeup.parts.inner.Base.color"): "is missing",
+    Seam("madeup.parts.inner.Child.only_read"): "is missing",
     Seam("madeup.parts.inner.Child.run", ("y",)): "has no argument 'y'",
     Seam("madeup.parts.inner.Row", ("three",)): "has no argument 'three'",
     Seam("madeup.parts.inner.none.make"): "is missing",

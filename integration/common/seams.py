@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import inspect
 from collections.abc import Iterable, Mapping
 from importlib import import_module
@@ -48,7 +49,9 @@ def missing_here(seams: Iterable[Seam]) -> list[str]:
         except (ImportError, AttributeError) as error:
             missing.append(f"{seam.target} is missing ({error})")
             continue
-        if seam.arguments or seam.exactly:
+        if found is None and seam.arguments:
+            missing.append(f"{seam.target} is no function")
+        elif seam.arguments or seam.exactly:
             missing += seam.wrong_arguments(inspect.signature(found).parameters)
     return missing
 
@@ -73,12 +76,14 @@ def _resolve(target: str) -> Any:
 
 
 def _is_field(owner: type, name: str) -> bool:
-    """Whether a class annotates `name`, or a method of it names it: instances may have it then."""
+    """Whether a class annotates `name`, or a method of it assigns it: instances have it then."""
     for base in owner.__mro__:
         if name in vars(base).get("__annotations__", {}):
             return True
         for member in vars(base).values():
             code = getattr(inspect.unwrap(member) if inspect.isfunction(member) else None, "__code__", None)
-            if code is not None and name in code.co_names:
+            if code is not None and any(
+                item.opname == "STORE_ATTR" and item.argval == name for item in dis.get_instructions(code)
+            ):
                 return True
     return False

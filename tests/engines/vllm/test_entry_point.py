@@ -170,6 +170,42 @@ def test_a_model_without_what_is_read_leaves_vllm_its_own_policy(gone, monkeypat
     assert f".{gone}. vLLM's own policy plans instead" in record.getMessage()
 
 
+@pytest.mark.parametrize("rocm", [False, True])
+@pytest.mark.parametrize("window", [4, 12])
+def test_what_vllm_does_silently_is_said_when_a_model_is_added(window, rocm, monkeypatch, caplog):
+    """An interval of 4 steps: a window of 12 holds 8 that no plan uses. On ROCm, sync mode drops plans."""
+    group = SimpleNamespace(rank_in_group=0, world_size=2, ranks=[0, 1])
+    monkeypatch.setattr("vllm.distributed.parallel_state.get_ep_group", lambda: group)
+    monkeypatch.setattr(torch.version, "hip", "7.0" if rocm else None)
+    model = SimpleNamespace(
+        num_moe_layers=2,
+        num_logical_experts=4,
+        num_physical_experts=6,
+        num_local_physical_experts=3,
+        num_expert_groups=1,
+        moe_layers=[],
+        expert_weights=[],
+    )
+
+    def add_model(state):
+        state.is_async, state.expert_rearrangement_step_interval = False, 4
+        state.model_states["model"] = SimpleNamespace(
+            model=model,
+            model_name="tiny",
+            rebalanced=False,
+            expert_load_window=torch.zeros(window, 2, 6, dtype=torch.int32),
+            physical_to_logical_map=torch.zeros(2, 6),
+        )
+
+    monkeypatch.setattr(EplbState, "add_model", add_model)
+    state = state_with({"eplb_plugin": {"enabled": True}})
+    state.add_model()
+    assert caplog.text.count("window_size=12 is longer than step_interval=4") == (window > 4)
+    assert caplog.text.count("on ROCm, vLLM's synchronous mode drops plans") == rocm
+    assert state.policy.drops_small_plans == rocm
+    assert state.policy.planner_of("tiny").warnings == ({"long_window": 1} if window > 4 else {})
+
+
 @pytest.mark.parametrize(
     ("enabled", "balances", "said"), [(True, False, 1), (True, True, 0), (False, False, 0)]
 )
