@@ -9,7 +9,7 @@ INSTALL := -m pip install -qq
 INSTALL_ENGINE := $(INSTALL) --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-faults soak fuzz engines test-sglang bench-sglang test-vllm bench-vllm lint wheel bench-peers clean
+.PHONY: demo test test-faults soak fuzz engines test-wheels test-sglang bench-sglang test-vllm bench-vllm lint wheel bench-peers clean
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml constraints.txt
@@ -66,6 +66,9 @@ $(VLLM)/.installed: pyproject.toml constraints.txt $(wildcard $(VLLM_TESTS)/requ
 
 test-vllm: $(VLLM)/.installed  ## the adapter in the real vLLM, in an environment of its own (2 GB)
 	$(VLLM)/bin/python -m pytest $(VLLM_TESTS)
+
+test-wheels: $(STAMP)  ## the newest wheels of the engines have what the adapters use; downloads 380 MB
+	$(BIN)/python -m pytest tests/wheels
 
 engines: $(VLLM)/.installed $(SGLANG)/.installed  ## the environments of the two, without a test
 

@@ -38,6 +38,7 @@ class Adapter:
         allowed_plugins: environment variable with the plugins that the engine may load.
         empty_allows_all: whether that variable counts as unset when it is empty.
         tested: releases that the tests run with; `0.32` stands for 0.32.0 and all later 0.32.x.
+        checked: releases that have all that the plugin uses, by the signatures in their wheels; not run.
         how_to_enable: the words for `doctor` where the configuration does not enable the plugin.
         in_file: reads a configuration file; None is the file in EPLB_PLUGIN_CONFIG. Raises ConfigError.
     """
@@ -49,13 +50,17 @@ class Adapter:
     empty_allows_all: bool
     tested: tuple[str, ...]
     how_to_enable: str
+    checked: tuple[str, ...] = ()
     in_file: Callable[[Path | None], InFile] = lambda config: InFile()
 
     def untested(self, version: str) -> str | None:
         """A sentence for a release that was not tested, else None."""
         if any(version == item or version.startswith(f"{item}.") for item in self.tested):
             return None
-        return f"eplb_plugin was tested with {self.name} {', '.join(self.tested)}, not {version}"
+        tested = f"eplb_plugin was tested with {self.name} {', '.join(self.tested)}"
+        if version in self.checked:
+            return f"{tested}; of {version}, the signatures of what it uses were checked"
+        return f"{tested}, not {version}"
 
 
 def adapters() -> tuple[Adapter, ...]:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-FAULTS = Path(__file__).parent / "faults"
+APART = ("faults", "wheels")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """`make test-faults` names its folder: minutes of processes that are killed and stopped."""
-    if collection_path == FAULTS and not any("faults" in argument for argument in config.args):
-        return True
+    """Some targets name their folder: processes that are killed for minutes, downloads of wheels."""
+    for name in APART:
+        if collection_path == Path(__file__).parent / name and not any(name in part for part in config.args):
+            return True
     return None

@@ -58,7 +58,7 @@ def queries():
 
 
 def test_the_names_say_what_is_counted(shown):
-    assert len(shown) == 10
+    assert len(shown) == 11
     for name, (kind, _) in shown.items():
         assert (kind == "counter") == name.endswith("_total"), name
         if kind == "gauge":
@@ -123,6 +123,6 @@ def test_the_documentation_lists_every_series_with_its_type_and_labels(shown):
         name: (kind, set(labels) - {"model_name"}) for name, (kind, labels) in shown.items()
     }
     for _, labels in shown.values():
-        for value in labels.get("result", set()) | labels.get("phase", set()) | labels.get("split", set()):
-            assert f"`{value}`" in DOCS
+        for label in ("result", "phase", "split", "cause"):
+            assert all(f"`{value}`" in DOCS for value in labels.get(label, set()))
     assert set(OURS.findall(DOCS)) - {"eplb_plugin"} == set(shown)

@@ -20,7 +20,7 @@ from eplb_plugin.integration.sglang.policy import SglangBalancer
 from eplb_plugin.integration.vllm.policy import Interval
 from eplb_plugin.integration.vllm.seams import expert_bytes, wrap_step
 from eplb_plugin.integration.vllm.window import RingKeeper
-from eplb_plugin.observability.prometheus import Telemetry
+from eplb_plugin.observability.prometheus import WARNING_CAUSES, Telemetry
 
 from .processes import run_ranks
 from .series import samples
@@ -98,6 +98,8 @@ def test_a_server_collects_the_series_of_its_workers(tmp_path):
         "eplb_rebalances_total{moe,failed}": 0,
         "eplb_experts_moved_total{moe}": 6,
         "eplb_moved_bytes_total{moe}": 14,
+        # Labels are sorted there.
+        **{f"eplb_warnings_total{{{cause},moe}}": 0 for cause in WARNING_CAUSES},
         "eplb_rebalance_seconds_total{moe,plan}": 0.5,
     }
 

@@ -10,10 +10,13 @@ import sys
 
 import pytest
 import torch
+from prometheus_client import CollectorRegistry, generate_latest
 
 import eplb_plugin as eplb
 from eplb_plugin.integration.sglang.policy import SglangBalancer, fold_busy_steps, sample_busy_steps
+from eplb_plugin.observability.prometheus import Telemetry
 from tests.processes import RanksFailedError, run_ranks
+from tests.series import samples
 
 TOPOLOGY = eplb.Topology(num_ranks=2, num_slots=12)
 LAYERS, LOGICAL = 3, 8
@@ -76,6 +79,38 @@ def test_maps_are_what_sglang_expects():
     assert not torch.equal(maps.physical_to_logical, start())
     expected = eplb.plan(fold_busy_steps(interval(1), 32), TOPOLOGY, start()).placement
     assert torch.equal(maps.physical_to_logical, expected.physical_to_logical)
+
+
+def test_columns_of_fused_shared_experts_are_left_out_and_told_once(caplog):
+    """DeepSeek-V3 with its shared expert fused: 257 columns for 256 experts. Here 9 for 8."""
+    fused, plain = SglangBalancer("eplb_plugin"), SglangBalancer("eplb_plugin")
+    registry = CollectorRegistry()
+    fused.planner.telemetry = Telemetry(registry).of("moe")
+    for seed in range(2):
+        counts = interval(seed)
+        # Every token goes to the shared expert.
+        shared = torch.cat([counts, counts.sum(2, keepdim=True)], dim=2)
+        with caplog.at_level(logging.WARNING):
+            maps = fused.rebalance(shared, TOPOLOGY, start())
+        expected = plain.rebalance(counts, TOPOLOGY, start())
+        assert all(torch.equal(*pair) for pair in zip(maps, expected, strict=True))
+        assert maps.replica_count.shape == (LAYERS, LOGICAL)
+        assert not torch.equal(maps.physical_to_logical, start())
+    (line,) = caplog.messages
+    assert "SGLang's counts have 9 columns for 8 routed experts: the last 1 are taken for" in line
+    assert fused.planner.warnings == {"shared_expert": 2}
+    assert not plain.planner.warnings
+    assert samples(generate_latest(registry))["eplb_warnings_total{shared_expert,moe}"] == 2
+
+
+def test_too_few_columns_keep_the_map(caplog):
+    balancer = SglangBalancer("eplb_plugin")
+    maps = balancer.rebalance(interval(1)[..., :7], TOPOLOGY, start())
+    assert torch.equal(maps.physical_to_logical, start())
+    assert balancer.planner.failures == 1
+    assert "LoadError: counts have 7 columns, the map 8 experts" in caplog.text
+    with pytest.raises(eplb.LoadError, match="counts have 7 columns, the map 8 experts"):
+        balancer.place_at_start(interval(1)[..., :7], TOPOLOGY, LOGICAL)
 
 
 def test_an_idle_server_keeps_its_map():

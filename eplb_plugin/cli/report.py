@@ -1,4 +1,4 @@
-"""`eplb-plugin report`: recorded loads before and after balancing, as one HTML file with pictures."""
+"""`eplb-plugin report`: recorded loads before and after balancing, as HTML with pictures; or a map."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ..core.errors import TraceError
+from ..core.errors import ConfigError, TraceError
 from ..core.safe_files import check_output
 from ..offline.simulation import policy_setup
 from ..planning.planner import warmup
@@ -19,6 +19,7 @@ from ..report.replay import replay
 from . import arguments
 from .console import compiling, progress_bar
 from .loading import fit_interval, load_for, topology_for
+from .report_map import report_map
 
 __all__ = ["report"]
 
@@ -28,9 +29,21 @@ _INTERVAL = 128
 def report(
     context: typer.Context,
     traces: Annotated[
-        list[str], typer.Argument(help="Recorded loads of any format, token traces, or traffic profiles.")
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file to write.")],
+        list[str] | None,
+        typer.Argument(help="Recorded loads of any format, token traces, or traffic profiles."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The HTML file to write; needed without --map.")
+    ] = None,
+    map_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--map",
+            help="A placement of any format, in place of an HTML file: a table of the slots that repeat an "
+            "expert on their rank, of experts with all replicas on one rank or node, and with a load its "
+            "balancedness.",
+        ),
+    ] = None,
     png: Annotated[Path | None, typer.Option(help="Folder for the pictures as PNG files.")] = None,
     ranks: arguments.Ranks = None,
     slots: arguments.Slots = None,
@@ -48,9 +61,17 @@ def report(
     max_tokens: arguments.MaxTokens = None,
     steps: arguments.Steps = None,
     config: arguments.Config = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With --map: end with one line of JSON.")] = False,
 ) -> None:
-    """Write an HTML file with pictures of recorded loads before and after balancing."""
+    """Write an HTML file with pictures of recorded loads before and after balancing, or judge a map alone."""
     settings = arguments.settings_for(context)
+    if map_file is not None:
+        report_map(context, map_file, traces or [], settings, as_json)
+        return
+    if not traces or output is None:
+        raise ConfigError("report needs a load and --output FILE, or --map FILE")
+    if as_json:
+        raise ConfigError("--json is for --map; a report of loads is an HTML file")
     if "rebalancer.interval" not in settings.origins:
         settings = settings.replaced("rebalancer.interval", _INTERVAL)
     for name in settings.simulate.policies:

@@ -14,9 +14,11 @@ from ..core.errors import TraceError
 from ..core.safe_files import MAX_BYTES, opened_zip, written_whole
 from ..offline.traces import LoadTrace, TokenTrace, as_load
 
-__all__ = ["read_npz_trace", "save_load_trace"]
+__all__ = ["read_npz_placement", "read_npz_trace", "save_load_trace"]
 
 _MAX_HEADER = 4096
+# 100 layers of 1,000 slots are 0.8 MB. As lists, ids take several times that in memory.
+_MAX_PLACEMENT = 64 * 2**20
 
 
 def read_npz_trace(path: str | Path, max_bytes: int = MAX_BYTES) -> LoadTrace | TokenTrace:
@@ -41,16 +43,12 @@ def read_npz_trace(path: str | Path, max_bytes: int = MAX_BYTES) -> LoadTrace | 
             )
         if "load" in arrays.names:
             return LoadTrace(as_load(arrays.read("load"), name), name, _layer_ids(arrays))
-        num_experts = arrays.read("num_experts")
-        if num_experts.size != 1 or num_experts.dtype.kind not in "iu":
-            raise TraceError(
-                f"{name}: num_experts is {num_experts.dtype} {num_experts.shape}, not a single integer"
-            )
+        num_experts = arrays.number("num_experts")
         return TokenTrace(
             arrays.read("topk_ids"),
             arrays.read("request"),
             arrays.read("category"),
-            int(num_experts.reshape(())),
+            num_experts,
             name,
         )
 
@@ -63,6 +61,41 @@ def save_load_trace(path: str | Path, trace: LoadTrace) -> None:
     """
     with written_whole(path) as part, part.open("wb") as stream:
         np.savez_compressed(stream, load=trace.load.numpy(), layer_ids=np.array(trace.layer_ids, np.int64))
+
+
+def read_npz_placement(
+    path: str | Path, max_bytes: int = _MAX_PLACEMENT
+) -> tuple[dict[int, list[int]], int | None, int | None, int | None, tuple[int, ...] | None]:
+    """Read the placement of a `.npz`. Other arrays are ignored, such as a load.
+
+    Args:
+        path: `.npz` with `physical_to_logical [layers, slots]` and optionally `layer_ids [layers]`, the
+            numbers `num_logical`, `num_ranks` and `num_nodes`, and `rank_slots [ranks]`.
+        max_bytes: bound on the unpacked size of these arrays.
+
+    Returns:
+        The logical expert of each slot by layer of the model, `num_logical`, `num_ranks`, `num_nodes` and
+        `rank_slots`; None for what the file lacks.
+
+    Raises:
+        TraceError: the file is missing, damaged, too large, or an array is not of that kind.
+    """
+    path = Path(path)
+    with opened_zip(path, "a readable .npz (zip) file") as archive:
+        arrays = _Arrays(archive, path, max_bytes)
+        table = arrays.integers("physical_to_logical", 2)
+        layer_ids = _layer_ids(arrays) or tuple(range(table.shape[0]))
+        if len(layer_ids) != table.shape[0] or len(set(layer_ids)) != len(layer_ids):
+            raise TraceError(f"{path}: {len(set(layer_ids))} layer_ids for {table.shape[0]} layers")
+        num_logical, num_ranks, num_nodes = (
+            arrays.number(name) if name in arrays.names else None
+            for name in ("num_logical", "num_ranks", "num_nodes")
+        )
+        rank_slots = None
+        if "rank_slots" in arrays.names:
+            rank_slots = tuple(arrays.integers("rank_slots", 1).tolist())
+    rows = dict(zip(layer_ids, table.tolist(), strict=True))
+    return rows, num_logical, num_ranks, num_nodes, rank_slots
 
 
 class _Arrays:
@@ -93,6 +126,21 @@ class _Arrays:
             raise
         except Exception as error:  # numpy's parser of headers raises many types
             raise TraceError(f"{place} is damaged: {error}") from None
+
+    def number(self, name: str) -> int:
+        """The single integer of an array."""
+        value = self.read(name)
+        if value.size != 1 or value.dtype.kind not in "iu":
+            raise TraceError(f"{self.path}: {name} is {value.dtype} {value.shape}, not a single integer")
+        return int(value.reshape(()))
+
+    def integers(self, name: str, dims: int) -> np.ndarray[Any, Any]:
+        """An array of integers with `dims` axes, not empty."""
+        values = self.read(name)
+        if values.ndim != dims or values.size == 0 or values.dtype.kind not in "iu":
+            axes = {1: "[ranks]", 2: "[layers, slots]"}[dims]
+            raise TraceError(f"{self.path}: {name} is {values.dtype} {values.shape}, not integers {axes}")
+        return values
 
 
 def _read_array(stream: IO[bytes], size: int, place: str) -> np.ndarray[Any, Any]:

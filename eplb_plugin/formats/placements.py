@@ -1,12 +1,13 @@
-"""Registry of the formats of placements, and the package's own JSON file of a placement."""
+"""Registry of the formats of placements, the package's own JSON file, and the reading of them all."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -15,10 +16,40 @@ from ..core.errors import PlacementError, TopologyError, TraceError
 from ..core.placement import Placement
 from ..core.safe_files import MAX_TEXT_BYTES, read_bytes, read_json, written_whole
 from ..core.topology import Topology
-from .sglang import read_sglang_location, write_sglang_location
+from .npz import read_npz_placement
+from .sglang import read_sglang_dump_placement, read_sglang_location, write_sglang_location
 from .tensorrt_llm import read_tensorrt_llm_config, write_tensorrt_llm_config
 
-__all__ = ["PLACEMENT_FORMATS", "read_placement", "write_placement"]
+__all__ = ["PLACEMENT_FORMATS", "PlacementFile", "read_placement", "read_placement_file", "write_placement"]
+
+
+class PlacementFile(NamedTuple):
+    """A placement with what else its file says; None where a format has no room for it.
+
+    Attributes:
+        placement: rows of `layer_ids`.
+        layer_ids: layer of the model of each row, rising.
+        num_ranks: ranks that the slots spread over.
+        num_nodes: nodes that the ranks spread over.
+        rank_slots: slots of each rank, where ranks differ in slots.
+    """
+
+    placement: Placement
+    layer_ids: tuple[int, ...]
+    num_ranks: int | None
+    num_nodes: int | None
+    rank_slots: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What a file says, as it stands there: `rows` by layer of the model, the logical expert of each slot."""
+
+    rows: Mapping[int, list[int]]
+    num_logical: int | None = None
+    num_ranks: int | None = None
+    num_nodes: int | None = None
+    rank_slots: tuple[int, ...] | None = None
 
 
 class _File(BaseModel):
@@ -33,8 +64,7 @@ class _File(BaseModel):
     physical_to_logical: list[list[int]]
 
 
-def _read_json(path: Path) -> dict[int, list[int]]:
-    """Read the logical expert of each slot, by layer of the model."""
+def _read_json(path: Path) -> _Content:
     content = read_json(path, _File)
     if len(content.layer_ids) != len(content.physical_to_logical):
         raise TraceError(
@@ -45,7 +75,13 @@ def _read_json(path: Path) -> dict[int, list[int]]:
             raise TraceError(
                 f"{path}: layer {layer} has {len(row)} slots, rank_slots {sum(content.rank_slots)} in all"
             )
-    return dict(zip(content.layer_ids, content.physical_to_logical, strict=True))
+    return _Content(
+        dict(zip(content.layer_ids, content.physical_to_logical, strict=True)),
+        content.num_logical,
+        content.num_ranks,
+        content.num_nodes,
+        None if content.rank_slots is None else tuple(content.rank_slots),
+    )
 
 
 def _write_json(path: Path, placement: Placement, layer_ids: tuple[int, ...], topology: Topology) -> None:
@@ -104,7 +140,7 @@ def write_placement(
 
 
 def read_placement(path: str | Path, num_logical: int, layer_ids: tuple[int, ...]) -> Placement:
-    """Read a placement of any format: YAML is TensorRT-LLM's, and the keys tell the two JSON formats apart.
+    """Read a placement of any format.
 
     Args:
         path: the file.
@@ -116,15 +152,61 @@ def read_placement(path: str | Path, num_logical: int, layer_ids: tuple[int, ...
         PlacementError: the rows are no placement of `num_logical` experts.
     """
     path = Path(path)
-    if path.suffix.lower() in (".yaml", ".yml"):
-        rows = read_tensorrt_llm_config(path)
-    else:
-        try:
-            keys = json.loads(read_bytes(path, MAX_TEXT_BYTES))
-        except (ValueError, RecursionError) as error:
-            raise TraceError(f"{path}: neither JSON nor named .yaml: {error}") from None
-        ours = not (isinstance(keys, dict) and "physical_to_logical_map" in keys)
-        rows = _read_json(path) if ours else read_sglang_location(path)
+    return Placement(_table(path, _read(path).rows, layer_ids), num_logical)
+
+
+def read_placement_file(
+    path: str | Path, num_logical: int | None = None, layer_ids: tuple[int, ...] | None = None
+) -> PlacementFile:
+    """Read a placement of any format, and what else the file says.
+
+    Args:
+        path: the file.
+        num_logical: logical experts per layer; None: as the file says, or one more than its largest id.
+        layer_ids: layers of the model to read; None: all of the file.
+
+    Raises:
+        TraceError: the file is missing, of no known format, or lacks a layer.
+        PlacementError: the rows are no placement of that many experts, or the file says another number.
+    """
+    path = Path(path)
+    content = _read(path)
+    if num_logical is not None and content.num_logical not in (None, num_logical):
+        raise PlacementError(f"{path}: is of {content.num_logical} experts, not of {num_logical}")
+    layer_ids = tuple(sorted(content.rows)) if layer_ids is None else layer_ids
+    if not layer_ids:
+        raise TraceError(f"{path}: has no layers")
+    table = _table(path, content.rows, layer_ids)
+    if not table.numel():
+        raise TraceError(f"{path}: has no slots")
+    if num_logical is None:
+        num_logical = int(table.max()) + 1 if content.num_logical is None else content.num_logical
+    try:
+        placement = Placement(table, num_logical)
+    except PlacementError as error:
+        raise PlacementError(f"{path}: {error}") from None
+    return PlacementFile(placement, layer_ids, content.num_ranks, content.num_nodes, content.rank_slots)
+
+
+def _read(path: Path) -> _Content:
+    """Read a file of any format. Suffixes tell TensorRT-LLM's YAML, `.npz` and `.pt`; keys tell JSON."""
+    suffix = path.suffix.lower()
+    if suffix in (".yaml", ".yml"):
+        return _Content(read_tensorrt_llm_config(path))
+    if suffix == ".npz":
+        return _Content(*read_npz_placement(path))
+    if suffix == ".pt":
+        return _Content(read_sglang_dump_placement(path))
+    try:
+        keys = json.loads(read_bytes(path, MAX_TEXT_BYTES))
+    except (ValueError, RecursionError) as error:
+        raise TraceError(f"{path}: neither JSON nor named .yaml, .npz or .pt: {error}") from None
+    ours = not (isinstance(keys, dict) and "physical_to_logical_map" in keys)
+    return _read_json(path) if ours else _Content(read_sglang_location(path))
+
+
+def _table(path: Path, rows: Mapping[int, list[int]], layer_ids: tuple[int, ...]) -> torch.Tensor:
+    """The rows of `layer_ids`, int64 [layers, slots]."""
     missing = [layer for layer in layer_ids if layer not in rows]
     if missing:
         raise TraceError(f"{path}: has no layer {missing[0]}; it has {_ranges(sorted(rows))}")
@@ -133,10 +215,9 @@ def read_placement(path: str | Path, num_logical: int, layer_ids: tuple[int, ...
         if len(rows[layer]) != slots:
             raise TraceError(f"{path}: layer {layer} has {len(rows[layer])} slots, others {slots}")
     try:
-        table = torch.tensor([rows[layer] for layer in layer_ids], dtype=torch.int64)
+        return torch.tensor([rows[layer] for layer in layer_ids], dtype=torch.int64)
     except (RuntimeError, OverflowError, ValueError) as error:  # ids beyond 64 bits
         raise TraceError(f"{path}: {error}") from None
-    return Placement(table, num_logical)
 
 
 def _ranges(layers: list[int]) -> str:

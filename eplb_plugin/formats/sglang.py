@@ -26,7 +26,13 @@ from ..core.safe_files import MAX_BYTES, opened_zip, read_json, written_whole
 from ..core.topology import Topology
 from ..offline.traces import MAX_COUNT, LoadTrace, as_load
 
-__all__ = ["read_sglang_dump", "read_sglang_location", "write_sglang_dump", "write_sglang_location"]
+__all__ = [
+    "read_sglang_dump",
+    "read_sglang_dump_placement",
+    "read_sglang_location",
+    "write_sglang_dump",
+    "write_sglang_location",
+]
 
 _PROTOCOL = 2  # of the pickles that torch.save writes
 # Globals in the pickle of plain tensors. `weights_only` alone also allows a bytearray of any size.
@@ -36,6 +42,7 @@ _ALLOWED = frozenset(
     | {f"torch {name}Storage" for name in _STORAGES}
 )
 _MAX_SLOTS = 2**26  # over all layers
+_MAX_LISTED = 2**23  # the same, as lists of Python
 
 
 def read_sglang_dump(path: Path, max_bytes: int) -> LoadTrace:
@@ -105,12 +112,7 @@ def _add_records(
                 f"{file}: neither logical_count nor {key} ({kind.__name__}); it has "
                 f"{reprlib.repr(sorted(map(str, content)))}"
             )
-    placement = _plain(content["last_physical_to_logical_map"], f"{file}: last_physical_to_logical_map")
-    if placement.dim() != 2 or placement.numel() == 0 or placement.is_floating_point():
-        raise TraceError(
-            f"{file}: last_physical_to_logical_map is {placement.dtype} {tuple(placement.shape)}, "
-            "not integers [layers, physical]"
-        )
+    placement = _physical_to_logical(content, "last_physical_to_logical_map", file)
     low, high = int(placement.min()), int(placement.max())
     if low < 0 or high >= placement.shape[1]:
         raise TraceError(
@@ -140,6 +142,15 @@ def _add_records(
         if float(total.max()) > MAX_COUNT:
             raise TraceError(f"{place}: an expert got {float(total.max()):g} tokens, above {MAX_COUNT}")
         passes[number] = total
+
+
+def _physical_to_logical(content: dict[Any, Any], key: str, file: Path) -> torch.Tensor:
+    """The map under `key`: integer [layers, physical]."""
+    placement = _plain(content[key], f"{file}: {key}")
+    if placement.dim() != 2 or placement.numel() == 0 or placement.is_floating_point():
+        kind = f"{placement.dtype} {tuple(placement.shape)}"
+        raise TraceError(f"{file}: {key} is {kind}, not integers [layers, physical]")
+    return placement
 
 
 def _record(record: Any, placement: torch.Tensor, place: str) -> tuple[int, int, torch.Tensor]:
@@ -232,6 +243,24 @@ def _last_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = [line for line in lines if "http" not in line and "weights_only" not in line]
     return told[-1] if told else type(error).__name__
+
+
+def read_sglang_dump_placement(path: Path) -> dict[int, list[int]]:
+    """Read the logical expert of each slot, by layer of the model, from a file of `torch.save`.
+
+    Dumps of the modes `per_pass` and `per_token` hold the last map; `--init-expert-location` reads files with
+    `physical_to_logical_map`.
+    """
+    content = _load_torch_file(path, MAX_BYTES)
+    keys = ("physical_to_logical_map", "last_physical_to_logical_map")
+    for key in keys:
+        if isinstance(content, dict) and key in content:
+            placement = _physical_to_logical(content, key, path)
+            if placement.numel() > _MAX_LISTED:
+                raise TraceError(f"{path}: {key} has {placement.numel()} slots, {_MAX_LISTED} are allowed")
+            return dict(enumerate(placement.tolist()))
+    known = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
+    raise TraceError(f"{path}: has none of the keys {', '.join(keys)}; it has {reprlib.repr(known)}")
 
 
 class _Map(BaseModel):

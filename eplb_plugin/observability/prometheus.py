@@ -22,12 +22,23 @@ from .failures import FailureLog
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
-__all__ = ["METRICS", "Metric", "ModelTelemetry", "Rebalanced", "Telemetry", "lower_bound_gap"]
+__all__ = [
+    "METRICS",
+    "WARNING_CAUSES",
+    "Metric",
+    "ModelTelemetry",
+    "Rebalanced",
+    "Telemetry",
+    "lower_bound_gap",
+]
 
 _logger = logging.getLogger(__name__)
 
 _RESULTS = ("applied", "skipped", "failed")
 _PHASES = ("gather", "plan", "transfer", "commit")
+WARNING_CAUSES = ("dropped_plan", "long_window", "no_eplb_support", "shared_expert", "stalled_transfer")
+"""What an engine does without a word: see `docs/metrics.md`."""
+
 _UNLABELLED = ""  # key of a metric's only value, where the model's name is its only label
 
 Values: TypeAlias = Mapping[str, float | None]
@@ -94,9 +105,17 @@ ACTIVE = Metric(
     "livemin",
     start=_one(1),
 )
+WARNINGS = Metric(
+    "eplb_warnings_total",
+    "Times that the engine was seen to balance less than it seems to, by cause; the log has a line.",
+    lambda done: {},
+    label="cause",
+    start=dict.fromkeys(WARNING_CAUSES, 0.0),
+)
 METRICS = (
     STEPS,
     ACTIVE,
+    WARNINGS,
     Metric(
         "eplb_observed_balancedness_ratio",
         "Mean over max rank load of the latest interval with load, under its own placement.",
@@ -219,6 +238,11 @@ class ModelTelemetry:
             done = Rebalanced(report, gap)
             # All values first: a rebalance with an error among them counts nowhere.
             self._write([(metric, metric.values(done)) for metric in METRICS])
+
+    def warned(self, cause: str) -> None:
+        """The engine balances less than it seems to, for one of `WARNING_CAUSES`."""
+        with self._guard():
+            self._series[WARNINGS.name].labels(self._model, cause).inc()
 
     def ended(self, *, failed: bool) -> None:
         """See `RebalanceObserver`."""

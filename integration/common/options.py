@@ -1,4 +1,4 @@
-"""The options of the plugin in an engine, and their places among the settings of the package."""
+"""The options of the plugin in an engine, their places among the settings, and numbers that do not fit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ...planning.policies import policy_for
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["EngineOptions", "SHARED", "options_in_settings"]
+__all__ = ["EngineOptions", "SHARED", "options_in_settings", "uneven_slots"]
 
 SHARED: Mapping[str, str] = MappingProxyType(
     {
@@ -86,3 +86,27 @@ def options_in_settings(
         section, option = place.split(".")
         values[name] = settings[section][option]
     return values
+
+
+def uneven_slots(experts: int, redundant: int, ranks: int, option: str) -> str | None:
+    """What is wrong where the slots do not spread evenly over the ranks; None where they do.
+
+    Example: 256 experts, 0 redundant ones and 3 ranks with `option` num_redundant_experts end in
+    "num_redundant_experts=2 would be".
+
+    Args:
+        experts: logical experts per layer.
+        redundant: slots beyond them.
+        ranks: of the expert-parallel group.
+        option: of the engine, for the number of redundant experts.
+    """
+    slots = experts + redundant
+    if slots % ranks == 0:
+        return None
+    above = -(-slots // ranks) * ranks - experts
+    below = above - ranks
+    right = f"{option}={above}" if below < 0 else f"{option}={below} or {above}"
+    return (
+        f"{option}={redundant}: {experts} experts and {redundant} redundant ones are {slots} slots, not "
+        f"divisible by {ranks} ranks; {right} would be"
+    )

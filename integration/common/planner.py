@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cache
@@ -33,6 +33,7 @@ __all__ = [
     "EnginePlanner",
     "ExpertBytes",
     "Inputs",
+    "Refusal",
     "bytes_of_one_expert",
     "engine_telemetry",
 ]
@@ -45,6 +46,9 @@ Inputs: TypeAlias = Callable[[], tuple[torch.Tensor, Topology]]
 
 ExpertBytes: TypeAlias = Callable[[], Mapping[int, int]]
 """Gives the bytes of one expert's weights by layer."""
+
+Refusal: TypeAlias = Callable[[torch.Tensor, torch.Tensor], str | None]
+"""Says why the engine would drop a plan, from map in force and plan, int64 [layers, slots]; else None."""
 
 
 class DispatchInForce(NamedTuple):
@@ -71,6 +75,7 @@ class EnginePlanner:
     Attributes:
         reports: the latest 64 reports.
         failures: failed rebalances.
+        warnings: times that the engine was seen to balance less than it seems to, by cause.
         telemetry: shows the reports of this rank; None on all ranks but one.
         dispatch: gives the dispatch `balanced` of the engine; None while its own mapping is in force.
     """
@@ -80,6 +85,7 @@ class EnginePlanner:
         self.speaks = speaks
         self.reports: deque[RebalanceReport] = deque(maxlen=_REPORTS)
         self.failures = 0
+        self.warnings: Counter[str] = Counter()
         self.telemetry: ModelTelemetry | None = None
         self.dispatch: Callable[[], DispatchInForce] | None = None
         self._name = f" of {model}" if model else ""
@@ -87,6 +93,7 @@ class EnginePlanner:
         self._samples: deque[torch.Tensor] = deque(maxlen=self.options.history)
         self._topology: Topology | None = None
         self._calls = 0
+        self._said: set[str] = set()
         self._failure_log = FailureLog(_logger, f"rebalance{self._name}", "the map in force stays")
         self._size_log = FailureLog(_logger, "reading the size of weights", "reports have no bytes")
 
@@ -98,6 +105,7 @@ class EnginePlanner:
         samples: Callable[[], torch.Tensor] | None = None,
         ranks: Callable[[], RankGroup] | None = None,
         expert_bytes: ExpertBytes | None = None,
+        refuses: Refusal | None = None,
     ) -> torch.Tensor:
         """The map for the next interval; `current` after a failure or where the gain is too small.
 
@@ -110,6 +118,7 @@ class EnginePlanner:
                 over all ranks; for the dispatch. Called after `inputs`; may raise.
             ranks: gives the ranks that compare their plans; None where each may act alone.
             expert_bytes: for the bytes in the report; None where they are unknown.
+            refuses: the engine's own rule for dropping a plan; None without one.
 
         Returns:
             int64 [layers, slots] on the CPU, in memory of its own. Experts that stay on a rank keep
@@ -122,7 +131,7 @@ class EnginePlanner:
         try:
             load, topology = inputs()
             steps = load[:0] if samples is None or self.dispatch is None else samples()
-            new, report = self._place(load, steps, topology, old, expert_bytes)
+            new, report = self._place(load, steps, topology, old, expert_bytes, refuses)
         except Exception as error:
             new, report = old, self._nothing(self._failure_log.add(error), failed=True)
         if ranks is not None and self.options.check_agreement:
@@ -158,6 +167,20 @@ class EnginePlanner:
             )
         self._history.append(load)
 
+    def warn(self, cause: str, line: str) -> None:
+        """Count that the engine balances less than it seems to. Each line is logged once, on one rank.
+
+        Args:
+            cause: one of `WARNING_CAUSES`.
+            line: for the log; empty: counted only.
+        """
+        self.warnings[cause] += 1
+        if line and line not in self._said and self.speaks:
+            self._said.add(line)
+            _logger.warning("%s", line)
+        if self.telemetry is not None:
+            self.telemetry.warned(cause)
+
     def forget(self) -> None:
         """Drop the history. On all ranks alike, when the group of ranks changes for instance."""
         self._history.clear()
@@ -187,6 +210,7 @@ class EnginePlanner:
         topology: Topology,
         old: torch.Tensor,
         expert_bytes: ExpertBytes | None,
+        refuses: Refusal | None,
     ) -> tuple[torch.Tensor, RebalanceReport]:
         """The map to go to, checked, and its report."""
         if topology != self._topology:
@@ -207,13 +231,18 @@ class EnginePlanner:
         new = Placement(new.physical_to_logical, new.num_logical)
         new.validate(topology)
         seconds = time.perf_counter() - start
+        reason = f"no layer gains min_gain={self.options.planner.min_gain}"
+        if refuses is not None and new != in_force and (refusal := refuses(old, new.physical_to_logical)):
+            moves = int(count_moves(in_force, new, topology).sum())
+            new, reason = in_force, f"a plan of {moves} moves is dropped: {refusal}"
+            self.warn("dropped_plan", "")  # the line of this rebalance says it
 
         interval, ids = self._history[-1], new.physical_to_logical
         layers, moves = int((old != ids).any(1).sum()), count_moves(in_force, new, topology)
         report = RebalanceReport(
             number=self._calls,
             skipped=not layers,
-            reason="" if layers else f"no layer gains min_gain={self.options.planner.min_gain}",
+            reason="" if layers else reason,
             balancedness_before=balancedness(interval, in_force, topology),
             balancedness_after=balancedness(interval, new, topology),
             window_balancedness_before=balancedness(window, in_force, topology),

@@ -6,7 +6,6 @@ import logging
 import pkgutil
 from collections.abc import Mapping, Sequence
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,43 +19,12 @@ from ..common.planner import DispatchInForce
 from ..common.replacement import replace_function
 from .dispatch import NO_BACKEND, LayerSolvers, ServedSplit, check_dispatch, serve, to_slots
 from .policy import SglangBalancer, is_first_rank
+from .seam_table import INIT_SOLVERS, MAPPING, REPLICATED, SHARDED
 from .seams import map_in_force, missing_seams
 
-__all__ = ["INIT_SOLVERS", "begin_dispatch", "check_arguments", "put_solvers_in_force"]
+__all__ = ["begin_dispatch", "check_arguments", "put_solvers_in_force"]
 
 _logger = logging.getLogger(__name__)
-
-_MAPPING = "sglang.srt.eplb.expert_location_dispatch.topk_ids_logical_to_physical"
-_CONTEXT = "sglang.srt.model_executor.forward_context"
-INIT_SOLVERS = "sglang.srt.model_executor.model_runner_components.moe_ep_setup.init_lplb_solvers"
-"""SGLang's way to make its solvers: when the model loads, and after each change of the map."""
-
-_REPLICATED: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        _MAPPING: ("topk_ids", "info", "log2phy_prob"),
-        "sglang.srt.eplb.expert_location_dispatch.ExpertLocationDispatchInfo": (
-            "ep_dispatch_algorithm",
-            "partial_logical_to_all_physical_map",
-            "partial_logical_to_all_physical_map_num_valid",
-        ),
-        f"{_CONTEXT}.has_forward_context": (),
-        f"{_CONTEXT}.ForwardContext": ("moe_num_token_non_padded",),
-        "sglang.srt.arg_groups.overrides.resolved_view": ("server_args",),
-        "sglang.srt.layers.moe.utils.is_moe_input_scattered_across_dp_ranks": (),
-    }
-)
-"""What is used where every rank has all tokens."""
-
-_SHARDED: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        **_REPLICATED,
-        INIT_SOLVERS: ("model_config",),
-        "sglang.srt.eplb.lplb_solver.assert_lplb_supported_model": ("architecture",),
-        "sglang.srt.eplb.lplb_solver.set_global_lplb_solver": ("layer_id", "solver"),
-        "sglang.srt.distributed.parallel_state.GroupCoordinator.all_gather": ("input_", "dim"),
-    }
-)
-"""What is used where each rank has its own tokens."""
 
 # In 0.5.23, every MoE block of these asks the solver with no tokens, too. SGLang's own list has more.
 _ASK_WITHOUT_TOKENS = ("Qwen3MoeForCausalLM", "Glm4MoeForCausalLM", "MiniMaxM2ForCausalLM")
@@ -68,7 +36,7 @@ def check_arguments(server_args: Any, algorithm: str) -> None:
     Raises:
         ConfigError: this SGLang lacks a function, or other arguments do not fit.
     """
-    _check_seams(_REPLICATED, algorithm)  # `resolved_view` is among them
+    _check_seams(REPLICATED, algorithm)  # `resolved_view` is among them
     from sglang.srt.arg_groups.overrides import resolved_view
 
     view = resolved_view(server_args)
@@ -115,7 +83,7 @@ def begin_dispatch(manager: Any, balancer: SglangBalancer) -> None:
     serve(split)
     copies = parallel.tp_size if gather is None else 1
     balancer.planner.dispatch = lambda: DispatchInForce(split.expert_cost, copies)
-    replace_function(pkgutil.resolve_name(_MAPPING), to_slots)
+    replace_function(pkgutil.resolve_name(MAPPING), to_slots)
     if is_first_rank():
         seen = "every rank has all tokens" if gather is None else "ranks exchange their counts"
         _logger.info("dispatch=balanced: %s, expert_cost=%s", seen, balancer.options.expert_cost)
@@ -144,7 +112,7 @@ def put_solvers_in_force(
     if solvers is not None:
         solvers.update(current)
         return solvers
-    _check_seams(_SHARDED, algorithm)
+    _check_seams(SHARDED, algorithm)
     from sglang.srt.eplb.lplb_solver import set_global_lplb_solver
 
     _check_model(getattr(model_config.hf_config, "architectures", None) or ())
@@ -160,7 +128,7 @@ def _check(backend: str, dispatch_algorithm: str | None, device: str, algorithm:
     from sglang.srt.utils import is_cuda
 
     check_dispatch(backend, dispatch_algorithm, device, is_cuda())
-    _check_seams(_REPLICATED if backend == NO_BACKEND else _SHARDED, algorithm)
+    _check_seams(REPLICATED if backend == NO_BACKEND else SHARDED, algorithm)
 
 
 def _check_seams(needed: Mapping[str, tuple[str, ...]], algorithm: str) -> None:

@@ -18,9 +18,18 @@ import torch
 from ...core.errors import ConfigError
 from ...core.topology import Topology
 from ..adapters import Adapter
-from .dispatch_seams import INIT_SOLVERS, begin_dispatch, check_arguments, put_solvers_in_force
+from .dispatch_seams import begin_dispatch, check_arguments, put_solvers_in_force
 from .policy import ALGORITHM, SglangBalancer, is_ours, parse_algorithm
-from .seams import HOOKED, LAUNCH_HOOK, algorithm_in_use, map_in_force, missing_seams, warn_unmoved, watch
+from .seam_table import HOOKED, INIT_SOLVERS, LAUNCH_HOOK
+from .seams import (
+    algorithm_in_use,
+    map_in_force,
+    missing_seams,
+    no_first_map,
+    redundant_experts,
+    warn_unmoved,
+    watch,
+)
 
 __all__ = ["ADAPTER", "balancer_of", "register"]
 
@@ -46,7 +55,13 @@ def register() -> None:
 
     if missing := missing_seams():
         _logger.error("eplb-plugin does not fit this SGLang: %s", "; ".join(missing))
-    hooks: list[Callable[..., Any]] = [_compute_algorithm, _rebalance_experts, _start, _in_time_order]
+    hooks: list[Callable[..., Any]] = [
+        _compute_algorithm,
+        _rebalance_experts,
+        _first_map,
+        _start,
+        _in_time_order,
+    ]
     for target, hook in zip(HOOKED, hooks, strict=True):
         HookRegistry.register(target, hook, HookType.AROUND)
     with suppress(ImportError, AttributeError):  # then it is among `missing`, and `_start` stops the launch
@@ -114,8 +129,19 @@ def _rebalance_experts(original: Callable[..., Any], *args: Any, **kwargs: Any) 
     )
     current = map_in_force()
     if current is None:
-        return balancer.place_at_start(counts, topology)
+        return balancer.place_at_start(counts, topology, slots - redundant_experts())
     return balancer.rebalance(counts, topology, current.physical_to_logical_map_cpu)
+
+
+def _first_map(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Refuse numbers and models that SGLang ends with a bare assertion on, or hours later."""
+    algorithm = algorithm_in_use()
+    if not is_ours(algorithm):
+        return original(*args, **kwargs)
+    model_config = _arguments(original, args, kwargs)["model_config"]
+    if refused := no_first_map(model_config):
+        raise ConfigError(f"--eplb-algorithm {algorithm}: {refused}")
+    return original(*args, **kwargs)
 
 
 def _start(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:

@@ -141,15 +141,20 @@ class SglangBalancer:
             # SGLang starts without the plugin too, and fails at the first rebalance: a line to search for.
             _logger.warning("eplb-plugin is active: --eplb-algorithm %s, options %s", self.algorithm, options)
 
-    def place_at_start(self, load: torch.Tensor, topology: Topology) -> SglangMaps:
+    def place_at_start(
+        self, load: torch.Tensor, topology: Topology, num_logical: int | None = None
+    ) -> SglangMaps:
         """Plan from a recorded load before there are weights to move. All ranks call it.
 
         Args:
             load: [snapshots, layers, logical] or [layers, logical], tokens.
+            num_logical: logical experts per layer; None: as in the load.
 
         Raises:
             LoadError, TopologyError: the load cannot be used. AgreementError: ranks planned differently.
         """
+        if num_logical is not None:
+            load = self._routed(load, num_logical)
         placement = plan(load.cpu(), topology, None, self.options.planner).placement
         placement.validate(topology)
         if self.options.check_agreement:
@@ -162,20 +167,40 @@ class SglangBalancer:
         It raises nothing. All ranks call it with the same arguments.
 
         Args:
-            counts: integer [steps, layers, logical] in time order, tokens over all ranks.
+            counts: integer [steps, layers, logical] in time order, tokens over all ranks. Columns beyond the
+                experts of the map are those of fused shared experts, and left out.
             current: int64 [layers, slots], the map in force.
         """
+        num_logical = int(current.max()) + 1  # each expert has a slot
         if self.before_first is not None:
             first, self.before_first = self.before_first, None
             first()
         ids = self.planner.rebalance(
-            lambda: (fold_busy_steps(counts, self.options.snapshots), topology),
+            lambda: (fold_busy_steps(self._routed(counts, num_logical), self.options.snapshots), topology),
             current,
-            samples=lambda: sample_busy_steps(counts, self.options.samples),
+            samples=lambda: sample_busy_steps(counts[..., :num_logical], self.options.samples),
             ranks=lambda: _all_ranks(counts),
             expert_bytes=self.expert_bytes,
         )
-        return SglangMaps.of(Placement(ids, counts.shape[-1]))
+        return SglangMaps.of(Placement(ids, num_logical))
+
+    def _routed(self, counts: torch.Tensor, num_logical: int) -> torch.Tensor:
+        """The columns of routed experts. Every rank holds the shared ones, so they are never placed.
+
+        Raises:
+            LoadError: there are fewer columns than experts.
+        """
+        columns = counts.shape[-1]
+        if columns < num_logical:
+            raise LoadError(f"counts have {columns} columns, the map {num_logical} experts")
+        if columns > num_logical:
+            self.planner.speaks = is_first_rank()
+            self.planner.warn(
+                "shared_expert",
+                f"SGLang's counts have {columns} columns for {num_logical} routed experts: the last "
+                f"{columns - num_logical} are taken for fused shared experts, and left out of the plan",
+            )
+        return counts[..., :num_logical]
 
 
 def fold_busy_steps(counts: torch.Tensor, snapshots: int) -> torch.Tensor:

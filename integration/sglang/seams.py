@@ -2,50 +2,30 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import pkgutil
 from collections.abc import Mapping
-from types import MappingProxyType
+from contextlib import suppress
 from typing import Any
 
 from ...runtime.verify.unregistered import warn_unregistered
+from ..common.options import uneven_slots
 from ..common.planner import bytes_of_one_expert, engine_telemetry
+from ..common.seams import missing_here, seams_of
 from .policy import SglangBalancer, is_first_rank
+from .seam_table import PLANNING, RING
 
 __all__ = [
-    "HOOKED",
-    "LAUNCH_HOOK",
     "algorithm_in_use",
     "map_in_force",
     "missing_seams",
+    "no_first_map",
+    "redundant_experts",
     "warn_unmoved",
     "watch",
 ]
 
 _logger = logging.getLogger(__name__)
-
-_EPLB = "sglang.srt.eplb"
-_RING = f"{_EPLB}.expert_distribution._CircularBuffer"
-HOOKED: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        f"{_EPLB}.eplb_algorithms.compute_algorithm": ("raw_algorithm",),
-        f"{_EPLB}.eplb_algorithms.rebalance_experts": (
-            "tokens_per_expert",
-            "num_physical_experts",
-            "num_local_physical_experts",
-            "num_groups",
-            "num_nodes",
-            "algorithm",
-        ),
-        f"{_EPLB}.eplb_manager.EPLBManager.__init__": ("self",),
-        f"{_RING}.get_all": ("self",),
-    }
-)
-"""Functions of SGLang with a hook, and the arguments that the hook uses."""
-
-LAUNCH_HOOK = "sglang.srt.arg_groups.resolution_hooks.register_resolution_hook"
-"""SGLang's way to check arguments at launch."""
 
 
 def missing_seams(needed: Mapping[str, tuple[str, ...]] | None = None) -> list[str]:
@@ -54,19 +34,12 @@ def missing_seams(needed: Mapping[str, tuple[str, ...]] | None = None) -> list[s
     Args:
         needed: functions and classes, and the arguments that are used. None: what the planner needs.
     """
-    missing = []
-    if needed is None:
-        needed = {**HOOKED, f"{_RING}.__init__": (), LAUNCH_HOOK: ("name",)}
-    for target, arguments in needed.items():
-        try:
-            function = pkgutil.resolve_name(target)
-        except (ImportError, AttributeError) as error:
-            missing.append(f"{target} is missing ({error})")
-            continue
-        known = inspect.signature(function).parameters
-        missing += [f"{target} has no argument {name!r}" for name in arguments if name not in known]
-        if target == f"{_RING}.__init__" and "_curr_index" not in function.__code__.co_names:
-            missing.append(f"{_RING} has no _curr_index")
+    if needed is not None:
+        return missing_here(seams_of(needed))
+    missing = missing_here(seams_of(PLANNING))
+    with suppress(ImportError, AttributeError):  # then it is missing already
+        if "_curr_index" not in pkgutil.resolve_name(f"{RING}.__init__").__code__.co_names:
+            missing.append(f"{RING} has no _curr_index")
     return missing
 
 
@@ -83,6 +56,31 @@ def map_in_force() -> Any:
     from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
 
     return get_global_expert_location_metadata()
+
+
+def redundant_experts() -> int:
+    """The value of `--ep-num-redundant-experts`."""
+    from sglang.srt.runtime_context import get_exec
+
+    return int(get_exec().moe.ep_num_redundant_experts)
+
+
+def no_first_map(model_config: Any) -> str | None:
+    """Why SGLang cannot place the experts of a model, and what to give or remove; None where it can."""
+    from sglang.srt.eplb.expert_location import ModelConfigForExpertLocation
+    from sglang.srt.runtime_context import get_parallel
+
+    model = ModelConfigForExpertLocation.from_model_config(model_config)
+    if model is None:
+        name = ", ".join(getattr(model_config.hf_config, "architectures", None) or ["this model"])
+        return (
+            f"{name} has no EPLB support in this SGLang: no expert would move. Remove --enable-eplb, "
+            "--eplb-algorithm and --ep-num-redundant-experts"
+        )
+    ranks = int(get_parallel().ep_size)
+    return uneven_slots(
+        int(model.num_logical_experts), redundant_experts(), ranks, "--ep-num-redundant-experts"
+    )
 
 
 def watch(manager: Any, balancer: SglangBalancer) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping
 from importlib.metadata import version as version_of
 from pathlib import Path
@@ -15,9 +16,11 @@ from ...core.safe_files import read_yaml
 from ..adapters import Adapter, InFile
 from ..common.agreement import announce
 from ..common.options import EngineOptions, options_in_settings
+from ..common.planner import engine_telemetry
 from .dispatch import restore_mapping
 from .policy import VllmPolicy
 from .seams import bind_policy, missing_seams
+from .warnings import watch_load
 
 __all__ = ["ADAPTER", "KEY", "VllmOptions", "register", "vllm_options"]
 
@@ -29,6 +32,7 @@ KEY = "eplb_plugin"
 _WRAPPED = "_eplb_plugin_wrapped"
 _RAY_PREFIXES = "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"  # prefixes of the variables for workers on Ray
 _active: list[VllmPolicy] = []  # of this process, the newest last
+_warnings: Counter[str] = Counter()  # without a model that vLLM balances
 
 
 class VllmOptions(EngineOptions):
@@ -105,11 +109,25 @@ def _after_init(owner: Any, then: Callable[[Any], None]) -> None:
 
 
 def _check_worker(worker: Any) -> None:
-    """Warn where the plugin is enabled and vLLM's load balancer is not: nothing else shows it."""
-    enabled = vllm_options(worker.vllm_config.additional_config).enabled
-    if enabled and not worker.vllm_config.parallel_config.enable_eplb and worker.rank == 0:
+    """Warn where the plugin is enabled and vLLM balances nothing: nothing else shows it."""
+    options = vllm_options(worker.vllm_config.additional_config)
+    if not options.enabled:
+        return
+    if worker.vllm_config.parallel_config.enable_eplb:
+        watch_load(worker, functools.partial(_unsupported, worker, options))
+    elif worker.rank == 0:
         _share_log()
         _logger.warning("eplb_plugin is enabled, but vLLM runs without --enable-eplb: no expert will move")
+
+
+def _unsupported(worker: Any, options: VllmOptions, line: str) -> None:
+    """vLLM does not balance the model that this worker has loaded."""
+    _warnings["no_eplb_support"] += 1
+    if worker.rank == 0:
+        _share_log()
+        _logger.error("eplb_plugin is enabled, but %s", line)
+    if (telemetry := engine_telemetry(options, worker.rank == 0)) is not None:
+        telemetry.of(worker.model_config.model).warned("no_eplb_support")
 
 
 def _enable(state: Any) -> None:
@@ -126,7 +144,7 @@ def _enable(state: Any) -> None:
     from vllm.v1.worker.worker_base import WorkerBase
 
     _share_log()
-    if missing := missing_seams(state):
+    if missing := missing_seams():
         _logger.error(
             "eplb_plugin is enabled, but vLLM %s lacks what it needs: %s. vLLM's own policy plans instead; "
             "tested with vLLM %s",
@@ -154,7 +172,7 @@ def _report(worker: Any) -> dict[str, Any]:
 
     rank = get_ep_group().rank_in_group
     about = {"vllm": vllm.__version__, "plugin": version_of("eplb-plugin"), "rank": rank}
-    return {**about, **(_active[-1].report() if _active else {})}
+    return {**about, "warnings": dict(_warnings), **(_active[-1].report() if _active else {})}
 
 
 def _in_file(config: Path | None) -> InFile:
@@ -180,6 +198,7 @@ ADAPTER = Adapter(
     allowed_plugins="VLLM_PLUGINS",
     empty_allows_all=False,
     tested=("0.32",),
+    checked=("0.33.0",),
     how_to_enable="off in the configuration; on with --additional-config "
     '\'{"eplb_plugin": {"enabled": true}}\'',
     in_file=_in_file,

@@ -19,6 +19,7 @@ from ...planning.planner import plan
 from ...runtime.control.rank_group import RankGroup
 from ..common.options import EngineOptions
 from ..common.planner import DispatchInForce, EnginePlanner, ExpertBytes
+from .warnings import dropped_plan
 
 __all__ = ["Interval", "VllmPolicy"]
 
@@ -72,6 +73,7 @@ class VllmPolicy:
         planners: by model.
         telemetry: the series of this process, or None.
         dispatch: dispatch `balanced` in force; None while vLLM's own mapping is.
+        drops_small_plans: whether vLLM drops plans that gain little, see `dropped_plan`.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class VllmPolicy:
         self.planners: dict[str, EnginePlanner] = {}
         self.telemetry: Telemetry | None = None
         self.dispatch: DispatchInForce | None = None
+        self.drops_small_plans = False
         self._ranks = ranks
         self._speaks = speaks
         self._expected: deque[Interval] = deque()
@@ -145,7 +148,8 @@ class VllmPolicy:
                 _logger.error("no plan without a map in force: %s; vLLM's own policy answers", error)
                 return self._by_vllm(weight, *numbers)
         interval = self._expected.popleft() if self._expected else Interval("model", weight.unsqueeze(0))
-        samples, planner, dispatch = interval.samples, self._planner(interval.model), self.dispatch
+        samples, planner, dispatch = interval.samples, self.planner_of(interval.model), self.dispatch
+        drops = self.drops_small_plans
         planner.dispatch = None if dispatch is None else lambda: dispatch
         return planner.rebalance(
             lambda: (interval.arrived(), topology()),
@@ -153,15 +157,17 @@ class VllmPolicy:
             samples=None if samples is None else lambda: samples,
             ranks=self._ranks,
             expert_bytes=interval.expert_bytes,
+            refuses=(lambda was, new: dropped_plan(weight, was, new, num_ranks)) if drops else None,
         )
 
     def report(self) -> dict[str, Any]:
-        """Options, and for each model its failures and latest reports, as plain data."""
+        """Options, and for each model its failures, warnings and latest reports, as plain data."""
         return {
             "options": self.options.model_dump(mode="json"),
             "models": {
                 model: {
                     "failures": planner.failures,
+                    "warnings": dict(planner.warnings),
                     "reports": [dataclasses.asdict(report) for report in list(planner.reports)],
                 }
                 # Copies: in the asynchronous mode, another thread plans meanwhile.
@@ -173,7 +179,8 @@ class VllmPolicy:
         result: torch.Tensor = self.own.rebalance_experts(*arguments)
         return result
 
-    def _planner(self, model: str) -> EnginePlanner:
+    def planner_of(self, model: str) -> EnginePlanner:
+        """The planner of a model, the same object for the same name."""
         if model not in self.planners:
             self.planners[model] = EnginePlanner(self.options, model=model, speaks=self._speaks)
         planner = self.planners[model]

@@ -19,8 +19,11 @@ from ...runtime.control.rank_group import RankGroup
 from ...runtime.verify.unregistered import warn_unregistered
 from ..common.options import EngineOptions
 from ..common.planner import bytes_of_one_expert, engine_telemetry
+from ..common.seams import missing_here
 from .dispatch import bind_dispatch
 from .policy import Interval, VllmPolicy
+from .seam_table import PLANNING
+from .warnings import StallWatch, drops_small_plans, long_window, model_names
 from .window import RingKeeper, fold_window, no_samples, no_window, sample_window, sum_over_ranks
 
 __all__ = ["bind_policy", "expert_bytes", "missing_seams", "warn_unmoved", "wrap_rearrange", "wrap_step"]
@@ -70,10 +73,12 @@ def bind_policy(
         state.policy = policy
         policy.dispatch = bind_dispatch(state, options, _ep_group())
         if policy.telemetry is not None:
-            policy.telemetry.of(_names(state)[-1])
+            policy.telemetry.of(model_names(state)[-1])
         if _is_first_rank():
             _say(state, options, about)
             warn_unmoved(list(state.model_states.values())[-1].model)
+        if line := long_window(state):
+            policy.planner_of(model_names(state)[-1]).warn("long_window", line)
         return result
 
     state.add_model = add
@@ -93,29 +98,9 @@ def expert_bytes(model: Any) -> dict[int, int]:
     return {layer: bytes_of_one_expert(tensors) for layer, tensors in enumerate(model.expert_weights)}
 
 
-def missing_seams(state: Any) -> list[str]:
-    """Names in vLLM that the plugin reads or wraps and that are absent; empty when all are there."""
-    from vllm.distributed import parallel_state
-    from vllm.distributed.eplb import policy as policies
-
-    abstract = getattr(policies, "AbstractEplbPolicy", None)
-    if abstract is None:
-        return ["policy.AbstractEplbPolicy"]
-    ring = ("expert_load_window_step", "expert_rearrangement_step_interval")
-    wanted: tuple[tuple[Any, str, tuple[str, ...]], ...] = (
-        (state, "EplbState", ("add_model", "model_states", "policy", "rearrange", "step", *ring)),
-        (parallel_state, "parallel_state", ("get_ep_group", "get_eplb_group")),
-    )
-    absent = [f"{name}.{part}" for owner, name, parts in wanted for part in parts if not hasattr(owner, part)]
-    if absent:
-        return absent
-    missing = []
-    taken = set(inspect.signature(VllmPolicy.rebalance_experts).parameters) - {"self"}
-    if taken != set(inspect.signature(abstract.rebalance_experts).parameters):
-        missing.append(f"AbstractEplbPolicy.rebalance_experts({', '.join(sorted(taken))})")
-    if not {"is_profile", "rank_mapping"} <= set(inspect.signature(state.rearrange).parameters):
-        missing.append("EplbState.rearrange(is_profile, rank_mapping)")
-    return missing
+def missing_seams() -> list[str]:
+    """What this vLLM lacks of the names that a plan needs; empty when all are there."""
+    return missing_here(PLANNING)
 
 
 def _missing_fields(state: Any) -> list[str]:
@@ -139,14 +124,18 @@ def _make_policy(state: Any, options: EngineOptions) -> VllmPolicy:
         speaks=_is_first_rank(),
     )
     policy.telemetry = engine_telemetry(options, _is_first_rank())
+    policy.drops_small_plans = drops_small_plans(state)
     ring = RingKeeper(state)
-    wrap_step(state, ring, policy.telemetry)
+    watch = StallWatch(state, lambda model, line: policy.planner_of(model).warn("stalled_transfer", line))
+    wrap_step(state, ring, policy.telemetry, watch)
     wrap_rearrange(state, ring, policy)
     return policy
 
 
-def wrap_step(state: Any, ring: RingKeeper, telemetry: Telemetry | None) -> None:
-    """Have `state` count its forward steps, but for profiling ones, and keep its rings clear."""
+def wrap_step(
+    state: Any, ring: RingKeeper, telemetry: Telemetry | None, watch: StallWatch | None = None
+) -> None:
+    """Have `state` count its forward steps, but for profiling ones, clear its rings, and watch for stalls."""
     step = state.step
 
     @functools.wraps(step)
@@ -156,6 +145,8 @@ def wrap_step(state: Any, ring: RingKeeper, telemetry: Telemetry | None) -> None
             telemetry.stepped()
         result = step(is_dummy, is_profile, *args, **kwargs)
         ring.clear()
+        if watch is not None and not is_profile:
+            watch.stepped()
         return result
 
     state.step = stepping
@@ -186,7 +177,7 @@ def wrap_rearrange(state: Any, ring: RingKeeper, policy: VllmPolicy) -> None:
 
 def _intervals(state: Any, policy: VllmPolicy) -> list[Interval]:
     """Each model's load since the last rearrangement, summed over the ranks. All ranks call it together."""
-    models, names = list(state.model_states.values()), _names(state)
+    models, names = list(state.model_states.values()), model_names(state)
     error: Exception | None = None
     steps, position = state.expert_rearrangement_step_interval, state.expert_load_window_step
     snapshots = policy.options.snapshots
@@ -237,18 +228,16 @@ def _warm_up(state: Any, options: EngineOptions) -> None:
 
 def _say(state: Any, options: EngineOptions, about: str) -> None:
     """Say that the plugin is active, for the model that was added last."""
-    name, model = _names(state)[-1], list(state.model_states.values())[-1].model
+    name, model = model_names(state)[-1], list(state.model_states.values())[-1].model
     how = f"{'asynchronously' if state.is_async else 'synchronously'} by policy {options.planner.policy}"
     experts, slots = model.num_logical_experts, model.num_physical_experts
     sizes = f"{model.num_moe_layers} layers, {experts} experts, {slots} slots, {_ep_group().world_size} ranks"
     _logger.info("eplb_plugin %s: plans %s %s: %s", about, name, how, sizes)
-
-
-def _names(state: Any) -> list[str]:
-    """A name for each model: vLLM's, with a number after its second use."""
-    names = [model.model_name for model in state.model_states.values()]
-    seen = [names[:n].count(name) for n, name in enumerate(names)]
-    return [f"{name} ({count})" if count else name for name, count in zip(names, seen, strict=True)]
+    if drops_small_plans(state):
+        _logger.warning(
+            "on ROCm, vLLM's synchronous mode drops plans that lower max over mean rank load, summed over "
+            "layers, by under 5 %%: reports say which. use_async of --eplb-config has no such rule"
+        )
 
 
 def _ep_group() -> Any:

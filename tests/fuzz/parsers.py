@@ -24,7 +24,7 @@ from safetensors.numpy import save as safetensors
 from eplb_plugin.config.sources import default_yaml, load_settings
 from eplb_plugin.core.errors import EplbError
 from eplb_plugin.formats.loads import read_trace
-from eplb_plugin.formats.placements import read_placement
+from eplb_plugin.formats.placements import read_placement, read_placement_file
 from eplb_plugin.integration.sglang.policy import parse_algorithm
 from eplb_plugin.integration.vllm.plugin import vllm_options
 
@@ -178,6 +178,23 @@ def _read_placement(path: Path) -> object:
     return read_placement(path, 2, (0, 1))
 
 
+def _read_placement_file(path: Path) -> object:
+    return read_placement_file(path)
+
+
+def _maps() -> tuple[bytes, ...]:
+    stream = io.BytesIO()
+    ids = np.array([[0, 1, 1], [1, 0, 0]])
+    np.savez(stream, physical_to_logical=ids, layer_ids=np.array([3, 4]), num_logical=2, rank_slots=[1, 2])
+    return (stream.getvalue(),)
+
+
+def _torch_maps() -> tuple[bytes, ...]:
+    stream = io.BytesIO()
+    torch.save({"physical_to_logical_map": torch.tensor([[0, 1, 1], [1, 0, 0]])}, stream)
+    return (stream.getvalue(),)
+
+
 def _read_algorithm(path: Path) -> object:
     return parse_algorithm(path.read_bytes().decode("utf-8", "surrogateescape"))
 
@@ -227,6 +244,8 @@ PARSERS = {
     "location": Parser(
         "a.json", _read_placement, (b'{"physical_to_logical_map": [[0, 1, 1], [1, 0, 0]]}',), JSON_WORDS
     ),
+    "map": Parser("a.npz", _read_placement_file, _maps()),
+    "torch map": Parser("a.pt", _read_placement_file, _torch_maps(), PICKLE_WORDS),
     "config": Parser("a.yaml", _read_placement, (yaml.safe_dump(_TRTLLM).encode(),), YAML_WORDS),
     "settings": Parser(
         "settings.yaml",

@@ -23,6 +23,7 @@ COMMANDS = {
     "plan": lambda file, out: ["plan", file, "-o", out, "--ranks", "2"],
     "convert": lambda file, out: ["convert", file, out, "--to", "csv"],
     "report": lambda file, out: ["report", file, "-o", out, "--ranks", "2", "--interval", "1"],
+    "map": lambda file, out: ["report", "--map", file, "--ranks", "2"],
     "simulate": lambda file, out: ["simulate", file, "--ranks", "2", "--interval", "1"],
 }
 LOADS = ["load", "tokens", "sglang", "benchmark", "csv"]

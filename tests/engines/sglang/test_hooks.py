@@ -13,10 +13,12 @@ import torch
 
 from eplb_plugin import ConfigError
 from eplb_plugin.integration.common.replacement import replace_function
+from eplb_plugin.integration.common.seams import missing_here
 from eplb_plugin.integration.sglang import dispatch_seams
 from eplb_plugin.integration.sglang import plugin as sglang_plugin
 from eplb_plugin.integration.sglang.dispatch import to_slots
 from eplb_plugin.integration.sglang.policy import SglangBalancer
+from eplb_plugin.integration.sglang.seam_table import SEAMS
 from eplb_plugin.integration.sglang.seams import missing_seams, warn_unmoved
 
 
@@ -100,6 +102,7 @@ def test_a_missing_hook_stops_the_launch(tiny, monkeypatch, caplog):
     from sglang.srt.eplb import eplb_algorithms, expert_distribution
 
     assert missing_seams() == []
+    assert missing_here(SEAMS) == []
     monkeypatch.delattr(eplb_algorithms, "compute_algorithm")
     monkeypatch.setattr(eplb_algorithms, "rebalance_experts", lambda tokens_per_expert: None)
     monkeypatch.setattr(expert_distribution._CircularBuffer, "__init__", lambda self: None)
@@ -264,8 +267,83 @@ def test_an_unknown_algorithm_is_still_unknown():
         eplb_algorithms.compute_algorithm("ensemblex", None, 1)
 
 
-def test_a_recorded_load_is_planned_from_at_start():
+def serving(algorithm="eplb_plugin", redundant=4, ep_size=2):
+    """A server's arguments in force in this process, until the end of the block."""
+    from sglang.srt.runtime_context import get_context
+
+    return get_context().override_server_args(
+        enable_eplb=True,
+        eplb_algorithm=algorithm,
+        ep_num_redundant_experts=redundant,
+        tp_size=ep_size,
+        ep_size=ep_size,
+    )
+
+
+def config_of(tiny, monkeypatch, architecture):
+    """SGLang's configuration of a model: 16 experts where its architecture has EPLB support."""
+    from sglang.srt.configs.model_config import ModelConfig
+
+    config = ModelConfig(str(tiny.path))
+    monkeypatch.setattr(config.hf_config, "architectures", [architecture])
+    return config
+
+
+@pytest.mark.parametrize(
+    ("architecture", "redundant", "message"),
+    [
+        (
+            "Qwen3MoeForCausalLM",
+            1,
+            "--eplb-algorithm eplb_plugin: --ep-num-redundant-experts=1: 16 experts and 1 redundant ones are "
+            r"17 slots, not divisible by 2 ranks; --ep-num-redundant-experts=0 or 2 would be$",
+        ),
+        (
+            "LlamaForCausalLM",
+            4,
+            "LlamaForCausalLM has no EPLB support in this SGLang: no expert would move. Remove "
+            "--enable-eplb, --eplb-algorithm and --ep-num-redundant-experts",
+        ),
+    ],
+)
+def test_the_first_map_is_refused_by_name(tiny, monkeypatch, architecture, redundant, message):
+    """SGLang itself ends with bare assertions there."""
+    from sglang.srt.eplb import expert_location
+    from sglang.srt.model_executor import model_runner
+
+    compute = model_runner.compute_initial_expert_location_metadata
+    assert compute is expert_location.compute_initial_expert_location_metadata
+    config = config_of(tiny, monkeypatch, architecture)
+    with serving(redundant=redundant), pytest.raises(ConfigError, match=message):
+        compute(model_config=config, moe_ep_rank=0)
+    with serving(algorithm="deepseek", redundant=redundant):
+        if redundant == 1:
+            with pytest.raises(AssertionError):
+                compute(model_config=config, moe_ep_rank=0)
+        else:
+            assert compute(model_config=config, moe_ep_rank=0) is None
+
+
+def test_numbers_that_divide_make_a_first_map(tiny, monkeypatch):
+    from sglang.srt.eplb import expert_location
+
+    config = config_of(tiny, monkeypatch, "Qwen3MoeForCausalLM")
+    with serving():
+        first = expert_location.compute_initial_expert_location_metadata(config, 0)
+    assert first.physical_to_logical_map.shape[1] == 20
+
+
+def test_a_recorded_load_is_planned_from_at_start(caplog):
     """`--init-expert-location COUNTS` with our algorithm: there is no map in force yet."""
+    with serving():
+        plan_from_a_recorded_load()
+        assert "fused shared experts" not in caplog.text
+        # A column more than experts, of a fused shared expert that every token goes to: it changes nothing.
+        plan_from_a_recorded_load(shared=[400])
+    assert "have 9 columns for 8 routed experts: the last 1 are taken for fused shared experts" in caplog.text
+
+
+def plan_from_a_recorded_load(shared=()):
     from sglang.srt.eplb import eplb_algorithms
     from sglang.srt.eplb.expert_location import get_global_expert_location_metadata
 
@@ -274,8 +352,8 @@ def test_a_recorded_load_is_planned_from_at_start():
     assert isinstance(algorithm, SglangBalancer)
     assert eplb_algorithms.compute_algorithm("eplb_plugin", None, 1) is algorithm
     assert isinstance(eplb_algorithms.compute_algorithm("ensemble", None, 1), SglangBalancer)
-    counts = torch.zeros(1, 2, 8, dtype=torch.int64)
-    counts[0, 1] = torch.tensor([50, 1, 1, 1, 1, 1, 1, 50])
+    counts = torch.zeros(1, 2, 8 + len(shared), dtype=torch.int64)
+    counts[0, 1] = torch.tensor([50, 1, 1, 1, 1, 1, 1, 50, *shared])
     placed, slots, count = eplb_algorithms.rebalance_experts(
         tokens_per_expert=counts,
         num_physical_experts=12,

@@ -25,8 +25,9 @@ def with_eplb():
         load(self, *args, **kwargs)
         if enabled:
             self._moe_model = get_mixture_of_experts_model(self.model)
-            self.eplb_state.add_model(self._moe_model, self.model_config)
-            self.eplb_state.start_async_loop()
+            if self._moe_model is not None:
+                self.eplb_state.add_model(self._moe_model, self.model_config)
+                self.eplb_state.start_async_loop()
 
     EplbState.__init__ = init
     CPUModelRunner.load_model = load_model
