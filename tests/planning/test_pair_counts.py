@@ -201,6 +201,7 @@ def problem_of(load: np.ndarray, room: np.ndarray) -> Problem:
         rank_slots=room,
         ranks_per_node=len(room),
         price=0.0,
+        least_price=1.0,
         max_moves=0,
         rounds=200,
         candidates=4,

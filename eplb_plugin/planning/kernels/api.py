@@ -58,7 +58,7 @@ def plan_from_scratch(
         physical_to_logical: int64 [layers, slots].
     """
     none = torch.empty((weight.shape[1], 0), dtype=torch.int64, device="cpu")
-    return _plan(weight, topology, expert_node, none, none, 0.0, _UNBOUNDED, candidates, patience)
+    return _plan(weight, topology, expert_node, none, none, 0.0, 1.0, _UNBOUNDED, candidates, patience)
 
 
 def grow(
@@ -69,6 +69,7 @@ def grow(
     expert_node: torch.Tensor,
     *,
     price: float,
+    least_price: float,
     max_moves: int,
 ) -> torch.Tensor:
     """Improve a placement by swaps and replica changes that earn the price of their moves.
@@ -81,13 +82,16 @@ def grow(
         expert_node: int64 [layers, logical]. Experts stay on their node, or all go to their `expert_node`
             where that is better.
         price: of one move, as a fraction of the mean rank load.
+        least_price: least factor on the price, where traffic is steady; 1 keeps the price as it is.
         max_moves: most moves of a layer.
 
     Returns:
         physical_to_logical: int64 [layers, slots].
     """
     current, start = (topology.by_rank(ids, -1).flatten(1) for ids in (current, start))
-    return _plan(weight, topology, expert_node, current, start, price, max_moves, candidates=1, patience=1)
+    return _plan(
+        weight, topology, expert_node, current, start, price, least_price, max_moves, candidates=1, patience=1
+    )
 
 
 def _plan(
@@ -97,6 +101,7 @@ def _plan(
     current: torch.Tensor,
     start: torch.Tensor,
     price: float,
+    least_price: float,
     max_moves: int,
     candidates: int,
     patience: int,
@@ -111,6 +116,7 @@ def _plan(
         rank_slots=np.array(topology.slots_by_rank, _INT64),
         ranks_per_node=topology.ranks_per_node,
         price=price,
+        least_price=least_price,
         max_moves=max_moves,
         rounds=_ROUNDS,
         candidates=candidates,
@@ -164,12 +170,17 @@ def improve_splits(
 
 
 def choose_nodes(
-    weight: torch.Tensor, topology: Topology, current: torch.Tensor, start: torch.Tensor, price: float
+    weight: torch.Tensor,
+    topology: Topology,
+    current: torch.Tensor,
+    start: torch.Tensor,
+    price: float,
+    least_price: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose the node of each group: the load of the heaviest node against the price of the moves.
 
     Args:
-        weight, topology, current, start, price: as for `grow`.
+        weight, topology, current, start, price, least_price: as for `grow`.
 
     Returns:
         expert_node: int64 [layers, logical].
@@ -183,9 +194,10 @@ def choose_nodes(
     # `current` may share memory with `start`, which is written.
     held, begin = (_array(topology.by_rank(ids, -1).flatten(1)).copy() for ids in (current, start))
     load, fee = _array(weight), price / topology.ranks_per_node
+    numbers = (topology.num_nodes, topology.num_ranks, topology.num_groups)
     over_layers(
         lambda first, last: group_to_node.choose_nodes(
-            load, first, last, topology.num_nodes, topology.num_groups, fee, held, begin, expert_node
+            load, first, last, *numbers, fee, least_price, held, begin, expert_node
         ),
         weight,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .compiling import SOURCES, entry_point, inlined
+from .load_drift import price_factor
 from .replica_counts import VACANT
 
 __all__ = ["choose_nodes"]
@@ -90,7 +91,9 @@ def _locate(held, free, node_of):
 
 def _build(sources):
     @entry_point
-    def choose_nodes(weight, first, last, num_nodes, num_groups, price, current, start, expert_node):
+    def choose_nodes(
+        weight, first, last, num_nodes, num_ranks, num_groups, price, least_price, current, start, expert_node
+    ):
         """Choose the node of each group, for layers `first..last-1`.
 
         Groups begin on the node that holds most of them. Exchanges follow as long as one lowers the load of
@@ -99,8 +102,9 @@ def _build(sources):
 
         Args:
             weight: float64 [snapshots, layers, logical], tokens times the weight of their snapshot.
-            num_nodes, num_groups: the topology; nodes divide the groups.
+            num_nodes, num_ranks, num_groups: the topology; nodes divide the groups.
             price: of one move, as a fraction of the mean node load.
+            least_price: least factor on the price, where traffic is steady.
             current: int64 [layers, slots], the placement in force, -1 for an empty slot.
             start: int64 [layers, slots], where the search begins; negative slots are skipped; written.
             expert_node: int64 [layers, logical], written.
@@ -116,21 +120,30 @@ def _build(sources):
         fee = np.empty((num_groups, num_nodes), np.float64)
         held = np.empty((num_groups, num_nodes), np.int64)
         seen = np.empty(num_logical, np.int64)
+        whole, older, even = np.empty(num_logical), np.empty(num_logical), np.empty(num_logical)
         for layer in range(first, last):
             _count_experts(start[layer], group_size, node_slots, seen, held)
             spans = _locate(held, free, node_of)
             _count_experts(current[layer], group_size, node_slots, seen, held)
-            for group in range(num_groups):
-                for node in range(num_nodes):
-                    fee[group, node] = price * (group_size - held[group, node])
             total = 0.0
+            older[:] = 0.0
+            even[:] = 0.0
+            whole[:] = 0.0
             for group in range(num_groups):
                 for snapshot in range(num_snapshots):
                     load = 0.0
                     for expert in range(group * group_size, (group + 1) * group_size):
-                        load += weight[snapshot, layer, expert]
+                        here = weight[snapshot, layer, expert]
+                        load += here
+                        whole[expert] += here
+                        older[expert] += here if snapshot < num_snapshots // 2 else 0.0
+                        even[expert] += here if snapshot % 2 == 0 else 0.0
                     group_load[group, snapshot] = load
                     total += load
+            each = price * price_factor(whole, older, even, num_ranks, least_price)
+            for group in range(num_groups):
+                for node in range(num_nodes):
+                    fee[group, node] = each * (group_size - held[group, node])
             scale = num_nodes / total if total > 0.0 else 0.0
             node_load[:] = 0.0
             for group in range(num_groups):

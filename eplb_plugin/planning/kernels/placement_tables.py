@@ -11,6 +11,8 @@ from .compiling import entry_point
 
 __all__ = ["keep_slots", "peak_loads"]
 
+_LANES = 4  # snapshots at once: their loads of an expert are neighbours in memory
+
 
 @entry_point
 def peak_loads(weight, slot_expert, first_slot, first, last, peaks):
@@ -25,7 +27,8 @@ def peak_loads(weight, slot_expert, first_slot, first, last, peaks):
     num_slots = slot_expert.shape[1]
     count = np.empty(num_logical, np.float64)
     part = np.empty(num_logical, np.float64)
-    share = np.empty(num_logical, np.float64)
+    share = np.empty((num_logical, _LANES), np.float64)
+    highest = np.empty(_LANES, np.float64)
     for layer in range(first, last):
         count[:] = 0.0
         for slot in range(num_slots):
@@ -33,16 +36,26 @@ def peak_loads(weight, slot_expert, first_slot, first, last, peaks):
         # One division an expert, rather than one a snapshot: a product takes a fraction of its time.
         for expert in range(num_logical):
             part[expert] = 1.0 / count[expert] if count[expert] > 0.0 else 0.0
-        for snapshot in range(num_snapshots):
-            for expert in range(num_logical):
-                share[expert] = weight[snapshot, layer, expert] * part[expert]
-            highest = 0.0
+        for begin in range(0, num_snapshots, _LANES):
+            for lane in range(_LANES):
+                snapshot = min(begin + lane, num_snapshots - 1)
+                for expert in range(num_logical):
+                    share[expert, lane] = weight[snapshot, layer, expert] * part[expert]
+            highest[:] = 0.0
             for rank in range(first_slot.shape[0] - 1):
-                total = 0.0
+                one, two, three, four = 0.0, 0.0, 0.0, 0.0
                 for slot in range(first_slot[rank], first_slot[rank + 1]):
-                    total += share[slot_expert[layer, slot]]
-                highest = max(highest, total)
-            peaks[snapshot, layer] = highest
+                    held = slot_expert[layer, slot]
+                    one += share[held, 0]
+                    two += share[held, 1]
+                    three += share[held, 2]
+                    four += share[held, 3]
+                highest[0] = max(highest[0], one)
+                highest[1] = max(highest[1], two)
+                highest[2] = max(highest[2], three)
+                highest[3] = max(highest[3], four)
+            for lane in range(min(_LANES, num_snapshots - begin)):
+                peaks[begin + lane, layer] = highest[lane]
 
 
 @entry_point

@@ -32,6 +32,7 @@ class Problem(NamedTuple):
     rank_slots: np.ndarray  # int64 [ranks], open slots of each rank
     ranks_per_node: int  # ranks of each node
     price: float  # of one move, as a fraction of the mean rank load; 0 from scratch
+    least_price: float  # least factor on the price, where traffic is steady; 1: the price as it is
     max_moves: int  # most moves of a layer away from `current`
     rounds: int  # most rounds of improvement of a candidate
     candidates: int  # most candidates of a layer from scratch

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from .compiling import copy_into, jitted
-from .snapshot_objective import LEAST_GAIN_32, NEVER, ROUNDING, net_gain, power_16, sum_terms
+from .snapshot_objective import NEVER, ROUNDING, net_gain, power_16, sum_terms
 from .snapshot_state import is_first_on_rank, set_costs
 
 __all__ = ["best_replica_change"]
@@ -17,7 +17,7 @@ _MOST_GROWTH = np.float32(1e6)
 
 
 @jitted
-def best_replica_change(state, scratch, heavy, price, moves_left, gain_of_swap):
+def best_replica_change(state, scratch, heavy, price, least_gain, moves_left, gain_of_swap):
     """The replica change for an expert of `heavy` with the highest net gain above `gain_of_swap`.
 
     `best_swap` must have been called for this rank before: it fills `scratch`. Returns expert, slot and
@@ -54,7 +54,7 @@ def best_replica_change(state, scratch, heavy, price, moves_left, gain_of_swap):
         for snapshot in range(terms.shape[0]):
             terms[snapshot] = -growth[snapshot] * slope[snapshot]
         relief = sum_terms(terms)
-        if net_gain(relief, -1, price) <= best:
+        if net_gain(relief, -1, price, least_gain) <= best:
             continue
         copy_into(rank_cost, ones)
         set_costs(
@@ -66,9 +66,9 @@ def best_replica_change(state, scratch, heavy, price, moves_left, gain_of_swap):
             arriving[number] = scratch.at_rank[place, rank_of[slot] - first]
             cost[number] = rank_cost[rank_of[slot] - first] - saves[slot]
         _bound_changes(
-            np.float32(relief), price, most, np.float32(fraction[replicas[x] + 1] / fraction[replicas[x]]),
-            arriving, scratch.surplus_at_own, scratch.surplus_weight, scratch.surplus_inverse,
-            scratch.surplus_growth, cost, bound,
+            np.float32(relief), price, least_gain, most,
+            np.float32(fraction[replicas[x] + 1] / fraction[replicas[x]]), arriving, scratch.surplus_at_own,
+            scratch.surplus_weight, scratch.surplus_inverse, scratch.surplus_growth, cost, bound,
         )  # fmt: skip
         for number in range(num_surplus):
             if bound[number] <= best:
@@ -89,7 +89,7 @@ def best_replica_change(state, scratch, heavy, price, moves_left, gain_of_swap):
             )
             for snapshot in range(terms.shape[0]):
                 terms[snapshot] *= -slope[snapshot]
-            net = net_gain(sum_terms(terms), int(cost[number]), price)
+            net = net_gain(sum_terms(terms), int(cost[number]), price, least_gain)
             if net > best:
                 best = net
                 best_expert, best_slot, best_moves = x, slot, int(cost[number])
@@ -129,7 +129,9 @@ def _list_surplus(state, scratch, begin):
 
 
 @jitted
-def _bound_changes(relief, price, most, part, arriving, at_own, weight, inverse, growth, cost, bound):
+def _bound_changes(
+    relief, price, least_gain, most, part, arriving, at_own, weight, inverse, growth, cost, bound
+):
     """Bound the net gain of one more replica of an expert from above, in each surplus slot.
 
     The bound is that of `_bound_swaps`, and -1 where a change cannot be worth a round. `relief` is the fall
@@ -137,12 +139,13 @@ def _bound_changes(relief, price, most, part, arriving, at_own, weight, inverse,
     / now. `growth`, float32 [slots], is the least growth of the other ranks that hold the expert of a slot.
     """
     fee = np.float32(price)
+    least = np.float32(least_gain)
     limit = np.float32(most)
     for at in range(bound.shape[0]):
         there = np.float32(1.0) + (arriving[at] * part - at_own[at]) * inverse[at]
         gain = relief + weight[at] * (ROUNDING - power_16(there)) - growth[at]
         net = gain - fee * cost[at]
-        net = net if net > LEAST_GAIN_32 else np.float32(-1.0)
+        net = net if net > least else np.float32(-1.0)
         bound[at] = net if cost[at] <= limit else np.float32(-1.0)
 
 

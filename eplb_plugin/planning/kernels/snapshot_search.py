@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from .compiling import inlined, jitted
+from .compiling import copy_into, inlined, jitted
+from .load_drift import price_factor
 from .lower_bounds import snapshots_bound
 from .lpt_packing import pack_lpt
 from .replica_counts import VACANT, apply_counts, greedy_counts
 from .single_load_counts import pair_counts_by_node
-from .snapshot_objective import smooth_peak
+from .snapshot_objective import LEAST_GAIN, SPREAD, ExchangeTerms, smooth_peak
 from .snapshot_replicas import best_replica_change
 from .snapshot_state import interleaved, make_replica_change, make_swap, start_search
 from .snapshot_swaps import best_swap, new_scratch
@@ -29,22 +30,31 @@ def plan_snapshots(problem, layer, load, slot_expert):
     Writes `slot_expert`, int64 [slots], for `load`, float32 [snapshots, logical] of a mean rank load of 1.
     """
     num_snapshots, num_logical = load.shape
-    total = np.zeros(num_logical, np.float64)
+    total, older = np.zeros(num_logical, np.float64), np.zeros(num_logical, np.float64)
+    even = np.zeros(num_logical, np.float64)
     for snapshot in range(num_snapshots):
+        if snapshot == num_snapshots // 2:
+            copy_into(older, total)
         for expert in range(num_logical):
             total[expert] += np.float64(load[snapshot, expert])
+        if snapshot % 2 == 0:
+            for expert in range(num_logical):
+                even[expert] += np.float64(load[snapshot, expert])
     capacity = slot_expert.shape[0] // problem.rank_slots.shape[0]
     scratch = new_scratch(num_snapshots, num_logical, capacity, problem.ranks_per_node)
+    # Gains that last earn their moves with less, and do not have to allow for other loads.
+    factor = price_factor(total, older, even, problem.rank_slots.shape[0], problem.least_price)
+    terms = ExchangeTerms(problem.price * factor, LEAST_GAIN * factor, SPREAD * factor)
     if problem.start.shape[1] > 0:
-        state = _improve_start(problem, layer, load, total, scratch)
+        state = _improve_start(problem, terms, layer, load, total, scratch)
     else:
-        state = _plan_from_scratch(problem, layer, load, total, scratch, slot_expert)
+        state = _plan_from_scratch(problem, terms, layer, load, total, scratch, slot_expert)
     for slot in range(slot_expert.shape[0]):
         slot_expert[slot] = state.expert[interleaved(slot, capacity, problem.ranks_per_node)]
 
 
 @inlined
-def _plan_from_scratch(problem, layer, load, total, scratch, packed):
+def _plan_from_scratch(problem, terms, layer, load, total, scratch, packed):
     """Improve LPT packings, the candidates, one after the other; the lowest smooth peak wins.
 
     `packed`, int64 [slots], is scratch.
@@ -55,14 +65,14 @@ def _plan_from_scratch(problem, layer, load, total, scratch, packed):
     count = greedy_counts(total, expert_node, none, 1.0, rank_slots.sum(), num_ranks, ranks_per_node)
     bound = max(1.0, snapshots_bound(load, count, rank_slots.min()))
     pack_lpt(total, count, expert_node, ranks_per_node, rank_slots, 0, problem.seed, packed)
-    best = start_search(load, packed, packed, num_ranks, ranks_per_node)
+    best = start_search(load, packed, packed, num_ranks, ranks_per_node, terms.spread)
     best_value, failures = np.inf, 0
     for candidate in range(problem.candidates):
         state = best
         if candidate > 0:
             pack_lpt(total, count, expert_node, ranks_per_node, rank_slots, candidate, problem.seed, packed)
-            state = start_search(load, packed, packed, num_ranks, ranks_per_node)
-        value, _ = _lower_smooth_peak(problem, state, scratch, problem.rounds, np.inf)
+            state = start_search(load, packed, packed, num_ranks, ranks_per_node, terms.spread)
+        value, _ = _lower_smooth_peak(problem, terms, state, scratch, problem.rounds, np.inf)
         failures = 0 if value < best_value - _LEAST_PROGRESS else failures + 1
         if value < best_value:
             best, best_value = state, value
@@ -73,15 +83,15 @@ def _plan_from_scratch(problem, layer, load, total, scratch, packed):
         total, expert_node, rank_slots, ranks_per_node, problem.tolerance, problem.seed, count
     ):
         pack_lpt(total, count, expert_node, ranks_per_node, rank_slots, 0, problem.seed, packed)
-        state = start_search(load, packed, packed, num_ranks, ranks_per_node)
-        value, _ = _lower_smooth_peak(problem, state, scratch, problem.rounds, np.inf)
+        state = start_search(load, packed, packed, num_ranks, ranks_per_node, terms.spread)
+        value, _ = _lower_smooth_peak(problem, terms, state, scratch, problem.rounds, np.inf)
         if value < best_value:
             best = state
     return best
 
 
 @inlined
-def _improve_start(problem, layer, load, total, scratch):
+def _improve_start(problem, terms, layer, load, total, scratch):
     """Improve the start by swaps and replica changes that earn the price of their moves.
 
     There are two starts: the given one, and one with new replica counts and all experts on `expert_node`.
@@ -122,7 +132,7 @@ def _improve_start(problem, layer, load, total, scratch):
         and (_peak(total, count, recounted, capacity) < _peak(total, in_force, start, capacity))
     )
     given = recounted if num_vacant > 0 else start
-    best = start_search(load, given, current, num_ranks, ranks_per_node)
+    best = start_search(load, given, current, num_ranks, ranks_per_node, terms.spread)
     first, rounds = best, min(problem.rounds, _FIRST_ROUNDS)
     best_value, done = np.inf, False
     for attempt in range(3):
@@ -131,14 +141,14 @@ def _improve_start(problem, layer, load, total, scratch):
             continue
         state, rival = first, best_value
         if is_other:
-            state = start_search(load, recounted, current, num_ranks, ranks_per_node)
+            state = start_search(load, recounted, current, num_ranks, ranks_per_node, terms.spread)
         elif attempt == 2:
             state, rival = best, np.inf
             state.failed[:] = False
             state.stale[0] = False
             rounds = problem.rounds - rounds
-        value, finished = _lower_smooth_peak(problem, state, scratch, rounds, rival)
-        value += problem.price * state.moves[0]
+        value, finished = _lower_smooth_peak(problem, terms, state, scratch, rounds, rival)
+        value += terms.price * state.moves[0]
         if is_other and state.moves[0] > problem.max_moves:
             continue
         if value < best_value or (value == best_value and not is_other):
@@ -160,7 +170,7 @@ def _peak(total, count, slot_expert, capacity):
 
 
 @jitted
-def _lower_smooth_peak(problem, state, scratch, rounds, rival):
+def _lower_smooth_peak(problem, terms, state, scratch, rounds, rival):
     """Lower the smooth peak by swaps and replica changes; a later call continues the search.
 
     A round relieves the rank with the largest weight in the smooth peak, by the exchange with the highest net
@@ -173,7 +183,7 @@ def _lower_smooth_peak(problem, state, scratch, rounds, rival):
     """
     weight, failed, tried_at, rank_of = state.weight, state.failed, state.tried_at, state.rank_of
     moves, exchanges, stale = state.moves, state.exchanges, state.stale
-    num_ranks, price = failed.shape[0], problem.price
+    num_ranks, price, least_gain = failed.shape[0], terms.price, terms.least_gain
     done = False
     one, two, three = np.inf, np.inf, np.inf  # values before the last rounds
     for number in range(rounds):
@@ -199,8 +209,10 @@ def _lower_smooth_peak(problem, state, scratch, rounds, rival):
                 failed[heavy] = True
                 continue
             moves_left = problem.max_moves - moves[0]
-            gain, mine, other, swap_moves = best_swap(state, scratch, heavy, price, moves_left)
-            expert, slot, change_moves = best_replica_change(state, scratch, heavy, price, moves_left, gain)
+            gain, mine, other, swap_moves = best_swap(state, scratch, heavy, price, least_gain, moves_left)
+            expert, slot, change_moves = best_replica_change(
+                state, scratch, heavy, price, least_gain, moves_left, gain
+            )
             if slot >= 0:
                 make_replica_change(state, expert, slot)
                 moves[0] += change_moves

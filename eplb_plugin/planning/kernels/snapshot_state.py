@@ -23,8 +23,6 @@ __all__ = [
     "start_search",
 ]
 
-_SPREAD = 0.1  # measured: more helps where few experts are very hot, and costs elsewhere
-
 
 class SearchState(NamedTuple):
     """A layer while its smooth peak is lowered.
@@ -89,7 +87,7 @@ def interleaved(slot, capacity, ranks_per_node):
 
 
 @jitted
-def start_search(load, slot_expert, current, num_ranks, ranks_per_node):
+def start_search(load, slot_expert, current, num_ranks, ranks_per_node, spread):
     """A search for `load`, float32 [snapshots, logical], that starts from the placement `slot_expert`.
 
     That is int64 [slots], -1 for closed slots. So is the placement in force, `current`, with -1 for empty
@@ -126,7 +124,7 @@ def start_search(load, slot_expert, current, num_ranks, ranks_per_node):
         share_power=np.zeros((num_snapshots, num_slots), np.float32),
         replicas=replicas, first=first, next_=next_,
         current_first=current_first, current_next=current_next,
-        expert_load=np.ascontiguousarray(load.T), fraction=_fractions(num_slots, num_snapshots),
+        expert_load=np.ascontiguousarray(load.T), fraction=_fractions(num_slots, num_snapshots, spread),
         load=np.zeros((num_ranks, num_snapshots), np.float32),
         power=np.zeros((num_ranks, num_snapshots), np.float32),
         powers=np.zeros((num_snapshots, num_ranks), np.float32),
@@ -164,7 +162,7 @@ def _choose_units(state, slot_expert):
 
 
 @jitted
-def _fractions(num_slots, num_snapshots):
+def _fractions(num_slots, num_snapshots, spread):
     """Fraction of an expert's load that each of `n` replicas counts as: float64 [slots + 2].
 
     It is more than 1 / n, because the load of single steps varies. The variance of a rank load is the sum
@@ -176,7 +174,7 @@ def _fractions(num_slots, num_snapshots):
     for count in range(1, num_slots + 2):
         fraction[count] = 1.0 / count
         if num_snapshots > 1:
-            fraction[count] += _SPREAD / count**2
+            fraction[count] += spread / count**2
     return fraction
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .compiling import jitted
-from .snapshot_objective import LEAST_GAIN_32, NEVER, ROUNDING, net_gain, power_16, sum_terms, weighted_sum
+from .snapshot_objective import NEVER, ROUNDING, net_gain, power_16, sum_terms, weighted_sum
 from .snapshot_state import moves_to, set_costs
 
 __all__ = ["Scratch", "best_swap", "new_scratch"]
@@ -82,7 +82,7 @@ def new_scratch(num_snapshots, num_logical, capacity, ranks_per_node):
 
 
 @jitted
-def best_swap(state, scratch, heavy, price, moves_left):
+def best_swap(state, scratch, heavy, price, least_gain, moves_left):
     """The swap of a slot of `heavy` with the highest net gain: that gain, slot of `heavy`, other slot, moves.
 
     Swaps are computed exactly in falling order of upper bounds, until no bound is above the best net gain.
@@ -123,9 +123,9 @@ def best_swap(state, scratch, heavy, price, moves_left):
         set_costs(current_first[x], current_next, rank_of, first, ranks_per_node, usual_cost, back, cost)
         set_costs(held_first[x], held_next, rank_of, first, ranks_per_node, usual_cost, NEVER, cost)
         _bound_swaps(
-            scratch.at_heavy[mine - begin], np.float32(1.0) - saves[mine], state.weight[heavy], price, most,
-            scratch.at_heavy, scratch.rest_at_heavy, scratch.at_own, at_rank_of_slot, scratch.weight,
-            scratch.inverse, cost, bound[place], slot_bound,
+            scratch.at_heavy[mine - begin], np.float32(1.0) - saves[mine], state.weight[heavy], price,
+            least_gain, most, scratch.at_heavy, scratch.rest_at_heavy, scratch.at_own, at_rank_of_slot,
+            scratch.weight, scratch.inverse, cost, bound[place], slot_bound,
         )  # fmt: skip
         set_costs(current_first[x], current_next, rank_of, first, ranks_per_node, usual_cost, none, cost)
         set_costs(held_first[x], held_next, rank_of, first, ranks_per_node, usual_cost, none, cost)
@@ -157,7 +157,7 @@ def best_swap(state, scratch, heavy, price, moves_left):
                 moves = moves_to(current_first, current_next, rank_of, x, first + rank)
                 moves += moves_to(current_first, current_next, rank_of, y, heavy)
                 moves -= int(saves[mine]) + int(saves[begin + at])
-                net = net_gain(gain, moves, price)
+                net = net_gain(gain, moves, price, least_gain)
                 if net > best:
                     best = net
                     best_mine, best_other, best_moves = mine, begin + at, moves
@@ -172,7 +172,7 @@ def _weigh_slots(state, scratch, heavy):
     slope, derivative = state.slope, state.derivative
     weight, inverse, expert_cost, cost = scratch.weight, scratch.inverse, scratch.expert_cost, scratch.cost
     usual_cost, weights = scratch.usual_cost, scratch.weights
-    at_heavy, rest_at_heavy = scratch.at_heavy, scratch.rest_at_heavy
+    at_heavy, rest_at_heavy, rank_bound = scratch.at_heavy, scratch.rest_at_heavy, scratch.rank_bound
     first = heavy // ranks_per_node * ranks_per_node
     width = capacity * ranks_per_node
     begin = first * capacity
@@ -181,16 +181,23 @@ def _weigh_slots(state, scratch, heavy):
         weights[snapshot] = slope[snapshot] * derivative[snapshot, heavy]
     weighted_sum(state.share, weights, begin, at_heavy)
     weighted_sum(state.share_power, slope, begin, scratch.at_own)
+    # The inner loops run over ranks, which are neighbours in memory.
+    shape = (capacity, ranks_per_node)
+    heavy_by_rank, rest_by_rank = at_heavy.reshape(shape), rest_at_heavy.reshape(shape)
+    weight_by_rank, inverse_by_rank = weight.reshape(shape), inverse.reshape(shape)
+    rank_bound[:] = np.float32(0.0)
+    for place in range(capacity):
+        for rank in range(ranks_per_node):
+            rank_bound[rank] += heavy_by_rank[place, rank]
     for rank in range(ranks_per_node):
         here = rank_weight[first + rank]
-        quotient = np.float32(1.0) / here if here > _LEAST_WEIGHT else np.float32(0.0)
-        load = np.float32(0.0)
-        for at in range(rank, width, ranks_per_node):
-            weight[at] = here
-            inverse[at] = quotient
-            load += at_heavy[at]
-        for at in range(rank, width, ranks_per_node):
-            rest_at_heavy[at] = load - at_heavy[at]
+        weight_by_rank[0, rank] = here
+        inverse_by_rank[0, rank] = np.float32(1.0) / here if here > _LEAST_WEIGHT else np.float32(0.0)
+    for place in range(capacity):
+        for rank in range(ranks_per_node):
+            weight_by_rank[place, rank] = weight_by_rank[0, rank]
+            inverse_by_rank[place, rank] = inverse_by_rank[0, rank]
+            rest_by_rank[place, rank] = rank_bound[rank] - heavy_by_rank[place, rank]
     for at in range(begin + own, begin + width, ranks_per_node):
         if current[at] >= 0:
             expert_cost[current[at]] = np.float32(0.0)
@@ -210,8 +217,8 @@ def _weigh_slots(state, scratch, heavy):
 
 @jitted
 def _bound_swaps(
-    mine, own_cost, heavy_weight, price, most, at_heavy, rest_at_heavy, at_own, arriving, weight, inverse,
-    cost, bound, highest,
+    mine, own_cost, heavy_weight, price, least_gain, most, at_heavy, rest_at_heavy, at_own, arriving, weight,
+    inverse, cost, bound, highest,
 ):  # fmt: skip
     """Bound the net gain of swaps of one slot of the heavy rank with each slot of its node from above.
 
@@ -221,6 +228,7 @@ def _bound_swaps(
     """
     scale = np.float32(1.0) / heavy_weight
     fee = np.float32(price)
+    least = np.float32(least_gain)
     limit = np.float32(most)
     for at in range(bound.shape[0]):
         here = np.float32(1.0) - (mine - at_heavy[at]) * scale
@@ -232,7 +240,7 @@ def _bound_swaps(
         gain = heavy_weight * (ROUNDING - power_16(here)) + ROUNDING * weight[at] - after
         moves = own_cost + cost[at]
         net = gain - fee * moves
-        net = net if net > LEAST_GAIN_32 else np.float32(-1.0)
+        net = net if net > least else np.float32(-1.0)
         net = net if moves <= limit else np.float32(-1.0)
         bound[at] = net
         highest[at] = net if net > highest[at] else highest[at]
