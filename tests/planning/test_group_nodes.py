@@ -53,7 +53,7 @@ def cost(load: torch.Tensor, topology: eplb.Topology, node, held: set, price: fl
 def test_no_exchange_of_two_groups_is_worth_its_moves(case, price):
     load, topology, current = case
     per_rank = price * topology.ranks_per_node
-    expert_node, start = choose_nodes(load, topology, current, current, per_rank)
+    expert_node, start = choose_nodes(load, topology, current, current, per_rank, 1.0)
     size = load.shape[2] // topology.num_groups
     at_node = torch.arange(topology.num_slots) // topology.slots_per_node
     whole = groups_within_nodes(current, load.shape[2], topology)

@@ -90,12 +90,12 @@ def worth(gain: float, cost: int, price: float) -> float:
 
 @numba.njit(error_model="numpy")  # kernels can only be called from compiled code
 def choose(scaled, now, current, num_ranks, ranks_per_node, price, moves_left):
-    state = start_search(scaled, now, current, num_ranks, ranks_per_node)
+    state = start_search(scaled, now, current, num_ranks, ranks_per_node, SPREAD)
     smooth_peak(state)
     heavy = state.weight.argmax()
     scratch = new_scratch(scaled.shape[0], scaled.shape[1], state.capacity, ranks_per_node)
-    swap = best_swap(state, scratch, heavy, price, moves_left)
-    change = best_replica_change(state, scratch, heavy, price, moves_left, 0.0)
+    swap = best_swap(state, scratch, heavy, price, LEAST_GAIN, moves_left)
+    change = best_replica_change(state, scratch, heavy, price, LEAST_GAIN, moves_left, 0.0)
     return heavy, swap, change, state.slope, state.unit
 
 
