@@ -44,8 +44,19 @@ class Case:
     interval: int
 
 
+def steady_poisson(layers: int, seed: int) -> LoadTrace:
+    """Traffic without drift: 256 experts, lognormal with sigma 0.65, 65,536 tokens in independent steps."""
+    generator = torch.Generator().manual_seed(seed)
+    rate = torch.empty(layers, 256, dtype=torch.float64).log_normal_(0, 0.65, generator=generator)
+    rate *= 65536 / rate.sum(1, keepdim=True)
+    load = torch.poisson(rate.expand(1024, -1, -1).contiguous(), generator=generator)
+    return LoadTrace(load.to(torch.int32), "Poisson (generated)")
+
+
 def cases(console: Console, quick: bool, seed: int = 0) -> Iterator[Case]:
     layers = 6 if quick else 12
+    thirty_two = eplb.Topology(num_ranks=32, num_slots=288)
+    yield Case("steady, Poisson", steady_poisson(layers, seed), thirty_two, 128)
     for profile, drift, ranks in (
         ("deepseek-v3", 1.5, 32),
         ("glm-5.2", 1.5, 16),

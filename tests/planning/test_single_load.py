@@ -161,6 +161,7 @@ def test_compiled_and_interpreted_search_agree():
         rank_slots=room,
         ranks_per_node=4,
         price=0.0,
+        least_price=1.0,
         max_moves=0,
         rounds=200,
         candidates=4,
