@@ -193,14 +193,9 @@ def choose_nodes(
         return torch.from_numpy(expert_node), start
     # `current` may share memory with `start`, which is written.
     held, begin = (_array(topology.by_rank(ids, -1).flatten(1)).copy() for ids in (current, start))
-    load, fee = _array(weight), price / topology.ranks_per_node
-    numbers = (topology.num_nodes, topology.num_ranks, topology.num_groups)
-    over_layers(
-        lambda first, last: group_to_node.choose_nodes(
-            load, first, last, *numbers, fee, least_price, held, begin, expert_node
-        ),
-        weight,
-    )
+    load, numbers = _array(weight), (topology.num_nodes, topology.num_ranks, topology.num_groups)
+    others = (price / topology.ranks_per_node, least_price, held, begin, expert_node)
+    over_layers(lambda first, last: group_to_node.choose_nodes(load, first, last, *numbers, *others), weight)
     return torch.from_numpy(expert_node), _from_ranks(begin, topology)
 
 
