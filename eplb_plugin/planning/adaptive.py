@@ -23,8 +23,6 @@ _PATIENCE = 1  # candidates in a row that may fail to improve on the best
 _GROUP_PATIENCE = 8  # the same for packing groups of a single load: few items, and all else depends on it
 _PRICE_AFTER_SPLIT = 1 / 6  # measured: the split takes most of what exchanges gain without it
 _LEAST_PRICE = 0.1  # least factor on the price of a move, where traffic is steady
-_FEW_RANKS = 16  # up to so many ranks, the price of a move is `move_price`; with more, it falls
-_LEAST_PARALLEL = 0.5  # least factor on the price for many ranks: lower ones double the moves
 _GROUP_DISCOUNT = 0.5  # measured: the gain of moving a group lasts longer than that of an expert
 
 
@@ -78,8 +76,6 @@ class Adaptive:
         options = self.options
         # The kernels take the price as a fraction of the mean rank load.
         price = options.move_price / (topology.num_slots / topology.num_ranks)
-        # Transfers of different ranks run in parallel.
-        price *= max(_LEAST_PARALLEL, min(1.0, _FEW_RANKS / topology.num_ranks))
         node, start = choose_nodes(load, topology, held, start, _GROUP_DISCOUNT * price, _LEAST_PRICE)
         most = topology.num_slots if options.max_moves is None else options.max_moves
         ids = grow(load, topology, held, start, node, price=price, least_price=_LEAST_PRICE, max_moves=most)
