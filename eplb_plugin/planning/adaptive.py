@@ -22,7 +22,7 @@ _CANDIDATES = 128  # plans from scratch of a single load, and packings of its gr
 _PATIENCE = 1  # candidates in a row that may fail to improve on the best
 _GROUP_PATIENCE = 8  # the same for packing groups of a single load: few items, and all else depends on it
 _PRICE_AFTER_SPLIT = 1 / 6  # measured: the split takes most of what exchanges gain without it
-_LEAST_PRICE = 0.1  # least factor on the price of a move, where traffic is steady
+_LEAST_PRICE = 0.05  # least factor on the price of a move, where traffic is steady
 _GROUP_DISCOUNT = 0.5  # measured: the gain of moving a group lasts longer than that of an expert
 
 

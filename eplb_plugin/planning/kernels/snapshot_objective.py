@@ -37,6 +37,7 @@ class ExchangeTerms(NamedTuple):
     price: float  # of one move
     least_gain: float  # an exchange with a lower net gain is not made
     spread: float  # a replica counts as load * (1 / n + spread / n**2), for n replicas
+    factor: float  # on the price of moves, 1 where traffic drifts; in `price` already
 
 
 @jitted

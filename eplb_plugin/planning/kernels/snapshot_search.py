@@ -8,6 +8,7 @@ from .compiling import copy_into, inlined, jitted
 from .load_drift import price_factor
 from .lower_bounds import snapshots_bound
 from .lpt_packing import pack_lpt
+from .rank_matching import match_by_overlap
 from .replica_counts import VACANT, apply_counts, greedy_counts
 from .single_load_counts import pair_counts_by_node
 from .snapshot_objective import LEAST_GAIN, SPREAD, ExchangeTerms, smooth_peak
@@ -20,6 +21,7 @@ __all__ = ["plan_snapshots"]
 _TRIED_RANKS = 3  # heavy ranks that a round tries before the search ends
 _FIRST_ROUNDS = 15  # rounds after which the better of two starts is continued
 _HYSTERESIS = 1.5  # factor on the load of an expert that would lose a replica
+_STEADY = 0.5  # factor on the price up to which a fresh start may earn its moves
 _LEAST_PROGRESS = 1e-5  # by which a candidate has to beat the best one
 
 
@@ -44,7 +46,7 @@ def plan_snapshots(problem, layer, load, slot_expert):
     scratch = new_scratch(num_snapshots, num_logical, capacity, problem.ranks_per_node)
     # Gains that last earn their moves with less, and do not have to allow for other loads.
     factor = price_factor(total, older, even, problem.rank_slots.shape[0], problem.least_price)
-    terms = ExchangeTerms(problem.price * factor, LEAST_GAIN * factor, SPREAD * factor)
+    terms = ExchangeTerms(problem.price * factor, LEAST_GAIN * factor, SPREAD * factor, factor)
     if problem.start.shape[1] > 0:
         state = _improve_start(problem, terms, layer, load, total, scratch)
     else:
@@ -97,7 +99,7 @@ def _improve_start(problem, terms, layer, load, total, scratch):
     There are two starts: the given one, and one with new replica counts and all experts on `expert_node`.
     Single exchanges rarely lead to other counts. The counts in force get a bonus. After a few rounds
     the start with the lower smooth peak plus price of moves is continued. A given start with vacant slots
-    takes the new counts at once.
+    takes the new counts at once. With two slots a rank and steady traffic, a plan from scratch competes.
     """
     start, current, expert_node = problem.start[layer], problem.current[layer], problem.expert_node[layer]
     num_ranks, ranks_per_node = problem.rank_slots.shape[0], problem.ranks_per_node
@@ -153,7 +155,31 @@ def _improve_start(problem, terms, layer, load, total, scratch):
             continue
         if value < best_value or (value == best_value and not is_other):
             best, best_value, done = state, value, finished
+    if capacity == 2 and terms.factor < _STEADY:
+        state = _fresh_start(problem, terms, layer, load, total)
+        if state.moves[0] <= problem.max_moves:
+            value, _ = _lower_smooth_peak(problem, terms, state, scratch, problem.rounds, best_value)
+            if value + terms.price * state.moves[0] < best_value:
+                best = state
     return best
+
+
+@inlined
+def _fresh_start(problem, terms, layer, load, total):
+    """A plan from scratch by the best counts and packing of two slots a rank, its ranks matched to those in
+    force. Single exchanges from the placement in force end far above it: a rank has only one other slot."""
+    expert_node, current = problem.expert_node[layer], problem.current[layer]
+    rank_slots, ranks_per_node = problem.rank_slots, problem.ranks_per_node
+    num_ranks = rank_slots.shape[0]
+    none = np.zeros(total.shape[0], np.int64)
+    count = greedy_counts(total, expert_node, none, 1.0, rank_slots.sum(), num_ranks, ranks_per_node)
+    pair_counts_by_node(
+        total, expert_node, rank_slots, ranks_per_node, problem.tolerance, problem.seed, count
+    )
+    packed = np.empty(current.shape[0], np.int64)
+    pack_lpt(total, count, expert_node, ranks_per_node, rank_slots, 0, problem.seed, packed)
+    matched = match_by_overlap(packed, current, rank_slots, ranks_per_node, total.shape[0])
+    return start_search(load, matched, current, num_ranks, ranks_per_node, terms.spread)
 
 
 @inlined
