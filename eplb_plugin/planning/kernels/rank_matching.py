@@ -41,7 +41,7 @@ def match_by_overlap(packed, current, rank_slots, ranks_per_node, num_logical):
                 at = next_[at]
     chosen = np.full(num_ranks, -1, np.int64)
     taken = np.zeros(num_ranks, np.bool_)
-    for least in range(capacity, -1, -1):
+    for least in range(overlap.max(), -1, -1):
         for rank in range(num_ranks):
             begin = rank // ranks_per_node * ranks_per_node
             for other in range(begin, begin + ranks_per_node):
