@@ -113,7 +113,7 @@ class PlannerOptions(Options):
     move_price: float = Field(0.009, ge=0, allow_inf_nan=False)
     """`adaptive`: minimum reduction of the peak rank load for each expert transferred, as a fraction of the
     mean slot load. Higher: fewer transfers. 0: transfers are free, and a plan from scratch is tried too.
-    Steady traffic lowers it to as little as a tenth. Setting apart replicas that share a rank costs
+    Steady traffic lowers it to as little as a twentieth. Setting apart replicas that share a rank costs
     nothing."""
     max_moves: int | None = Field(None, ge=0, le=2**31)
     """`adaptive`: most experts transferred per layer and rebalance; null: no bound. Filling empty slots,
