@@ -22,6 +22,7 @@ _TRIED_RANKS = 3  # heavy ranks that a round tries before the search ends
 _FIRST_ROUNDS = 15  # rounds after which the better of two starts is continued
 _HYSTERESIS = 1.5  # factor on the load of an expert that would lose a replica
 _STEADY = 0.5  # factor on the price up to which a fresh start may earn its moves
+_SPREAD_RISE = 3.0  # measured: loads with a factor of a third or more vary enough for all of `SPREAD`
 _LEAST_PROGRESS = 1e-5  # by which a candidate has to beat the best one
 
 
@@ -46,7 +47,8 @@ def plan_snapshots(problem, layer, load, slot_expert):
     scratch = new_scratch(num_snapshots, num_logical, capacity, problem.ranks_per_node)
     # Gains that last earn their moves with less, and do not have to allow for other loads.
     factor = price_factor(total, older, even, problem.rank_slots.shape[0], problem.least_price)
-    terms = ExchangeTerms(problem.price * factor, LEAST_GAIN * factor, SPREAD * factor, factor)
+    spread = SPREAD * min(1.0, _SPREAD_RISE * factor)
+    terms = ExchangeTerms(problem.price * factor, LEAST_GAIN * factor, spread, factor)
     if problem.start.shape[1] > 0:
         state = _improve_start(problem, terms, layer, load, total, scratch)
     else:
