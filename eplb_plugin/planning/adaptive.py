@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..config.options import PlannerOptions
+from ..config.options import AUTO_MOVE_PRICE, PlannerOptions
 from ..core.load import sum_over_last
 from ..core.placement import Placement
 from ..core.topology import Topology
@@ -35,6 +35,12 @@ class Adaptive:
     """
 
     options: PlannerOptions
+
+    @property
+    def move_price(self) -> float:
+        """As a fraction of the mean slot load. A plan alone does not know what a move costs."""
+        price = self.options.move_price
+        return AUTO_MOVE_PRICE if price == "auto" else price
 
     def __call__(self, window: torch.Tensor, topology: Topology, current: Placement | None) -> Placement:
         load = window.cpu()
@@ -65,7 +71,7 @@ class Adaptive:
         sound = (held >= 0).all(1) & groups_within_nodes(start, samples.shape[2], topology)
         sound &= ~shared_replicas(start, topology).any(1)
         starts.append(torch.where(sound[:, None], start, ids))
-        price = _PRICE_AFTER_SPLIT * self.options.move_price * topology.num_ranks / topology.num_slots
+        price = _PRICE_AFTER_SPLIT * self.move_price * topology.num_ranks / topology.num_slots
         most = self.options.max_moves
         return improve_splits(samples, topology, held, starts, price=price, max_moves=most)
 
@@ -75,13 +81,13 @@ class Adaptive:
         """int64 [layers, slots]; so are `held` and `start`, the placement before and after its completion."""
         options = self.options
         # The kernels take the price as a fraction of the mean rank load.
-        price = options.move_price / (topology.num_slots / topology.num_ranks)
+        price = self.move_price / (topology.num_slots / topology.num_ranks)
         # The search after the split has prices of its own, and does best from a plan that moves little.
         least = 1.0 if options.dispatch == "balanced" else _LEAST_PRICE
         node, start = choose_nodes(load, topology, held, start, _GROUP_DISCOUNT * price, least)
         most = topology.num_slots if options.max_moves is None else options.max_moves
         ids = grow(load, topology, held, start, node, price=price, least_price=least, max_moves=most)
-        if options.move_price == 0 and options.max_moves is None:
+        if self.move_price == 0 and options.max_moves is None:
             fresh = match_ranks(_from_scratch(load, topology), held, topology)
             ids = _better(fresh, ids, load, topology)
         return ids
