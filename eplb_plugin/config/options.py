@@ -51,7 +51,8 @@ def _config_errors(model: type[BaseModel]) -> Iterator[None]:
     except ValidationError as error:
         lines = []
         for item in error.errors():
-            where = ".".join(str(p) if str(p).isidentifier() else _shown(p) for p in item["loc"] if p != _NUMBER)
+            place = [p for p in item["loc"] if p != _NUMBER]
+            where = ".".join(str(p) if str(p).isidentifier() else _shown(p) for p in place)
             told: object = f"{item['msg']} (got {_shown(item['input'])})"
             inner = item.get("ctx", {}).get("error")
             if isinstance(inner, ConfigError):  # of a nested model, or of this very model: complete already
@@ -129,12 +130,13 @@ class PlannerOptions(Options):
     """What a plan expects of the engine. `even`: the tokens of an expert spread evenly over its replicas.
     `balanced`: each batch is split by dispatch `balanced`; the load then holds single steps."""
     move_price: Annotated[
-        Annotated[float, Field(ge=0, allow_inf_nan=False), Tag(_NUMBER)] | Annotated[Literal["auto"], Tag("auto")],
+        Annotated[float, Field(ge=0, allow_inf_nan=False), Tag(_NUMBER)]
+        | Annotated[Literal["auto"], Tag("auto")],
         Discriminator(_branch),
     ] = "auto"
     """`adaptive`: minimum reduction of the peak rank load for each expert transferred, as a fraction of the
     mean slot load. Higher: fewer transfers. 0: transfers are free, and a plan from scratch is tried too.
-    `auto`: from the time of a transfer and of a step, 0.0005 to 0.128; 0.009 where they are unknown. Steady
+    `auto`: from the time of a transfer and of a step, 0.001 to 0.128; 0.009 where they are unknown. Steady
     traffic lowers it to as little as a twentieth. Setting apart replicas that share
     a rank costs nothing."""
     max_moves: int | None = Field(None, ge=0, le=2**31)
@@ -251,8 +253,7 @@ class SimulateOptions(Options):
     """Dispatches: least cost of a replica in use, in tokens. Above 0, the cost of the slowest rank is
     compared."""
     expert_mb: float | None = Field(None, gt=0, allow_inf_nan=False)
-    """Size of one expert in MB, for `planner.move_price: auto`. null: unknown, and the price is 0.009; `advise`
-    knows it from a model too."""
+    """Size of one expert in MB, for `planner.move_price: auto`. null: unknown, and the price is 0.009."""
     message_us: float = Field(20.0, gt=0, le=1e6)
     """`report` and `advise`: assumed time of the all-gather of counts that dispatch `balanced` needs, in
     microseconds for each layer and batch. 20: about eight GPUs of a node. There is none with

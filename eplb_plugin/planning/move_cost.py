@@ -1,25 +1,24 @@
-"""The price of a move in seconds: the time of its transfer against the time of the layers that it relieves."""
+"""The price of a move in seconds: the time of its transfer against the time that it saves in a layer."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from typing import Literal
 
-from ..config.options import PlannerOptions, RebalancerOptions
+from ..config.options import PlannerOptions
 from ..core.errors import ConfigError
 from ..core.topology import Topology
 
-__all__ = ["BACKGROUND_SHARE", "EXPERT_SHARE", "MoveCost", "default_bandwidth", "with_price"]
-
-BACKGROUND_SHARE = 0.1
-"""Share of a transfer beside the steps that serving loses: 0.05 to 0.08 as measured by `bench_stall.py`."""
+__all__ = ["EXPERT_SHARE", "MoveCost", "default_bandwidth", "serving_share", "with_price"]
 
 EXPERT_SHARE = 0.5
 """Share of a step that the experts take on balanced ranks: an assumption."""
 
+_BACKGROUND_SHARE = 0.1  # of transfers beside the steps; bench_stall.py measures 0.05 to 0.08
 _BUSIEST = 2.0  # measured: transfers of the busiest rank over the mean, 1.3 on 4 ranks to 2.5 on 32
 _LASTING = 4.0  # measured: intervals for which the gain of a move lasts where traffic drifts
-_LEAST, _MOST = 0.0005, 0.128  # measured: below, prices follow chance; above, badly placed experts stay
+_LEAST, _MOST = 0.001, 0.128  # measured: below, prices follow chance; above, badly placed experts stay
 _WITHIN_NODE, _BETWEEN_NODES = 400e9, 45e9  # bytes per second: NVLink of an H100, and 400 Gbit/s
 
 
@@ -33,8 +32,8 @@ class MoveCost:
         layer_seconds = 0.5 * step_seconds / num_layers
         rank_price    = move_seconds / (layer_seconds * 4 * interval)
 
-    A move has to lower the peak by `rank_price`, as a fraction of the mean rank load. A lasting gain of 1 % of
-    that load saves 1 % of `layer_seconds` in each step.
+    A move has to lower the peak by `rank_price`, as a fraction of the mean rank load. A gain of 1 % of that
+    load saves 1 % of `layer_seconds` in each step.
 
     Example: DeepSeek-V3, experts of 44 MB, 32 ranks with 45 GB/s, 58 layers, steps of 40 ms, an interval of
     256 steps, transfers within a step. A move takes 61 us. The experts of a layer take 345 us, in 1,024 steps
@@ -80,7 +79,7 @@ class MoveCost:
         return self.move_seconds / (layer_seconds * _LASTING * self.interval)
 
     def move_price(self, topology: Topology) -> float:
-        """`planner.move_price` for `rank_price`: 0.0005 times a power of two, 0.128 at most.
+        """`planner.move_price` for `rank_price`: 0.001 times a power of two, 0.128 at most.
 
         Measured times vary, and prices a third apart serve equally well: rounding keeps plans the same.
         """
@@ -102,11 +101,16 @@ class MoveCost:
         return EXPERT_SHARE * self.step_seconds * self.interval * (1 / before - 1 / after)
 
 
-def default_bandwidth(topology: Topology, options: RebalancerOptions) -> float:
-    """Bytes per second of a rank to other ranks, per direction, without a measurement."""
-    if options.bandwidth is not None:
-        return 1e9 * options.bandwidth
+def default_bandwidth(topology: Topology, option: float | None) -> float:
+    """Bytes per second of a rank to other ranks, per direction; `option`: `rebalancer.bandwidth`, in GB/s."""
+    if option is not None:
+        return 1e9 * option
     return _WITHIN_NODE if topology.num_nodes == 1 else _BETWEEN_NODES
+
+
+def serving_share(mode: Literal["async", "sync"]) -> float:
+    """Share of a transfer that serving loses: all of it in the mode `sync`, a tenth in `async`."""
+    return 1.0 if mode == "sync" else _BACKGROUND_SHARE
 
 
 def with_price(options: PlannerOptions, cost: MoveCost | None, topology: Topology) -> PlannerOptions:

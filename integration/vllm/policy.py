@@ -37,6 +37,8 @@ class Interval:
         ready: waits for the copies of both from the device.
         error: cause of this rank's missing load, else None.
         expert_bytes: gives the bytes of one expert's weights by layer; None where they are unknown.
+        steps: forward steps between two rearrangements; None: unknown.
+        waits: whether vLLM waits for the transfers: in its synchronous mode.
     """
 
     model: str
@@ -46,6 +48,8 @@ class Interval:
     ready: Callable[[], object] = lambda: None
     error: Exception | None = None
     expert_bytes: ExpertBytes | None = None
+    steps: int | None = None
+    waits: bool = True
 
     def arrived(self) -> torch.Tensor:
         """The load, once it is on the host; raises if a rank had none."""
@@ -153,6 +157,8 @@ class VllmPolicy:
             samples=None if samples is None else lambda: samples,
             ranks=self._ranks,
             expert_bytes=interval.expert_bytes,
+            steps=interval.steps,
+            waits=interval.waits,
         )
 
     def report(self) -> dict[str, Any]:

@@ -219,7 +219,17 @@ def _intervals(state: Any, policy: VllmPolicy) -> list[Interval]:
     *on_host, failures = (load.to("cpu", non_blocking=True) for load in (*loads, failures))
     ready = _arrival(loads[0].device)
     return [
-        Interval(name, load, sampled, failures, ready, error, functools.partial(expert_bytes, model.model))
+        Interval(
+            name,
+            load,
+            sampled,
+            failures,
+            ready,
+            error,
+            functools.partial(expert_bytes, model.model),
+            steps,
+            waits=not state.is_async,
+        )
         for name, load, sampled, model in zip(names, on_host[::2], on_host[1::2], models, strict=True)
     ]
 
