@@ -87,7 +87,7 @@ MovePrice = Annotated[
     str | None,
     option(
         "planner.move_price",
-        meaning="Minimum gain of each transfer, as a share of the mean slot load; 0: free; auto: by its time.",
+        meaning="Minimum gain of each transfer, as a share of the mean slot load; 0: free; auto: by time.",
     ),
 ]
 ExpertMb = Annotated[float | None, option("simulate.expert_mb")]
