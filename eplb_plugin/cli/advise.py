@@ -89,7 +89,7 @@ def advise(
     if settings.simulate.steps is None:
         settings = settings.replaced("simulate.steps", _STEPS)
     above_zero = {"--bandwidth": bandwidth, "--node-bandwidth": node_bandwidth, "--step-ms": step_ms}
-    for flag, value in {"--expert-mb": 1.0 if expert_mb is None else expert_mb, **above_zero}.items():
+    for flag, value in above_zero.items():
         if not 0 < value < float("inf"):
             raise ConfigError(f"{flag}: {value:g} is not above 0")
     for count in redundant or ():
