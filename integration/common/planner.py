@@ -100,7 +100,7 @@ class EnginePlanner:
         samples: Callable[[], torch.Tensor] | None = None,
         ranks: Callable[[], RankGroup] | None = None,
         expert_bytes: ExpertBytes | None = None,
-        steps: int | None = None,
+        steps: Callable[[], int] | None = None,
         waits: bool = True,
     ) -> torch.Tensor:
         """The map for the next interval; `current` after a failure or where the gain is too small.
@@ -114,7 +114,7 @@ class EnginePlanner:
                 over all ranks; for the dispatch. Called after `inputs`; may raise.
             ranks: gives the ranks that compare their plans; None where each may act alone.
             expert_bytes: for the bytes in the report and the price of a move; None where they are unknown.
-            steps: forward steps between two rebalances; None where that is unknown.
+            steps: gives the forward steps between two rebalances; None where they are unknown. May raise.
             waits: whether the engine waits for the transfers.
 
         Returns:
@@ -129,7 +129,7 @@ class EnginePlanner:
             load, topology = inputs()
             single = load[:0] if samples is None or self.dispatch is None else samples()
             sizes = self._sizes(expert_bytes)
-            self._cost = self._cost_of_moves(topology, sizes, steps, waits)
+            self._cost = self._cost_of_moves(topology, sizes, 0 if steps is None else steps(), waits)
             new, report = self._place(load, single, topology, old, sizes)
         except Exception as error:
             new, report = old, self._nothing(self._failure_log.add(error), failed=True)
@@ -250,7 +250,7 @@ class EnginePlanner:
             return {}
 
     def _cost_of_moves(
-        self, topology: Topology, sizes: Mapping[int, int], steps: int | None, waits: bool
+        self, topology: Topology, sizes: Mapping[int, int], steps: int, waits: bool
     ) -> MoveCost | None:
         """What a move costs by the options, so that all ranks say the same; None where it is unknown."""
         if topology.num_ranks == 1 or not steps or not sum(sizes.values()):

@@ -174,7 +174,7 @@ class SglangBalancer:
             samples=lambda: sample_busy_steps(counts, self.options.samples),
             ranks=lambda: _all_ranks(counts),
             expert_bytes=self.expert_bytes,
-            steps=int(counts.any(2).any(1).sum()) or None,
+            steps=lambda: int(counts.any(2).any(1).sum()),
         )
         return SglangMaps.of(Placement(ids, counts.shape[-1]))
 

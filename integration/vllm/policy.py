@@ -37,7 +37,7 @@ class Interval:
         ready: waits for the copies of both from the device.
         error: cause of this rank's missing load, else None.
         expert_bytes: gives the bytes of one expert's weights by layer; None where they are unknown.
-        steps: forward steps between two rearrangements; None: unknown.
+        steps: forward steps between two rearrangements; 0: unknown.
         waits: whether vLLM waits for the transfers: in its synchronous mode.
     """
 
@@ -48,7 +48,7 @@ class Interval:
     ready: Callable[[], object] = lambda: None
     error: Exception | None = None
     expert_bytes: ExpertBytes | None = None
-    steps: int | None = None
+    steps: int = 0
     waits: bool = True
 
     def arrived(self) -> torch.Tensor:
@@ -157,7 +157,7 @@ class VllmPolicy:
             samples=None if samples is None else lambda: samples,
             ranks=self._ranks,
             expert_bytes=interval.expert_bytes,
-            steps=interval.steps,
+            steps=lambda: interval.steps,
             waits=interval.waits,
         )
 
