@@ -106,7 +106,7 @@ def test_what_is_tried(steady, monkeypatch):
 
     # `auto` is a number for each interval: moves pay less in a shorter one.
     tried.clear()
-    machine = machine_of(bytes_per_expert=2e9)
+    machine = machine_of(bytes_per_expert=1e8)
     advise(steady, machine, PLANNER, REBALANCER, redundant=[8], intervals=[4, 16])
     topology = machine.topology(40)
     prices = {interval: machine.move_cost(2, interval).move_price(topology) for interval in (4, 16)}
