@@ -13,7 +13,6 @@ from eplb_plugin.advisor.machine import Machine
 from eplb_plugin.advisor.trial import Setting, try_setting
 from eplb_plugin.config.options import AUTO_MOVE_PRICE
 from eplb_plugin.offline.synthetic_traffic import generate
-from eplb_plugin.planning.adaptive import parallel_factor
 from eplb_plugin.planning.move_cost import (
     EXPERT_SHARE,
     MoveCost,
@@ -51,8 +50,8 @@ def test_the_example_of_deepseek_v3():
     assert 1e6 * cost.move_seconds == pytest.approx(61, abs=0.5)
     assert 1e6 * EXPERT_SHARE * cost.step_seconds / 58 == pytest.approx(345, abs=0.5)
     assert cost.rank_price == pytest.approx(0.00017, abs=5e-6)
-    assert cost.rank_price * 9 / parallel_factor(topology) == pytest.approx(0.0031, abs=5e-5)
-    assert cost.move_price(topology) == 0.004
+    assert cost.rank_price * 9 == pytest.approx(0.0016, abs=5e-5)
+    assert cost.move_price(topology) == 0.002
 
 
 def test_prices_follow_each_number_and_stay_within_their_bounds():
