@@ -136,7 +136,7 @@ class PlannerOptions(Options):
     ] = "auto"
     """`adaptive`: minimum reduction of the peak rank load for each expert transferred, as a fraction of the
     mean slot load. Higher: fewer transfers. 0: transfers are free, and a plan from scratch is tried too.
-    `auto`: from the time of a transfer and of a step, 0.001 to 0.128; 0.009 where they are unknown. Steady
+    `auto`: from the time of a transfer and of a step, 0.002 to 0.128; 0.009 where they are unknown. Steady
     traffic lowers it to as little as a twentieth. Setting apart replicas that share a rank costs nothing."""
     max_moves: int | None = Field(None, ge=0, le=2**31)
     """`adaptive`: most experts transferred per layer and rebalance; null: no bound. Filling empty slots,

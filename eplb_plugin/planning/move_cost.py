@@ -18,7 +18,7 @@ EXPERT_SHARE = 0.5
 _BACKGROUND_SHARE = 0.1  # of transfers beside the steps; bench_stall.py measures 0.05 to 0.08
 _BUSIEST = 2.0  # measured: transfers of the busiest rank over the mean, 1.3 on 4 ranks to 2.5 on 32
 _LASTING = 4.0  # measured: intervals for which the gain of a move lasts where traffic drifts
-_LEAST, _MOST = 0.001, 0.128  # measured: below, prices follow chance; above, badly placed experts stay
+_LEAST, _MOST = 0.002, 0.128  # measured: below, prices follow chance; above, badly placed experts stay
 _WITHIN_NODE, _BETWEEN_NODES = 400e9, 45e9  # bytes per second: NVLink of an H100, and 400 Gbit/s
 
 
@@ -79,7 +79,7 @@ class MoveCost:
         return self.move_seconds / (layer_seconds * _LASTING * self.interval)
 
     def move_price(self, topology: Topology) -> float:
-        """`planner.move_price` for `rank_price`: 0.001 times a power of two, 0.128 at most.
+        """`planner.move_price` for `rank_price`: 0.002 times a power of two, 0.128 at most.
 
         Measured times vary, and prices a third apart serve equally well: rounding keeps plans the same.
         """

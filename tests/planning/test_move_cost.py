@@ -35,7 +35,7 @@ def test_the_arithmetic_of_an_example():
     assert COST.move_price(TOPOLOGY) == 0.008
     background = replace(COST, serving_share=serving_share("async"))
     assert background.move_seconds == pytest.approx(0.00025)
-    assert background.move_price(TOPOLOGY) == 0.001
+    assert background.move_price(TOPOLOGY) == 0.002
     # Half of each step are experts: 50 ms over the balancedness, in 100 steps.
     assert COST.gain_seconds(0.8, 1.0) == pytest.approx(100 * 0.05 * (1 / 0.8 - 1))
     assert COST.gain_seconds(0.9, 0.9) == 0
@@ -57,9 +57,9 @@ def test_the_example_of_deepseek_v3():
 def test_prices_follow_each_number_and_stay_within_their_bounds():
     prices = [replace(COST, expert_bytes=1e3 * 2**n).move_price(TOPOLOGY) for n in range(24)]
     assert prices == sorted(prices)
-    assert set(prices) == {0.001 * 2**n for n in range(8)}
+    assert set(prices) == {0.002 * 2**n for n in range(7)}
     # A move never is free: price 0 would plan from scratch.
-    assert replace(COST, bandwidth=1e30).move_price(TOPOLOGY) == 0.001
+    assert replace(COST, bandwidth=1e30).move_price(TOPOLOGY) == 0.002
     assert replace(COST, bandwidth=1.0).move_price(TOPOLOGY) == 0.128
     base = COST.rank_price
     for field, factor in (

@@ -106,7 +106,7 @@ def test_ranks_agree_on_the_price_and_the_report_says_what_moves_cost(mode):
     # Each rank plans its share of the layers at the same prices, and never at the one for unknown costs.
     assert prices == second[0]
     assert prices
-    assert set(prices) <= {str(0.001 * 2**n) for n in range(8)}
+    assert set(prices) <= {str(0.002 * 2**n) for n in range(7)}
     assert reports[0][1] > 0
     if mode == "sync":
         # The first price is for the bandwidth of the options, 400 GB/s; no message of some bytes has that.
