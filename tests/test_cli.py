@@ -168,6 +168,19 @@ def test_the_price_of_moves_can_be_given(load_file):
     assert dear["moved_share"] == 0 < free["moved_share"]
 
 
+def test_the_price_of_moves_follows_from_the_size_of_an_expert(load_file):
+    common = ["simulate", load_file, "--ranks", 4, "--interval", 10, "--policy", "adaptive", "--json"]
+    (unknown,) = last_json(run(*common))
+    (by_default,) = last_json(run(*common, "--move-price", 0.009))
+    assert unknown["intervals"][0]["moves"] == by_default["intervals"][0]["moves"]
+    large = run(*common, "--expert-mb", 1e6, "--move-price", "auto")
+    assert "move_price is 0.128, for experts of 1e+06 MB and steps of 40 ms" in " ".join(large.stdout.split())
+    (dear,), (by_hand,) = last_json(large), last_json(run(*common, "--move-price", 0.128))
+    assert dear["moved_share"] == by_hand["moved_share"] < unknown["moved_share"]
+    told = run(*common, "--expert-mb", 1e6, "--move-price", 0.009).stdout
+    assert "move_price is" not in told
+
+
 def test_every_default_is_in_the_help():
     commands = typer.main.get_command(app).commands
     for command in ("simulate", "plan", "report", "advise", "convert", "demo"):

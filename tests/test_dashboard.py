@@ -38,6 +38,8 @@ def shown():
         layers=1,
         moves=1,
         bytes_moved=1,
+        move_cost_seconds=0.1,
+        gain_seconds=0.5,
         **seconds,
     )
     for what in ({}, {"skipped": True}, {"failed": True}):
@@ -58,7 +60,7 @@ def queries():
 
 
 def test_the_names_say_what_is_counted(shown):
-    assert len(shown) == 11
+    assert len(shown) == 12
     for name, (kind, _) in shown.items():
         assert (kind == "counter") == name.endswith("_total"), name
         if kind == "gauge":

@@ -46,7 +46,7 @@ def run_small(**changes):
 def test_the_demo_balances_and_changes_no_output(planning, mode):
     settings = Settings(
         demo=DemoOptions(**SMALL),
-        planner={"min_gain": 0},
+        planner={"min_gain": 0, "move_price": 0.009},
         rebalancer={"planning": planning, "mode": mode, "interval": 1000},
     )
     outcome = demo.run_demo(settings, quiet())
@@ -227,7 +227,7 @@ def test_the_metrics_show_what_the_demo_prints(monkeypatch):
     monkeypatch.setattr(demo, "run_ranks", watched_ranks)
     settings = Settings(
         demo=DemoOptions(**SMALL),
-        planner={"min_gain": 0},
+        planner={"min_gain": 0, "move_price": 0.009},
         rebalancer={"mode": "sync"},
         metrics={"enabled": True, "port": 0},
     )

@@ -9,7 +9,7 @@ import pytest
 import typer
 
 from eplb_plugin.cli import app
-from eplb_plugin.config.options import PlannerOptions, RebalancerOptions
+from eplb_plugin.config.options import AUTO_MOVE_PRICE, PlannerOptions, RebalancerOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -66,7 +66,7 @@ def test_the_settings_of_the_guide_exist_with_the_defaults_that_it_compares_with
         assert name in PlannerOptions.model_fields or name in RebalancerOptions.model_fields, name
     (history, price) = re.findall(r"\*\*72 slots, interval 512, history (\d+), price ([\d.]+)\*\*", text)[0]
     assert int(history) == RebalancerOptions().history
-    assert float(price) == PlannerOptions().move_price
+    assert float(price) == AUTO_MOVE_PRICE
 
 
 def test_the_architecture_lists_every_module_once():

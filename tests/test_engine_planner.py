@@ -15,6 +15,7 @@ from eplb_plugin.integration.common.options import EngineOptions
 from eplb_plugin.integration.common.planner import DispatchInForce, EnginePlanner, bytes_of_one_expert
 from eplb_plugin.observability.prometheus import Telemetry, lower_bound_gap
 from eplb_plugin.offline.synthetic_traffic import generate
+from eplb_plugin.planning.move_cost import MoveCost
 from eplb_plugin.planning.planner import plan
 from eplb_plugin.runtime.control.rank_group import RankGroup
 
@@ -131,6 +132,46 @@ def test_one_line_says_what_a_rebalance_did(caplog):
         f"{report.window_balancedness_before:.3f} -> {report.window_balancedness_after:.3f} predicted; "
         f"{report.moves} moves in {report.layers} layers; planned in {1000 * report.plan_seconds:.1f} ms"
     ]
+
+
+def test_the_price_follows_from_sizes_steps_and_options(caplog):
+    """All of them are equal on all ranks, so the plans are."""
+    sizes = dict.fromkeys(range(LAYERS), 10**8)
+    load, current = traffic(8), start()
+    slow = {"bandwidth": 1.0}
+    for options, waits in (({}, True), (slow, True), ({**slow, "step_ms": 400}, False)):
+        planner = EnginePlanner(EngineOptions(**options))
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            ids = rebalance(planner, load, expert_bytes=lambda: sizes, steps=lambda: 50, waits=waits)
+        cost = MoveCost(
+            expert_bytes=10**8,
+            bandwidth=1e9 * options.get("bandwidth", 400),
+            num_ranks=4,
+            num_layers=LAYERS,
+            step_seconds=options.get("step_ms", 40) / 1000,
+            interval=50,
+            serving_share=1.0 if waits else 0.1,
+        )
+        priced = eplb.PlannerOptions(move_price=cost.move_price(TOPOLOGY))
+        expected = eplb.plan(fold_steps(load, 32), TOPOLOGY, current, priced)
+        assert torch.equal(ids, expected.placement.physical_to_logical)
+        report = planner.reports[-1]
+        assert report.move_cost_seconds == pytest.approx(report.moves * cost.move_seconds)
+        before, after = report.window_balancedness_before, report.window_balancedness_after
+        assert report.gain_seconds == pytest.approx(cost.gain_seconds(before, after))
+        spent, gain = 1000 * report.move_cost_seconds, 1000 * report.gain_seconds
+        told = f"; moves cost {spent:.1f} ms and gain {gain:.1f} ms until the next one"
+        assert caplog.messages[0].endswith(told)
+
+
+def test_costs_are_left_out_where_they_are_not_known():
+    for more in ({}, {"steps": lambda: 0, "expert_bytes": lambda: {0: 5}}, {"steps": lambda: 9}):
+        planner = EnginePlanner()
+        rebalance(planner, traffic(8), **more)
+        report = planner.reports[-1]
+        assert (report.move_cost_seconds, report.gain_seconds, report.failed) == (None, None, False)
+        assert report.moves > 0
 
 
 class Raising(EnginePlanner):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -128,7 +129,7 @@ def advise(
     *,
     redundant: Sequence[int] = (),
     intervals: Sequence[int] = (),
-    prices: Sequence[float] = (),
+    prices: Sequence[float | Literal["auto"]] = (),
     cache: TrialCache | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Advice:
@@ -142,7 +143,8 @@ def advise(
         redundant: numbers of redundant experts. By default 0, 1, 2 and 4 per rank, at most half as many as
             experts, each rounded up to slots that the ranks divide.
         intervals: steps between rebalances; by default a 16th, an 8th and a quarter of a half.
-        prices: prices of a move; by default the price of `planner`, times 1, 1/4 and 4.
+        prices: prices of a move; by default the price of `planner`, times 1, 1/4 and 4. `auto`: from the
+            machine and the interval.
         cache: earlier trials.
         progress: called with (trials done, trials in all).
 
@@ -169,8 +171,16 @@ def advise(
             f"{trace.name} has {trace.num_steps} steps; with an interval of {max(steps)} none are left to "
             f"score of the {half} in a half, on which settings are tried"
         )
-    asked = list(prices) or [planner.move_price, *(planner.move_price * x for x in _PRICES)]
-    price, *more_prices = dict.fromkeys(asked)
+    asked: list[tuple[float | Literal["auto"], float]] = [(price, 1.0) for price in prices]
+    price, *more_prices = dict.fromkeys(asked or [(planner.move_price, factor) for factor in (1.0, *_PRICES)])
+
+    def setting_of(count: int, interval: int, price: tuple[float | Literal["auto"], float]) -> Setting:
+        """The setting with a price and a factor on it."""
+        number, factor = price
+        if number == "auto":
+            number = machine.move_cost(busy_layers(trace), interval).move_price(machine.topology(count))
+        return Setting(count, interval, number * factor)
+
     for count in slots:
         machine.topology(count).check_experts(trace.num_experts)
     done, total = 0, len(slots) * len(steps) + len(more_prices) + 1
@@ -201,9 +211,9 @@ def advise(
         dispatched = machine.with_dispatch(trial, rank_load)
         return Rated(setting, trial, speedup, cost, net, dispatched and speedup * dispatched)
 
-    rated = [rate(Setting(count, interval, price)) for count in slots for interval in steps]
+    rated = [rate(setting_of(count, interval, price)) for count in slots for interval in steps]
     best = _best(rated)
-    rated += [rate(Setting(best.setting.slots, best.setting.interval, other)) for other in more_prices]
+    rated += [rate(setting_of(best.setting.slots, best.setting.interval, other)) for other in more_prices]
     best = _best(rated)
     again, still = attempt(second, best.setting), unmoved(second, alone, machine.expert_cost)
     test = BackTest(

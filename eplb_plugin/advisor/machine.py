@@ -15,6 +15,7 @@ from ..config.options import Options
 from ..core.errors import ConfigError
 from ..core.topology import Topology
 from ..dispatch.expert_cost import weight_bits
+from ..planning.move_cost import MoveCost
 from .trial import Setting, Trial
 
 __all__ = ["Cost", "Machine", "ModelPreset", "model_preset", "model_presets"]
@@ -147,6 +148,22 @@ class Machine:
             TopologyError: the numbers contradict each other.
         """
         return Topology(num_nodes=self.nodes, num_ranks=self.ranks, num_slots=slots, num_groups=self.groups)
+
+    def move_cost(self, num_layers: int, interval: int) -> MoveCost:
+        """The cost of a move for `planner.move_price: auto`: of one that the engine waits for, as in `cost`.
+
+        Of `nodes` nodes, all but one hold the sources of the transfers between nodes. Example: with 400 GB/s
+        within and 45 GB/s between four nodes, a mean transfer has 54 GB/s.
+        """
+        apart = 1 - 1 / self.nodes
+        return MoveCost(
+            expert_bytes=self.bytes_per_expert,
+            bandwidth=1 / (apart / self.node_bandwidth + (1 - apart) / self.bandwidth),
+            num_ranks=self.ranks,
+            num_layers=num_layers,
+            step_seconds=self.step_seconds,
+            interval=interval,
+        )
 
     def with_dispatch(self, trial: Trial, rank_load: float) -> float | None:
         """Time of the experts with the even split over that with dispatch `balanced` and its message.

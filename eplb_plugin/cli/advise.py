@@ -18,6 +18,7 @@ from ..advisor.advice import advise as sweep
 from ..advisor.dispatch import DispatchGain
 from ..advisor.machine import Machine, ModelPreset, model_preset, model_presets
 from ..advisor.trial import TrialCache
+from ..config.options import PlannerOptions
 from ..config.sources import Settings, cache_folder
 from ..core.errors import ConfigError
 from ..dispatch.accelerators import ACCELERATORS, find_accelerator
@@ -41,7 +42,7 @@ def advise(
         str | None, typer.Option(help="Model with the size of its experts, such as deepseek-v3.")
     ] = None,
     expert_mb: Annotated[
-        float | None, typer.Option(help="Size of one expert in MB, for other models.")
+        float | None, option("simulate.expert_mb", meaning="Size of one expert in MB, for other models.")
     ] = None,
     ranks: arguments.Ranks = None,
     nodes: arguments.Nodes = None,
@@ -71,7 +72,7 @@ def advise(
         list[int] | None, typer.Option("--interval", help="Steps between two rebalances to try; repeatable.")
     ] = None,
     prices: Annotated[
-        list[float] | None, typer.Option("--move-price", help="Price of moves to try; repeatable.")
+        list[str] | None, typer.Option("--move-price", help="Price of moves to try, or auto; repeatable.")
     ] = None,
     mode: arguments.Mode = None,
     batch: arguments.Batch = None,
@@ -88,7 +89,7 @@ def advise(
     if settings.simulate.steps is None:
         settings = settings.replaced("simulate.steps", _STEPS)
     above_zero = {"--bandwidth": bandwidth, "--node-bandwidth": node_bandwidth, "--step-ms": step_ms}
-    for flag, value in {"--expert-mb": 1.0 if expert_mb is None else expert_mb, **above_zero}.items():
+    for flag, value in above_zero.items():
         if not 0 < value < float("inf"):
             raise ConfigError(f"{flag}: {value:g} is not above 0")
     for count in redundant or ():
@@ -98,6 +99,8 @@ def advise(
         arguments.check_value("--interval", "rebalancer.interval", interval)
     for price in prices or ():
         arguments.check_value("--move-price", "planner.move_price", price)
+    if expert_mb is None and model is None:
+        expert_mb = settings.simulate.expert_mb
     preset = _preset(trace, model, expert_mb)
     cost = _expert_cost(settings, model or trace, preset, accelerator)
     errors = Console(stderr=True)
@@ -133,7 +136,9 @@ def advise(
             settings.rebalancer,
             redundant=redundant or (),
             intervals=intervals or (),
-            prices=prices or (),
+            prices=[
+                PlannerOptions.model_validate({"move_price": price}).move_price for price in prices or ()
+            ],
             cache=TrialCache(cache_folder() / "advise"),
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )

@@ -21,6 +21,7 @@ __all__ = [
     "Dispatches",
     "Drift",
     "ExpertCost",
+    "ExpertMb",
     "Groups",
     "Interval",
     "Load",
@@ -83,12 +84,13 @@ Interval = Annotated[
     int | None, option("rebalancer.interval", meaning="Steps between two rebalances; fewer for a short load.")
 ]
 MovePrice = Annotated[
-    float | None,
+    str | None,
     option(
         "planner.move_price",
-        meaning="Minimum gain of each transfer, as a share of the mean slot load; 0: free.",
+        meaning="Minimum gain of each transfer, as a share of the mean slot load; 0: free; auto: by time.",
     ),
 ]
+ExpertMb = Annotated[float | None, option("simulate.expert_mb")]
 Policies = Annotated[
     list[str] | None,
     option("simulate.policies", "--policy", meaning=f"Policy to replay; repeatable: {', '.join(POLICIES)}."),

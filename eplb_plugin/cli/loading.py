@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..config.options import SimulateOptions
+from ..advisor.advice import busy_layers
+from ..config.options import PlannerOptions, SimulateOptions
 from ..config.sources import COMMAND_LINE, Settings
 from ..core.errors import ConfigError, TraceError
 from ..core.topology import Topology
@@ -14,9 +15,10 @@ from ..formats.loads import LOAD_FORMATS, read_trace
 from ..offline.synthetic_traffic import PROFILES, generate
 from ..offline.token_replay import fold_decode, fold_prefill
 from ..offline.traces import LoadTrace, TokenTrace
+from ..planning.move_cost import MoveCost, default_bandwidth, serving_share, with_price
 from .console import counted
 
-__all__ = ["fit_interval", "load_for", "topology_for"]
+__all__ = ["fit_interval", "load_for", "planner_for", "topology_for"]
 
 _INTERVALS = 8
 """Intervals of generated traffic, and minimum number of intervals with a fitted interval."""
@@ -85,6 +87,27 @@ def fit_interval(settings: Settings, load: LoadTrace) -> Settings:
         option = f"--interval {interval}" if origin == COMMAND_LINE else given
         raise TraceError(f"{has}: with {option} none are left to score")
     return settings.replaced("rebalancer.interval", interval)
+
+
+def planner_for(load: LoadTrace, topology: Topology, settings: Settings) -> PlannerOptions:
+    """The options of the planner: with `simulate.expert_mb`, a number for `move_price: auto`.
+
+    Raises:
+        ConfigError: the duration of a transfer is 0 or not finite.
+    """
+    size, options = settings.simulate.expert_mb, settings.rebalancer
+    if size is None:
+        return settings.planner
+    cost = MoveCost(
+        expert_bytes=1e6 * size,
+        bandwidth=default_bandwidth(topology, options.bandwidth),
+        num_ranks=topology.num_ranks,
+        num_layers=busy_layers(load),
+        step_seconds=options.step_ms / 1000,
+        interval=options.interval,
+        serving_share=serving_share(options.mode),
+    )
+    return with_price(settings.planner, cost, topology)
 
 
 def topology_for(load: LoadTrace, options: SimulateOptions) -> Topology:

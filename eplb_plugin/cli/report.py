@@ -18,7 +18,7 @@ from ..report.page import picture_set, write_page
 from ..report.replay import replay
 from . import arguments
 from .console import compiling, progress_bar
-from .loading import fit_interval, load_for, topology_for
+from .loading import fit_interval, load_for, planner_for, topology_for
 from .report_map import report_map
 
 __all__ = ["report"]
@@ -49,6 +49,7 @@ def report(
     slots: arguments.Slots = None,
     nodes: arguments.Nodes = None,
     groups: arguments.Groups = None,
+    expert_mb: arguments.ExpertMb = None,
     interval: Annotated[
         int | None, typer.Option(help=f"Steps between two rebalances: {_INTERVAL}, fewer for a short load.")
     ] = None,
@@ -97,7 +98,7 @@ def report(
                 load,
                 topology,
                 fitting.simulate.policies,
-                fitting.planner,
+                planner_for(load, topology, fitting),
                 fitting.rebalancer,
                 expert_cost=fitting.simulate.expert_cost,
                 message_us=0.0 if fitting.rebalancer.batch == "replicated" else fitting.simulate.message_us,

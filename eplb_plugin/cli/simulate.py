@@ -20,7 +20,7 @@ from ..offline.traces import LoadTrace
 from ..planning.planner import warmup
 from . import arguments
 from .console import compiling, counted, progress_bar, size_in
-from .loading import fit_interval, load_for, topology_for
+from .loading import fit_interval, load_for, planner_for, topology_for
 
 __all__ = ["simulate"]
 
@@ -35,6 +35,7 @@ def simulate(
     groups: arguments.Groups = None,
     interval: arguments.Interval = None,
     move_price: arguments.MovePrice = None,
+    expert_mb: arguments.ExpertMb = None,
     policies: arguments.Policies = None,
     dispatches: arguments.Dispatches = None,
     expert_cost: arguments.ExpertCost = None,
@@ -49,7 +50,8 @@ def simulate(
 ) -> None:
     """Compare policies and dispatches offline on a load: the balancedness of each, and its moves."""
     settings = arguments.settings_for(context)
-    setups = [policy_setup(name, settings.planner) for name in settings.simulate.policies]
+    for name in settings.simulate.policies:
+        policy_setup(name, settings.planner)
     for name in settings.simulate.dispatches:
         find_split(name)
     # The even split alone is what every row shows anyway.
@@ -59,13 +61,15 @@ def simulate(
     errors = Console(stderr=True)
     with errors.status("reading the load"):
         load = load_for(trace, settings)
-    options = fit_interval(settings, load).rebalancer
+    fitting = fit_interval(settings, load)
+    options = fitting.rebalancer
     topology = topology_for(load, settings.simulate)
+    planner = planner_for(load, topology, fitting)
     with compiling(errors, "loading the planner"):
         warmup(dispatch=settings.planner.dispatch)
     results: list[SimulationResult] = []
     with progress_bar(errors) as bar:
-        for setup in setups:
+        for setup in (policy_setup(name, planner) for name in settings.simulate.policies):
             task = bar.add_task(f"{setup.name}: rebalances", total=None)
             results.append(
                 replay(
@@ -84,15 +88,19 @@ def simulate(
                 )
             )
     shortened = settings.rebalancer.interval if options.interval < settings.rebalancer.interval else None
-    Console().print(
-        _table(load, topology, options.interval, shortened, settings.simulate.expert_cost, results)
-    )
+    table = _table(load, topology, options.interval, shortened, settings.simulate.expert_cost, results)
+    if planner.move_price != settings.planner.move_price:
+        size = f"experts of {settings.simulate.expert_mb:g} MB and steps of {options.step_ms:g} ms"
+        table.caption = f"{table.caption}. move_price is {planner.move_price:g}, for {size}"
+    Console().print(table)
     if as_json:
         print(json.dumps([_plain(result) for result in results]))
 
 
 def _plain(result: SimulationResult) -> dict[str, object]:
     content = asdict(result)
+    for part in content["intervals"]:
+        del part["placement"]
     if not result.dispatches:
         del content["dispatches"]
     return content

@@ -7,7 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from ..core.errors import ConfigError
@@ -16,6 +25,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = [
+    "AUTO_MOVE_PRICE",
     "DemoOptions",
     "EnsembleOptions",
     "MetricsOptions",
@@ -25,6 +35,10 @@ __all__ = [
     "SimulateOptions",
 ]
 
+AUTO_MOVE_PRICE = 0.009
+"""`planner.move_price: auto` where it is unknown what a move costs."""
+
+_NUMBER = "number"  # the branch of a number beside `auto`, which errors leave out
 _shorten = reprlib.Repr()
 _shorten.maxstring = _shorten.maxother = 120
 
@@ -37,7 +51,8 @@ def _config_errors(model: type[BaseModel]) -> Iterator[None]:
     except ValidationError as error:
         lines = []
         for item in error.errors():
-            where = ".".join(str(p) if str(p).isidentifier() else _shown(p) for p in item["loc"])
+            place = [p for p in item["loc"] if p != _NUMBER]
+            where = ".".join(str(p) if str(p).isidentifier() else _shown(p) for p in place)
             told: object = f"{item['msg']} (got {_shown(item['input'])})"
             inner = item.get("ctx", {}).get("error")
             if isinstance(inner, ConfigError):  # of a nested model, or of this very model: complete already
@@ -88,6 +103,10 @@ class Options(BaseModel):
         return value
 
 
+def _branch(value: object) -> str:
+    return "auto" if value == "auto" else _NUMBER
+
+
 class EnsembleOptions(Options):
     """The ensemble packer, of the policy `ensemble` and of `balanced_packing`."""
 
@@ -112,11 +131,15 @@ class PlannerOptions(Options):
     `balanced`: each batch is split by dispatch `balanced`. `adaptive` improves its plan for that, from single
     steps; the plans of the other policies are measured with it. `auto`: the dispatch of the loop or the
     engine; `even` for a plan alone, and offline."""
-    move_price: float = Field(0.009, ge=0, allow_inf_nan=False)
+    move_price: Annotated[
+        Annotated[float, Field(ge=0, allow_inf_nan=False), Tag(_NUMBER)]
+        | Annotated[Literal["auto"], Tag("auto")],
+        Discriminator(_branch),
+    ] = "auto"
     """`adaptive`: minimum reduction of the peak rank load for each expert transferred, as a fraction of the
     mean slot load. Higher: fewer transfers. 0: transfers are free, and a plan from scratch is tried too.
-    Steady traffic lowers it to as little as a twentieth. Setting apart replicas that share a rank costs
-    nothing."""
+    `auto`: from the time of a transfer and of a step, 0.002 to 0.128; 0.009 where they are unknown. Steady
+    traffic lowers it to as little as a twentieth. Setting apart replicas that share a rank costs nothing."""
     max_moves: int | None = Field(None, ge=0, le=2**31)
     """`adaptive`: most experts transferred per layer and rebalance; null: no bound. Filling empty slots,
     placing lost experts and bringing the groups of a layer into one node each may exceed it, and count. The
@@ -132,6 +155,11 @@ class PlannerOptions(Options):
     ensemble: EnsembleOptions = EnsembleOptions()
     """`ensemble`: the packer. `objective`: peak or spread; `num_candidates`: candidate packings of each row;
     `memory_mib`: bound on scratch memory, in MiB; `seed` of the candidates' noise."""
+
+    @property
+    def known_price(self) -> float:
+        """`move_price` as a number: a plan alone does not know what a move costs."""
+        return AUTO_MOVE_PRICE if self.move_price == "auto" else self.move_price
 
     def for_dispatch(self, splits: bool) -> PlannerOptions:
         """These options for a loop or an engine, without `auto`.
@@ -185,6 +213,12 @@ class RebalancerOptions(Options):
     background_share: float = Field(0.05, gt=0, le=1)
     """Mode `async`: maximum share of a CPU core for background work, on average; 1 is no bound. Lower:
     shorter pauses of steps, longer rebalances. Example: with 0.05, 100 ms of work take 2 s."""
+    bandwidth: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """`planner.move_price: auto`: bandwidth of a rank to other ranks, in GB/s per direction, until transfers
+    have been measured. null: 400 on one node, 45 between nodes."""
+    step_ms: float = Field(40.0, gt=0, allow_inf_nan=False)
+    """`planner.move_price: auto`: duration of a forward step in milliseconds, until steps have been
+    measured."""
     time_limit: float = Field(30.0, gt=0, le=3600)
     """Time limit of each phase, in seconds. A rank that waits longer turns balancing off; the placement in
     force stays."""
@@ -229,6 +263,8 @@ class SimulateOptions(Options):
     expert_cost: int = Field(0, ge=0, le=2**20)
     """Dispatches: least cost of a replica in use, in tokens. Above 0, the cost of the slowest rank is
     compared."""
+    expert_mb: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """Size of one expert in MB, for `planner.move_price: auto`. null: unknown, and the price is 0.009."""
     message_us: float = Field(20.0, gt=0, le=1e6)
     """`report` and `advise`: assumed time of the all-gather of counts that dispatch `balanced` needs, in
     microseconds for each layer and batch. 20: about eight GPUs of a node. There is none with

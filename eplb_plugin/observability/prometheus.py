@@ -87,6 +87,12 @@ def _result(report: RebalanceReport) -> str:
     return "failed" if report.failed else "skipped" if report.skipped else "applied"
 
 
+def _effects(report: RebalanceReport) -> Values:
+    gain = report.gain_seconds
+    # A counter never falls: what the latest interval would have lost counts as no gain.
+    return {"cost": report.move_cost_seconds, "gain": None if gain is None else max(0.0, gain)}
+
+
 def _seconds(report: RebalanceReport) -> Values:
     # A phase that takes no time is the engine's own.
     return {phase: getattr(report, f"{phase}_seconds") or None for phase in _PHASES}
@@ -160,6 +166,12 @@ METRICS = (
         "eplb_moved_bytes_total",
         "Bytes of the transferred weights, over all ranks.",
         lambda done: _one(done.report.bytes_moved),
+    ),
+    Metric(
+        "eplb_moves_seconds_total",
+        "Estimated seconds that moves cost serving, and that they save until the next rebalance.",
+        lambda done: _effects(done.report),
+        label="effect",
     ),
     Metric(
         "eplb_rebalance_seconds_total",

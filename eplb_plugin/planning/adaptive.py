@@ -52,13 +52,13 @@ class Adaptive:
         """int64 [layers, slots]; so are `held` and `start`, the placement before and after its completion."""
         options = self.options
         # The kernels take the price as a fraction of the mean rank load.
-        price = options.move_price / (topology.num_slots / topology.num_ranks)
+        price = options.known_price / (topology.num_slots / topology.num_ranks)
         # The search after the split has prices of its own, and does best from a plan that moves little.
         least = 1.0 if options.dispatch == "balanced" else _LEAST_PRICE
         node, start = choose_nodes(load, topology, held, start, _GROUP_DISCOUNT * price, least)
         most = topology.num_slots if options.max_moves is None else options.max_moves
         ids = grow(load, topology, held, start, node, price=price, least_price=least, max_moves=most)
-        if options.move_price == 0 and options.max_moves is None:
+        if options.known_price == 0 and options.max_moves is None:
             fresh = match_ranks(_from_scratch(load, topology), held, topology)
             ids = _better(fresh, ids, load, topology)
         return ids

@@ -66,5 +66,5 @@ def improve_for_dispatch(
     sound = (held >= 0).all(1) & groups_within_nodes(start, samples.shape[2], topology)
     sound &= ~shared_replicas(start, topology).any(1)
     starts = [ids, torch.where(sound[:, None], start, ids)]
-    price = _PRICE_AFTER_SPLIT * options.move_price * topology.num_ranks / topology.num_slots
+    price = _PRICE_AFTER_SPLIT * options.known_price * topology.num_ranks / topology.num_slots
     return improve_splits(samples, topology, held, starts, price=price, max_moves=options.max_moves)

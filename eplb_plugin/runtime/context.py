@@ -12,6 +12,7 @@ from ..core.topology import Topology
 from ..dispatch.registry import Dispatch
 from .connections import Connections
 from .load_window import LoadWindow
+from .move_times import TransferTimes
 from .verify.fingerprints import ExpertFingerprints
 from .weights.expert_weights import ExpertWeights
 from .weights.staging import Staging
@@ -77,3 +78,4 @@ class Context:
     in_force: PlacementInForce
     expert_cost: int
     streams: DeviceOrder
+    transfer_times: TransferTimes

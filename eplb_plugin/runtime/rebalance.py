@@ -9,19 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
+from ..config.options import PlannerOptions
 from ..core.balancedness import balancedness
 from ..core.errors import AgreementError, EplbError, LoadError, RankLostError
 from ..core.placement import Placement
 from ..dispatch.rank_costs import split_balancedness
+from ..planning.move_cost import MoveCost, with_price
 from ..planning.planner import plan
 from .context import Context
 from .control.rank_group import content_hash
 from .control.scheduling import Scheduler
 from .control.throttle import Throttle
 from .load_window import IntervalLoad
+from .move_times import move_cost_of, times_to_sum
 from .relocation import relocate
 from .repair import audit
 from .reports import DraftReport, RebalanceReport
@@ -39,11 +43,25 @@ class Request:
         number: of the rebalance, the same on every rank.
         step: steps that the rank had ended when the interval did.
         intervals: recorded on this rank since the last rebalance.
+        step_seconds: duration of a step on this rank; 0: unknown.
     """
 
     number: int
     step: int
     intervals: Sequence[IntervalLoad]
+    step_seconds: float = 0.0
+
+
+class Gathered(NamedTuple):
+    """What all ranks know of an interval.
+
+    Attributes:
+        interval: tokens over all ranks.
+        cost: of a move; None for a loop that moves no weights.
+    """
+
+    interval: IntervalLoad
+    cost: MoveCost | None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -75,12 +93,12 @@ def rebalance(context: Context, request: Request, scheduler: Scheduler) -> Outco
     throttle, draft = scheduler.throttle, DraftReport()
     before = context.in_force.placement
     none = torch.zeros(0, before.num_layers, before.num_logical, dtype=torch.int64)
-    interval = IntervalLoad(none, none)
+    interval, cost = Gathered(IntervalLoad(none, none), None)
     throttle.pause()
     try:
         # 1. Gather: the loads of the interval, summed over the ranks, go to the window.
         with draft.timing("gather_seconds"):
-            interval = gather(context, request, throttle)
+            interval, cost = gather(context, request, throttle)
         throttle.pause()
 
         goal = before.physical_to_logical
@@ -90,7 +108,8 @@ def rebalance(context: Context, request: Request, scheduler: Scheduler) -> Outco
         else:
             with draft.timing("plan_seconds"):
                 # 2. Plan: rank 0 plans all layers, or each rank its share.
-                rows = plan_layers(context, request.number, load, scheduler)
+                options = with_price(context.planner, cost, context.topology)
+                rows = plan_layers(context, request.number, load, scheduler, options)
                 # 3. Agree: all ranks get the rows of all, and compare a hash of the plan.
                 goal = agree_on_plan(context, rows, throttle)
             if torch.equal(goal, before.physical_to_logical):
@@ -110,7 +129,7 @@ def rebalance(context: Context, request: Request, scheduler: Scheduler) -> Outco
         draft.notes.append(str(error))
 
     # 7. Report: shown at the same step on all ranks.
-    report = write_report(context, request, draft, before, interval, throttle)
+    report = write_report(context, request, draft, before, Gathered(interval, cost), throttle)
     fence = scheduler.propose_step()
     step = max(context.connections.control.vote(f"ending rebalance {request.number}", value=fence))
     return Outcome(
@@ -118,11 +137,11 @@ def rebalance(context: Context, request: Request, scheduler: Scheduler) -> Outco
     )
 
 
-def gather(context: Context, request: Request, throttle: Throttle) -> IntervalLoad:
-    """All ranks: check what each recorded, and sum it.
+def gather(context: Context, request: Request, throttle: Throttle) -> Gathered:
+    """All ranks: check what each recorded, and sum it, with what each measured.
 
     Returns:
-        Tokens of the new intervals over all ranks; the snapshots are in the window too.
+        Tokens of the new intervals over all ranks; the snapshots are in the window too. The cost of a move.
 
     Raises:
         EplbError: on all ranks, if one of them has weights or loads that are not as they should be.
@@ -147,18 +166,23 @@ def gather(context: Context, request: Request, throttle: Throttle) -> IntervalLo
     context.connections.two_phase_commit.decisions.forget(delete=control.rank == 0)
     for load in loads:
         window.push(control.sum(load.snapshots), control.sum(load.samples))
+    times = control.sum(times_to_sum(request.step_seconds, context.transfer_times))
     none = torch.zeros(0, *shape, dtype=torch.int64)
-    return IntervalLoad(
+    interval = IntervalLoad(
         torch.cat([none, *(load.snapshots for load in loads)]),
         torch.cat([none, *(load.samples for load in loads)]),
     )
+    return Gathered(interval, move_cost_of(times, context.weights, context.topology, context.options))
 
 
-def plan_layers(context: Context, number: int, load: torch.Tensor, scheduler: Scheduler) -> torch.Tensor:
+def plan_layers(
+    context: Context, number: int, load: torch.Tensor, scheduler: Scheduler, options: PlannerOptions
+) -> torch.Tensor:
     """All ranks: plan the share of this rank.
 
     Args:
         load: int64 [snapshots, layers, logical], tokens of the window over all ranks.
+        options: of the planner, with the price of a move.
 
     Returns:
         int64 [share, slots]: the placement of these layers. `planning=leader`: all layers on rank 0, zeros on
@@ -186,7 +210,7 @@ def plan_layers(context: Context, number: int, load: torch.Tensor, scheduler: Sc
                 load[:, start:end],
                 context.topology,
                 current,
-                context.planner,
+                options,
                 samples=None if samples is None else samples[:, start:end],
             )
             rows[start - first : end - first] = planned.placement.physical_to_logical
@@ -224,45 +248,66 @@ def write_report(
     request: Request,
     draft: DraftReport,
     before: Placement,
-    interval: IntervalLoad,
+    gathered: Gathered,
     throttle: Throttle,
 ) -> RebalanceReport:
     """This rank: the report, with the balancedness of the interval under the old and the new placement.
 
     Args:
         before: the placement in force at the start.
-        interval: its tokens over all ranks.
+        gathered: tokens over all ranks, and the cost of a move.
     """
     throttle.ranks_met()
     throttle.pause()
+    interval, cost = gathered
     after = context.in_force.placement
     changed = (after.physical_to_logical != before.physical_to_logical).any(1)
     draft.add(layers=int(changed.sum()))
     if interval.snapshots.shape[0]:
-        draft.add(
-            balancedness_before=balancedness(interval.snapshots, before, context.topology),
-            balancedness_after=balancedness(interval.snapshots, after, context.topology),
-        )
-    if context.options.batch != "own":  # whose splits are not those of whole batches
-        _measure_dispatch(context, before, interval.samples, draft, throttle)
-    report = draft.finish(request.step)
+        levels = [balancedness(interval.snapshots, x, context.topology) for x in (before, after)]
+        draft.add(balancedness_before=levels[0], balancedness_after=levels[1])
+        if context.options.batch != "own":  # whose splits are not those of whole batches
+            samples = interval.samples[interval.samples.any(2).any(1)]
+            if len(samples):
+                levels = _measure_dispatch(context, (before, after), samples, draft, throttle)
+        if cost is not None:
+            draft.add(gain_seconds=cost.gain_seconds(*levels))
+    report = draft.finish(request.step, cost)
     throttle.pause()
     return report
 
 
 def _measure_dispatch(
-    context: Context, before: Placement, samples: torch.Tensor, draft: DraftReport, throttle: Throttle
-) -> None:
-    """Add the balancedness of sampled steps with the even split, and with the split of the dispatch."""
+    context: Context,
+    placements: tuple[Placement, Placement],
+    samples: torch.Tensor,
+    draft: DraftReport,
+    throttle: Throttle,
+) -> list[float]:
+    """Add the balancedness of sampled steps with the even split, and with the split of the dispatch.
+
+    Args:
+        placements: the old and the new one.
+        samples: int64 [samples, layers, logical], steps with tokens.
+
+    Returns:
+        With the split of the dispatch, under each of the placements.
+    """
     if context.options.batch == "replicated":  # every rank has recorded all tokens
         samples = samples // context.topology.num_ranks
-    gains = []
-    for sample in samples[samples.any(2).any(1)]:
-        gains.append(split_balancedness(sample.unsqueeze(0), before, context.topology, context.expert_cost))
-        throttle.pause()
-    if gains:
+    levels: list[float] = []
+    for placement in placements if placements[0] != placements[1] else placements[:1]:
+        gains = []
+        for sample in samples:
+            gains.append(
+                split_balancedness(sample.unsqueeze(0), placement, context.topology, context.expert_cost)
+            )
+            throttle.pause()
         even, balanced = (sum(parts) / len(gains) for parts in zip(*gains, strict=True))
-        draft.add(sampled_balancedness_even=even, sampled_balancedness=balanced)
+        if not levels:
+            draft.add(sampled_balancedness_even=even, sampled_balancedness=balanced)
+        levels.append(balanced)
+    return [levels[0], levels[-1]]
 
 
 def _checked(load: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:

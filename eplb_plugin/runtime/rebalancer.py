@@ -21,6 +21,7 @@ from .connections import connect
 from .control.rank_group import RankGroup
 from .control.two_phase_commit import Store
 from .load_window import IntervalLoad
+from .move_times import StepTimes
 from .rebalance import Request
 from .reports import RebalanceObserver, RebalanceReport
 from .startup import Restore, register_again, start_up
@@ -130,6 +131,7 @@ class Rebalancer:
         if modules is not None and weights is not None:
             warn_unregistered(modules, weights, topology.slots_by_rank[self.rank])
         self._steps = 0
+        self._step_times = StepTimes()
         self._number = 0
         # Intervals that ended while a rebalance was under way wait for the next one.
         self._waiting: deque[IntervalLoad] = deque(maxlen=options.history)
@@ -181,6 +183,7 @@ class Rebalancer:
             return None
         self.window.step(is_dummy)
         self._steps += 1
+        self._step_times.stepped()
         if self.observer is not None:
             self.observer.stepped()
         report = None
@@ -237,6 +240,7 @@ class Rebalancer:
             raise
         finally:
             self._replacing = False
+            self._step_times.interrupted()
 
     def close(self) -> None:
         """End balancing for good; a rebalance under way is finished first. All ranks call it."""
@@ -254,11 +258,17 @@ class Rebalancer:
         self._context.streams.mark()
         intervals = list(self._waiting)
         self._waiting.clear()
-        return Request(number=self._number, step=self._steps, intervals=intervals)
+        return Request(
+            number=self._number,
+            step=self._steps,
+            intervals=intervals,
+            step_seconds=self._step_times.take(),
+        )
 
     def _run(self) -> RebalanceReport:
         """Rebalance within this step."""
         self._runner.run(self._context, self._request())
+        self._step_times.interrupted()
         report = self._collect()
         assert report is not None
         return report

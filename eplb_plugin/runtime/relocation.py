@@ -157,6 +157,7 @@ def stage(
             corrupted += corrupted_sources(context, arrivals, throttle)
         except Exception as caught:
             error = error or caught
+    context.transfer_times.add(transfer.rounds)
     return Staged(tables, corrupted, error or transfer.failure)
 
 

@@ -12,6 +12,7 @@ import torch
 
 from ..core.placement import Placement
 from ..core.topology import Topology
+from ..planning.move_cost import MoveCost
 
 __all__ = ["DraftReport", "RebalanceObserver", "RebalanceReport"]
 
@@ -38,6 +39,9 @@ class RebalanceReport:
         layers: layers with a new placement.
         moves: transfers of one expert's weights to one rank, over all ranks.
         bytes_moved: bytes sent between ranks, over all ranks; 0 for a loop without weights, None if unknown.
+        move_cost_seconds: time that serving loses by the moves, by bytes and bandwidth; None if unknown.
+        gain_seconds: expected fall of the slowest ranks' time until the next rebalance: the latest interval
+            under the old placement, less the same under the new one. None if unknown.
         mismatches: experts whose weights did not match their fingerprint, in a slot or on arrival.
         gather_seconds: time to sum the interval over the ranks.
         plan_seconds: time to plan; in the online loop also to exchange the plan and to agree on it.
@@ -59,6 +63,8 @@ class RebalanceReport:
     layers: int = 0
     moves: int = 0
     bytes_moved: int | None = 0
+    move_cost_seconds: float | None = None
+    gain_seconds: float | None = None
     mismatches: int = 0
     gather_seconds: float = 0.0
     plan_seconds: float = 0.0
@@ -98,8 +104,10 @@ class DraftReport:
         yield
         self.add(**{field: time.perf_counter() - start})
 
-    def finish(self, step: int) -> RebalanceReport:
-        """The report, once the rebalancer has seen `step` steps."""
+    def finish(self, step: int, cost: MoveCost | None = None) -> RebalanceReport:
+        """The report, once the rebalancer has seen `step` steps; `cost`: of a move, if it is known."""
+        if cost is not None:
+            self.add(move_cost_seconds=cost.move_seconds * self._sums.get("moves", 0))
         return RebalanceReport(
             step=step,
             skipped=not (self._sums.get("layers") or self._sums.get("moves")),

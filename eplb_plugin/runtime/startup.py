@@ -21,6 +21,7 @@ from .context import Context, PlacementInForce
 from .control.rank_group import RankGroup, content_hash
 from .control.scheduling import AtOnce
 from .load_window import LoadWindow
+from .move_times import TransferTimes
 from .relocation import relocate
 from .reports import DraftReport
 from .verify.fingerprints import ExpertFingerprints
@@ -110,6 +111,7 @@ def start_up(
         in_force=PlacementInForce(held, num_logical, tables),
         expert_cost=expert_cost,
         streams=DeviceOrder(registered.device or device),
+        transfer_times=TransferTimes(),
     )
 
     # 5. Fill the slots that are still empty.

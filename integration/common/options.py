@@ -25,6 +25,8 @@ SHARED: Mapping[str, str] = MappingProxyType(
         "history": "rebalancer.history",
         "dispatch": "rebalancer.dispatch",
         "expert_cost": "rebalancer.expert_cost",
+        "bandwidth": "rebalancer.bandwidth",
+        "step_ms": "rebalancer.step_ms",
         "metrics": "metrics.enabled",
     }
 )
@@ -48,6 +50,11 @@ class EngineOptions(Options):
     expert_cost: Annotated[int, Field(ge=0, le=2**20)] | Literal["auto"] = 0
     """Dispatch `balanced`: least cost of a replica in use, in tokens. `auto`: from the weights and the
     accelerator."""
+    bandwidth: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """`planner.move_price: auto`: bandwidth of a rank to other ranks, in GB/s per direction. null: 400 on one
+    node, 45 between nodes."""
+    step_ms: float = Field(40.0, gt=0, allow_inf_nan=False)
+    """`planner.move_price: auto`: duration of a forward step, in milliseconds."""
     check_agreement: bool = True
     """Compare the plan between ranks before the engine acts on it: engines hang when ranks differ."""
     metrics: bool = False

@@ -7,13 +7,11 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from functools import cache
 from typing import NamedTuple, TypeAlias
 
 import torch
 
 from ...config.options import PlannerOptions
-from ...config.sources import metrics_folder
 from ...core.balancedness import balancedness, count_moves
 from ...core.errors import LoadError, PlacementError
 from ...core.load import as_snapshots, fold_steps
@@ -21,7 +19,8 @@ from ...core.placement import Placement
 from ...core.topology import Topology
 from ...dispatch.rank_costs import split_balancedness
 from ...observability.failures import FailureLog
-from ...observability.prometheus import ModelTelemetry, Telemetry
+from ...observability.prometheus import ModelTelemetry
+from ...planning.move_cost import MoveCost, default_bandwidth, serving_share, with_price
 from ...planning.planner import plan
 from ...runtime.control.rank_group import RankGroup
 from ...runtime.reports import RebalanceReport
@@ -35,7 +34,6 @@ __all__ = [
     "Inputs",
     "Refusal",
     "bytes_of_one_expert",
-    "engine_telemetry",
 ]
 
 _logger = logging.getLogger(__name__)
@@ -92,6 +90,7 @@ class EnginePlanner:
         self._history: deque[torch.Tensor] = deque(maxlen=self.options.history)
         self._samples: deque[torch.Tensor] = deque(maxlen=self.options.history)
         self._topology: Topology | None = None
+        self._cost: MoveCost | None = None
         self._calls = 0
         self._said: set[str] = set()
         self._failure_log = FailureLog(_logger, f"rebalance{self._name}", "the map in force stays")
@@ -106,6 +105,8 @@ class EnginePlanner:
         ranks: Callable[[], RankGroup] | None = None,
         expert_bytes: ExpertBytes | None = None,
         refuses: Refusal | None = None,
+        steps: Callable[[], int] | None = None,
+        waits: bool = True,
     ) -> torch.Tensor:
         """The map for the next interval; `current` after a failure or where the gain is too small.
 
@@ -117,8 +118,10 @@ class EnginePlanner:
             samples: gives single steps of the interval, int64 [samples, layers, logical], tokens as counted
                 over all ranks; for the dispatch. Called after `inputs`; may raise.
             ranks: gives the ranks that compare their plans; None where each may act alone.
-            expert_bytes: for the bytes in the report; None where they are unknown.
+            expert_bytes: for the bytes in the report and the price of a move; None where they are unknown.
             refuses: the engine's own rule for dropping a plan; None without one.
+            steps: gives the forward steps between two rebalances; None where they are unknown. May raise.
+            waits: whether the engine waits for the transfers.
 
         Returns:
             int64 [layers, slots] on the CPU, in memory of its own. Experts that stay on a rank keep
@@ -130,8 +133,10 @@ class EnginePlanner:
         # A failure has to come before the ranks compare their plans: the others would wait for this one.
         try:
             load, topology = inputs()
-            steps = load[:0] if samples is None or self.dispatch is None else samples()
-            new, report = self._place(load, steps, topology, old, expert_bytes, refuses)
+            single = load[:0] if samples is None or self.dispatch is None else samples()
+            sizes = self._sizes(expert_bytes)
+            self._cost = self._cost_of_moves(topology, sizes, 0 if steps is None else steps(), waits)
+            new, report = self._place(load, single, topology, old, sizes, refuses)
         except Exception as error:
             new, report = old, self._nothing(self._failure_log.add(error), failed=True)
         if ranks is not None and self.options.check_agreement:
@@ -192,7 +197,7 @@ class EnginePlanner:
         The window is float64 [snapshots, layers, logical] in time order, tokens. Where dispatch `balanced` is
         in force, and planned for, the single steps of the window are planned for.
         """
-        options = self._planner_options()
+        options = with_price(self._planner_options(), self._cost, topology)
         samples = torch.cat(list(self._samples)) if options.dispatch == "balanced" else None
         return plan(window, topology, current, options, samples=samples).placement
 
@@ -209,7 +214,7 @@ class EnginePlanner:
         samples: torch.Tensor,
         topology: Topology,
         old: torch.Tensor,
-        expert_bytes: ExpertBytes | None,
+        sizes: Mapping[int, int],
         refuses: Refusal | None,
     ) -> tuple[torch.Tensor, RebalanceReport]:
         """The map to go to, checked, and its report."""
@@ -239,34 +244,54 @@ class EnginePlanner:
 
         interval, ids = self._history[-1], new.physical_to_logical
         layers, moves = int((old != ids).any(1).sum()), count_moves(in_force, new, topology)
+        levels = [balancedness(window, placement, topology) for placement in (in_force, new)]
         report = RebalanceReport(
             number=self._calls,
             skipped=not layers,
             reason="" if layers else reason,
             balancedness_before=balancedness(interval, in_force, topology),
             balancedness_after=balancedness(interval, new, topology),
-            window_balancedness_before=balancedness(window, in_force, topology),
-            window_balancedness_after=balancedness(window, new, topology),
+            window_balancedness_before=levels[0],
+            window_balancedness_after=levels[1],
             layers=layers,
             moves=int(moves.sum()),
-            bytes_moved=self._bytes_moved(moves.tolist(), expert_bytes),
+            bytes_moved=_bytes_moved(moves.tolist(), sizes),
             plan_seconds=seconds,
         )
         if self.dispatch is not None and len(samples):
-            cost, copies = self.dispatch()
-            even, balanced = split_balancedness(samples // copies, in_force, topology, cost)
+            expert_cost, copies = self.dispatch()
+            samples = samples // copies
+            even, balanced = split_balancedness(samples, in_force, topology, expert_cost)
             report = replace(report, sampled_balancedness_even=even, sampled_balancedness=balanced)
+            levels = [balanced, split_balancedness(samples, new, topology, expert_cost)[1]]
+        if self._cost is not None:
+            spent, gain = self._cost.move_seconds * report.moves, self._cost.gain_seconds(*levels)
+            report = replace(report, move_cost_seconds=spent, gain_seconds=gain)
         return ids, report
 
-    def _bytes_moved(self, moves: list[int], expert_bytes: ExpertBytes | None) -> int | None:
-        """Bytes of the moves of each layer; None unless the size of each moved expert is known."""
+    def _sizes(self, expert_bytes: ExpertBytes | None) -> Mapping[int, int]:
+        """Bytes of one expert by layer; empty where they are unknown."""
         try:
-            sizes = {} if expert_bytes is None else expert_bytes()
+            return {} if expert_bytes is None else expert_bytes()
         except Exception as error:
             self._size_log.add(error)
+            return {}
+
+    def _cost_of_moves(
+        self, topology: Topology, sizes: Mapping[int, int], steps: int, waits: bool
+    ) -> MoveCost | None:
+        """What a move costs by the options, so that all ranks say the same; None where it is unknown."""
+        if topology.num_ranks == 1 or not steps or not sum(sizes.values()):
             return None
-        known = all(layer in sizes for layer, count in enumerate(moves) if count)
-        return sum(count * sizes.get(layer, 0) for layer, count in enumerate(moves)) if known else None
+        return MoveCost(
+            expert_bytes=sum(sizes.values()) / len(sizes),
+            bandwidth=default_bandwidth(topology, self.options.bandwidth),
+            num_ranks=topology.num_ranks,
+            num_layers=len(sizes),
+            step_seconds=self.options.step_ms / 1000,
+            interval=steps,
+            serving_share=serving_share("sync" if waits else "async"),
+        )
 
     def _nothing(self, reason: str, *, failed: bool = False) -> RebalanceReport:
         return RebalanceReport.of_nothing(0, reason, number=self._calls, failed=failed)
@@ -288,6 +313,9 @@ class EnginePlanner:
         if report.sampled_balancedness is not None:
             even, balanced = report.sampled_balancedness_even, report.sampled_balancedness
             said += f"; single steps {even:.3f} -> {balanced:.3f} by dispatch"
+        if report.move_cost_seconds is not None and report.gain_seconds is not None and not report.skipped:
+            cost, gain = 1000 * report.move_cost_seconds, 1000 * report.gain_seconds
+            said += f"; moves cost {cost:.1f} ms and gain {gain:.1f} ms until the next one"
         failures = f"; {self.failures} failures so far" if self.failures else ""
         _logger.info("rebalance %d%s: %s%s", report.number, self._name, said, failures)
 
@@ -304,30 +332,15 @@ def _withdrawn(report: RebalanceReport, cause: str) -> RebalanceReport:
         layers=0,
         moves=0,
         bytes_moved=0,
+        move_cost_seconds=None,
+        gain_seconds=None,
     )
 
 
-def engine_telemetry(options: EngineOptions, is_first_rank: bool) -> Telemetry | None:
-    """The series of this process, the same object at each call; None without metrics and on other ranks.
-
-    Workers of an engine write their series to the folder in PROMETHEUS_MULTIPROC_DIR, its server reads them
-    there. Reports are equal on all ranks, so the first rank alone shows them.
-    """
-    if not (options.metrics and is_first_rank):
-        return None
-    if metrics_folder() is None:
-        _logger.warning(
-            "eplb_plugin: metrics are enabled, but the engine was started without PROMETHEUS_MULTIPROC_DIR, "
-            "so its /metrics cannot show them"
-        )
-    return _of_this_process()
-
-
-@cache
-def _of_this_process() -> Telemetry:
-    from prometheus_client import REGISTRY
-
-    return Telemetry(REGISTRY)
+def _bytes_moved(moves: list[int], sizes: Mapping[int, int]) -> int | None:
+    """Bytes of the moves of each layer; None unless the size of each moved expert is known."""
+    known = all(layer in sizes for layer, count in enumerate(moves) if count)
+    return sum(count * sizes.get(layer, 0) for layer, count in enumerate(moves)) if known else None
 
 
 def bytes_of_one_expert(tensors: Iterable[torch.Tensor]) -> int:

@@ -181,6 +181,7 @@ class SglangBalancer:
             samples=lambda: sample_busy_steps(counts[..., :num_logical], self.options.samples),
             ranks=lambda: _all_ranks(counts),
             expert_bytes=self.expert_bytes,
+            steps=lambda: int(counts.any(2).any(1).sum()),
         )
         return SglangMaps.of(Placement(ids, num_logical))
 

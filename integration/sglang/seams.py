@@ -10,8 +10,9 @@ from typing import Any
 
 from ...runtime.verify.unregistered import warn_unregistered
 from ..common.options import uneven_slots
-from ..common.planner import bytes_of_one_expert, engine_telemetry
+from ..common.planner import bytes_of_one_expert
 from ..common.seams import missing_here, seams_of
+from ..common.telemetry import engine_telemetry
 from .policy import SglangBalancer, is_first_rank
 from .seam_table import PLANNING, RING
 

@@ -16,7 +16,7 @@ from ...core.safe_files import read_yaml
 from ..adapters import Adapter, InFile
 from ..common.agreement import announce
 from ..common.options import EngineOptions, options_in_settings
-from ..common.planner import engine_telemetry
+from ..common.telemetry import engine_telemetry
 from .dispatch import restore_mapping
 from .policy import VllmPolicy
 from .seams import bind_policy, missing_seams

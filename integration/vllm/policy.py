@@ -38,6 +38,8 @@ class Interval:
         ready: waits for the copies of both from the device.
         error: cause of this rank's missing load, else None.
         expert_bytes: gives the bytes of one expert's weights by layer; None where they are unknown.
+        steps: forward steps between two rearrangements; 0: unknown.
+        waits: whether vLLM waits for the transfers: in its synchronous mode.
     """
 
     model: str
@@ -47,6 +49,8 @@ class Interval:
     ready: Callable[[], object] = lambda: None
     error: Exception | None = None
     expert_bytes: ExpertBytes | None = None
+    steps: int = 0
+    waits: bool = True
 
     def arrived(self) -> torch.Tensor:
         """The load, once it is on the host; raises if a rank had none."""
@@ -158,6 +162,8 @@ class VllmPolicy:
             ranks=self._ranks,
             expert_bytes=interval.expert_bytes,
             refuses=(lambda was, new: dropped_plan(weight, was, new, num_ranks)) if drops else None,
+            steps=lambda: interval.steps,
+            waits=interval.waits,
         )
 
     def report(self) -> dict[str, Any]:

@@ -18,8 +18,9 @@ from ...planning.planner import warmup
 from ...runtime.control.rank_group import RankGroup
 from ...runtime.verify.unregistered import warn_unregistered
 from ..common.options import EngineOptions
-from ..common.planner import bytes_of_one_expert, engine_telemetry
+from ..common.planner import bytes_of_one_expert
 from ..common.seams import missing_here
+from ..common.telemetry import engine_telemetry
 from .dispatch import bind_dispatch
 from .policy import Interval, VllmPolicy
 from .seam_table import PLANNING
@@ -210,7 +211,17 @@ def _intervals(state: Any, policy: VllmPolicy) -> list[Interval]:
     *on_host, failures = (load.to("cpu", non_blocking=True) for load in (*loads, failures))
     ready = _arrival(loads[0].device)
     return [
-        Interval(name, load, sampled, failures, ready, error, functools.partial(expert_bytes, model.model))
+        Interval(
+            name,
+            load,
+            sampled,
+            failures,
+            ready,
+            error,
+            functools.partial(expert_bytes, model.model),
+            steps,
+            waits=not state.is_async,
+        )
         for name, load, sampled, model in zip(names, on_host[::2], on_host[1::2], models, strict=True)
     ]
 

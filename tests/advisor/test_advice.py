@@ -104,6 +104,26 @@ def test_what_is_tried(steady, monkeypatch):
     assert len(tried) == 4
     assert advice.best.setting.move_price == 0.5
 
+    # `auto` is a number for each interval: moves pay less in a shorter one.
+    tried.clear()
+    machine = machine_of(bytes_per_expert=1e8)
+    advise(steady, machine, PLANNER, REBALANCER, redundant=[8], intervals=[4, 16])
+    topology = machine.topology(40)
+    prices = {interval: machine.move_cost(2, interval).move_price(topology) for interval in (4, 16)}
+    assert prices[4] == 4 * prices[16] < 0.128
+    settings = [setting for _, _, setting in tried]
+    assert [(setting.interval, setting.move_price) for setting in settings[:2]] == list(prices.items())
+    best = prices[settings[-1].interval]
+    assert [setting.move_price for setting in settings[2:4]] == [0.25 * best, 4 * best]
+
+
+def test_the_bandwidth_of_a_move_is_a_mean_of_both_links():
+    machine = machine_of(bandwidth=4e11, node_bandwidth=5e10, nodes=2)
+    cost = machine.move_cost(3, 7)
+    assert cost.bandwidth == pytest.approx(2 / (1 / 4e11 + 1 / 5e10))
+    assert (cost.num_layers, cost.interval, cost.num_ranks, cost.serving_share) == (3, 7, 4, 1.0)
+    assert machine_of(nodes=1).move_cost(3, 7).bandwidth == 4e11
+
 
 def test_replicas_and_moves_have_to_pay():
     best = advice_module._best

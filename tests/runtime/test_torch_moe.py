@@ -13,7 +13,7 @@ from eplb_plugin.runtime.weights.transfer import Transfer
 from tests.processes import run_ranks
 
 CONFIG = MoEConfig(vocab=64, num_topics=4, hidden=16, expert_hidden=24, num_layers=3, num_logical=12, top_k=3)
-PLANNER = eplb.PlannerOptions()
+PLANNER = eplb.PlannerOptions(move_price=0.009)
 
 
 def batch(step: int, rank: int) -> torch.Tensor:

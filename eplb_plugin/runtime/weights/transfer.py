@@ -20,11 +20,13 @@ class Transfer:
 
     Attributes:
         failure: why something could not be filled. It was sent nonetheless, since peers wait for it.
+        rounds: of each round that has ended, bytes of the busier direction, and seconds.
     """
 
     def __init__(self, staged: StagedBatch, transport: Transport) -> None:
         self._staged, self._transport = staged, transport
         self.failure: Exception | None = None
+        self.rounds: list[tuple[int, float]] = []
         self._filled = 0  # calls of the first round whose messages are filled
         self._in_flight: list[InFlight] = []
         self._started = 0.0
@@ -73,7 +75,8 @@ class Transfer:
             for messages in self._in_flight:
                 messages.wait()
             streams.settle()
-            throttle.count_transfer(now.num_bytes, time.perf_counter() - self._started - elsewhere)
+            self.rounds.append((now.num_bytes, time.perf_counter() - self._started - elsewhere))
+            throttle.count_transfer(*self.rounds[-1])
             throttle.pause()
 
     def commit(self, layer: int) -> None:
