@@ -153,8 +153,8 @@ def _rebalance_in_sglang(rank: int, algorithm: str) -> tuple[str, list[int], int
     registry = CollectorRegistry()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sglang_seams, "_model_name", lambda: "tiny")
-        shown = Telemetry(registry)
-        patch.setattr("eplb_plugin.integration.common.telemetry._of_this_process", lambda: shown)
+        module = "eplb_plugin.integration.common.telemetry"
+        patch.setattr(f"{module}._of_this_process", lambda: Telemetry(registry))
         balancer = SglangBalancer(algorithm)
         model = SimpleNamespace(routed_experts_weights_of_layer={n: [torch.zeros(6, 4)] for n in range(3)})
         topology = Topology(num_ranks=4, num_slots=12)
