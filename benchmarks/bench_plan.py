@@ -2,10 +2,10 @@
 
     python benchmarks/bench_plan.py [--repeat 9] [--few-slots]
 
-Plans one summed load, and the full plan of the online loop: 128 snapshots and the placement in force. Then
-one load with two or three slots a rank; `--few-slots` plans these alone. Prints tables and, as the last line,
-one JSON object. vLLM's default policy and FlashLB take part after `make bench-peers`. With a GPU, plans of a
-load on it are timed too.
+Plans one summed load, and the full plan of the online loop: 128 snapshots and the placement in force, also
+for dispatch balanced, with 64 single steps. Then one load with two or three slots a rank; `--few-slots` plans
+these alone. Prints tables and, as the last line, one JSON object. vLLM's default policy and FlashLB take part
+after `make bench-peers`. With a GPU, plans of a load on it are timed too.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import peers
 import torch
@@ -110,19 +111,27 @@ def measure_full(repeat: int) -> list[dict[str, object]]:
         steps = window(layers, experts, 8)
         start = eplb.Placement.default(layers, experts, slots)
         settled = start
+        # One single step of 32,768 tokens in every second snapshot.
+        generator = torch.Generator().manual_seed(0)
+        singles = torch.poisson(32768 * steps / steps.sum(2, keepdim=True), generator)[::2]
+        balanced = eplb.PlannerOptions(dispatch="balanced")
+        for_dispatch = start
         for end in range(32, 256, 32):
-            settled = eplb.plan(steps[max(0, end - 128) : end], topology, settled).placement
+            begin = max(0, end - 128)
+            settled = eplb.plan(steps[begin:end], topology, settled).placement
+            for_dispatch = eplb.plan(
+                steps[begin:end], topology, for_dispatch, balanced, samples=singles[begin // 2 : end // 2]
+            ).placement
         jobs: dict[str, Callable[[], object]] = {
-            "first": lambda steps=steps, start=start, topology=topology: eplb.plan(
-                steps[:32], topology, start
-            ),
-            "later": lambda steps=steps, settled=settled, topology=topology: eplb.plan(
-                steps[128:], topology, settled
+            "first": partial(eplb.plan, steps[:32], topology, start),
+            "later": partial(eplb.plan, steps[128:], topology, settled),
+            "for dispatch": partial(
+                eplb.plan, steps[128:], topology, for_dispatch, balanced, samples=singles[64:]
             ),
         }
         if peers.available():
             total = steps[224:].sum(0)
-            jobs["vLLM default"] = lambda total=total, topology=topology: theirs(total, topology)
+            jobs["vLLM default"] = partial(theirs, total, topology)
         times: dict[str, list[float]] = {name: [] for name in jobs}
         for _ in range(repeat):
             for name, job in jobs.items():

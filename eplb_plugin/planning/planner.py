@@ -23,7 +23,7 @@ from .hierarchy import effective_topology
 from .kernels.api import count_shared, split_peaks, step_peaks
 from .lower_bounds import peak_lower_bound
 from .policies import policy_for
-from .skip_rule import apply_skip_rule
+from .skip_rule import Peaks, apply_skip_rule
 
 __all__ = ["Plan", "plan", "rebalance_experts", "warmup"]
 
@@ -37,8 +37,6 @@ class Plan:
 
     Attributes:
         placement: on the device of the load; the slots of dead ranks are empty (-1).
-        balancedness: predicted for the given load, mean over its snapshots, of living ranks; after the split
-            with `dispatch="balanced"`.
         moves: transfers of one expert's weights to one rank, from `current` to the placement; 0 without
             `current`.
         seconds: planning time.
@@ -49,15 +47,24 @@ class Plan:
     """
 
     placement: Placement
-    balancedness: float
     moves: int
     seconds: float
     hierarchical: bool
     shared_replicas: int
     lost: tuple[tuple[int, int], ...]
+    _ids: torch.Tensor = field(repr=False)
     _load: torch.Tensor = field(repr=False)
     _topology: Topology = field(repr=False)
-    _even: bool = field(repr=False)
+    _peaks: Peaks = field(repr=False)
+
+    @cached_property
+    def balancedness(self) -> float:
+        """Predicted for the given load, mean over its snapshots, of living ranks.
+
+        After the split with `dispatch="balanced"`. It is computed on first use.
+        """
+        mean = sum_over_last(self._load) / self._topology.num_ranks
+        return balancedness_of_peaks(mean, self._peaks(self._load, self._ids, self._topology))
 
     @cached_property
     def lower_bound(self) -> torch.Tensor:
@@ -66,7 +73,9 @@ class Plan:
         A mean over the snapshots. A peak of 102 with a bound of 100 is at most 2 % above the optimum. It is
         computed on first use, which takes longer than planning.
         """
-        return peak_lower_bound(self._load, self._topology, even=self._even).to(self.placement.device)
+        return peak_lower_bound(self._load, self._topology, even=self._peaks is step_peaks).to(
+            self.placement.device
+        )
 
 
 def plan(
@@ -136,18 +145,17 @@ def plan(
         moves, shared = 0, int(count_shared(ids, usable, num_logical).sum())
     else:
         ids, moves, shared = apply_skip_rule(expected, ids, in_force, usable, options.min_gain, peaks)
-    mean = sum_over_last(measured) / usable.num_ranks
     return Plan(
         placement=Placement(active.expand(ids).to(load.device), num_logical),
-        balancedness=balancedness_of_peaks(mean, peaks(measured, ids, usable)),
         moves=moves,
         seconds=time.perf_counter() - started,
         hierarchical=hierarchical,
         shared_replicas=shared,
         lost=lost,
+        _ids=ids,
         _load=measured,
         _topology=usable,
-        _even=not balanced,
+        _peaks=peaks,
     )
 
 

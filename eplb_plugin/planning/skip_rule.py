@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 
@@ -14,7 +14,10 @@ from .elastic import held_slots
 from .hierarchy import groups_within_nodes
 from .kernels.api import keep_slots, step_peaks
 
-__all__ = ["Kept", "apply_skip_rule"]
+__all__ = ["Kept", "Peaks", "apply_skip_rule"]
+
+Peaks: TypeAlias = Callable[[torch.Tensor, torch.Tensor, Topology], torch.Tensor]
+"""The peak rank loads of a load under a placement, as `step_peaks`."""
 
 
 class Kept(NamedTuple):
@@ -31,7 +34,7 @@ def apply_skip_rule(
     current: Placement,
     topology: Topology,
     min_gain: float,
-    peaks: Callable[[torch.Tensor, torch.Tensor, Topology], torch.Tensor] = step_peaks,
+    peaks: Peaks = step_peaks,
 ) -> Kept:
     """Skip layers that would gain too little; in the others, experts that stay on a rank keep their slots.
 
@@ -56,9 +59,13 @@ def apply_skip_rule(
     else:
         _, moves_start, shared_start, _ = keep_slots(start, held, topology, num_logical)
 
-    after, before = (peaks(load, x, topology).sum(0) for x in (ids, start))
-    mean = sum_over_last(load).sum(0) / topology.num_ranks
-    gain = torch.where(mean > 0, mean / after - mean / before, 0.0)
+    gain = torch.zeros(load.shape[1], dtype=torch.float64, device="cpu")
+    changed = (ids != start).any(1)
+    if bool(changed.any()):
+        part = load[:, changed]
+        after, before = (peaks(part, x[changed], topology).sum(0) for x in (ids, start))
+        mean = sum_over_last(part).sum(0) / topology.num_ranks
+        gain[changed] = torch.where(mean > 0, mean / after - mean / before, 0.0)
     stays = (gain < min_gain) & (shared_start <= shared) & groups_within_nodes(start, num_logical, topology)
     return Kept(
         torch.where(stays[:, None], start, ids),

@@ -240,8 +240,8 @@ def local_gain(state, mine, other, is_copy, stride, lists, load, given):
             load[rank] = state.load[sample, rank]
         take_off(of_x, rank_of, state.given[sample], load)
         take_off(of_y, rank_of, state.given[sample], load)
-        fill(samples[sample, y], new_y, rank_of, given, load, state.base, state.order)
-        fill(samples[sample, x], new_x, rank_of, given, load, state.base, state.order)
+        fill(samples[sample, y], new_y, rank_of, given, load, state.base, state.order, 0.0)
+        fill(samples[sample, x], new_x, rank_of, given, load, state.base, state.order, 0.0)
         total = 0.0
         for rank in range(load.shape[0]):
             total += power_16(load[rank])

@@ -28,7 +28,7 @@ _HEAVY_RANKS = 8  # ranks whose slots a round considers
 _CANDIDATES = 64  # exchanges of a round that are filled anew
 _TRIED = 8  # exchanges of a round that are split anew, at most
 _STRIDE = 2  # pricing takes every second sample
-_SWEEPS = 8  # of the first split
+_RELAXED_SWEEPS, _SWEEPS = 6, 1  # of the first split
 _SWEEPS_AGAIN = 2  # after an exchange
 _LEAST_GAIN = 1e-5  # of the smooth peak, as a fraction of the mean rank load
 _TOLERANCE = 5e-4  # the search ends this close to level ranks
@@ -66,7 +66,8 @@ def _split_all(state):
     split_evenly(state)
     total = 0.0
     for sample in range(state.samples.shape[0]):
-        norm = settle(state, state.samples[sample], state.given[sample], state.load[sample], _SWEEPS)
+        given, load = state.given[sample], state.load[sample]
+        norm = settle(state, state.samples[sample], given, load, _RELAXED_SWEEPS, _SWEEPS)
         state.norm[sample] = norm
         total += norm
     return total / state.samples.shape[0]
@@ -117,7 +118,7 @@ def _try_exchange(state, mine, other, is_copy, limit, given, load, norms):
             row[other], row[mine] = there, here
             loads[rank_of[other]] += there
             loads[rank_of[mine]] += here - there
-        norms[sample] = settle(state, state.samples[sample], row, loads, _SWEEPS_AGAIN)
+        norms[sample] = settle(state, state.samples[sample], row, loads, 0, _SWEEPS_AGAIN)
         total += norms[sample]
         before += state.norm[sample]
         if 2 * (number + 1) == num_samples and total > before:
@@ -207,17 +208,19 @@ def _build(sources):
         for layer in range(first, last):
             samples = np.empty((problem.samples.shape[0], problem.samples.shape[2]))
             _scaled(problem.samples, layer, num_ranks, samples)
-            best, best_value = 0, np.inf
-            for start in range(problem.starts.shape[0] - 1, -1, -1):
+            ids = problem.starts[0, layer].copy()
+            best = new_state(samples, ids, rank_of, num_ranks, per_node, problem.current[layer])
+            best_norm = _split_all(best)
+            for start in range(1, problem.starts.shape[0]):
                 ids = problem.starts[start, layer].copy()
+                if (ids == best.expert).all():
+                    continue
                 state = new_state(samples, ids, rank_of, num_ranks, per_node, problem.current[layer])
-                value = _split_all(state) + problem.price * _moves(state)
-                if value <= best_value:
-                    best, best_value = start, value
-            ids = problem.starts[best, layer].copy()
-            state = new_state(samples, ids, rank_of, num_ranks, per_node, problem.current[layer])
-            _improve(problem, state, _split_all(state), most_slots)
-            copy_into(slot_expert[layer], state.expert)
+                norm = _split_all(state)
+                if norm - best_norm < problem.price * (_moves(best) - _moves(state)):
+                    best, best_norm = state, norm
+            _improve(problem, best, best_norm, most_slots)
+            copy_into(slot_expert[layer], best.expert)
 
     @entry_point
     def peaks_after_split(samples, placement, rank_of, num_ranks, first, last, peaks):

@@ -16,6 +16,7 @@ from .snapshot_objective import power_16
 
 __all__ = ["SplitState", "fill", "list_slots", "new_state", "root_16", "settle", "split_evenly", "take_off"]
 
+_RELAX = 0.5
 _SETTLED = 1e-3  # a sweep that changes no replica by more of a mean rank load is the last
 
 
@@ -100,10 +101,11 @@ def take_off(slots, rank_of, given, load):
 
 
 @jitted
-def fill(tokens, slots, rank_of, given, load, base, order):
+def fill(tokens, slots, rank_of, given, load, base, order, relax):
     """Fill the tokens of an expert into its ranks so that the lightest of them end level.
 
-    The tokens are off the ranks. A second replica on a rank gets none. Returns the largest change of a slot.
+    The tokens are off the ranks. A second replica on a rank gets none. `relax`: of each change, what is added
+    on top of it, see `dispatch.split_kernels`. Returns the largest change of a slot.
     """
     usable, last = 0, -1
     change = 0.0
@@ -114,10 +116,11 @@ def fill(tokens, slots, rank_of, given, load, base, order):
             given[slot] = 0.0
             continue
         at, last = usable, rank
-        while at > 0 and base[at - 1] > load[rank]:
+        here = load[rank] + relax * (load[rank] + given[slot])
+        while at > 0 and base[at - 1] > here:
             base[at], order[at] = base[at - 1], order[at - 1]
             at -= 1
-        base[at], order[at] = load[rank], slot
+        base[at], order[at] = here, slot
         usable += 1
     used, total = 1, tokens + base[0]
     while used < usable and base[used] * used < total:
@@ -147,20 +150,22 @@ def split_evenly(state):
 
 
 @jitted
-def settle(state, tokens, given, load, sweeps):
+def settle(state, tokens, given, load, relaxed, sweeps):
     """Water filling of one sample, from the split that it has, over all replicated experts. Returns the norm.
 
     Args:
         tokens: float64 [logical]. given: float64 [slots], changed. load: float64 [ranks], changed.
+        relaxed, sweeps: sweeps with over-relaxation, and those after them without, at most.
     """
     first, slots, rank_of = state.first, state.slots, state.rank_of
-    for _ in range(sweeps):
+    for sweep in range(relaxed + sweeps):
+        relax = _RELAX if sweep < relaxed else 0.0
         change = 0.0
         for expert in range(tokens.shape[0]):
             if first[expert + 1] - first[expert] > 1 and tokens[expert] > 0.0:
                 mine = slots[first[expert] : first[expert + 1]]
                 take_off(mine, rank_of, given, load)
-                moved = fill(tokens[expert], mine, rank_of, given, load, state.base, state.order)
+                moved = fill(tokens[expert], mine, rank_of, given, load, state.base, state.order, relax)
                 change = max(change, moved)
         if change < _SETTLED:
             break
