@@ -20,6 +20,7 @@ from ...core.load import as_snapshots, fold_steps
 from ...core.placement import Placement
 from ...core.topology import Topology
 from ...dispatch.rank_costs import split_balancedness
+from ...dispatch.shares import balanced_shares, indexed_shares
 from ...observability.failures import FailureLog
 from ...observability.prometheus import ModelTelemetry, Telemetry
 from ...planning.planner import plan
@@ -32,6 +33,7 @@ __all__ = [
     "DispatchInForce",
     "EnginePlanner",
     "ExpertBytes",
+    "IndexMapping",
     "Inputs",
     "Refusal",
     "bytes_of_one_expert",
@@ -63,6 +65,19 @@ class DispatchInForce(NamedTuple):
     copies: int
 
 
+class IndexMapping(NamedTuple):
+    """An engine's own mapping, by the index of a token in its batch.
+
+    Attributes:
+        multiplier: see `indexed_shares`.
+        entries: counts of a token over all ranks: its experts, times the ranks that count it or batches of
+            other ranks.
+    """
+
+    multiplier: int
+    entries: int
+
+
 class EnginePlanner:
     """Plans for one model of an engine that counts tokens and moves weights itself.
 
@@ -78,6 +93,7 @@ class EnginePlanner:
         warnings: times that the engine was seen to balance less than it seems to, by cause.
         telemetry: shows the reports of this rank; None on all ranks but one.
         dispatch: gives the dispatch `balanced` of the engine; None while its own mapping is in force.
+        mapping: the engine's own mapping; None where it is even, or not by index.
     """
 
     def __init__(self, options: EngineOptions | None = None, *, model: str = "", speaks: bool = True) -> None:
@@ -88,6 +104,7 @@ class EnginePlanner:
         self.warnings: Counter[str] = Counter()
         self.telemetry: ModelTelemetry | None = None
         self.dispatch: Callable[[], DispatchInForce] | None = None
+        self.mapping: IndexMapping | None = None
         self._name = f" of {model}" if model else ""
         self._history: deque[torch.Tensor] = deque(maxlen=self.options.history)
         self._samples: deque[torch.Tensor] = deque(maxlen=self.options.history)
@@ -115,7 +132,7 @@ class EnginePlanner:
             inputs: called once; may raise.
             current: integer [layers, slots], the map in force, equal on all ranks; it is not written to.
             samples: gives single steps of the interval, int64 [samples, layers, logical], tokens as counted
-                over all ranks; for the dispatch. Called after `inputs`; may raise.
+                over all ranks; for the dispatch or mapping. Called after `inputs`; may raise.
             ranks: gives the ranks that compare their plans; None where each may act alone.
             expert_bytes: for the bytes in the report; None where they are unknown.
             refuses: the engine's own rule for dropping a plan; None without one.
@@ -130,7 +147,8 @@ class EnginePlanner:
         # A failure has to come before the ranks compare their plans: the others would wait for this one.
         try:
             load, topology = inputs()
-            steps = load[:0] if samples is None or self.dispatch is None else samples()
+            by_steps = self.dispatch is not None or self.mapping is not None
+            steps = samples() if samples is not None and by_steps else load[:0]
             new, report = self._place(load, steps, topology, old, expert_bytes, refuses)
         except Exception as error:
             new, report = old, self._nothing(self._failure_log.add(error), failed=True)
@@ -196,6 +214,25 @@ class EnginePlanner:
         samples = torch.cat(list(self._samples)) if options.dispatch == "balanced" else None
         return plan(window, topology, current, options, samples=samples).placement
 
+    def shares(self, placement: Placement, topology: Topology, samples: torch.Tensor) -> torch.Tensor | None:
+        """What each slot gets of its expert's tokens, float64 [layers, slots]; None: even shares.
+
+        Engines override it for a mapping of their own. It is asked for the map in force before `plan` is, and
+        for the planned one after that.
+
+        Args:
+            samples: int64 [samples, layers, logical], single steps of the interval; there may be none.
+        """
+        if not len(samples):
+            return None
+        if self.dispatch is not None:
+            cost, copies = self.dispatch()
+            return balanced_shares(samples // copies, placement, topology, cost)
+        if self.mapping is None:
+            return None
+        batches = samples.sum(2).amax(1) // self.mapping.entries
+        return indexed_shares(placement, batches, self.mapping.multiplier)
+
     def _planner_options(self) -> PlannerOptions:
         """For the dispatch in force: an engine that could not take ours has said so."""
         options = self.options.planner
@@ -222,6 +259,7 @@ class EnginePlanner:
         self.observe(load)
         self._samples.append(samples)
         in_force = Placement(old, load.shape[2])
+        shares_before = self.shares(in_force, topology, samples)
         start = time.perf_counter()
         window = torch.cat(list(self._history))
         new = self.plan(window, topology, in_force)
@@ -238,15 +276,16 @@ class EnginePlanner:
             self.warn("dropped_plan", "")  # the line of this rebalance says it
 
         interval, ids = self._history[-1], new.physical_to_logical
+        shares_after = self.shares(new, topology, samples)
         layers, moves = int((old != ids).any(1).sum()), count_moves(in_force, new, topology)
         report = RebalanceReport(
             number=self._calls,
             skipped=not layers,
             reason="" if layers else reason,
-            balancedness_before=balancedness(interval, in_force, topology),
-            balancedness_after=balancedness(interval, new, topology),
-            window_balancedness_before=balancedness(window, in_force, topology),
-            window_balancedness_after=balancedness(window, new, topology),
+            balancedness_before=balancedness(interval, in_force, topology, shares_before),
+            balancedness_after=balancedness(interval, new, topology, shares_after),
+            window_balancedness_before=balancedness(window, in_force, topology, shares_before),
+            window_balancedness_after=balancedness(window, new, topology, shares_after),
             layers=layers,
             moves=int(moves.sum()),
             bytes_moved=self._bytes_moved(moves.tolist(), expert_bytes),

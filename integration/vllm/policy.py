@@ -18,7 +18,7 @@ from ...observability.prometheus import Telemetry
 from ...planning.planner import plan
 from ...runtime.control.rank_group import RankGroup
 from ..common.options import EngineOptions
-from ..common.planner import DispatchInForce, EnginePlanner, ExpertBytes
+from ..common.planner import DispatchInForce, EnginePlanner, ExpertBytes, IndexMapping
 from .warnings import dropped_plan
 
 __all__ = ["Interval", "VllmPolicy"]
@@ -38,6 +38,7 @@ class Interval:
         ready: waits for the copies of both from the device.
         error: cause of this rank's missing load, else None.
         expert_bytes: gives the bytes of one expert's weights by layer; None where they are unknown.
+        mapping: vLLM's own mapping from experts to slots; None where it is unknown.
     """
 
     model: str
@@ -47,6 +48,7 @@ class Interval:
     ready: Callable[[], object] = lambda: None
     error: Exception | None = None
     expert_bytes: ExpertBytes | None = None
+    mapping: IndexMapping | None = None
 
     def arrived(self) -> torch.Tensor:
         """The load, once it is on the host; raises if a rank had none."""
@@ -151,6 +153,7 @@ class VllmPolicy:
         samples, planner, dispatch = interval.samples, self.planner_of(interval.model), self.dispatch
         drops = self.drops_small_plans
         planner.dispatch = None if dispatch is None else lambda: dispatch
+        planner.mapping = interval.mapping
         return planner.rebalance(
             lambda: (interval.arrived(), topology()),
             old,
