@@ -9,6 +9,7 @@ import eplb_plugin as eplb
 from eplb_plugin.core.balancedness import balancedness
 from eplb_plugin.core.errors import LoadError, PlacementError, TopologyError
 from eplb_plugin.dispatch.fair_table import fair_table
+from eplb_plugin.dispatch.shares import nearest_shares
 from eplb_plugin.planning.fair_dispatch import plan_fair_table
 
 # Experts, slots, ranks, nodes and spread of the load: cases where SGLang's own table costs 5 to 41 points.
@@ -93,6 +94,7 @@ def test_a_fair_table_costs_less_than_one_and_a_half_points(experts, slots, rank
     table = plan_fair_table(load, topology, planned, None, eplb.PlannerOptions())
     assert balancedness(load, table.placement, topology, table.shares) > even - 0.015
     table.placement.validate(topology)
+    assert balancedness(load, planned, topology, nearest_shares(planned, topology)) < even - 0.04
 
     # Without a load, replicas are as fair as ranks can be shared out, and rank loads are less level.
     blind = fair_table(planned, topology)

@@ -114,7 +114,7 @@ class SplittingServer(Server):
 
 
 class StaticServer(SplittingServer):
-    """A server with dispatch `static`: ranks have the same tokens, and each sends them to slots of its own."""
+    """A server with dispatch `static`: ranks have the same tokens and send them to other slots."""
 
     def __init__(self, rank: int, setup: Setup) -> None:
         self.result = Static([], [], [])
@@ -157,7 +157,8 @@ def static(rank: int, setup: Setup) -> Static:
     )
     planner, result = sglang_plugin.balancer_of(setup.algorithm).planner, server.result
     while len(planner.reports) < setup.rebalances:
-        for _ in range(setup.interval):
+        seen = len(planner.reports)
+        while len(planner.reports) == seen:
             assert server.step()[0] == 0
         placement = eplb.Placement(server.placed, setup.logical)
         passes, slots = (torch.stack(steps[-setup.interval :]) for steps in (server.steps, server.slots))
