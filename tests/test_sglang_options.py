@@ -124,7 +124,7 @@ def test_the_documentation_has_every_option_with_its_default():
         ("eplb_plugin:history=0", r"history: .* greater than or equal to 1 \(got '0'\)"),
         ("eplb_plugin:move_price=cheap", r"move_price: .* valid number.* \(got 'cheap'\)"),
         ("eplb_plugin:check_agreement=perhaps", r"check_agreement: .* boolean"),
-        ("eplb_plugin:dispatch=local_first", r"dispatch: .* 'even' or 'balanced'"),
+        ("eplb_plugin:dispatch=local_first", r"dispatch: .* 'even', 'engine' or 'balanced'"),
         ("eplb_plugin:expert_cost=-1", r"expert_cost.*: .* greater than or equal to 0"),
         ("eplb_plugin:config=/no/such.yaml", "/no/such.yaml: no such file"),
     ],

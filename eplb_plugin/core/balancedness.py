@@ -19,20 +19,24 @@ __all__ = [
 ]
 
 
-def rank_loads(load: torch.Tensor, placement: Placement, topology: Topology) -> torch.Tensor:
-    """Load of every rank when the tokens of an expert spread evenly over its replicas; 0 for an empty rank.
+def rank_loads(
+    load: torch.Tensor, placement: Placement, topology: Topology, shares: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Load of every rank; 0 for an empty one.
 
     Args:
         load: [layers, logical] or [snapshots, layers, logical], tokens.
         placement: the placement to score.
         topology: gives the slots of each rank.
+        shares: float64 [layers, slots], what each slot gets of its expert's tokens, 0 for an empty slot.
+            None: all replicas of an expert get the same.
 
     Returns:
         float64 [snapshots, layers, ranks], tokens, on the device of `load`.
 
     Raises:
         LoadError: the load is malformed or its layers or experts differ from the placement's.
-        PlacementError: the placement's slots differ from the topology's.
+        PlacementError: the placement's slots differ from the topology's, or from those of `shares`.
     """
     load = as_snapshots(load)
     if load.shape[1:] != (placement.num_layers, placement.num_logical):
@@ -42,6 +46,8 @@ def rank_loads(load: torch.Tensor, placement: Placement, topology: Topology) -> 
         )
     placement.validate(topology)
     placement = placement.to(load.device)
+    if shares is not None:
+        return _shared_loads(load, placement, topology, shares.to(load.device))
     per_replica = load / placement.replica_count
     ids = placement.physical_to_logical
     if placement.has_empty_slots:
@@ -51,19 +57,31 @@ def rank_loads(load: torch.Tensor, placement: Placement, topology: Topology) -> 
     return topology.by_rank(per_replica.gather(2, ids.expand(load.shape[0], -1, -1)), 0.0).sum(3)
 
 
+def _shared_loads(
+    load: torch.Tensor, placement: Placement, topology: Topology, shares: torch.Tensor
+) -> torch.Tensor:
+    ids = placement.physical_to_logical
+    if shares.shape != ids.shape:
+        raise PlacementError(f"shares are {tuple(shares.shape)}, layers and slots {tuple(ids.shape)}")
+    tokens = load.gather(2, ids.clamp(min=0).expand(load.shape[0], -1, -1)) * shares
+    return topology.by_rank(tokens, 0.0).sum(3)
+
+
 def peak_rank_loads(load: torch.Tensor, placement: Placement, topology: Topology) -> torch.Tensor:
     """The load of the heaviest rank, float64 [snapshots, layers], tokens. Arguments as for `rank_loads`."""
     return rank_loads(load, placement, topology).amax(2)
 
 
-def balancedness(load: torch.Tensor, placement: Placement, topology: Topology) -> float:
+def balancedness(
+    load: torch.Tensor, placement: Placement, topology: Topology, shares: torch.Tensor | None = None
+) -> float:
     """Sum over layers of the mean rank load / sum over layers of the max rank load; 1 is perfect.
 
     Of several snapshots: the mean of that over the snapshots that hold any tokens. A load without tokens
     gives 1. Ranks that hold nothing in any layer, since they failed or have no slots, are left out of the
     mean. Arguments and errors as for `rank_loads`.
     """
-    loads = rank_loads(load, placement, topology)
+    loads = rank_loads(load, placement, topology, shares)
     if placement.has_empty_slots or not topology.is_even:
         loads = loads[:, :, filled_ranks(placement, topology).to(loads.device)]
     return balancedness_of_peaks(loads.mean(2), loads.amax(2))

@@ -10,6 +10,7 @@ from ..core.balancedness import balancedness_of_peaks
 from ..core.placement import Placement
 from ..core.topology import Topology
 from .balance_batch import balance_batch
+from .shares import replica_numbers
 
 __all__ = ["SplitBalancedness", "even_batch", "rank_costs", "split_balancedness"]
 
@@ -36,15 +37,11 @@ def even_batch(counts: torch.Tensor, placement: Placement) -> torch.Tensor:
         int64 [..., layers, slots], tokens; 0 for an empty slot.
     """
     placement = placement.to(counts.device)
-    ids, slots = placement.physical_to_logical, placement.logical_to_physical
-    held = ids.clamp(min=0)
-    # The number of each slot among those of its expert; the padding goes to a column behind the slots.
-    number = ids.new_zeros(ids.shape[0], ids.shape[1] + 1)
-    place = torch.arange(slots.shape[2], device=ids.device).expand_as(slots).flatten(1)
-    number.scatter_(1, torch.where(slots < 0, ids.shape[1], slots).flatten(1), place)
+    ids = placement.physical_to_logical
+    held, number = ids.clamp(min=0), replica_numbers(placement)
     tokens = counts.long().gather(-1, held.expand(*counts.shape[:-1], -1))
     replicas = placement.replica_count.gather(1, held)
-    return torch.where(ids < 0, 0, tokens // replicas + (number[:, :-1] < tokens % replicas))
+    return torch.where(ids < 0, 0, tokens // replicas + (number < tokens % replicas))
 
 
 def rank_costs(tokens: torch.Tensor, topology: Topology, expert_cost: int = 0) -> torch.Tensor:

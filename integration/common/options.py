@@ -44,9 +44,10 @@ class EngineOptions(Options):
     """Dispatch `balanced`: single steps of an interval on which it is measured, evenly spaced."""
     history: int = Field(4, ge=1, le=64)
     """Intervals in the window: a plan is made from the latest 4."""
-    dispatch: Literal["even", "balanced"] = "even"
-    """Replica of each token. `even`: the engine's own mapping. `balanced`: each batch is split so that all
-    ranks finish together."""
+    dispatch: Literal["even", "engine", "balanced"] = "even"
+    """Replica of each token. `even`: the engine's own mapping; with SGLang's `static`, from a table in which
+    the replicas of an expert serve equally many ranks. `engine`: SGLang's own table, otherwise as `even`.
+    `balanced`: each batch is split so that all ranks finish together."""
     expert_cost: Annotated[int, Field(ge=0, le=2**20)] | Literal["auto"] = 0
     """Dispatch `balanced`: least cost of a replica in use, in tokens. `auto`: from the weights and the
     accelerator."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import NamedTuple, TypeAlias
 
@@ -18,6 +18,7 @@ from ...core.load import as_snapshots, fold_steps
 from ...core.placement import Placement
 from ...core.topology import Topology
 from ...dispatch.rank_costs import split_balancedness
+from ...dispatch.shares import balanced_shares, indexed_shares
 from ...observability.failures import FailureLog
 from ...observability.prometheus import ModelTelemetry
 from ...planning.move_cost import MoveCost, default_bandwidth, serving_share, with_price
@@ -26,14 +27,15 @@ from ...runtime.control.rank_group import RankGroup
 from ...runtime.reports import RebalanceReport
 from .agreement import agree_on_plan
 from .options import EngineOptions
+from .report_lines import bytes_moved, said_of, withdrawn
+from .telemetry import ExpertBytes
 
 __all__ = [
     "DispatchInForce",
     "EnginePlanner",
-    "ExpertBytes",
+    "IndexMapping",
     "Inputs",
     "Refusal",
-    "bytes_of_one_expert",
 ]
 
 _logger = logging.getLogger(__name__)
@@ -41,9 +43,6 @@ _REPORTS = 64
 
 Inputs: TypeAlias = Callable[[], tuple[torch.Tensor, Topology]]
 """Gives the load of the interval, [steps, layers, logical] tokens over all ranks, and the topology."""
-
-ExpertBytes: TypeAlias = Callable[[], Mapping[int, int]]
-"""Gives the bytes of one expert's weights by layer."""
 
 Refusal: TypeAlias = Callable[[torch.Tensor, torch.Tensor], str | None]
 """Says why the engine would drop a plan, from map in force and plan, int64 [layers, slots]; else None."""
@@ -61,6 +60,19 @@ class DispatchInForce(NamedTuple):
     copies: int
 
 
+class IndexMapping(NamedTuple):
+    """An engine's own mapping, by the index of a token in its batch.
+
+    Attributes:
+        multiplier: see `indexed_shares`.
+        entries: counts of a token over all ranks: its experts, times the ranks that count it or batches of
+            other ranks.
+    """
+
+    multiplier: int
+    entries: int
+
+
 class EnginePlanner:
     """Plans for one model of an engine that counts tokens and moves weights itself.
 
@@ -76,6 +88,7 @@ class EnginePlanner:
         warnings: times that the engine was seen to balance less than it seems to, by cause.
         telemetry: shows the reports of this rank; None on all ranks but one.
         dispatch: gives the dispatch `balanced` of the engine; None while its own mapping is in force.
+        mapping: the engine's own mapping; None where it is even, or not by index.
     """
 
     def __init__(self, options: EngineOptions | None = None, *, model: str = "", speaks: bool = True) -> None:
@@ -86,6 +99,7 @@ class EnginePlanner:
         self.warnings: Counter[str] = Counter()
         self.telemetry: ModelTelemetry | None = None
         self.dispatch: Callable[[], DispatchInForce] | None = None
+        self.mapping: IndexMapping | None = None
         self._name = f" of {model}" if model else ""
         self._history: deque[torch.Tensor] = deque(maxlen=self.options.history)
         self._samples: deque[torch.Tensor] = deque(maxlen=self.options.history)
@@ -116,7 +130,7 @@ class EnginePlanner:
             inputs: called once; may raise.
             current: integer [layers, slots], the map in force, equal on all ranks; it is not written to.
             samples: gives single steps of the interval, int64 [samples, layers, logical], tokens as counted
-                over all ranks; for the dispatch. Called after `inputs`; may raise.
+                over all ranks; for the dispatch or mapping. Called after `inputs`; may raise.
             ranks: gives the ranks that compare their plans; None where each may act alone.
             expert_bytes: for the bytes in the report and the price of a move; None where they are unknown.
             refuses: the engine's own rule for dropping a plan; None without one.
@@ -133,7 +147,8 @@ class EnginePlanner:
         # A failure has to come before the ranks compare their plans: the others would wait for this one.
         try:
             load, topology = inputs()
-            single = load[:0] if samples is None or self.dispatch is None else samples()
+            by_steps = self.dispatch is not None or self.mapping is not None
+            single = samples() if samples is not None and by_steps else load[:0]
             sizes = self._sizes(expert_bytes)
             self._cost = self._cost_of_moves(topology, sizes, 0 if steps is None else steps(), waits)
             new, report = self._place(load, single, topology, old, sizes, refuses)
@@ -143,7 +158,7 @@ class EnginePlanner:
             try:
                 agree_on_plan(new, ranks())
             except Exception as error:
-                new, report = old, _withdrawn(report, self._failure_log.add(error))
+                new, report = old, withdrawn(report, self._failure_log.add(error))
         self.failures += report.failed
         self.reports.append(report)
         if self.speaks:
@@ -201,6 +216,25 @@ class EnginePlanner:
         samples = torch.cat(list(self._samples)) if options.dispatch == "balanced" else None
         return plan(window, topology, current, options, samples=samples).placement
 
+    def shares(self, placement: Placement, topology: Topology, samples: torch.Tensor) -> torch.Tensor | None:
+        """What each slot gets of its expert's tokens, float64 [layers, slots]; None: even shares.
+
+        Engines override it for a mapping of their own. It is asked for the map in force before `plan` is, and
+        for the planned one after that.
+
+        Args:
+            samples: int64 [samples, layers, logical], single steps of the interval; there may be none.
+        """
+        if not len(samples):
+            return None
+        if self.dispatch is not None:
+            cost, copies = self.dispatch()
+            return balanced_shares(samples // copies, placement, topology, cost)
+        if self.mapping is None:
+            return None
+        batches = samples.sum(2).amax(1) // self.mapping.entries
+        return indexed_shares(placement, batches, self.mapping.multiplier)
+
     def _planner_options(self) -> PlannerOptions:
         """For the dispatch in force: an engine that could not take ours has said so."""
         options = self.options.planner
@@ -227,6 +261,7 @@ class EnginePlanner:
         self.observe(load)
         self._samples.append(samples)
         in_force = Placement(old, load.shape[2])
+        shares_before = self.shares(in_force, topology, samples)
         start = time.perf_counter()
         window = torch.cat(list(self._history))
         new = self.plan(window, topology, in_force)
@@ -243,19 +278,23 @@ class EnginePlanner:
             self.warn("dropped_plan", "")  # the line of this rebalance says it
 
         interval, ids = self._history[-1], new.physical_to_logical
+        shares_after = self.shares(new, topology, samples)
         layers, moves = int((old != ids).any(1).sum()), count_moves(in_force, new, topology)
-        levels = [balancedness(window, placement, topology) for placement in (in_force, new)]
+        levels = [
+            balancedness(window, in_force, topology, shares_before),
+            balancedness(window, new, topology, shares_after),
+        ]
         report = RebalanceReport(
             number=self._calls,
             skipped=not layers,
             reason="" if layers else reason,
-            balancedness_before=balancedness(interval, in_force, topology),
-            balancedness_after=balancedness(interval, new, topology),
+            balancedness_before=balancedness(interval, in_force, topology, shares_before),
+            balancedness_after=balancedness(interval, new, topology, shares_after),
             window_balancedness_before=levels[0],
             window_balancedness_after=levels[1],
             layers=layers,
             moves=int(moves.sum()),
-            bytes_moved=_bytes_moved(moves.tolist(), sizes),
+            bytes_moved=bytes_moved(moves.tolist(), sizes),
             plan_seconds=seconds,
         )
         if self.dispatch is not None and len(samples):
@@ -297,52 +336,5 @@ class EnginePlanner:
         return RebalanceReport.of_nothing(0, reason, number=self._calls, failed=failed)
 
     def _log(self, report: RebalanceReport) -> None:
-        observed = f"balancedness {report.balancedness_before:.3f} observed"
-        before, after = report.window_balancedness_before, report.window_balancedness_after
-        if report.failed:
-            said = f"failed, {report.reason}; the map in force stays"
-        elif before is None or after is None:
-            said = f"skipped, {report.reason}"
-        elif report.skipped:
-            said = f"skipped, {report.reason}; {observed}"
-        else:
-            said = (
-                f"{observed}, {before:.3f} -> {after:.3f} predicted; {report.moves} moves in "
-                f"{report.layers} layers; planned in {1000 * report.plan_seconds:.1f} ms"
-            )
-        if report.sampled_balancedness is not None:
-            even, balanced = report.sampled_balancedness_even, report.sampled_balancedness
-            said += f"; single steps {even:.3f} -> {balanced:.3f} by dispatch"
-        if report.move_cost_seconds is not None and report.gain_seconds is not None and not report.skipped:
-            cost, gain = 1000 * report.move_cost_seconds, 1000 * report.gain_seconds
-            said += f"; moves cost {cost:.1f} ms and gain {gain:.1f} ms until the next one"
         failures = f"; {self.failures} failures so far" if self.failures else ""
-        _logger.info("rebalance %d%s: %s%s", report.number, self._name, said, failures)
-
-
-def _withdrawn(report: RebalanceReport, cause: str) -> RebalanceReport:
-    """The report of a plan that ranks did not agree on."""
-    return replace(
-        report,
-        skipped=True,
-        failed=True,
-        reason="; ".join([*([report.reason] if report.failed else []), cause]),
-        balancedness_after=report.balancedness_before,
-        window_balancedness_after=report.window_balancedness_before,
-        layers=0,
-        moves=0,
-        bytes_moved=0,
-        move_cost_seconds=None,
-        gain_seconds=None,
-    )
-
-
-def _bytes_moved(moves: list[int], sizes: Mapping[int, int]) -> int | None:
-    """Bytes of the moves of each layer; None unless the size of each moved expert is known."""
-    known = all(layer in sizes for layer, count in enumerate(moves) if count)
-    return sum(count * sizes.get(layer, 0) for layer, count in enumerate(moves)) if known else None
-
-
-def bytes_of_one_expert(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of one expert of a layer from the layer's tensors, each [slots on this rank, ...]."""
-    return sum(tensor[0].numel() * tensor.element_size() for tensor in tensors)
+        _logger.info("rebalance %d%s: %s%s", report.number, self._name, said_of(report), failures)

@@ -16,20 +16,25 @@ from typing import Any
 import torch
 
 from ...core.errors import ConfigError
+from ...core.placement import Placement
 from ...core.topology import Topology
 from ..adapters import Adapter
 from .dispatch_seams import begin_dispatch, check_arguments, put_solvers_in_force
-from .policy import ALGORITHM, SglangBalancer, is_ours, parse_algorithm
-from .seam_table import HOOKED, INIT_SOLVERS, LAUNCH_HOOK
+from .policy import ALGORITHM, SglangBalancer, is_first_rank, is_ours, parse_algorithm
+from .seam_table import HOOKED, INIT_SOLVERS, LAUNCH_HOOK, NEW_METADATA, STATIC, STATIC_TABLE
 from .seams import (
     algorithm_in_use,
     map_in_force,
     missing_seams,
     no_first_map,
+    num_nodes,
     redundant_experts,
+    row_mapping,
+    static_table,
     warn_unmoved,
     watch,
 )
+from .static_dispatch import known_map, map_of_table
 
 __all__ = ["ADAPTER", "balancer_of", "register"]
 
@@ -66,6 +71,9 @@ def register() -> None:
         HookRegistry.register(target, hook, HookType.AROUND)
     with suppress(ImportError, AttributeError):  # then it is among `missing`, and `_start` stops the launch
         pkgutil.resolve_name(LAUNCH_HOOK)("handle_eplb_and_dispatch")(_check_launch)
+    if not missing_seams(STATIC):  # else SGLang's own table stays, and `_start` says so
+        HookRegistry.register(NEW_METADATA, _new_metadata, HookType.AROUND)
+        HookRegistry.register(STATIC_TABLE, _static_table, HookType.AROUND)
     with suppress(ImportError, AttributeError):  # then launches with `dispatch=balanced` that need it stop
         pkgutil.resolve_name(INIT_SOLVERS)
         HookRegistry.register(INIT_SOLVERS, _init_solvers, HookType.AROUND)
@@ -128,6 +136,7 @@ def _rebalance_experts(original: Callable[..., Any], *args: Any, **kwargs: Any) 
         num_groups=int(given["num_groups"] or 1),
     )
     current = map_in_force()
+    balancer.planner.static = static_table(balancer.options)
     if current is None:
         return balancer.place_at_start(counts, topology, slots - redundant_experts())
     return balancer.rebalance(counts, topology, current.physical_to_logical_map_cpu)
@@ -153,10 +162,47 @@ def _start(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         current = map_in_force()
         balancer = balancer_of(algorithm)
         balancer.start(current.physical_to_logical_map, current.num_logical_experts)
+        balancer.planner.static = static_table(balancer.options)
+        if is_first_rank() and balancer.planner.static is not None:
+            _logger.info("%s", _about_table(balancer))
         watch(args[0], balancer)
-        balancer.before_first = partial(warn_unmoved, args[0])
+        balancer.before_first = partial(_before_first, args[0], balancer)
         if balancer.options.dispatch == "balanced":
             begin_dispatch(args[0], balancer)
+
+
+def _new_metadata(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """SGLang makes its tables of a map."""
+    with known_map(_arguments(original, args, kwargs)["physical_to_logical_map"]):
+        return original(*args, **kwargs)
+
+
+def _static_table(original: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+    """With our algorithm, the table of dispatch `static` is fair. Each rank makes its own row."""
+    algorithm, ids = algorithm_in_use(), map_of_table()
+    if ids is None or not is_ours(algorithm) or balancer_of(algorithm).options.dispatch == "engine":
+        return original(*args, **kwargs)
+    given = _arguments(original, args, kwargs)
+    lists = given["logical_to_all_physical_map"]
+    ranks, slots = int(given["ep_size"]), int(given["num_physical_experts"])
+    topology = Topology(num_nodes=num_nodes(), num_ranks=ranks, num_slots=slots)
+    row = balancer_of(algorithm).planner.row(Placement(ids.cpu(), lists.shape[1]), topology, given["ep_rank"])
+    return row.to(lists.device, lists.dtype)
+
+
+def _about_table(balancer: SglangBalancer) -> str:
+    """A line on dispatch `static`."""
+    if balancer.planner.static == "fair":
+        return "dispatch=even: the replicas of an expert serve equally many ranks, near ones first"
+    missing = missing_seams(STATIC)
+    why = f"this SGLang lacks {'; '.join(missing)}" if missing else "dispatch=engine"
+    return f"{why}: SGLang's own table stays, in which each rank asks its nearest replica"
+
+
+def _before_first(manager: Any, balancer: SglangBalancer) -> None:
+    """The model is loaded, and its experts are about to move for the first time."""
+    warn_unmoved(manager)
+    balancer.planner.mapping = row_mapping(manager)
 
 
 def _init_solvers(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:

@@ -17,8 +17,9 @@ from ...planning.planner import plan, warmup
 from ...runtime.control.rank_group import RankGroup, content_hash
 from ..common.agreement import agree_on_plan, announce
 from ..common.options import SHARED, EngineOptions, options_in_settings
-from ..common.planner import EnginePlanner, ExpertBytes
+from ..common.telemetry import ExpertBytes
 from .dispatch import LayerSolvers
+from .static_dispatch import SglangPlanner
 
 __all__ = [
     "ALGORITHM",
@@ -113,7 +114,7 @@ class SglangBalancer:
     def __init__(self, algorithm: str) -> None:
         self.algorithm = algorithm
         self.options = parse_algorithm(algorithm)
-        self.planner = EnginePlanner(self.options)
+        self.planner = SglangPlanner(self.options)
         self.expert_bytes: ExpertBytes | None = None
         self.before_first: Callable[[], None] | None = None
         self.solvers: LayerSolvers | None = None
@@ -155,7 +156,8 @@ class SglangBalancer:
         """
         if num_logical is not None:
             load = self._routed(load, num_logical)
-        placement = plan(load.cpu(), topology, None, self.options.planner).placement
+        planned = plan(load.cpu(), topology, None, self.options.planner).placement
+        placement = self.planner.with_table(load, topology, planned, None)
         placement.validate(topology)
         if self.options.check_agreement:
             agree_on_plan(placement.physical_to_logical, _all_ranks(load))

@@ -15,12 +15,15 @@ __all__ = [
     "INIT_SOLVERS",
     "LAUNCH_HOOK",
     "MAPPING",
+    "NEW_METADATA",
     "PLANNING",
     "READ",
     "REPLICATED",
     "RING",
     "SEAMS",
     "SHARDED",
+    "STATIC",
+    "STATIC_TABLE",
 ]
 
 _EPLB = "sglang.srt.eplb"
@@ -77,12 +80,28 @@ READ: Mapping[str, tuple[str, ...]] = MappingProxyType(
         f"{RING}._curr_index": (),
         "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE.layer_id": (),
         "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE.num_local_experts": (),
+        "sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE.top_k": (),
     }
 )
 """What is read once a model is loaded; checked in wheels alone, since it takes many imports."""
 
 MAPPING = f"{_EPLB}.expert_location_dispatch.topk_ids_logical_to_physical"
 """SGLang's mapping from experts to slots."""
+
+STATIC_TABLE = f"{_EPLB}.expert_location.compute_logical_to_rank_dispatch_physical_map"
+"""SGLang's way to make the table of dispatch `static`: when the model loads, and at each rebalance."""
+
+NEW_METADATA = f"{_METADATA}._init_raw"
+"""What calls it, with the whole map."""
+
+STATIC: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        NEW_METADATA: ("ep_size", "physical_to_logical_map", "logical_to_all_physical_map"),
+        STATIC_TABLE: ("logical_to_all_physical_map", "ep_size", "num_physical_experts", "ep_rank"),
+        f"{_METADATA}.logical_to_rank_dispatch_physical_map": (),
+    }
+)
+"""The fair table of dispatch `static`."""
 
 INIT_SOLVERS = "sglang.srt.model_executor.model_runner_components.moe_ep_setup.init_lplb_solvers"
 """SGLang's way to make its solvers: when the model loads, and after each change of the map."""
@@ -114,5 +133,5 @@ SHARDED: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 """Dispatch `balanced` where each rank has its own tokens."""
 
-SEAMS = seams_of({**PLANNING, **READ, **SHARDED})
+SEAMS = seams_of({**PLANNING, **READ, **STATIC, **SHARDED})
 """All of them."""

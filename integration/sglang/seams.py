@@ -6,22 +6,25 @@ import logging
 import pkgutil
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal
 
 from ...runtime.verify.unregistered import warn_unregistered
-from ..common.options import uneven_slots
-from ..common.planner import bytes_of_one_expert
+from ..common.options import EngineOptions, uneven_slots
+from ..common.planner import IndexMapping
 from ..common.seams import missing_here, seams_of
-from ..common.telemetry import engine_telemetry
+from ..common.telemetry import bytes_of_one_expert, engine_telemetry
 from .policy import SglangBalancer, is_first_rank
-from .seam_table import PLANNING, RING
+from .seam_table import PLANNING, RING, STATIC
 
 __all__ = [
     "algorithm_in_use",
     "map_in_force",
     "missing_seams",
     "no_first_map",
+    "num_nodes",
     "redundant_experts",
+    "row_mapping",
+    "static_table",
     "warn_unmoved",
     "watch",
 ]
@@ -64,6 +67,38 @@ def redundant_experts() -> int:
     from sglang.srt.runtime_context import get_exec
 
     return int(get_exec().moe.ep_num_redundant_experts)
+
+
+def num_nodes() -> int:
+    """Nodes of the model's ranks."""
+    from sglang.srt.runtime_context import get_parallel
+
+    return int(get_parallel().nnodes)
+
+
+def static_table(options: EngineOptions) -> Literal["fair", "engine"] | None:
+    """Whose table SGLang's dispatch `static` reads here; None with another dispatch."""
+    from sglang.srt.runtime_context import get_exec
+
+    if get_exec().moe.ep_dispatch_algorithm != "static":
+        return None
+    return "engine" if options.dispatch == "engine" or missing_seams(STATIC) else "fair"
+
+
+def row_mapping(manager: Any) -> IndexMapping | None:
+    """SGLang's own mapping by the row of a token, without an all-to-all backend; else None.
+
+    With such a backend and dispatch `dynamic` it draws replicas at random, which is even. To be called just
+    before the first rebalance, as `warn_unmoved`.
+    """
+    from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+    from sglang.srt.runtime_context import get_exec, get_parallel
+
+    moe = get_exec().moe
+    if moe.moe_a2a_backend != "none" or moe.ep_dispatch_algorithm != "dynamic":
+        return None
+    experts = [part.top_k for part in manager._get_model().modules() if isinstance(part, FusedMoE)]
+    return IndexMapping(1, experts[0] * int(get_parallel().tp_size)) if experts else None
 
 
 def no_first_map(model_config: Any) -> str | None:

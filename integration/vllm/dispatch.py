@@ -116,7 +116,7 @@ def bind_dispatch(state: Any, options: EngineOptions, group: Any) -> DispatchInF
         AgreementError: `auto` means another cost on another rank.
     """
     restore_mapping()
-    if options.dispatch == "even":
+    if options.dispatch != "balanced":
         return None
     models = list(state.model_states.values())
     try:

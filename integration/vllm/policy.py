@@ -18,7 +18,8 @@ from ...observability.prometheus import Telemetry
 from ...planning.planner import plan
 from ...runtime.control.rank_group import RankGroup
 from ..common.options import EngineOptions
-from ..common.planner import DispatchInForce, EnginePlanner, ExpertBytes
+from ..common.planner import DispatchInForce, EnginePlanner, IndexMapping
+from ..common.telemetry import ExpertBytes
 from .warnings import dropped_plan
 
 __all__ = ["Interval", "VllmPolicy"]
@@ -40,6 +41,7 @@ class Interval:
         expert_bytes: gives the bytes of one expert's weights by layer; None where they are unknown.
         steps: forward steps between two rearrangements; 0: unknown.
         waits: whether vLLM waits for the transfers: in its synchronous mode.
+        mapping: vLLM's own mapping from experts to slots; None where it is unknown.
     """
 
     model: str
@@ -51,6 +53,7 @@ class Interval:
     expert_bytes: ExpertBytes | None = None
     steps: int = 0
     waits: bool = True
+    mapping: IndexMapping | None = None
 
     def arrived(self) -> torch.Tensor:
         """The load, once it is on the host; raises if a rank had none."""
@@ -155,6 +158,7 @@ class VllmPolicy:
         samples, planner, dispatch = interval.samples, self.planner_of(interval.model), self.dispatch
         drops = self.drops_small_plans
         planner.dispatch = None if dispatch is None else lambda: dispatch
+        planner.mapping = interval.mapping
         return planner.rebalance(
             lambda: (interval.arrived(), topology()),
             old,

@@ -52,6 +52,7 @@ PLANNING = (
         ),
         exactly=True,
     ),
+    Seam(f"{_MOE}.config.FusedMoEConfig.experts_per_token"),
     Seam("vllm.distributed.parallel_state.get_ep_group"),
     Seam("vllm.distributed.parallel_state.get_eplb_group"),
     Seam("vllm.distributed.parallel_state.GroupCoordinator.cpu_group"),

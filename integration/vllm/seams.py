@@ -13,14 +13,15 @@ import torch
 import torch.distributed as dist
 
 from ...core.topology import Topology
+from ...dispatch.shares import VLLM_HASH
 from ...observability.prometheus import Telemetry
 from ...planning.planner import warmup
 from ...runtime.control.rank_group import RankGroup
 from ...runtime.verify.unregistered import warn_unregistered
 from ..common.options import EngineOptions
-from ..common.planner import bytes_of_one_expert
+from ..common.planner import IndexMapping
 from ..common.seams import missing_here
-from ..common.telemetry import engine_telemetry
+from ..common.telemetry import bytes_of_one_expert, engine_telemetry
 from .dispatch import bind_dispatch
 from .policy import Interval, VllmPolicy
 from .seam_table import PLANNING
@@ -182,7 +183,7 @@ def _intervals(state: Any, policy: VllmPolicy) -> list[Interval]:
     error: Exception | None = None
     steps, position = state.expert_rearrangement_step_interval, state.expert_load_window_step
     snapshots = policy.options.snapshots
-    samples = 0 if policy.dispatch is None else policy.options.samples
+    samples = policy.options.samples
     try:
         loads = []
         for model in models:
@@ -221,9 +222,18 @@ def _intervals(state: Any, policy: VllmPolicy) -> list[Interval]:
             functools.partial(expert_bytes, model.model),
             steps,
             waits=not state.is_async,
+            mapping=_own_mapping(model.model),
         )
         for name, load, sampled, model in zip(names, on_host[::2], on_host[1::2], models, strict=True)
     ]
+
+
+def _own_mapping(model: Any) -> IndexMapping | None:
+    """vLLM's hash of a token's index. None where a model does not say how many experts a token has."""
+    config = getattr(model.moe_layers[0], "moe_config", None)
+    if config is None:
+        return None
+    return IndexMapping(VLLM_HASH, config.experts_per_token * _ep_group().world_size)
 
 
 def _warm_up(state: Any, options: EngineOptions) -> None:

@@ -19,11 +19,13 @@ from sglang.srt.model_executor.forward_context import ForwardContext, forward_co
 from sglang.srt.runtime_context import get_flags, get_parallel
 
 import eplb_plugin as eplb
+from eplb_plugin.core.balancedness import balancedness_of_peaks
 from eplb_plugin.integration.sglang import dispatch_seams
 from eplb_plugin.integration.sglang import plugin as sglang_plugin
 from eplb_plugin.integration.sglang.dispatch import to_slots
+from eplb_plugin.integration.sglang.policy import fold_busy_steps
 from tests.engines.sglang.eplb_ranks import DENSE_LAYERS, TOP_K, Server
-from tests.engines.sglang.setups import Setup, Split
+from tests.engines.sglang.setups import Setup, Split, Static
 
 MODEL = SimpleNamespace(hf_config=SimpleNamespace(architectures=["Qwen3MoeForCausalLM"]))
 
@@ -54,7 +56,7 @@ class SplittingServer(Server):
     def before_manager(self) -> None:
         """What SGLang's model runner does between the map and the manager."""
         get_parallel().override_permanently(moe_ep_group=self.group, tp_group=self.group)
-        if self.setup.backend != "none":
+        if self.setup.backend != "none" and self.setup.dispatch == "lp":
             sglang_runner.init_lplb_solvers(model_config=MODEL)
 
     def route(self, step: int, logical_ids: torch.Tensor) -> torch.Tensor:
@@ -109,6 +111,64 @@ class SplittingServer(Server):
         self.split.chosen.append(slots.tolist())
         self.manager.on_forward_pass_end()
         return self.model.wrong_rows(self.metadata)
+
+
+class StaticServer(SplittingServer):
+    """A server with dispatch `static`: ranks have the same tokens and send them to other slots."""
+
+    def __init__(self, rank: int, setup: Setup) -> None:
+        self.result = Static([], [], [])
+        self.slots: list[torch.Tensor] = []
+        super().__init__(rank, setup)
+
+    def step(self) -> tuple[int, int]:
+        ids = next(self.traffic)
+        ids[..., 1] = torch.where(
+            ids[..., 0] == ids[..., 1], (ids[..., 0] + 5) % self.setup.logical, ids[..., 1]
+        )
+        placed = self.metadata.physical_to_logical_map_cpu.clone()
+        with self.recorder.with_forward_pass(len(self.steps), None):
+            slots = self.route(len(self.steps), ids)
+        experts = ids[DENSE_LAYERS:]
+        expert = placed[DENSE_LAYERS:, None].expand(-1, ids.shape[1], -1).gather(2, slots[DENSE_LAYERS:])
+        self.result.wrong_tokens += int((expert != experts).sum())
+        per_rank = placed.shape[1] // dist.get_world_size()
+        here = placed[DENSE_LAYERS:, self.rank * per_rank :][:, :per_rank]
+        has = (experts.unsqueeze(3) == here[:, None, None]).any(3)
+        own = slots[DENSE_LAYERS:] // per_rank == self.rank
+        self.result.near += int((has & own).sum())
+        self.result.far += int((has & ~own).sum())
+        counts, taken = _count(ids, self.setup.logical), _count(slots, placed.shape[1])
+        counts[:DENSE_LAYERS] = 0
+        dist.all_reduce(counts)
+        dist.all_reduce(taken)
+        self.steps.append(counts)
+        self.slots.append(taken)
+        self.placed = placed
+        self.manager.on_forward_pass_end()
+        return self.model.wrong_rows(self.metadata)
+
+
+def static(rank: int, setup: Setup) -> Static:
+    """Serve until `setup.rebalances` rebalances are done, and compare each report with what was counted."""
+    server, topology = (
+        StaticServer(rank, setup),
+        eplb.Topology(num_ranks=dist.get_world_size(), num_slots=setup.logical + setup.redundant),
+    )
+    planner, result = sglang_plugin.balancer_of(setup.algorithm).planner, server.result
+    while len(planner.reports) < setup.rebalances:
+        seen = len(planner.reports)
+        while len(planner.reports) == seen:
+            assert server.step()[0] == 0
+        placement = eplb.Placement(server.placed, setup.logical)
+        passes, slots = (torch.stack(steps[-setup.interval :]) for steps in (server.steps, server.slots))
+        loads = topology.by_rank(fold_busy_steps(slots, 32).double(), 0.0).sum(3)
+        result.counted.append(balancedness_of_peaks(loads.mean(2), loads.amax(2)))
+        result.even.append(eplb.balancedness(fold_busy_steps(passes, 32), placement, topology))
+    result.reported = [report.balancedness_before for report in planner.reports]
+    result.moves = sum(report.moves for report in planner.reports)
+    result.failures = planner.failures
+    return result
 
 
 def _count(ids: torch.Tensor, most: int) -> torch.Tensor:

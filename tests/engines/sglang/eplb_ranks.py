@@ -172,7 +172,7 @@ def _configure(rank: int, world: int, setup: Setup) -> None:
         expert_distribution_recorder_mode="stat",
         expert_distribution_recorder_buffer_size=setup.interval,
         moe_a2a_backend=setup.backend,
-        ep_dispatch_algorithm="dynamic" if setup.backend == "none" else "lp",
+        ep_dispatch_algorithm="dynamic" if setup.backend == "none" else setup.dispatch,
     ).install()
     get_parallel().override_permanently(tp_rank=rank, moe_ep_rank=rank)
     shape = ModelConfigForExpertLocation(setup.layers, setup.logical, setup.groups)

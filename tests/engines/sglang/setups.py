@@ -22,6 +22,8 @@ class Setup:
     """What each expert of an MoE layer got when it was recorded: the start is planned from that."""
     backend: str = "none"
     """The all-to-all backend of SGLang."""
+    dispatch: str = "lp"
+    """SGLang's `--ep-dispatch-algorithm` with such a backend."""
     own_tokens: bool = True
     """Whether each rank has its own tokens."""
     failing_rank: int | None = None
@@ -45,6 +47,26 @@ class Outcome:
     """The load of each snapshot that the planner was given, flattened."""
     expected: list[list[int]]
     """The same from the tokens themselves."""
+
+
+@dataclasses.dataclass
+class Static:
+    """What one rank saw of the dispatch `static`."""
+
+    reported: list[float]
+    """Balancedness of each interval but the first, as reported."""
+    counted: list[float]
+    """The same from the tokens that SGLang sent to each slot of each rank."""
+    even: list[float]
+    """The same if all replicas of an expert got the same."""
+    wrong_tokens: int = 0
+    """Choices whose slot holds another expert."""
+    near: int = 0
+    """Choices on the rank itself, of those with a replica there."""
+    far: int = 0
+    """The others of those."""
+    moves: int = 0
+    failures: int = 0
 
 
 @dataclasses.dataclass

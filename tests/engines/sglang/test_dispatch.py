@@ -118,3 +118,33 @@ def start(rank, setup, broken):
 def test_what_only_ranks_can_see_is_refused_there(backend, broken, message):
     with pytest.raises(RanksFailedError, match=f"ConfigError: .*{message}"):
         run_ranks(start, 2, setup_for(backend), broken, timeout=180)
+
+
+def static(rank, setup):
+    from tests.engines.sglang import dispatch_ranks
+
+    return dispatch_ranks.static(rank, setup)
+
+
+@pytest.mark.parametrize("option", ["", ":dispatch=engine"], ids=["fair", "engine"])
+def test_reports_of_static_dispatch_are_what_slots_get(option):
+    """On four ranks and two nodes, three replicas cannot serve equally many ranks."""
+    setup = Setup(
+        algorithm=f"eplb_plugin{option}",
+        backend="flashinfer",
+        dispatch="static",
+        own_tokens=False,
+        logical=16,
+        redundant=8,
+        nodes=2,
+        rebalances=6,
+    )
+    outcomes = run_ranks(static, 4, setup, timeout=180)
+    for outcome in outcomes:
+        assert outcome.wrong_tokens == outcome.failures == 0 < outcome.moves
+        assert outcome.reported == pytest.approx(outcome.counted, abs=1e-9)
+        assert outcome.far == 0 < outcome.near
+        assert outcome.counted != outcome.even
+    # From the first rebalance on, the maps are planned.
+    counted, even = (sum(values[1:]) for values in (outcomes[0].counted, outcomes[0].even))
+    assert counted > even - 0.1
