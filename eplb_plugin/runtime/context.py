@@ -12,6 +12,7 @@ from ..core.topology import Topology
 from ..dispatch.registry import Dispatch
 from .connections import Connections
 from .load_window import LoadWindow
+from .recorder import Recorder
 from .verify.fingerprints import ExpertFingerprints
 from .weights.expert_weights import ExpertWeights
 from .weights.staging import Staging
@@ -64,6 +65,7 @@ class Context:
     Attributes:
         fingerprints: of all expert weights; None if nothing is verified.
         expert_cost: least cost of a replica in use, in tokens, for the dispatch `balanced`.
+        recorder: writes intervals to a folder; None on all ranks but the first, and without `record`.
     """
 
     topology: Topology
@@ -77,3 +79,4 @@ class Context:
     in_force: PlacementInForce
     expert_cost: int
     streams: DeviceOrder
+    recorder: Recorder | None

@@ -39,11 +39,15 @@ class Request:
         number: of the rebalance, the same on every rank.
         step: steps that the rank had ended when the interval did.
         intervals: recorded on this rank since the last rebalance.
+        num_steps: forward steps of these intervals.
+        step_seconds: duration of a step on this rank; 0: unknown.
     """
 
     number: int
     step: int
     intervals: Sequence[IntervalLoad]
+    num_steps: int = 0
+    step_seconds: float = 0.0
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -85,7 +89,9 @@ def rebalance(context: Context, request: Request, scheduler: Scheduler) -> Outco
 
         goal = before.physical_to_logical
         load = context.window.load()
-        if not bool(load.any()):
+        if context.options.mode == "observe":
+            draft.notes.append("mode observe plans nothing")
+        elif not bool(load.any()):
             draft.notes.append("no load was recorded")
         else:
             with draft.timing("plan_seconds"):
@@ -109,7 +115,17 @@ def rebalance(context: Context, request: Request, scheduler: Scheduler) -> Outco
         draft.failed = True
         draft.notes.append(str(error))
 
-    # 7. Report: shown at the same step on all ranks.
+    # 7. Record on rank 0, and report: shown at the same step on all ranks.
+    if context.recorder is not None:
+        sizes = context.weights.expert_bytes
+        context.recorder.add(
+            interval,
+            before,
+            context.topology,
+            expert_bytes=sum(sizes) / len(sizes),
+            step_seconds=request.step_seconds,
+            num_steps=request.num_steps,
+        )
     report = write_report(context, request, draft, before, interval, throttle)
     fence = scheduler.propose_step()
     step = max(context.connections.control.vote(f"ending rebalance {request.number}", value=fence))
@@ -243,7 +259,7 @@ def write_report(
             balancedness_before=balancedness(interval.snapshots, before, context.topology),
             balancedness_after=balancedness(interval.snapshots, after, context.topology),
         )
-    if context.options.batch != "own":  # whose splits are not those of whole batches
+    if context.options.dispatch == "balanced" and context.options.batch != "own":  # whose splits are not those of whole batches
         _measure_dispatch(context, before, interval.samples, draft, throttle)
     report = draft.finish(request.step)
     throttle.pause()

@@ -22,6 +22,7 @@ from .control.rank_group import RankGroup
 from .control.two_phase_commit import Store
 from .load_window import IntervalLoad
 from .rebalance import Request
+from .recorder import StepTimes
 from .reports import RebalanceObserver, RebalanceReport
 from .startup import Restore, register_again, start_up
 from .verify.unregistered import warn_unregistered
@@ -129,7 +130,8 @@ class Rebalancer:
         self.window, self.tables = self._context.window, self._context.in_force.tables
         if modules is not None and weights is not None:
             warn_unregistered(modules, weights, topology.slots_by_rank[self.rank])
-        self._steps = 0
+        self._steps = self._asked = 0
+        self._step_times = StepTimes()
         self._number = 0
         # Intervals that ended while a rebalance was under way wait for the next one.
         self._waiting: deque[IntervalLoad] = deque(maxlen=options.history)
@@ -138,7 +140,7 @@ class Rebalancer:
         self._replacing = False
         self._told_failure = False
         # Ranks that plan compile the planner now, so that the first rebalance does not wait for it.
-        if self.rank == 0 or options.planning == "sharded":
+        if options.mode != "observe" and (self.rank == 0 or options.planning == "sharded"):
             warmup(dispatch=self.planner.dispatch)
 
     @property
@@ -181,6 +183,7 @@ class Rebalancer:
             return None
         self.window.step(is_dummy)
         self._steps += 1
+        self._step_times.stepped()
         if self.observer is not None:
             self.observer.stepped()
         report = None
@@ -237,10 +240,13 @@ class Rebalancer:
             raise
         finally:
             self._replacing = False
+            self._step_times.interrupted()
 
     def close(self) -> None:
         """End balancing for good; a rebalance under way is finished first. All ranks call it."""
         self._finish()
+        if self._context.recorder is not None:
+            self._context.recorder.flush(self.options.time_limit)
         if not self.off:
             self._end("closed", failed=False)
 
@@ -254,11 +260,19 @@ class Rebalancer:
         self._context.streams.mark()
         intervals = list(self._waiting)
         self._waiting.clear()
-        return Request(number=self._number, step=self._steps, intervals=intervals)
+        num_steps, self._asked = self._steps - self._asked, self._steps
+        return Request(
+            number=self._number,
+            step=self._steps,
+            intervals=intervals,
+            num_steps=num_steps,
+            step_seconds=self._step_times.take(),
+        )
 
     def _run(self) -> RebalanceReport:
         """Rebalance within this step."""
         self._runner.run(self._context, self._request())
+        self._step_times.interrupted()
         report = self._collect()
         assert report is not None
         return report
