@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from eplb_plugin.core.topology import Topology
 from eplb_plugin.integration.common.options import EngineOptions
-from eplb_plugin.integration.common.planner import engine_telemetry
+from eplb_plugin.integration.common.telemetry import engine_telemetry
 from eplb_plugin.integration.sglang import seams as sglang_seams
 from eplb_plugin.integration.sglang.policy import SglangBalancer
 from eplb_plugin.integration.vllm.policy import Interval
@@ -29,7 +29,7 @@ from .test_vllm_policy import NUMBERS, call, in_force, policy, skewed
 
 def test_only_the_first_rank_shows_anything_and_only_when_enabled(monkeypatch, caplog):
     telemetry = Telemetry(CollectorRegistry())
-    monkeypatch.setattr("eplb_plugin.integration.common.planner._of_this_process", lambda: telemetry)
+    monkeypatch.setattr("eplb_plugin.integration.common.telemetry._of_this_process", lambda: telemetry)
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/somewhere")
     assert engine_telemetry(EngineOptions(), True) is None
     assert engine_telemetry(EngineOptions(metrics=True), False) is None
@@ -48,7 +48,7 @@ from prometheus_client import CollectorRegistry, generate_latest, multiprocess
 
 def work(observed):
     from eplb_plugin.integration.common.options import EngineOptions
-    from eplb_plugin.integration.common.planner import engine_telemetry
+    from eplb_plugin.integration.common.telemetry import engine_telemetry
     from eplb_plugin import Placement, RebalanceReport, Topology
     import torch
     telemetry = engine_telemetry(EngineOptions(metrics=True), True)
@@ -153,7 +153,9 @@ def _rebalance_in_sglang(rank: int, algorithm: str) -> tuple[str, list[int], int
     registry = CollectorRegistry()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sglang_seams, "_model_name", lambda: "tiny")
-        patch.setattr("eplb_plugin.integration.common.planner._of_this_process", lambda: Telemetry(registry))
+        patch.setattr(
+            "eplb_plugin.integration.common.telemetry._of_this_process", lambda: Telemetry(registry)
+        )
         balancer = SglangBalancer(algorithm)
         model = SimpleNamespace(routed_experts_weights_of_layer={n: [torch.zeros(6, 4)] for n in range(3)})
         topology = Topology(num_ranks=4, num_slots=12)

@@ -138,7 +138,9 @@ class NpzArrays:
         """The single number of an array, 0 or above and finite."""
         value = self.read(name)
         if value.size != 1 or value.dtype.kind not in "iuf" or not 0 <= value.reshape(()) < float("inf"):
-            raise TraceError(f"{self.path}: {name} is {value.dtype} {value.shape}, not one number of 0 or above")
+            raise TraceError(
+                f"{self.path}: {name} is {value.dtype} {value.shape}, not one number of 0 or above"
+            )
         return float(value.reshape(()))
 
     def text(self, name: str) -> str:

@@ -259,7 +259,9 @@ def write_report(
             balancedness_before=balancedness(interval.snapshots, before, context.topology),
             balancedness_after=balancedness(interval.snapshots, after, context.topology),
         )
-    if context.options.dispatch == "balanced" and context.options.batch != "own":  # whose splits are not those of whole batches
+    if (
+        context.options.dispatch == "balanced" and context.options.batch != "own"
+    ):  # whose splits are not those of whole batches
         _measure_dispatch(context, before, interval.samples, draft, throttle)
     report = draft.finish(request.step)
     throttle.pause()

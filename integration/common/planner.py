@@ -5,15 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from typing import NamedTuple, TypeAlias
 
 import torch
 
 from ...config.options import PlannerOptions
-from ...config.sources import metrics_folder
 from ...core.balancedness import balancedness, count_moves
 from ...core.errors import LoadError, PlacementError
 from ...core.load import as_snapshots, fold_steps
@@ -21,21 +19,21 @@ from ...core.placement import Placement
 from ...core.topology import Topology
 from ...dispatch.rank_costs import split_balancedness
 from ...observability.failures import FailureLog
-from ...observability.prometheus import ModelTelemetry, Telemetry
+from ...observability.prometheus import ModelTelemetry
 from ...planning.planner import plan
 from ...runtime.control.rank_group import RankGroup
+from ...runtime.load_window import IntervalLoad
 from ...runtime.reports import RebalanceReport
 from .agreement import agree_on_plan
 from .options import EngineOptions
+from .recording import ModelRecorder
+from .telemetry import ExpertBytes
 
 __all__ = [
     "DispatchInForce",
     "EnginePlanner",
-    "ExpertBytes",
     "Inputs",
     "Refusal",
-    "bytes_of_one_expert",
-    "engine_telemetry",
 ]
 
 _logger = logging.getLogger(__name__)
@@ -43,9 +41,6 @@ _REPORTS = 64
 
 Inputs: TypeAlias = Callable[[], tuple[torch.Tensor, Topology]]
 """Gives the load of the interval, [steps, layers, logical] tokens over all ranks, and the topology."""
-
-ExpertBytes: TypeAlias = Callable[[], Mapping[int, int]]
-"""Gives the bytes of one expert's weights by layer."""
 
 Refusal: TypeAlias = Callable[[torch.Tensor, torch.Tensor], str | None]
 """Says why the engine would drop a plan, from map in force and plan, int64 [layers, slots]; else None."""
@@ -78,6 +73,7 @@ class EnginePlanner:
         warnings: times that the engine was seen to balance less than it seems to, by cause.
         telemetry: shows the reports of this rank; None on all ranks but one.
         dispatch: gives the dispatch `balanced` of the engine; None while its own mapping is in force.
+        recorder: writes the intervals of this rank to a folder; None on all ranks but one, and without one.
     """
 
     def __init__(self, options: EngineOptions | None = None, *, model: str = "", speaks: bool = True) -> None:
@@ -88,6 +84,7 @@ class EnginePlanner:
         self.warnings: Counter[str] = Counter()
         self.telemetry: ModelTelemetry | None = None
         self.dispatch: Callable[[], DispatchInForce] | None = None
+        self.recorder: ModelRecorder | None = None
         self._name = f" of {model}" if model else ""
         self._history: deque[torch.Tensor] = deque(maxlen=self.options.history)
         self._samples: deque[torch.Tensor] = deque(maxlen=self.options.history)
@@ -106,6 +103,8 @@ class EnginePlanner:
         ranks: Callable[[], RankGroup] | None = None,
         expert_bytes: ExpertBytes | None = None,
         refuses: Refusal | None = None,
+        steps: Callable[[], int] | None = None,
+        step_seconds: float = 0.0,
     ) -> torch.Tensor:
         """The map for the next interval; `current` after a failure or where the gain is too small.
 
@@ -115,10 +114,12 @@ class EnginePlanner:
             inputs: called once; may raise.
             current: integer [layers, slots], the map in force, equal on all ranks; it is not written to.
             samples: gives single steps of the interval, int64 [samples, layers, logical], tokens as counted
-                over all ranks; for the dispatch. Called after `inputs`; may raise.
+                over all ranks; for dispatch and recording. Called after `inputs`; may raise.
             ranks: gives the ranks that compare their plans; None where each may act alone.
             expert_bytes: for the bytes in the report; None where they are unknown.
             refuses: the engine's own rule for dropping a plan; None without one.
+            steps: gives the forward steps between two rebalances; None where they are unknown. May raise.
+            step_seconds: duration of a forward step on this rank; 0: unknown.
 
         Returns:
             int64 [layers, slots] on the CPU, in memory of its own. Experts that stay on a rank keep
@@ -126,12 +127,12 @@ class EnginePlanner:
         """
         self._calls += 1
         old = current.to("cpu", torch.int64, copy=True)
-        new, load, topology = old, None, None
+        new, load, topology, single = old, None, None, None
         # A failure has to come before the ranks compare their plans: the others would wait for this one.
         try:
             load, topology = inputs()
-            steps = load[:0] if samples is None or self.dispatch is None else samples()
-            new, report = self._place(load, steps, topology, old, expert_bytes, refuses)
+            single = load[:0] if samples is None else samples()
+            new, report = self._place(load, single, topology, old, expert_bytes, refuses)
         except Exception as error:
             new, report = old, self._nothing(self._failure_log.add(error), failed=True)
         if ranks is not None and self.options.check_agreement:
@@ -139,6 +140,9 @@ class EnginePlanner:
                 agree_on_plan(new, ranks())
             except Exception as error:
                 new, report = old, _withdrawn(report, self._failure_log.add(error))
+        if self.recorder is not None and load is not None and single is not None and topology is not None:
+            interval = IntervalLoad(load, single)
+            self.recorder.add(interval, old, topology, expert_bytes, steps, step_seconds)
         self.failures += report.failed
         self.reports.append(report)
         if self.speaks:
@@ -224,7 +228,8 @@ class EnginePlanner:
         in_force = Placement(old, load.shape[2])
         start = time.perf_counter()
         window = torch.cat(list(self._history))
-        new = self.plan(window, topology, in_force)
+        observes = self.options.mode == "observe"
+        new = in_force if observes else self.plan(window, topology, in_force)
         if (new.num_layers, new.num_logical) != (in_force.num_layers, in_force.num_logical):
             raise PlacementError(f"{new} was planned in place of {in_force}")
         # Made anew: its checks run on the present content of the tensor.
@@ -232,6 +237,8 @@ class EnginePlanner:
         new.validate(topology)
         seconds = time.perf_counter() - start
         reason = f"no layer gains min_gain={self.options.planner.min_gain}"
+        if observes:
+            reason = "mode observe plans nothing"
         if refuses is not None and new != in_force and (refusal := refuses(old, new.physical_to_logical)):
             moves = int(count_moves(in_force, new, topology).sum())
             new, reason = in_force, f"a plan of {moves} moves is dropped: {refusal}"
@@ -305,31 +312,3 @@ def _withdrawn(report: RebalanceReport, cause: str) -> RebalanceReport:
         moves=0,
         bytes_moved=0,
     )
-
-
-def engine_telemetry(options: EngineOptions, is_first_rank: bool) -> Telemetry | None:
-    """The series of this process, the same object at each call; None without metrics and on other ranks.
-
-    Workers of an engine write their series to the folder in PROMETHEUS_MULTIPROC_DIR, its server reads them
-    there. Reports are equal on all ranks, so the first rank alone shows them.
-    """
-    if not (options.metrics and is_first_rank):
-        return None
-    if metrics_folder() is None:
-        _logger.warning(
-            "eplb_plugin: metrics are enabled, but the engine was started without PROMETHEUS_MULTIPROC_DIR, "
-            "so its /metrics cannot show them"
-        )
-    return _of_this_process()
-
-
-@cache
-def _of_this_process() -> Telemetry:
-    from prometheus_client import REGISTRY
-
-    return Telemetry(REGISTRY)
-
-
-def bytes_of_one_expert(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of one expert of a layer from the layer's tensors, each [slots on this rank, ...]."""
-    return sum(tensor[0].numel() * tensor.element_size() for tensor in tensors)
