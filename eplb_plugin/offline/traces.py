@@ -109,6 +109,13 @@ class LoadTrace:
         return self.load if self.samples is None else self.samples
 
     @property
+    def length(self) -> str:
+        """For titles: `40 steps`, or `96 sums of 31.2 steps`."""
+        if self.engine_steps == 1:
+            return f"{self.num_steps} step{'' if self.num_steps == 1 else 's'}"
+        return f"{self.num_steps} sums of {self.engine_steps:.4g} steps"
+
+    @property
     def num_steps(self) -> int:
         return self.load.shape[0]
 

@@ -67,6 +67,12 @@ class Replay:
     expert_cost: int = 0
     message_us: float = 0.0
 
+    @property
+    def unit(self) -> str:
+        """What an axis of time counts."""
+        steps = self.trace.engine_steps
+        return "step" if steps == 1 else f"sum of {steps:.4g} steps"
+
     def mean_rank_loads(self, policy: PolicyReplay) -> torch.Tensor:
         """Load of each rank over all scored steps, relative to the mean of its layer.
 
@@ -107,7 +113,7 @@ def replay(
         TopologyError, PlacementError: the numbers do not fit together.
     """
     results = []
-    dispatches = ("even", "balanced") if has_whole_counts(trace.load) else ()
+    dispatches = ("even", "balanced") if has_whole_counts(trace.single_steps) else ()
     for name in policies:
         result = simulate(
             trace,
@@ -123,7 +129,9 @@ def replay(
         placements = tuple(part.placement for part in result.intervals)
         predicted = tuple(
             balancedness(
-                trace.load[part.first_step - rebalancer.interval : part.first_step], placement, topology
+                trace.part(part.first_step - rebalancer.interval, part.first_step).single_steps,
+                placement,
+                topology,
             )
             for part, placement in zip(result.intervals, placements, strict=True)
         )

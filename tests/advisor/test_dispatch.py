@@ -10,10 +10,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from eplb_plugin.advisor.advice import advise, verdict
+from eplb_plugin.advisor.advice import advise
 from eplb_plugin.advisor.dispatch import DispatchGain, dispatch_gain, dispatch_verdict
 from eplb_plugin.advisor.machine import model_preset
 from eplb_plugin.advisor.trial import Setting, TrialCache, try_setting
+from eplb_plugin.advisor.verdict import verdict
 from eplb_plugin.cli import app
 from eplb_plugin.config.options import RebalancerOptions
 from eplb_plugin.core.errors import ConfigError

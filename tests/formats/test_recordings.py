@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from eplb_plugin.config.options import RebalancerOptions
 from eplb_plugin.core.errors import TraceError
 from eplb_plugin.core.placement import Placement
 from eplb_plugin.core.topology import Topology
@@ -27,6 +27,7 @@ from eplb_plugin.formats.recordings import (
     remove_oldest,
     write_interval,
 )
+from eplb_plugin.runtime.rebalancer import Rebalancer
 
 LAYERS, EXPERTS = 2, 8
 
@@ -198,43 +199,38 @@ def test_names_sort_by_time():
     assert len(set(names)) == len(names)
 
 
-WRITER = """
-import sys, time, torch
-import eplb_plugin as eplb
-more = {"record": sys.argv[1], "background_share": 1.0}
-options = eplb.RebalancerOptions(mode="observe", interval=8, snapshots=4, **more)
-loop = eplb.Rebalancer(eplb.Topology(num_ranks=1, num_slots=320), 40, 256, options=options)
-ids = torch.arange(256)
-for step in range(10**9):
-    for layer in range(40):
-        loop.record_counts(layer, (ids * 7919 + step) % 1000)
-    loop.step()
-    if step == 8:
-        print("recording", flush=True)
-"""
+def record_for_ever(folder):
+    """A child process: serve and record as fast as the recorder takes intervals."""
+    torch.set_num_threads(1)
+    options = RebalancerOptions(
+        mode="observe", interval=8, snapshots=4, record=str(folder), background_share=1.0
+    )
+    loop = Rebalancer(Topology(num_ranks=1, num_slots=320), 40, 256, options=options)
+    ids = torch.arange(256)
+    for step in range(10**9):
+        for layer in range(40):
+            loop.record_counts(layer, (ids * 7919 + step) % 1000)
+        loop.step()
 
 
 def test_a_recording_outlives_sigkill_at_any_moment(tmp_path):
     """A real process is killed again and again while it records; every file that is there is whole."""
-    read = 0
-    for attempt in range(4):
-        with subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        ) as process:
-            assert process.stdout.readline() == b"recording\n", process.stderr.read().decode()
-            until = time.monotonic() + 60
-            count = len(recorded_files(tmp_path))
-            while len(recorded_files(tmp_path)) < count + 3 and time.monotonic() < until:
-                time.sleep(0.002)
-            time.sleep(0.003 * attempt)
-            process.send_signal(signal.SIGKILL)
+    for attempt in range(6):
+        count = len(recorded_files(tmp_path))
+        process = multiprocessing.get_context("fork").Process(target=record_for_ever, args=(tmp_path,))
+        process.start()
+        until = time.monotonic() + 60
+        while len(recorded_files(tmp_path)) < count + 3 and time.monotonic() < until:
+            time.sleep(0.002)
+        time.sleep(0.003 * attempt)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         files = recorded_files(tmp_path)
         assert len(files) >= count + 3
         recording = read_recording(tmp_path)
         assert recording.left_out == ()
         assert recording.trace.num_steps >= 4 * len(files)
-        read += len(files)
-    assert read > 12
     # What a killed process left half-written goes when another one writes.
     (tmp_path / "interval-20000101T000000.000000-00000001.npz.999999999.part").write_bytes(b"half")
     remove_oldest(tmp_path, 2**30)
