@@ -96,6 +96,8 @@ def simulate(
 
 def _plain(result: SimulationResult) -> dict[str, object]:
     content = asdict(result)
+    for part in content["intervals"]:
+        del part["placement"]
     if not result.dispatches:
         del content["dispatches"]
     return content

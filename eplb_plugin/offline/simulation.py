@@ -197,7 +197,8 @@ def simulate(
                 first_step=start,
                 steps=steps,
                 scored=ahead.shape[0],
-                balancedness=balancedness(ahead, placement, topology),
+                # A recording may have no single step in a short interval: it has no weight then.
+                balancedness=balancedness(ahead, placement, topology) if len(ahead) else 1.0,
                 predicted=balancedness(window, placement, topology),
                 moves=int(count_moves(current, placement, topology).sum()),
                 plan_ms=1000 * seconds,
@@ -205,6 +206,9 @@ def simulate(
             )
         )
         for name, found in scores.items():
+            if not len(ahead):
+                found.append(BatchScore(1.0, 0, 0.0))
+                continue
             counts = whole_counts(ahead, trace.name)
             found.append(
                 score(name, counts, placement, topology, expert_cost=expert_cost, seed=(seed, start))

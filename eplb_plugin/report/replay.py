@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,7 +26,8 @@ class PolicyReplay:
     Attributes:
         result: scores.
         placements: placement in force in each interval.
-        predicted: balancedness of that placement on the interval before, mean over its steps.
+        predicted: balancedness of that placement on the interval before, mean over its single steps; NaN
+            without one.
     """
 
     result: SimulationResult
@@ -86,6 +88,12 @@ class Replay:
         return total / total.mean(1, keepdim=True)
 
 
+def _before(trace: LoadTrace, result: SimulationResult, interval: int) -> list[torch.Tensor]:
+    """The single steps of the interval before each rebalance; none where a recording has none."""
+    starts = [part.first_step for part in result.intervals]
+    return [trace.part(start - interval, start).single_steps for start in starts]
+
+
 def replay(
     trace: LoadTrace,
     topology: Topology,
@@ -128,12 +136,8 @@ def replay(
         )
         placements = tuple(part.placement for part in result.intervals)
         predicted = tuple(
-            balancedness(
-                trace.part(part.first_step - rebalancer.interval, part.first_step).single_steps,
-                placement,
-                topology,
-            )
-            for part, placement in zip(result.intervals, placements, strict=True)
+            balancedness(steps, placement, topology) if len(steps) else math.nan
+            for steps, placement in zip(_before(trace, result, rebalancer.interval), placements, strict=True)
         )
         results.append(PolicyReplay(result, placements, predicted))
     return Replay(trace, topology, rebalancer.interval, tuple(results), expert_cost, message_us)
