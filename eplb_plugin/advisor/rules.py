@@ -7,7 +7,6 @@ import json
 from ..config.options import PlannerOptions
 from .advice import Advice
 from .machine import Machine
-from .verdict import is_worth_it
 
 __all__ = ["how_to_enable", "when_not"]
 
@@ -19,6 +18,7 @@ _MOST_STEPS_OF_WINDOW = 1000  # vLLM keeps each of them: 58 layers of 288 slots 
 
 _ASCEND = "vLLM Ascend's user guide on EPLB"
 _LPLB = "LMSYS and NVIDIA on LPLB in SGLang: 1 to 1.6 % less prefill throughput where nothing is uneven"
+_KINDS = "loads of different kinds of traffic correlate at 0.1, docs/advise.md"
 _METRO = "METRO, arXiv 2512.09277: replicas cost 11 to 22 % of decode latency on 8 A100"
 
 
@@ -58,20 +58,18 @@ def when_not(advice: Advice, machine: Machine, num_experts: int, seconds: float)
     if 0 < seconds < _SHORT_SECONDS:
         said.append(
             f"Rule: short recordings. The load covers {seconds:.0f} s; traffic changes over hours. "
-            f"Record {_SHORT_SECONDS / 60:.0f} minutes at least, and at the time of day that matters."
+            f"Record {_SHORT_SECONDS / 60:.0f} minutes at least, at the hours that matter ({_KINDS})."
         )
     return said
 
 
-def how_to_enable(advice: Advice, engine: str, num_experts: int) -> str | None:
-    """The best setting as the arguments of an engine; None where it is not worth it.
+def how_to_enable(advice: Advice, engine: str, num_experts: int) -> str:
+    """The best setting as the arguments of an engine, worth it or not.
 
     Args:
         engine: `vLLM`, `SGLang`, or anything else for the library.
         num_experts: logical experts per layer.
     """
-    if not is_worth_it(advice):
-        return None
     best = advice.best.setting
     redundant, interval = best.slots - num_experts, advice.engine_interval(best)
     default = best.move_price == PlannerOptions().move_price

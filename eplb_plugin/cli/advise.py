@@ -164,9 +164,8 @@ def advise(
         console.print(line, highlight=False)
     engine = "" if recording is None else recording.newest.engine
     enable = how_to_enable(advice, engine, load.num_experts)
-    if enable is not None:
-        console.print("Enable it with:", highlight=False)
-        console.print(f"  {enable}", highlight=False, soft_wrap=True)
+    console.print("Enable it with:" if is_worth_it(advice) else "To try it all the same:", highlight=False)
+    console.print(f"  {enable}", highlight=False, soft_wrap=True)
     if as_json:
         content = {
             "worth_it": is_worth_it(advice),

@@ -187,7 +187,7 @@ def test_rules_of_when_not_to_balance(changes, machine, seconds, rule):
         experts = 33
     (said,) = when_not(advice, machine_of(**numbers), experts, seconds)
     assert rule in said
-    assert "(" in said or seconds, "a rule names its source"
+    assert said.endswith(")."), "a rule names its source"
 
 
 def test_each_engine_gets_its_own_arguments():
@@ -199,4 +199,3 @@ def test_each_engine_gets_its_own_arguments():
     assert parse_algorithm("eplb_plugin:move_price=0.01").planner.move_price == 0.01
     assert '"step_interval": 80, "window_size": 80' in how_to_enable(advice, "vLLM", 32)
     assert "num_slots=36" in how_to_enable(advice, "", 32)
-    assert how_to_enable(advice_of(best=0.6), "vLLM", 32) is None
