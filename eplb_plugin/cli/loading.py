@@ -51,6 +51,8 @@ def recording_for(source: str, settings: Settings) -> tuple[Recording | None, Se
     for name, value in found.items():
         if f"simulate.{name}" not in given:
             settings = settings.replaced(f"simulate.{name}", value)
+    if "rebalancer.batch" not in given and recording.newest.copies == topology.num_ranks > 1:
+        settings = settings.replaced("rebalancer.batch", "replicated")
     return recording, settings
 
 

@@ -49,6 +49,7 @@ class RecordedInterval:
         expert_bytes: mean size of one expert's weights; 0: unknown.
         step_seconds: median duration of a forward step; 0: unknown.
         steps: forward steps of the interval; 0: unknown.
+        copies: ranks that have each token; the loads count it once.
         engine: such as `vLLM`; empty: unknown.
         model: its name; empty: unknown.
     """
@@ -61,6 +62,7 @@ class RecordedInterval:
     expert_bytes: float = 0.0
     step_seconds: float = 0.0
     steps: int = 0
+    copies: int = 1
     engine: str = ""
     model: str = ""
 
@@ -131,6 +133,7 @@ def write_interval(path: Path, interval: RecordedInterval) -> None:
         "expert_bytes": np.array(float(interval.expert_bytes)),
         "step_seconds": np.array(float(interval.step_seconds)),
         "steps": np.array(interval.steps),
+        "copies": np.array(interval.copies),
         "engine": np.array(interval.engine[:_LONGEST_NAME]),
         "model": np.array(interval.model[:_LONGEST_NAME]),
     }
@@ -179,7 +182,7 @@ def read_interval(path: Path, max_bytes: int = MAX_BYTES) -> RecordedInterval:
         numbers = {name: arrays.number(name) for name in ("num_ranks", "num_nodes", "num_groups")}
         uneven = "rank_slots" in arrays.names
         rank_slots = tuple(arrays.integers("rank_slots", 1).tolist()) if uneven else None
-        num_logical, steps = arrays.number("num_logical"), arrays.number("steps")
+        num_logical, steps, copies = (arrays.number(name) for name in ("num_logical", "steps", "copies"))
         amounts = [arrays.amount(name) for name in ("expert_bytes", "step_seconds")]
         layer_ids = layer_ids_of(arrays)
         engine, model = arrays.text("engine"), arrays.text("model")
@@ -200,6 +203,7 @@ def read_interval(path: Path, max_bytes: int = MAX_BYTES) -> RecordedInterval:
         expert_bytes=amounts[0],
         step_seconds=amounts[1],
         steps=max(steps, 0),
+        copies=max(copies, 1),
         engine=engine,
         model=model,
     )

@@ -98,10 +98,12 @@ class Recorder:
             samples=interval.samples // self.copies,
             placement=placement,
             topology=topology,
-            layer_ids=self.layer_ids,
+            # Ids that do not fit would make a file that nobody can read.
+            layer_ids=self.layer_ids if len(self.layer_ids) == interval.snapshots.shape[1] else (),
             expert_bytes=expert_bytes,
             step_seconds=step_seconds,
             steps=num_steps,
+            copies=self.copies,
             engine=self.engine,
             model=self.model,
         )

@@ -104,6 +104,16 @@ def test_what_it_says_is_what_the_engine_takes(recording, tmp_path):
     assert options.planner.move_price == best["move_price"]
 
 
+def test_ranks_that_have_all_tokens_need_no_message(recording, tmp_path):
+    out, _ = advise(recording, "--redundant", 4, "--interval", 24)
+    assert "its message left out" in out
+    record(recording, steps_of(8 * 24), copies=4)
+    out, content = advise(recording, "--redundant", 4, "--interval", 24)
+    assert "without a message, since every rank has all tokens" in out
+    assert content["dispatch"]["worth_it"]
+    assert '"dispatch": "balanced"' in content["enable"]
+
+
 def test_options_win_over_the_recording(recording):
     out, content = advise(
         recording, "--ranks", 8, "--expert-mb", 3, "--step-ms", 50, "--interval", 12, "--redundant", 8

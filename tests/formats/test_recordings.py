@@ -45,6 +45,7 @@ def interval(seed=0, **changes):
             expert_bytes=1e6,
             step_seconds=0.025,
             steps=100,
+            copies=2,
             engine="vLLM",
             model="tiny",
         ),
@@ -71,6 +72,7 @@ def test_a_file_says_what_was_written(tmp_path):
         "expert_bytes",
         "step_seconds",
         "steps",
+        "copies",
         "engine",
         "model",
     ):
