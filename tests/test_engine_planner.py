@@ -11,8 +11,10 @@ from prometheus_client import CollectorRegistry, generate_latest
 import eplb_plugin as eplb
 from eplb_plugin.core.load import fold_steps
 from eplb_plugin.dispatch.rank_costs import split_balancedness
+from eplb_plugin.formats.recordings import read_recording, recorded_files
 from eplb_plugin.integration.common.options import EngineOptions
 from eplb_plugin.integration.common.planner import DispatchInForce, EnginePlanner
+from eplb_plugin.integration.common.recording import ModelRecorder
 from eplb_plugin.integration.common.telemetry import bytes_of_one_expert
 from eplb_plugin.observability.prometheus import Telemetry, lower_bound_gap
 from eplb_plugin.offline.synthetic_traffic import generate
@@ -374,3 +376,67 @@ def test_plans_for_balanced_dispatch_are_made_from_single_steps():
     for wrong in ({"dispatch": "even"}, {"dispatch": "balanced", "samples": 0}):
         with pytest.raises(eplb.ConfigError, match=r"planner\.dispatch='balanced' needs"):
             EngineOptions(planner={"dispatch": "balanced"}, **wrong)
+
+
+def observer(folder, **options):
+    planner = EnginePlanner(EngineOptions(snapshots=4, **options), model="moe")
+    planner.recorder = ModelRecorder(str(folder), 1, "an engine", "moe", (2, 4, 6), 2)
+    return planner
+
+
+def test_what_observes_reports_and_keeps_the_map(tmp_path, caplog):
+    planner = observer(tmp_path, mode="observe")
+    parts = traffic(60).split(20)
+    with caplog.at_level(logging.INFO):
+        for part in parts:
+            ids = rebalance(
+                planner,
+                2 * part,
+                samples=lambda part=part: 2 * part[::10],
+                expert_bytes=lambda: {0: 10, 1: 10, 2: 40},
+                steps=lambda: 20,
+                step_seconds=0.5,
+            )
+            assert torch.equal(ids, start().physical_to_logical)
+    for part, report in zip(parts, planner.reports, strict=True):
+        expected = eplb.balancedness(fold_steps(part, 4), start(), TOPOLOGY)
+        assert report.balancedness_before == report.balancedness_after == pytest.approx(expected)
+        assert (report.moves, report.reason) == (0, "mode observe plans nothing")
+    assert "skipped, mode observe plans nothing; balancedness 0." in caplog.text
+    planner.recorder.files.flush()
+    read = read_recording(tmp_path)
+    assert torch.equal(read.trace.load, torch.cat(parts)), "each token once, step by step"
+    assert torch.equal(read.trace.samples, torch.cat([part[::10] for part in parts]))
+    newest = read.newest
+    assert (newest.engine, newest.model, newest.layer_ids) == ("an engine", "moe", (2, 4, 6))
+    assert (newest.expert_bytes, newest.steps, newest.step_seconds) == (20.0, 20, 0.5)
+    assert (newest.placement, newest.topology) == (start(), TOPOLOGY)
+
+
+def test_recording_beside_balancing_changes_no_plan(tmp_path):
+    recording, plain = observer(tmp_path), EnginePlanner(EngineOptions(snapshots=4))
+    ids = others = start().physical_to_logical
+    for part in traffic(60).split(20):
+        before = ids
+        ids = rebalance(recording, part, ids, samples=lambda part=part: part[::5])
+        others = rebalance(plain, part, others)
+        assert torch.equal(ids, others)
+    recording.recorder.files.flush()
+    assert torch.equal(read_recording(tmp_path).newest.placement.physical_to_logical, before)
+
+
+def test_recording_fails_alone(tmp_path, caplog):
+    def broken():
+        raise RuntimeError("no sizes today")
+
+    planner = observer(tmp_path)
+    for part in traffic(40).split(20):
+        ids = rebalance(planner, part, steps=broken)
+    assert planner.failures == 0
+    assert not torch.equal(ids, start().physical_to_logical)
+    assert caplog.text.count("recording moe failed: RuntimeError: no sizes today") == 1
+    # An interval without load, or one that could not be read, is no interval.
+    rebalance(planner, torch.zeros(5, LAYERS, LOGICAL, dtype=torch.int64))
+    planner.rebalance(broken, start().physical_to_logical)
+    planner.recorder.files.flush()
+    assert recorded_files(tmp_path) == []

@@ -119,7 +119,10 @@ def test_the_documentation_has_every_option_with_its_default():
         ("eplb_plugin:history=", "'history=' is not OPTION=VALUE"),
         ("eplb_plugin:history=2,", "'' is not OPTION=VALUE"),
         ("eplb_plugin:history=2,history=3", "history is given twice"),
-        ("eplb_plugin:candidate=2", "unknown option 'candidate'; there are config, check_agreement, policy"),
+        (
+            "eplb_plugin:candidate=2",
+            "unknown option 'candidate'; there are config, check_agreement, mode, policy",
+        ),
         ("eplb_plugin:interval=5", "unknown option 'interval'"),
         ("eplb_plugin:history=0", r"history: .* greater than or equal to 1 \(got '0'\)"),
         ("eplb_plugin:move_price=cheap", r"move_price: .* valid number.* \(got 'cheap'\)"),

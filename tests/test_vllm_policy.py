@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import eplb_plugin as eplb
+from eplb_plugin.formats.recordings import read_recording, recorded_files
 from eplb_plugin.integration.common.options import EngineOptions
-from eplb_plugin.integration.vllm.policy import Interval, VllmPolicy
+from eplb_plugin.integration.vllm.policy import Interval, RecordedModel, VllmPolicy
 from eplb_plugin.runtime.control.rank_group import RankGroup
 
 from .processes import run_ranks
@@ -238,3 +239,38 @@ def test_ranks_that_disagree_all_keep_the_map_in_force(fault):
             assert first == in_force().flatten().tolist()
     if fault != "none":
         assert "ranks planned different maps: one on ranks [0], another on ranks [1]" in ranks[0][3]
+
+
+def test_observing_keeps_the_map_and_records_each_model_in_its_folder(tmp_path):
+    ours = policy(mode="observe", record=str(tmp_path / "here"))
+    ours.know("moe", RecordedModel((1, 3, 4), 2, ""))
+    ours.know("draft", RecordedModel((), 1, "draft"))
+    load, old = skewed(), in_force()
+    for model in ("moe", "draft"):
+        ours.expect([Interval(model, 2 * load, steps=40, step_seconds=0.25)])
+        assert torch.equal(ours.rebalance_experts(load.sum(0), *NUMBERS, old), old)
+    # Without a map in force there is nothing to keep: vLLM's own policy answers.
+    ours.rebalance_experts(load.sum(0), *NUMBERS, None)
+    assert len(ours.own.calls) == 1
+    assert ours.record_to(None) is None
+    read = {name: read_recording(tmp_path / "here" / name) for name in ("", "draft")}
+    assert torch.equal(read[""].trace.load, load)
+    assert torch.equal(read["draft"].trace.load, 2 * load)
+    assert read[""].newest.layer_ids == (1, 3, 4)
+    assert (read[""].newest.steps, read[""].newest.step_seconds) == (40, 0.25)
+    # Stopped, and begun elsewhere.
+    call(ours, load, old)
+    assert ours.report()["models"]["moe"]["recorded"] is None
+    assert ours.record_to(str(tmp_path / "there")) == str(tmp_path / "there")
+    call(ours, load, old)
+    assert ours.report()["models"]["moe"]["recorded"]["folder"] == str(tmp_path / "there")
+    ours.record_to(None)
+    assert len(recorded_files(tmp_path / "here")) == len(recorded_files(tmp_path / "there")) == 1
+
+
+def test_only_the_first_rank_records(tmp_path):
+    other = VllmPolicy(EngineOptions(check_agreement=False, record=str(tmp_path / "no")), Own(), speaks=False)
+    other.know("moe", RecordedModel((), 1, ""))
+    call(other, skewed(), in_force())
+    assert other.record_to(str(tmp_path / "no")) is None
+    assert not (tmp_path / "no").exists()

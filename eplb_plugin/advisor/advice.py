@@ -1,4 +1,4 @@
-"""The best setting on the first half of a load, back-tested on the second, and the verdict in sentences."""
+"""The best setting on the first half of a load, back-tested on the second."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ import torch
 from ..config.options import PlannerOptions, RebalancerOptions
 from ..core.errors import TraceError
 from ..offline.traces import LoadTrace
-from .dispatch import DispatchGain, dispatch_gain, dispatch_verdict
+from .dispatch import DispatchGain, dispatch_gain
 from .machine import Cost, Machine
 from .trial import Setting, Trial, TrialCache, try_setting, unmoved
 
 __all__ = [
     "LEAST_STEPS",
+    "SAFE_SIMILARITY",
+    "WORTH_MEMORY",
     "Advice",
     "BackTest",
     "Rated",
     "advise",
     "busy_layers",
-    "is_worth_it",
+    "mean_rank_load",
     "similarity",
-    "verdict",
 ]
 
 LEAST_STEPS = 16
@@ -36,14 +37,13 @@ SAFE_ERROR = 0.02
 SAFE_SIMILARITY = 0.8
 """Minimum correlation between the loads of the two halves for the same mix of traffic."""
 
-_WORTH_MEMORY = 0.02  # minimum relative gain of a setting with more slots
+WORTH_MEMORY = 0.02
+"""Minimum relative gain of a setting with more slots."""
+
 _WORTH_MOVES = 0.005  # minimum relative gain of a setting with more moves
 _REDUNDANT_PER_RANK = (0, 1, 2, 4)
 _INTERVALS_PER_HALF = (16, 8, 4)
 _PRICES = (0.25, 4.0)
-_WORTH = 1.05  # minimum net speed-up that is worth it
-_LITTLE = 1.02  # minimum net speed-up that is worth little
-_BUSY_LINKS = 0.05  # maximum share of time with transfers that needs no warning
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Rated:
         speedup: of the MoE layers, over no rebalancing and no redundant experts. The time of a layer is the
             peak rank load; with an expert cost, the cost of the slowest rank.
         cost: cost of moves and replicas.
-        net: `speedup` if the engine stopped during transfers: a lower bound.
-        dispatched: `speedup` with dispatch `balanced`, and with its message if the time of a token is known.
+        net: `speedup` if the engine stopped during transfers: a lower bound, and the figure that people see.
+        dispatched: `net` with dispatch `balanced`, and with its message if the time of a token is known.
             None: not judged.
     """
 
@@ -110,6 +110,10 @@ class Advice:
         dispatch: what dispatch `balanced` adds to the best setting. None: not judged.
         message_left_out: whether its message is missing in `Rated.dispatched`, since the time of a token is
             unknown.
+        planned: `Rated.dispatched` of the best setting with plans made for dispatch `balanced`. None: not
+            tried.
+        rank_load: mean load of a rank in one layer and one step, in tokens.
+        engine_steps: steps of the engine in one step of the load.
     """
 
     static: float
@@ -119,6 +123,13 @@ class Advice:
     cached: int
     dispatch: DispatchGain | None = None
     message_left_out: bool = False
+    planned: float | None = None
+    rank_load: float = 0.0
+    engine_steps: float = 1.0
+
+    def engine_interval(self, setting: Setting) -> int:
+        """The interval of a setting in steps of the engine."""
+        return max(1, round(setting.interval * self.engine_steps))
 
 
 def advise(
@@ -157,12 +168,9 @@ def advise(
     half = trace.num_steps // 2
     if trace.num_steps < LEAST_STEPS:
         raise TraceError(f"{trace.name} has {trace.num_steps} steps; advice needs {LEAST_STEPS} at least")
-    first, second = (
-        LoadTrace(part.contiguous(), trace.name, trace.layer_ids)
-        for part in (trace.load[:half], trace.load[half:])
-    )
+    first, second = trace.part(0, half), trace.part(half, trace.num_steps)
     for name, part in (("first", first), ("second", second)):
-        if not bool(part.load.any()):
+        if not bool(part.load.any()) or not bool(part.single_steps.any()):
             raise TraceError(f"{trace.name}: its {name} half, {part.num_steps} steps, has no tokens")
     slots = [trace.num_experts + extra for extra in redundant or _redundant(trace.num_experts, machine.ranks)]
     steps = list(intervals) or sorted({max(1, half // parts) for parts in _INTERVALS_PER_HALF})
@@ -198,8 +206,7 @@ def advise(
             progress(done, total)
         return trial
 
-    cells = half * busy_layers(first) * machine.ranks
-    rank_load = float(first.load.sum(dtype=torch.float64)) / cells
+    rank_load = mean_rank_load(first, machine.ranks)
     alone = machine.topology(-(-trace.num_experts // machine.ranks) * machine.ranks)
     static = unmoved(first, alone, machine.expert_cost)
 
@@ -209,7 +216,7 @@ def advise(
         speedup = static.speedup(trial, machine.expert_cost)
         net = speedup * max(0.0, 1 - cost.transfer_share)
         dispatched = machine.with_dispatch(trial, rank_load)
-        return Rated(setting, trial, speedup, cost, net, dispatched and speedup * dispatched)
+        return Rated(setting, trial, speedup, cost, net, dispatched and net * dispatched)
 
     rated = [rate(setting_of(count, interval, price)) for count in slots for interval in steps]
     best = _best(rated)
@@ -232,7 +239,17 @@ def advise(
         message_seconds=machine.message_seconds,
     )
     left_out = machine.message_seconds > 0 and machine.token_seconds is None
-    return Advice(static.balancedness, tuple(rated), best, test, cache.hits, gain, left_out)
+    return Advice(
+        static.balancedness,
+        tuple(rated),
+        best,
+        test,
+        cache.hits,
+        gain,
+        left_out,
+        rank_load=rank_load,
+        engine_steps=trace.engine_steps,
+    )
 
 
 def similarity(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -254,6 +271,12 @@ def similarity(one: torch.Tensor, other: torch.Tensor) -> float:
     return float(((rows[0] * rows[1]).sum(1) / (scale[0] * scale[1]))[usable].median())
 
 
+def mean_rank_load(trace: LoadTrace, ranks: int) -> float:
+    """Mean load of a rank in one layer and one step, in tokens."""
+    steps = trace.single_steps
+    return float(steps.sum(dtype=torch.float64)) / max(len(steps) * busy_layers(trace) * ranks, 1)
+
+
 def busy_layers(trace: LoadTrace) -> int:
     """Number of layers with load: engines record dense layers as rows of zeros."""
     return int((trace.load != 0).any(2).any(0).sum())
@@ -270,77 +293,8 @@ def _redundant(experts: int, ranks: int) -> list[int]:
 def _best(rated: Sequence[Rated]) -> Rated:
     """The fewest slots within 2% of the best net speed-up, then the fewest moves within 0.5%."""
     top = max(item.net for item in rated)
-    slots = min(item.setting.slots for item in rated if item.net >= top * (1 - _WORTH_MEMORY))
+    slots = min(item.setting.slots for item in rated if item.net >= top * (1 - WORTH_MEMORY))
     rest = [item for item in rated if item.setting.slots == slots]
     top = max(item.net for item in rest)
     good = [item for item in rest if item.net >= top * (1 - _WORTH_MOVES)]
     return min(good, key=lambda item: (item.cost.bytes_per_hour, -item.net))
-
-
-def is_worth_it(advice: Advice) -> bool:
-    """Whether the MoE layers gain at least 5% on both halves."""
-    return _gain(advice) >= _WORTH
-
-
-def verdict(advice: Advice, num_experts: int) -> list[str]:
-    """Sentences for people, the verdict first."""
-    best, test = advice.best, advice.back_test
-    gain, redundant = _gain(advice), best.setting.slots - num_experts
-    interval, price = best.setting.interval, best.setting.move_price
-    use = f"{redundant} redundant experts, a rebalance every {interval} steps and move_price {price:g}"
-    if gain >= _WORTH:
-        said = [f"Worth it: with {use}, MoE layers run {gain:.2f} times as fast as without balancing."]
-    elif gain >= _LITTLE:
-        said = [f"Worth little: at best, with {use}, MoE layers run {gain:.2f} times as fast."]
-    else:
-        said = [f"Not worth it: even with {use}, MoE layers run only {gain:.2f} times as fast."]
-    if gain < _WORTH:
-        said.append(_why_not(advice))
-    if best.cost.transfer_share > _BUSY_LINKS:
-        said.append(
-            f"Transfers keep the busiest links busy {best.cost.transfer_share:.0%} of the time. If the "
-            "network has other work, choose a longer interval or a higher move_price."
-        )
-    said += dispatch_verdict(advice.dispatch, redundant)
-    further = max(advice.rated, key=lambda item: item.dispatched or 0.0)
-    if (further.dispatched or 0.0) > (1 + _WORTH_MEMORY) * max(best.speedup, best.dispatched or 0.0):
-        left_out = ", its message left out" if advice.message_left_out else ""
-        said.append(
-            f"With dispatch balanced, {further.setting.slots - num_experts} redundant experts would reach "
-            f"{further.dispatched:.2f} times{left_out}."
-        )
-    # Adding 0 turns -0.0 into 0.0.
-    missed = round(100 * (test.measured - test.predicted), 1) + 0.0
-    said.append(
-        f"Predicted from the first half of the load: balancedness {test.predicted:.3f}; measured on the "
-        f"second half: {test.measured:.3f} ({missed:+.1f} points). The loads "
-        f"of the halves correlate at {test.similarity:.2f}."
-    )
-    if test.safe:
-        said.append("The prediction held, and the mix of traffic stayed the same.")
-    elif not test.same_traffic:
-        said.append(
-            f"The prediction is unsafe: the mix of traffic changes (a correlation below {SAFE_SIMILARITY}). "
-            "Record over a time that shows all of it, and prefer short intervals."
-        )
-    else:
-        said.append(
-            "The prediction is unsafe: it missed by more than 2 points although the mix hardly changed."
-        )
-    return said
-
-
-def _gain(advice: Advice) -> float:
-    """The net speed-up of the worse half."""
-    best, test = advice.best, advice.back_test
-    return min(best.net, test.speedup * max(0.0, 1 - best.cost.transfer_share))
-
-
-def _why_not(advice: Advice) -> str:
-    if advice.static > 1 / _WORTH:
-        return f"The load is even as it is: balancedness {advice.static:.3f} without balancing."
-    if advice.best.speedup >= _WORTH > advice.best.net:
-        return "Transfers cost more than balancing gains: the links are too slow for these experts."
-    if not advice.back_test.same_traffic:
-        return "The traffic changes faster than placements can follow it."
-    return "Hot experts change from step to step, or there are too few slots to spread them."

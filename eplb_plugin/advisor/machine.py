@@ -18,7 +18,10 @@ from ..dispatch.expert_cost import weight_bits
 from ..planning.move_cost import MoveCost
 from .trial import Setting, Trial
 
-__all__ = ["Cost", "Machine", "ModelPreset", "model_preset", "model_presets"]
+__all__ = ["Cost", "Machine", "ModelPreset", "model_preset", "model_presets", "models_of_shape"]
+
+
+_SAME_SIZE = 0.1
 
 
 class ModelPreset(Options):
@@ -74,6 +77,22 @@ def model_presets() -> Mapping[str, ModelPreset]:
         raise ConfigError(f"{paths[0]}: no such file; the installation is not complete")
     content = yaml.safe_load(path.read_text(encoding="utf-8"))["models"]
     return MappingProxyType({name: ModelPreset(**values) for name, values in content.items()})
+
+
+def models_of_shape(layers: int, experts: int, expert_bytes: float = 0.0) -> list[str]:
+    """Names of the presets with these MoE layers and experts; the first is the best guess.
+
+    Args:
+        layers: MoE layers with load.
+        experts: logical experts per layer.
+        expert_bytes: size of one expert; 0: unknown. A preset of another size, by a tenth or more, is none.
+    """
+    found = [
+        (abs(preset.bytes_per_expert / expert_bytes - 1) if expert_bytes else 0.0, name)
+        for name, preset in model_presets().items()
+        if (preset.layers, preset.experts) == (layers, experts)
+    ]
+    return [name for error, name in sorted(found, key=lambda item: item[0]) if error < _SAME_SIZE]
 
 
 def model_preset(name: str) -> ModelPreset:

@@ -96,7 +96,7 @@ def try_setting(
     """
     if not isinstance(rebalancer.expert_cost, int):
         raise ConfigError(f"a trial needs expert_cost in tokens, not {rebalancer.expert_cost!r}")
-    dispatches = ("even", "balanced") if has_whole_counts(trace.load) else ()
+    dispatches = ("even", "balanced") if has_whole_counts(trace.single_steps) else ()
     options = planner.model_copy(update={"move_price": setting.move_price, "policy": "adaptive"})
     result = simulate(
         trace,
@@ -147,9 +147,10 @@ class Unmoved:
 def unmoved(trace: LoadTrace, topology: Topology, expert_cost: int) -> Unmoved:
     """Score the default placement on all steps of `trace`, which holds tokens."""
     placement = Placement.default(trace.num_layers, trace.num_experts, topology.num_slots)
-    if not has_whole_counts(trace.load):
-        return Unmoved(balancedness(trace.load, placement, topology), None)
-    found = score("even", trace.load, placement, topology, expert_cost=expert_cost)
+    steps = trace.single_steps
+    if not has_whole_counts(steps):
+        return Unmoved(balancedness(steps, placement, topology), None)
+    found = score("even", steps, placement, topology, expert_cost=expert_cost)
     return Unmoved(found.balancedness, found.peak_cost / found.mean_load)
 
 
@@ -187,6 +188,7 @@ class TrialCache:
         """Digest of the load, the topology, the options and the code of a trial."""
         about = {
             "load": [str(trace.load.dtype), list(trace.load.shape)],
+            "samples": list(trace.sample_steps),
             "topology": dataclasses.asdict(topology),
             "setting": dataclasses.asdict(setting),
             "planner": planner.model_dump(mode="json"),
@@ -195,7 +197,8 @@ class TrialCache:
             "code": _code(),
         }
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-        digest.update(trace.load.contiguous().numpy().data)
+        for part in (trace.load, *(() if trace.samples is None else (trace.samples,))):
+            digest.update(part.contiguous().numpy().data)
         return digest.hexdigest()
 
     def get(self, key: str) -> Trial | None:

@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from dataclasses import asdict
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
-import torch
 import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..advisor.advice import Advice, Rated, busy_layers, is_worth_it, verdict
+from ..advisor.advice import Advice, Rated, busy_layers
 from ..advisor.advice import advise as sweep
+from ..advisor.assumptions import STEP_MS, assumed_cost, size_of_expert, step_time
 from ..advisor.dispatch import DispatchGain
-from ..advisor.machine import Machine, ModelPreset, model_preset, model_presets
+from ..advisor.machine import Machine, model_preset
+from ..advisor.rules import how_to_enable, when_not
 from ..advisor.trial import TrialCache
+from ..advisor.verdict import is_worth_it, verdict
 from ..config.options import PlannerOptions
-from ..config.sources import Settings, cache_folder
+from ..config.sources import cache_folder
 from ..core.errors import ConfigError
-from ..dispatch.accelerators import ACCELERATORS, find_accelerator
-from ..dispatch.expert_cost import BANDWIDTH, COMPUTE, cost_in_tokens, token_seconds
+from ..dispatch.accelerators import ACCELERATORS
 from ..offline.traces import LoadTrace
 from ..planning.planner import warmup
 from . import arguments
 from .arguments import option
 from .console import compiling, counted, progress_bar, size_of
-from .loading import load_for
+from .loading import load_for, recording_for
 
 __all__ = ["advise"]
 
@@ -66,7 +66,12 @@ def advise(
     ] = None,
     tokens: arguments.Tokens = None,
     message_us: arguments.MessageUs = None,
-    step_ms: Annotated[float, typer.Option(help="Duration of one engine step in milliseconds.")] = 40.0,
+    step_ms: Annotated[
+        float | None,
+        typer.Option(
+            help=f"Duration of one engine step in milliseconds; by default as recorded, or {STEP_MS:g}."
+        ),
+    ] = None,
     redundant: Annotated[list[int] | None, typer.Option(help="Redundant experts to try; repeatable.")] = None,
     intervals: Annotated[
         list[int] | None, typer.Option("--interval", help="Steps between two rebalances to try; repeatable.")
@@ -88,8 +93,9 @@ def advise(
     settings = arguments.settings_for(context)
     if settings.simulate.steps is None:
         settings = settings.replaced("simulate.steps", _STEPS)
-    above_zero = {"--bandwidth": bandwidth, "--node-bandwidth": node_bandwidth, "--step-ms": step_ms}
-    for flag, value in above_zero.items():
+    above_zero = {"--bandwidth": bandwidth, "--node-bandwidth": node_bandwidth}
+    above_zero["--step-ms"] = STEP_MS if step_ms is None else step_ms
+    for flag, value in {"--expert-mb": 1.0 if expert_mb is None else expert_mb, **above_zero}.items():
         if not 0 < value < float("inf"):
             raise ConfigError(f"{flag}: {value:g} is not above 0")
     for count in redundant or ():
@@ -101,14 +107,20 @@ def advise(
         arguments.check_value("--move-price", "planner.move_price", price)
     if expert_mb is None and model is None:
         expert_mb = settings.simulate.expert_mb
-    preset = _preset(trace, model, expert_mb)
-    cost = _expert_cost(settings, model or trace, preset, accelerator)
+    if model is not None and expert_mb is not None:
+        raise ConfigError(f"--model {model} and --expert-mb {expert_mb:g} both give the size of an expert")
+    if model is not None:
+        model_preset(model)
     errors = Console(stderr=True)
     with errors.status("reading the load"):
-        load = load_for(trace, settings)
+        recording, settings = recording_for(trace, settings)
+        load = load_for(trace, settings, recording=recording)
+    size = size_of_expert(trace, model, expert_mb, load, recording)
+    preset = size.preset
     if preset is not None and preset.experts != load.num_experts:
-        name = model or "the model"
-        raise ConfigError(f"{name} has {preset.experts} experts, {load.name} {load.num_experts}")
+        raise ConfigError(f"{size.name} has {preset.experts} experts, {load.name} {load.num_experts}")
+    cost = assumed_cost(settings, size.name, preset, accelerator)
+    step = step_time(step_ms, recording)
     with compiling(errors, "loading the planner"):
         warmup()
     options = settings.simulate
@@ -119,10 +131,10 @@ def advise(
         ranks=options.ranks,
         nodes=options.nodes,
         groups=groups,
-        bytes_per_expert=preset.bytes_per_expert if preset else 1e6 * (expert_mb or 0),
+        bytes_per_expert=size.num_bytes,
         bandwidth=1e9 * bandwidth,
         node_bandwidth=1e9 * node_bandwidth,
-        step_seconds=step_ms / 1000,
+        step_seconds=step.seconds * load.engine_steps,
         expert_cost=cost.tokens,
         token_seconds=cost.token_seconds,
         message_seconds=0.0 if settings.rebalancer.batch == "replicated" else options.message_us / 1e6,
@@ -135,7 +147,7 @@ def advise(
             settings.planner,
             settings.rebalancer,
             redundant=redundant or (),
-            intervals=intervals or (),
+            intervals=[max(1, round(steps / load.engine_steps)) for steps in intervals or ()],
             prices=[
                 PlannerOptions.model_validate({"move_price": price}).move_price for price in prices or ()
             ],
@@ -143,23 +155,34 @@ def advise(
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     console = Console()
-    console.print(_table(load, machine, advice))
-    said = [*verdict(advice, load.num_experts), cost.said]
+    console.print(_table(load, machine, advice, step.seconds))
+    seconds = step.seconds * load.engine_steps * load.num_steps if step.is_measured else 0.0
+    said = verdict(advice, load.num_experts)
+    said += when_not(advice, machine, load.num_experts, seconds)
+    said += [*size.said, *step.said, cost.said]
+    if recording is not None:
+        said += [f"{sentence}." for sentence in recording.left_out]
     recorded = busy_layers(load)
     if preset is not None and recorded < preset.layers:
         said.append(f"{recorded} of {preset.layers} MoE layers are recorded: costs are of these.")
     for line in said:
         console.print(line, highlight=False)
+    engine = "" if recording is None else recording.newest.engine
+    enable = how_to_enable(advice, engine, load.num_experts)
+    console.print("Enable it with:" if is_worth_it(advice) else "To try it all the same:", highlight=False)
+    console.print(f"  {enable}", highlight=False, soft_wrap=True)
     if as_json:
         content = {
             "worth_it": is_worth_it(advice),
             "safe": advice.back_test.safe,
             "said": said,
+            "enable": enable,
             "static": advice.static,
             "best": _plain(advice.best),
             "back_test": asdict(advice.back_test),
             "expert_cost": cost.tokens,
             "dispatch": None if advice.dispatch is None else _plain_gain(advice.dispatch),
+            "planned": advice.planned,
             "tried": [_plain(item) for item in advice.rated],
             "cached": advice.cached,
         }
@@ -176,64 +199,15 @@ def _plain_gain(gain: DispatchGain) -> dict[str, object]:
     return {**asdict(gain), "break_even_seconds": pays, "worth_it": gain.is_worth_it}
 
 
-class _ExpertCost(NamedTuple):
-    """The expert cost in tokens, the time of a token if it is known, and a sentence about both."""
-
-    tokens: int
-    token_seconds: float | None
-    said: str
-
-
-def _expert_cost(
-    settings: Settings, model: str, preset: ModelPreset | None, accelerator: str | None
-) -> _ExpertCost:
-    """From the option, or from the model and the accelerator that is told or found."""
-    given = settings.simulate.expert_cost if "simulate.expert_cost" in settings.origins else None
-    found = None if accelerator is None else find_accelerator(accelerator)
-    if found is None and torch.cuda.is_available():
-        with suppress(ConfigError):  # an accelerator that nobody named and the table lacks
-            found = find_accelerator(torch.cuda.get_device_name())
-    if accelerator is not None and preset is None and given is None:
-        raise ConfigError(
-            f"--accelerator {accelerator}: the parameters of an expert are unknown; give --model or "
-            "--expert-cost"
-        )
-    token = None if found is None or preset is None else token_seconds(found, preset.parameters)
-    if given is not None:
-        return _ExpertCost(given, token, f"expert_cost is {given} tokens, as given.")
-    if found is None or preset is None:
-        return _ExpertCost(
-            0, None, "expert_cost is 0, tokens alone; --model with --accelerator gives another."
-        )
-    tokens = cost_in_tokens(found, preset.bytes_per_expert, preset.parameters)
-    size = f"{preset.bytes_per_expert / 1e6:.1f} MB"
-    reached = f"{COMPUTE:.0%} of its peak compute and {BANDWIDTH:.0%} of its bandwidth"
-    said = f"expert_cost is {tokens} tokens: an expert of {model} ({size}) on {found.name}, at {reached}."
-    return _ExpertCost(tokens, token, said)
-
-
-def _preset(trace: str, model: str | None, expert_mb: float | None) -> ModelPreset | None:
-    """The model of the option, or of the traffic profile; None with `--expert-mb`."""
-    if model is not None and expert_mb is not None:
-        raise ConfigError(f"--model {model} and --expert-mb {expert_mb:g} both give the size of an expert")
-    if expert_mb is not None:
-        return None
-    if model is not None or trace in model_presets():
-        return model_preset(model or trace)
-    raise ConfigError(
-        f"how large is an expert? Give --expert-mb, or --model with one of {', '.join(model_presets())}"
-    )
-
-
-def _table(load: LoadTrace, machine: Machine, advice: Advice) -> Table:
+def _table(load: LoadTrace, machine: Machine, advice: Advice, step_seconds: float) -> Table:
     table = Table(
         title=f"{load.name}: {size_of(load)} of {machine.bytes_per_expert / 1e6:.1f} MB on "
         f"{counted(machine.ranks, 'rank')}",
         caption=f"balancedness: on the steps after each plan; without balancing {advice.static:.3f}. "
-        "speed-up: of the MoE layers, over no balancing. with dispatch: balanced, "
+        "speed-up: of the MoE layers, over no balancing, transfers counted as lost. with dispatch: balanced, "
         f"its message {'left out' if advice.message_left_out else 'included'}. links: share of time with "
         "transfers on the busiest "
-        f"rank's links, at {1000 * machine.step_seconds:g} ms a step. memory: redundant experts, per rank."
+        f"rank's links, at {1000 * step_seconds:.3g} ms a step. memory: redundant experts, per rank."
         + (f" {advice.cached} trials came from the cache." if advice.cached else ""),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
@@ -256,10 +230,10 @@ def _table(load: LoadTrace, machine: Machine, advice: Advice) -> Table:
     for item in advice.rated:
         table.add_row(
             str(item.setting.slots - load.num_experts),
-            str(item.setting.interval),
+            str(advice.engine_interval(item.setting)),
             f"{item.setting.move_price:g}",
             f"{item.trial.balancedness:.4f}",
-            f"{item.speedup:.2f}",
+            f"{item.net:.2f}",
             "-" if item.dispatched is None else f"{item.dispatched:.2f}",
             f"{item.cost.bytes_per_hour / 1e9:.0f}",
             f"{item.cost.transfer_share:.2%}",

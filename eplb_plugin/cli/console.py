@@ -25,8 +25,8 @@ def counted(number: int, word: str) -> str:
 
 def size_of(load: LoadTrace) -> str:
     """For example `40 steps, 2 layers, 32 experts`."""
-    counts = {"step": load.num_steps, "layer": load.num_layers, "expert": load.num_experts}
-    return ", ".join(counted(number, word) for word, number in counts.items())
+    counts = {"layer": load.num_layers, "expert": load.num_experts}
+    return ", ".join([load.length, *(counted(number, word) for word, number in counts.items())])
 
 
 def size_in(load: LoadTrace, topology: Topology) -> str:

@@ -12,13 +12,13 @@ from ..config.sources import COMMAND_LINE, Settings
 from ..core.errors import ConfigError, TraceError
 from ..core.topology import Topology
 from ..formats.loads import LOAD_FORMATS, read_trace
+from ..formats.recordings import Recording, is_recording, read_recording
 from ..offline.synthetic_traffic import PROFILES, generate
 from ..offline.token_replay import fold_decode, fold_prefill
 from ..offline.traces import LoadTrace, TokenTrace
 from ..planning.move_cost import MoveCost, default_bandwidth, serving_share, with_price
-from .console import counted
 
-__all__ = ["fit_interval", "load_for", "planner_for", "topology_for"]
+__all__ = ["fit_interval", "load_for", "planner_for", "recording_for", "topology_for"]
 
 _INTERVALS = 8
 """Intervals of generated traffic, and minimum number of intervals with a fitted interval."""
@@ -33,7 +33,39 @@ _USED_FOR = {
 }
 
 
-def load_for(source: str, settings: Settings, *, alone: bool = True) -> LoadTrace:
+def recording_for(source: str, settings: Settings) -> tuple[Recording | None, Settings]:
+    """The recording `source`, and the settings with what it says; None for any other load.
+
+    What the file, the environment or the command line say stays. With other ranks than the recorded ones, so
+    do nodes and slots.
+
+    Raises:
+        TraceError: a recording without a file that can be read.
+    """
+    if not source or source in PROFILES or not is_recording(source):
+        return None, settings
+    recording = read_recording(source)
+    topology, given = recording.newest.topology, settings.origins
+    found: dict[str, Any] = {"groups": topology.num_groups}
+    if not {"simulate.ranks", "simulate.rank_slots"} & given.keys():
+        found |= {"ranks": topology.num_ranks, "nodes": topology.num_nodes}
+        found |= {"slots": topology.num_slots, "rank_slots": topology.rank_slots}
+    for name, value in found.items():
+        if f"simulate.{name}" not in given:
+            settings = settings.replaced(f"simulate.{name}", value)
+    size, seconds = recording.newest.expert_bytes, recording.step_seconds
+    if size and "simulate.expert_mb" not in given:
+        settings = settings.replaced("simulate.expert_mb", size / 1e6)
+    if seconds and "rebalancer.step_ms" not in given:
+        settings = settings.replaced("rebalancer.step_ms", 1000 * seconds)
+    if "rebalancer.batch" not in given and recording.newest.copies == topology.num_ranks > 1:
+        settings = settings.replaced("rebalancer.batch", "replicated")
+    return recording, settings
+
+
+def load_for(
+    source: str, settings: Settings, *, alone: bool = True, recording: Recording | None = None
+) -> LoadTrace:
     """Read the load of a file, or generate that of a traffic profile.
 
     Args:
@@ -41,6 +73,7 @@ def load_for(source: str, settings: Settings, *, alone: bool = True) -> LoadTrac
         settings: the section `simulate` has the replay of tokens and profiles.
         alone: whether `source` is the only one of the command. Then an unused option on the command line
             is an error.
+        recording: `source`, where it was read already.
 
     Raises:
         TraceError: the file is missing, malformed or without tokens, or the profile is unknown.
@@ -48,7 +81,11 @@ def load_for(source: str, settings: Settings, *, alone: bool = True) -> LoadTrac
     """
     options = settings.simulate
     steps = options.steps or _INTERVALS * settings.rebalancer.interval
-    trace = None if source in PROFILES else _read(source)
+    trace: LoadTrace | TokenTrace | None = None
+    if recording is not None:
+        trace = recording.trace
+    elif source not in PROFILES:
+        trace = _read(source)
     kind = _PREFILL if options.mode == "prefill" else _DECODE
     if not isinstance(trace, TokenTrace):
         kind = _GENERATED if trace is None else _RECORDED
@@ -73,18 +110,23 @@ def load_for(source: str, settings: Settings, *, alone: bool = True) -> LoadTrac
 def fit_interval(settings: Settings, load: LoadTrace) -> Settings:
     """Shorten the default interval for a short load, so that it has eight; a configured one stays.
 
+    The result counts the steps of the load: of a recording, each is a sum of steps of the engine.
+
     Raises:
         TraceError: the load has at most one interval.
     """
     interval, origin = settings.rebalancer.interval, settings.origins.get("rebalancer.interval")
+    if origin is not None and load.engine_steps != 1:
+        interval = max(1, round(interval / load.engine_steps))
     if origin is None:
         interval = max(1, min(interval, load.num_steps // _INTERVALS))
     if load.num_steps <= interval:
-        has = f"{load.name} has {counted(load.num_steps, 'step')}"
+        has = f"{load.name} has {load.length}"
         if origin is None:
             raise TraceError(f"{has}: none is left to score after a rebalance")
-        given = f"rebalancer.interval={interval} ({origin})"
-        option = f"--interval {interval}" if origin == COMMAND_LINE else given
+        asked = settings.rebalancer.interval
+        given = f"rebalancer.interval={asked} ({origin})"
+        option = f"--interval {asked}" if origin == COMMAND_LINE else given
         raise TraceError(f"{has}: with {option} none are left to score")
     return settings.replaced("rebalancer.interval", interval)
 
@@ -103,7 +145,7 @@ def planner_for(load: LoadTrace, topology: Topology, settings: Settings) -> Plan
         bandwidth=default_bandwidth(topology, options.bandwidth),
         num_ranks=topology.num_ranks,
         num_layers=busy_layers(load),
-        step_seconds=options.step_ms / 1000,
+        step_seconds=options.step_ms / 1000 * load.engine_steps,
         interval=options.interval,
         serving_share=serving_share(options.mode),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +12,7 @@ from rich.console import Console
 
 from ..core.errors import ConfigError, TraceError
 from ..core.safe_files import check_output
+from ..formats.recordings import is_recording
 from ..offline.simulation import policy_setup
 from ..planning.planner import warmup
 from ..report.figures import picture
@@ -18,12 +20,13 @@ from ..report.page import picture_set, write_page
 from ..report.replay import replay
 from . import arguments
 from .console import compiling, progress_bar
-from .loading import fit_interval, load_for, planner_for, topology_for
+from .loading import fit_interval, load_for, planner_for, recording_for, topology_for
 from .report_map import report_map
 
 __all__ = ["report"]
 
 _INTERVAL = 128
+_PAGE = "report.html"
 
 
 def report(
@@ -33,7 +36,12 @@ def report(
         typer.Argument(help="Recorded loads of any format, token traces, or traffic profiles."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The HTML file to write; needed without --map.")
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="The HTML file to write; by default report.html in the folder of a recording.",
+        ),
     ] = None,
     map_file: Annotated[
         Path | None,
@@ -69,6 +77,14 @@ def report(
     if map_file is not None:
         report_map(context, map_file, traces or [], settings, as_json)
         return
+    if (
+        output is None
+        and traces
+        and len(traces) == 1
+        and os.path.isdir(traces[0])
+        and is_recording(traces[0])
+    ):
+        output = Path(traces[0]) / _PAGE
     if not traces or output is None:
         raise ConfigError("report needs a load and --output FILE, or --map FILE")
     if as_json:
@@ -87,8 +103,9 @@ def report(
     with progress_bar(errors) as bar:
         for source in traces:
             task = bar.add_task(f"{source}: reading", total=None)
-            load = load_for(source, settings, alone=len(traces) == 1)
-            fitting = fit_interval(settings, load)
+            recording, of_source = recording_for(source, settings)
+            load = load_for(source, of_source, alone=len(traces) == 1, recording=recording)
+            fitting = fit_interval(of_source, load)
             topology = topology_for(load, fitting.simulate)
             bar.update(task, description=f"{source}: loading the planner")
             # On a terminal, the bar shows that work is going on.

@@ -20,7 +20,7 @@ from ..offline.traces import LoadTrace
 from ..planning.planner import warmup
 from . import arguments
 from .console import compiling, counted, progress_bar, size_in
-from .loading import fit_interval, load_for, planner_for, topology_for
+from .loading import fit_interval, load_for, planner_for, recording_for, topology_for
 
 __all__ = ["simulate"]
 
@@ -60,7 +60,8 @@ def simulate(
         raise ConfigError("--expert-cost is for a dispatch beside even: add --dispatch balanced")
     errors = Console(stderr=True)
     with errors.status("reading the load"):
-        load = load_for(trace, settings)
+        recording, settings = recording_for(trace, settings)
+        load = load_for(trace, settings, recording=recording)
     fitting = fit_interval(settings, load)
     options = fitting.rebalancer
     topology = topology_for(load, settings.simulate)
@@ -87,7 +88,9 @@ def simulate(
                     ),
                 )
             )
-    shortened = settings.rebalancer.interval if options.interval < settings.rebalancer.interval else None
+    shortened = None
+    if recording is None and options.interval < settings.rebalancer.interval:
+        shortened = settings.rebalancer.interval
     table = _table(load, topology, options.interval, shortened, settings.simulate.expert_cost, results)
     if planner.move_price != settings.planner.move_price:
         size = f"experts of {settings.simulate.expert_mb:g} MB and steps of {options.step_ms:g} ms"
@@ -115,19 +118,22 @@ def _table(
     results: list[SimulationResult],
 ) -> Table:
     rebalances = counted(len(results[0].intervals), "rebalance")
-    caption = f"{rebalances}, one every {counted(interval, 'step')}, each scored on the steps after it"
+    every, scored = counted(round(interval * load.engine_steps), "step"), "steps"
+    if load.samples is not None:
+        scored = "recorded single steps"
+    caption = f"{rebalances}, one every {every}, each scored on the {scored} after it"
     if shortened is not None:
         caption += f". The load is short for one every {shortened}; --interval sets another"
-    if results[0].dispatches:
+    if results[0].dispatches and load.samples is None:
         caption += (
             ". Each row of the load is taken for one batch: of sums over several steps, dispatch shows less "
             "than it gains"
         )
-        if expert_cost:
-            caption += (
-                ". Balancedness counts tokens; with expert_cost, balanced lowers the cost of the slowest "
-                "rank instead, which is told as a fraction of that with the even split"
-            )
+    if results[0].dispatches and expert_cost:
+        caption += (
+            ". Balancedness counts tokens; with expert_cost, balanced lowers the cost of the slowest "
+            "rank instead, which is told as a fraction of that with the even split"
+        )
     dispatches = bool(results[0].dispatches)
     table = Table(title=f"{load.name}: {size_in(load, topology)}", caption=caption)
     if dispatches:

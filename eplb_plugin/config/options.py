@@ -181,15 +181,22 @@ class PlannerOptions(Options):
 class RebalancerOptions(Options):
     """The online loop."""
 
-    mode: Literal["async", "sync"] = "async"
+    mode: Literal["async", "sync", "observe"] = "async"
     """`async`: plan and transfer in the background while the model serves, and switch between steps. `sync`:
-    do all of it within the last step of an interval."""
+    do all of it within the last step of an interval. `observe`: count and report, plan and move nothing."""
+    record: str | None = Field(None, min_length=1, max_length=4096)
+    """Folder for recorded loads: rank 0 writes one file for each interval, beside serving. `eplb-plugin
+    advise FOLDER` reads it. null: nothing is recorded."""
+    record_mib: int = Field(256, ge=1, le=2**20)
+    """Bound on the files of `record`, in MiB; the oldest are removed first. Example: 58 layers, 256 experts
+    take about 1.5 MiB for each interval."""
     interval: int = Field(1000, ge=1)
     """Steps between two rebalances."""
     snapshots: int = Field(32, ge=1, le=1024)
     """Maximum number of snapshots of an interval. Example: 1000 steps make 32 snapshots of 31 or 32 steps."""
     samples: int = Field(16, ge=0, le=1024)
-    """Dispatch `balanced`: single steps kept of an interval, evenly spaced, to measure and to plan for it."""
+    """Single steps kept of an interval, evenly spaced: to measure and to plan for dispatch `balanced`, and
+    for `record`."""
     history: int = Field(4, ge=1, le=64)
     """Intervals in the window of a plan."""
     planning: Literal["leader", "sharded"] = "leader"
@@ -224,6 +231,11 @@ class RebalancerOptions(Options):
     force stays."""
     verify: Literal["off", "sampled", "all"] = "sampled"
     """Comparison of moved weights with their fingerprints: none, some bytes of each tensor, or all bytes."""
+
+    @property
+    def keeps_samples(self) -> bool:
+        """Whether single steps are kept at all."""
+        return self.dispatch == "balanced" or self.record is not None
 
     @property
     def splits(self) -> bool:

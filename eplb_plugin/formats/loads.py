@@ -14,6 +14,7 @@ from ..offline.traces import LoadTrace, TokenTrace
 from .benchmark_json import read_benchmark_json, write_benchmark_json
 from .csv_table import read_csv, write_csv
 from .npz import read_npz_trace, save_load_trace
+from .recordings import is_recording, read_recording
 from .sglang import read_sglang_dump, write_sglang_dump
 from .tensorrt_llm import (
     META_FILE,
@@ -71,7 +72,10 @@ def recognise(path: Path) -> LoadFormat:
             return LOAD_FORMATS["tensorrt-llm"]
         if any(path.glob("*.pt")):
             return LOAD_FORMATS["sglang"]
-        raise TraceError(f"{path}: a folder with neither {META_FILE} (TensorRT-LLM) nor .pt files (SGLang)")
+        raise TraceError(
+            f"{path}: a folder with neither recorded intervals (interval-*.npz), nor {META_FILE} "
+            "(TensorRT-LLM), nor .pt files (SGLang)"
+        )
     if path.name == META_FILE:
         raise TraceError(f"{path}: TensorRT-LLM's statistics are read from the folder {path.parent}")
     try:
@@ -130,11 +134,13 @@ def read_trace(path: str | Path, max_bytes: int = MAX_BYTES) -> LoadTrace | Toke
     """Read a trace of any format of `docs/formats.md`.
 
     Args:
-        path: a file, or the folder of a format with one file per rank.
+        path: a file, the folder of a format with one file per rank, or the folder of a recording.
         max_bytes: bound on the unpacked size.
 
     Raises:
         TraceError: the path is missing, damaged, too large, of no known format, or holds wrong values.
     """
     path = Path(path)
+    if is_recording(path):
+        return read_recording(path, max_bytes).trace
     return recognise(path).read(path, max_bytes)

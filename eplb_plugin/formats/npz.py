@@ -14,7 +14,7 @@ from ..core.errors import TraceError
 from ..core.safe_files import MAX_BYTES, opened_zip, written_whole
 from ..offline.traces import LoadTrace, TokenTrace, as_load
 
-__all__ = ["read_npz_placement", "read_npz_trace", "save_load_trace"]
+__all__ = ["NpzArrays", "layer_ids_of", "read_npz_placement", "read_npz_trace", "save_load_trace"]
 
 _MAX_HEADER = 4096
 # 100 layers of 1,000 slots are 0.8 MB. As lists, ids take several times that in memory.
@@ -34,7 +34,7 @@ def read_npz_trace(path: str | Path, max_bytes: int = MAX_BYTES) -> LoadTrace | 
     """
     path = Path(path)
     with opened_zip(path, "a readable .npz (zip) file") as archive:
-        arrays = _Arrays(archive, path, max_bytes)
+        arrays = NpzArrays(archive, path, max_bytes)
         name = str(path)
         if ("load" in arrays.names) == ("topk_ids" in arrays.names):
             raise TraceError(
@@ -42,7 +42,7 @@ def read_npz_trace(path: str | Path, max_bytes: int = MAX_BYTES) -> LoadTrace | 
                 f"{sorted(arrays.names)}"
             )
         if "load" in arrays.names:
-            return LoadTrace(as_load(arrays.read("load"), name), name, _layer_ids(arrays))
+            return LoadTrace(as_load(arrays.read("load"), name), name, layer_ids_of(arrays))
         num_experts = arrays.number("num_experts")
         return TokenTrace(
             arrays.read("topk_ids"),
@@ -82,9 +82,9 @@ def read_npz_placement(
     """
     path = Path(path)
     with opened_zip(path, "a readable .npz (zip) file") as archive:
-        arrays = _Arrays(archive, path, max_bytes)
+        arrays = NpzArrays(archive, path, max_bytes)
         table = arrays.integers("physical_to_logical", 2)
-        layer_ids = _layer_ids(arrays) or tuple(range(table.shape[0]))
+        layer_ids = layer_ids_of(arrays) or tuple(range(table.shape[0]))
         if len(layer_ids) != table.shape[0] or len(set(layer_ids)) != len(layer_ids):
             raise TraceError(f"{path}: {len(set(layer_ids))} layer_ids for {table.shape[0]} layers")
         num_logical, num_ranks, num_nodes = (
@@ -98,7 +98,7 @@ def read_npz_placement(
     return rows, num_logical, num_ranks, num_nodes, rank_slots
 
 
-class _Arrays:
+class NpzArrays:
     """The arrays of an open archive, each checked before it is unpacked."""
 
     def __init__(self, archive: zipfile.ZipFile, path: Path, max_bytes: int) -> None:
@@ -134,6 +134,22 @@ class _Arrays:
             raise TraceError(f"{self.path}: {name} is {value.dtype} {value.shape}, not a single integer")
         return int(value.reshape(()))
 
+    def amount(self, name: str) -> float:
+        """The single number of an array, 0 or above and finite."""
+        value = self.read(name)
+        if value.size != 1 or value.dtype.kind not in "iuf" or not 0 <= value.reshape(()) < float("inf"):
+            raise TraceError(
+                f"{self.path}: {name} is {value.dtype} {value.shape}, not one number of 0 or above"
+            )
+        return float(value.reshape(()))
+
+    def text(self, name: str) -> str:
+        """The text of an array, on one line."""
+        value = self.read(name)
+        if value.size != 1 or value.dtype.kind != "U":
+            raise TraceError(f"{self.path}: {name} is {value.dtype} {value.shape}, not a text")
+        return " ".join(str(value.reshape(())).split())
+
     def integers(self, name: str, dims: int) -> np.ndarray[Any, Any]:
         """An array of integers with `dims` axes, not empty."""
         values = self.read(name)
@@ -167,7 +183,8 @@ def _read_array(stream: IO[bytes], size: int, place: str) -> np.ndarray[Any, Any
     return array
 
 
-def _layer_ids(arrays: _Arrays) -> tuple[int, ...]:
+def layer_ids_of(arrays: NpzArrays) -> tuple[int, ...]:
+    """The array `layer_ids`; empty where the file has none."""
     if "layer_ids" not in arrays.names:
         return ()
     ids = arrays.read("layer_ids")

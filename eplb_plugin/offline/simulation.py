@@ -60,7 +60,8 @@ class IntervalResult:
     Attributes:
         first_step: first step with the new placement in force.
         steps: steps until the next rebalance, or the end of the trace.
-        balancedness: mean over those steps.
+        scored: the single steps among them: all, or the samples of a recording.
+        balancedness: mean over the single steps.
         predicted: balancedness of the new placement on its window.
         moves: transfers of one expert's weights to one rank.
         plan_ms: planning time, in milliseconds.
@@ -69,6 +70,7 @@ class IntervalResult:
 
     first_step: int
     steps: int
+    scored: int
     balancedness: float
     predicted: float
     moves: int
@@ -164,7 +166,8 @@ def simulate(
     names = list(dict.fromkeys(dispatches))
     for name in names:
         find_split(name)
-    counts = whole_counts(trace.load, trace.name) if names else trace.load
+    if names:
+        whole_counts(trace.single_steps, trace.name)  # an error before the first plan
     # Costs are told as a ratio to those of the even split.
     judged = ["even", *(name for name in names if name != "even")] if names else []
     scores: dict[str, list[BatchScore]] = {name: [] for name in judged}
@@ -178,7 +181,8 @@ def simulate(
         window = as_snapshots(torch.cat(past))
         samples = {}
         if setup.samples:
-            single = [*single, _single_steps(trace.load[start - interval : start], setup.samples)][-history:]
+            recent = trace.part(start - interval, start).single_steps
+            single = [*single, _evenly_spaced(recent, setup.samples)][-history:]
             samples["samples"] = torch.cat(single)
         began = time.perf_counter()
         placement = setup.policy(window, topology, current, **samples)
@@ -186,12 +190,15 @@ def simulate(
         ids, in_force = placement.physical_to_logical, current.physical_to_logical
         if (placement.num_logical, ids.shape) != (current.num_logical, in_force.shape):
             raise PlacementError(f"policy {setup.name!r} returned {placement} in place of {current}")
-        ahead = trace.load[start : start + interval]
+        steps = min(interval, trace.num_steps - start)
+        ahead = trace.part(start, start + interval).single_steps
         results.append(
             IntervalResult(
                 first_step=start,
-                steps=ahead.shape[0],
-                balancedness=balancedness(ahead, placement, topology),
+                steps=steps,
+                scored=ahead.shape[0],
+                # A recording may have no single step in a short interval: it has no weight then.
+                balancedness=balancedness(ahead, placement, topology) if len(ahead) else 1.0,
                 predicted=balancedness(window, placement, topology),
                 moves=int(count_moves(current, placement, topology).sum()),
                 plan_ms=1000 * seconds,
@@ -199,16 +206,23 @@ def simulate(
             )
         )
         for name, found in scores.items():
-            ahead = counts[start : start + interval]
-            found.append(score(name, ahead, placement, topology, expert_cost=expert_cost, seed=(seed, start)))
+            if not len(ahead):
+                found.append(BatchScore(1.0, 0, 0.0))
+                continue
+            counts = whole_counts(ahead, trace.name)
+            found.append(
+                score(name, counts, placement, topology, expert_cost=expert_cost, seed=(seed, start))
+            )
         current = placement
         if progress is not None:
             progress(len(results), len(starts))
-    scored = sum(item.steps for item in results)
+    scored = sum(item.scored for item in results)
+    if not scored:
+        raise TraceError(f"{trace.name}: has no single steps after the first interval of {interval} to score")
     slots = trace.num_layers * topology.num_slots
     return SimulationResult(
         policy=setup.name,
-        balancedness=sum(item.balancedness * item.steps for item in results) / scored,
+        balancedness=sum(item.balancedness * item.scored for item in results) / scored,
         moved_share=statistics.fmean(item.moves / slots for item in results),
         plan_ms=statistics.median(item.plan_ms for item in results),
         intervals=tuple(results),
@@ -216,8 +230,8 @@ def simulate(
     )
 
 
-def _single_steps(load: torch.Tensor, samples: int) -> torch.Tensor:
-    """Evenly spaced steps of an interval, as the load window keeps them."""
+def _evenly_spaced(load: torch.Tensor, samples: int) -> torch.Tensor:
+    """At most `samples` steps of an interval, as the load window keeps them."""
     count = min(samples, len(load))
     return load[torch.arange(count) * len(load) // count]
 
@@ -227,7 +241,7 @@ def _dispatch_result(
 ) -> DispatchResult:
     """The mean over the intervals, each with the weight of its steps; `scores` are those of the intervals."""
     each = [item.balancedness for item in scores[name]]
-    steps = [item.steps for item in intervals]
+    steps = [item.scored for item in intervals]
     cost, even = (sum(item.peak_cost for item in scores[key]) for key in (name, "even"))
     load = sum(item.mean_load for item in scores[name])
     return DispatchResult(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import reprlib
-from dataclasses import dataclass, field
+from bisect import bisect_left
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -28,22 +29,29 @@ _MAX_LAYER = _MAX_EXPERTS = 2**16
 
 @dataclass(frozen=True, eq=False)
 class LoadTrace:
-    """The load of each step of a run.
+    """The load of each step of a run, or of a few steps at a time with some single steps among them.
 
     Attributes:
         load: [steps, layers, experts], tokens; int32, int64, float32 or float64, on the CPU.
         name: origin of the load, for titles and errors.
         layer_ids: layer of the model of each row, rising; by default 0, 1, ... Engines number dense layers
             too: the first MoE layer of DeepSeek-V3 is 3.
+        samples: [samples, layers, experts], tokens of single steps in time order, where each "step" of `load`
+            is a sum of several; None: each is a single step.
+        sample_steps: for each sample its "step" of `load`; never falling.
+        engine_steps: forward steps of the engine in one "step" of `load`, on average.
 
     Raises:
-        TraceError: wrong shape or dtype, no elements, NaN, infinite or negative values, or layer ids that
-            do not rise.
+        TraceError: wrong shape or dtype, no elements, NaN, infinite or negative values, layer ids that do not
+            rise, or samples that do not fit the load.
     """
 
     load: torch.Tensor
     name: str = "load"
     layer_ids: tuple[int, ...] = ()
+    samples: torch.Tensor | None = None
+    sample_steps: tuple[int, ...] = ()
+    engine_steps: float = 1.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.load, torch.Tensor):
@@ -69,6 +77,43 @@ class LoadTrace:
         if layer_ids[-1] >= _MAX_LAYER:
             raise TraceError(f"{self.name}: layer_ids go up to {layer_ids[-1]}, not below {_MAX_LAYER}")
         object.__setattr__(self, "layer_ids", layer_ids)
+        self._check_samples()
+
+    def _check_samples(self) -> None:
+        samples, steps = self.samples, self.sample_steps
+        if samples is None:
+            return
+        if samples.dim() != 3 or samples.shape[1:] != self.load.shape[1:] or len(samples) != len(steps):
+            raise TraceError(
+                f"{self.name}: samples {tuple(samples.shape)} of {len(steps)} steps do not fit a load "
+                f"{tuple(self.load.shape)}"
+            )
+        if samples.dtype not in (torch.int32, torch.int64) or (samples.numel() and int(samples.min()) < 0):
+            raise TraceError(f"{self.name}: samples are {samples.dtype}, not integers of 0 or above")
+        if any(a > b for a, b in pairwise((0, *steps, self.num_steps - 1))):
+            raise TraceError(f"{self.name}: sample_steps {reprlib.repr(steps)} fall, or leave the load")
+
+    def part(self, first: int, end: int) -> LoadTrace:
+        """The steps `first` to `end`, with their samples."""
+        chosen = range(bisect_left(self.sample_steps, first), bisect_left(self.sample_steps, end))
+        return replace(
+            self,
+            load=self.load[first:end].contiguous(),
+            samples=None if self.samples is None else self.samples[chosen.start : chosen.stop],
+            sample_steps=tuple(self.sample_steps[at] - first for at in chosen),
+        )
+
+    @property
+    def single_steps(self) -> torch.Tensor:
+        """[single steps, layers, experts], tokens: the samples, where there are some; else `load`."""
+        return self.load if self.samples is None else self.samples
+
+    @property
+    def length(self) -> str:
+        """For titles: `40 steps`, or `96 sums of 31.2 steps`."""
+        if self.engine_steps == 1:
+            return f"{self.num_steps} step{'' if self.num_steps == 1 else 's'}"
+        return f"{self.num_steps} sums of {self.engine_steps:.4g} steps"
 
     @property
     def num_steps(self) -> int:

@@ -108,7 +108,7 @@ def default_bandwidth(topology: Topology, option: float | None) -> float:
     return _WITHIN_NODE if topology.num_nodes == 1 else _BETWEEN_NODES
 
 
-def serving_share(mode: Literal["async", "sync"]) -> float:
+def serving_share(mode: Literal["async", "sync", "observe"]) -> float:
     """Share of a transfer that serving loses: all of it in the mode `sync`, a tenth in `async`."""
     return 1.0 if mode == "sync" else _BACKGROUND_SHARE
 

@@ -121,7 +121,7 @@ def balancedness_over_time(replay: Replay) -> Figure:
         upright: Any = {"rotation": 90, "ha": "center", "va": "bottom", "fontsize": 8, "color": _MUTED}
         axis.text(replay.interval / 2, 0.02, "recording", transform=axis.get_xaxis_transform(), **upright)
         axis.set(xlim=(0, replay.trace.num_steps), ylim=(None, 1))
-        axis.set(xlabel="step", ylabel="balancedness (1 is perfect)")
+        axis.set(xlabel=replay.unit, ylabel="balancedness (1 is perfect)")
         axis.grid(axis="y")
         _legend_above(axis)
     return drawn
@@ -140,7 +140,7 @@ def moves_over_time(replay: Replay) -> Figure:
                 tint = _colour(name, index)
                 axis.plot(steps, shares, "o-", color=tint, markersize=4, linewidth=1.5, label=name)
         axis.set(xlim=(0, replay.trace.num_steps), ylim=(0, None))
-        axis.set(xlabel="step of the rebalance", ylabel="experts moved (% of all slots)")
+        axis.set(xlabel=f"{replay.unit} of the rebalance", ylabel="experts moved (% of all slots)")
         axis.grid(axis="y")
         _legend_above(axis)
     return drawn

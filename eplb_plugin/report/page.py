@@ -145,7 +145,7 @@ def _section(replay: Replay, pictures: list[Picture]) -> str:
     )
     return (
         f"<h2>{escape(trace.name)}</h2>\n"
-        f'<p class="quiet">{trace.num_steps} steps, {trace.num_layers} layers, {trace.num_experts} experts '
+        f'<p class="quiet">{trace.length}, {trace.num_layers} layers, {trace.num_experts} experts '
         f"in {topology.num_slots} slots on {topology.num_ranks} ranks{nodes}; rebalanced every "
         f"{replay.interval} steps.</p>\n"
         f'<div class="grid">\n<div>{_numbers(replay)}</div>\n{shown}</div>\n'

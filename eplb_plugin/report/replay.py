@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,7 +26,8 @@ class PolicyReplay:
     Attributes:
         result: scores.
         placements: placement in force in each interval.
-        predicted: balancedness of that placement on the interval before, mean over its steps.
+        predicted: balancedness of that placement on the interval before, mean over its single steps; NaN
+            without one.
     """
 
     result: SimulationResult
@@ -67,6 +69,12 @@ class Replay:
     expert_cost: int = 0
     message_us: float = 0.0
 
+    @property
+    def unit(self) -> str:
+        """What an axis of time counts."""
+        steps = self.trace.engine_steps
+        return "step" if steps == 1 else f"sum of {steps:.4g} steps"
+
     def mean_rank_loads(self, policy: PolicyReplay) -> torch.Tensor:
         """Load of each rank over all scored steps, relative to the mean of its layer.
 
@@ -78,6 +86,12 @@ class Replay:
             part = self.trace.load[interval.first_step : interval.first_step + interval.steps]
             total += rank_loads(part.sum(0, dtype=torch.float64), placement, self.topology)[0]
         return total / total.mean(1, keepdim=True)
+
+
+def _before(trace: LoadTrace, result: SimulationResult, interval: int) -> list[torch.Tensor]:
+    """The single steps of the interval before each rebalance; none where a recording has none."""
+    starts = [part.first_step for part in result.intervals]
+    return [trace.part(start - interval, start).single_steps for start in starts]
 
 
 def replay(
@@ -107,7 +121,7 @@ def replay(
         TopologyError, PlacementError: the numbers do not fit together.
     """
     results = []
-    dispatches = ("even", "balanced") if has_whole_counts(trace.load) else ()
+    dispatches = ("even", "balanced") if has_whole_counts(trace.single_steps) else ()
     for name in policies:
         result = simulate(
             trace,
@@ -122,10 +136,8 @@ def replay(
         )
         placements = tuple(part.placement for part in result.intervals)
         predicted = tuple(
-            balancedness(
-                trace.load[part.first_step - rebalancer.interval : part.first_step], placement, topology
-            )
-            for part, placement in zip(result.intervals, placements, strict=True)
+            balancedness(steps, placement, topology) if len(steps) else math.nan
+            for steps, placement in zip(_before(trace, result, rebalancer.interval), placements, strict=True)
         )
         results.append(PolicyReplay(result, placements, predicted))
     return Replay(trace, topology, rebalancer.interval, tuple(results), expert_cost, message_us)

@@ -87,7 +87,7 @@ def connect(
     if not with_weights:
         return Connections(control, Transport(alone), two_phase_commit)
     # The threads of a group inherit the priority of the thread that makes it.
-    with ThreadPoolExecutor(1, initializer=lower_priority if options.mode == "async" else None) as maker:
+    with ThreadPoolExecutor(1, initializer=lower_priority if options.mode != "sync" else None) as maker:
         if group.device.type == "cuda":
             upward, downward = answered("joining", maker.submit(nccl, "data").result), None
         else:

@@ -13,6 +13,7 @@ from ..dispatch.registry import Dispatch
 from .connections import Connections
 from .load_window import LoadWindow
 from .move_times import TransferTimes
+from .recorder import Recorder
 from .verify.fingerprints import ExpertFingerprints
 from .weights.expert_weights import ExpertWeights
 from .weights.staging import Staging
@@ -65,6 +66,7 @@ class Context:
     Attributes:
         fingerprints: of all expert weights; None if nothing is verified.
         expert_cost: least cost of a replica in use, in tokens, for the dispatch `balanced`.
+        recorder: writes intervals to a folder; None on all ranks but the first, and without `record`.
     """
 
     topology: Topology
@@ -79,3 +81,4 @@ class Context:
     expert_cost: int
     streams: DeviceOrder
     transfer_times: TransferTimes
+    recorder: Recorder | None

@@ -43,12 +43,14 @@ class Request:
         number: of the rebalance, the same on every rank.
         step: steps that the rank had ended when the interval did.
         intervals: recorded on this rank since the last rebalance.
+        num_steps: forward steps of these intervals.
         step_seconds: duration of a step on this rank; 0: unknown.
     """
 
     number: int
     step: int
     intervals: Sequence[IntervalLoad]
+    num_steps: int = 0
     step_seconds: float = 0.0
 
 
@@ -103,7 +105,9 @@ def rebalance(context: Context, request: Request, scheduler: Scheduler) -> Outco
 
         goal = before.physical_to_logical
         load = context.window.load()
-        if not bool(load.any()):
+        if context.options.mode == "observe":
+            draft.notes.append("mode observe plans nothing")
+        elif not bool(load.any()):
             draft.notes.append("no load was recorded")
         else:
             with draft.timing("plan_seconds"):
@@ -128,7 +132,17 @@ def rebalance(context: Context, request: Request, scheduler: Scheduler) -> Outco
         draft.failed = True
         draft.notes.append(str(error))
 
-    # 7. Report: shown at the same step on all ranks.
+    # 7. Record on rank 0, and report: shown at the same step on all ranks.
+    if context.recorder is not None:
+        sizes = context.weights.expert_bytes
+        context.recorder.add(
+            interval,
+            before,
+            context.topology,
+            expert_bytes=sum(sizes) / len(sizes),
+            step_seconds=request.step_seconds,
+            num_steps=request.num_steps,
+        )
     report = write_report(context, request, draft, before, Gathered(interval, cost), throttle)
     fence = scheduler.propose_step()
     step = max(context.connections.control.vote(f"ending rebalance {request.number}", value=fence))
@@ -266,7 +280,8 @@ def write_report(
     if interval.snapshots.shape[0]:
         levels = [balancedness(interval.snapshots, x, context.topology) for x in (before, after)]
         draft.add(balancedness_before=levels[0], balancedness_after=levels[1])
-        if context.options.batch != "own":  # whose splits are not those of whole batches
+        # The splits of `own` are not those of whole batches.
+        if context.options.dispatch == "balanced" and context.options.batch != "own":
             samples = interval.samples[interval.samples.any(2).any(1)]
             if len(samples):
                 levels = _measure_dispatch(context, (before, after), samples, draft, throttle)

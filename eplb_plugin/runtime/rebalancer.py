@@ -130,7 +130,7 @@ class Rebalancer:
         self.window, self.tables = self._context.window, self._context.in_force.tables
         if modules is not None and weights is not None:
             warn_unregistered(modules, weights, topology.slots_by_rank[self.rank])
-        self._steps = 0
+        self._steps = self._asked = 0
         self._step_times = StepTimes()
         self._number = 0
         # Intervals that ended while a rebalance was under way wait for the next one.
@@ -140,7 +140,7 @@ class Rebalancer:
         self._replacing = False
         self._told_failure = False
         # Ranks that plan compile the planner now, so that the first rebalance does not wait for it.
-        if self.rank == 0 or options.planning == "sharded":
+        if options.mode != "observe" and (self.rank == 0 or options.planning == "sharded"):
             warmup(dispatch=self.planner.dispatch)
 
     @property
@@ -245,6 +245,8 @@ class Rebalancer:
     def close(self) -> None:
         """End balancing for good; a rebalance under way is finished first. All ranks call it."""
         self._finish()
+        if self._context.recorder is not None:
+            self._context.recorder.flush(self.options.time_limit)
         if not self.off:
             self._end("closed", failed=False)
 
@@ -258,10 +260,12 @@ class Rebalancer:
         self._context.streams.mark()
         intervals = list(self._waiting)
         self._waiting.clear()
+        num_steps, self._asked = self._steps - self._asked, self._steps
         return Request(
             number=self._number,
             step=self._steps,
             intervals=intervals,
+            num_steps=num_steps,
             step_seconds=self._step_times.take(),
         )
 

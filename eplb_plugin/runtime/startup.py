@@ -22,6 +22,7 @@ from .control.rank_group import RankGroup, content_hash
 from .control.scheduling import AtOnce
 from .load_window import LoadWindow
 from .move_times import TransferTimes
+from .recorder import Recorder
 from .relocation import relocate
 from .reports import DraftReport
 from .verify.fingerprints import ExpertFingerprints
@@ -57,7 +58,7 @@ def start_up(
     num_layers, num_logical = shape
     control, device = connections.control, group.device
 
-    def check() -> tuple[torch.Tensor, ExpertWeights, int]:
+    def check() -> tuple[torch.Tensor, ExpertWeights, int, Recorder | None]:
         if not min(topology.slots_by_rank):
             raise TopologyError(f"{topology} has ranks without slots; leave them out of the group")
         held = _check_placement(placement, num_layers, num_logical, topology)
@@ -67,10 +68,11 @@ def start_up(
             as_snapshots(load)
         find_dispatch(options.dispatch)
         cost = resolve_expert_cost(options.expert_cost, weights[0] if weights else (), device)
-        return held, ExpertWeights(weights or [[]] * num_layers, topology, control.rank), cost
+        registered = ExpertWeights(weights or [[]] * num_layers, topology, control.rank)
+        return held, registered, cost, _recorder(options, topology) if control.rank == 0 else None
 
     # 1. Check what can be wrong on one rank, before any rank goes on.
-    held, registered, expert_cost = control.attempt("registration", check)
+    held, registered, expert_cost, recorder = control.attempt("registration", check)
 
     # 2. Agree on what has to be the same on all ranks.
     described = f"{topology} {shape} {options.model_dump_json()} {planner.model_dump_json()}"
@@ -85,7 +87,7 @@ def start_up(
 
     # 4. Take the fingerprints of all experts, so that the next phase is verified too.
     prints = None
-    if options.verify != "off" and registered.signature:
+    if options.verify != "off" and options.mode != "observe" and registered.signature:
         holding = Placement(held, num_logical)
         prints = ExpertFingerprints.make(registered, holding, topology, control, options.verify)
     gather = group.all_gather if options.batch == "sharded" and group.size > 1 else None
@@ -95,7 +97,7 @@ def start_up(
         *shape,
         interval=options.interval,
         snapshots=options.snapshots,
-        samples=options.samples if options.dispatch == "balanced" else 0,
+        samples=options.samples if options.keeps_samples else 0,
         history=options.history,
         device=device,
     )
@@ -112,6 +114,7 @@ def start_up(
         expert_cost=expert_cost,
         streams=DeviceOrder(registered.device or device),
         transfer_times=TransferTimes(),
+        recorder=recorder,
     )
 
     # 5. Fill the slots that are still empty.
@@ -204,6 +207,15 @@ def _check_placement(
     if least < -1 or most >= num_logical:
         raise PlacementError(f"placement has ids {least}..{most}, not -1..{num_logical - 1}")
     return placement.cpu().clone()
+
+
+def _recorder(options: RebalancerOptions, topology: Topology) -> Recorder | None:
+    """Of the first rank. ConfigError: the folder cannot be made."""
+    if options.record is None:
+        return None
+    # With dispatch `balanced` of replicated tokens, every rank records all of them.
+    replicated = options.dispatch == "balanced" and options.batch == "replicated"
+    return Recorder(options.record, options.record_mib, copies=topology.num_ranks if replicated else 1)
 
 
 def _complete(

@@ -27,6 +27,8 @@ SHARED: Mapping[str, str] = MappingProxyType(
         "expert_cost": "rebalancer.expert_cost",
         "bandwidth": "rebalancer.bandwidth",
         "step_ms": "rebalancer.step_ms",
+        "record": "rebalancer.record",
+        "record_mib": "rebalancer.record_mib",
         "metrics": "metrics.enabled",
     }
 )
@@ -36,12 +38,20 @@ SHARED: Mapping[str, str] = MappingProxyType(
 class EngineOptions(Options):
     """Options of the plugin in any engine. The engine itself decides when to rebalance."""
 
+    mode: Literal["balance", "observe"] = "balance"
+    """`balance`: plan each rebalance. `observe`: report the balancedness, plan nothing and keep the map."""
+    record: str | None = Field(None, min_length=1, max_length=4096)
+    """Folder for recorded loads: the first rank writes one file for each interval, beside serving.
+    `eplb-plugin advise FOLDER` reads it. null: nothing is recorded."""
+    record_mib: int = Field(256, ge=1, le=2**20)
+    """Bound on the files of `record`, in MiB; the oldest are removed first."""
+
     planner: PlannerOptions = Field(default_factory=PlannerOptions)
     """How placements are planned."""
     snapshots: int = Field(32, ge=1, le=1024)
     """Maximum number of snapshots of one interval: 3,000 steps become 32 sums of 94 steps or fewer."""
     samples: int = Field(16, ge=0, le=1024)
-    """Dispatch `balanced`: single steps of an interval on which it is measured, evenly spaced."""
+    """Single steps kept of an interval, evenly spaced: to measure dispatch `balanced`, and for `record`."""
     history: int = Field(4, ge=1, le=64)
     """Intervals in the window: a plan is made from the latest 4."""
     dispatch: Literal["even", "engine", "balanced"] = "even"
@@ -83,13 +93,15 @@ def options_in_settings(
         overrides: as for `load_settings`.
 
     Returns:
-        Values for `EngineOptions`: `planner` as a dict, and those of `SHARED`.
+        Values for `EngineOptions`: `planner` as a dict, `mode`, and those of `SHARED`.
 
     Raises:
         ConfigError: an unknown section or option, or a wrong value.
     """
     settings = load_settings(path, overrides).model_dump()
-    values = {"planner": settings["planner"]}
+    # Only that mode means the same in an engine, which moves weights in its own way.
+    mode = "observe" if settings["rebalancer"]["mode"] == "observe" else "balance"
+    values = {"planner": settings["planner"], "mode": mode}
     for name, place in SHARED.items():
         section, option = place.split(".")
         values[name] = settings[section][option]

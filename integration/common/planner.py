@@ -24,9 +24,11 @@ from ...observability.prometheus import ModelTelemetry
 from ...planning.move_cost import MoveCost, default_bandwidth, serving_share, with_price
 from ...planning.planner import plan
 from ...runtime.control.rank_group import RankGroup
+from ...runtime.load_window import IntervalLoad
 from ...runtime.reports import RebalanceReport
 from .agreement import agree_on_plan
 from .options import EngineOptions
+from .recording import ModelRecorder
 from .report_lines import bytes_moved, said_of, withdrawn
 from .telemetry import ExpertBytes
 
@@ -89,6 +91,7 @@ class EnginePlanner:
         telemetry: shows the reports of this rank; None on all ranks but one.
         dispatch: gives the dispatch `balanced` of the engine; None while its own mapping is in force.
         mapping: the engine's own mapping; None where it is even, or not by index.
+        recorder: writes the intervals of this rank to a folder; None on all ranks but one, and without one.
     """
 
     def __init__(self, options: EngineOptions | None = None, *, model: str = "", speaks: bool = True) -> None:
@@ -100,6 +103,7 @@ class EnginePlanner:
         self.telemetry: ModelTelemetry | None = None
         self.dispatch: Callable[[], DispatchInForce] | None = None
         self.mapping: IndexMapping | None = None
+        self.recorder: ModelRecorder | None = None
         self._name = f" of {model}" if model else ""
         self._history: deque[torch.Tensor] = deque(maxlen=self.options.history)
         self._samples: deque[torch.Tensor] = deque(maxlen=self.options.history)
@@ -121,6 +125,7 @@ class EnginePlanner:
         refuses: Refusal | None = None,
         steps: Callable[[], int] | None = None,
         waits: bool = True,
+        step_seconds: float = 0.0,
     ) -> torch.Tensor:
         """The map for the next interval; `current` after a failure or where the gain is too small.
 
@@ -130,12 +135,13 @@ class EnginePlanner:
             inputs: called once; may raise.
             current: integer [layers, slots], the map in force, equal on all ranks; it is not written to.
             samples: gives single steps of the interval, int64 [samples, layers, logical], tokens as counted
-                over all ranks; for the dispatch or mapping. Called after `inputs`; may raise.
+                over all ranks; for dispatch, mapping and recording. Called after `inputs`; may raise.
             ranks: gives the ranks that compare their plans; None where each may act alone.
             expert_bytes: for the bytes in the report and the price of a move; None where they are unknown.
             refuses: the engine's own rule for dropping a plan; None without one.
             steps: gives the forward steps between two rebalances; None where they are unknown. May raise.
             waits: whether the engine waits for the transfers.
+            step_seconds: duration of a forward step on this rank; 0: unknown.
 
         Returns:
             int64 [layers, slots] on the CPU, in memory of its own. Experts that stay on a rank keep
@@ -143,12 +149,11 @@ class EnginePlanner:
         """
         self._calls += 1
         old = current.to("cpu", torch.int64, copy=True)
-        new, load, topology = old, None, None
+        new, load, topology, single = old, None, None, None
         # A failure has to come before the ranks compare their plans: the others would wait for this one.
         try:
             load, topology = inputs()
-            by_steps = self.dispatch is not None or self.mapping is not None
-            single = samples() if samples is not None and by_steps else load[:0]
+            single = load[:0] if samples is None else samples()
             sizes = self._sizes(expert_bytes)
             self._cost = self._cost_of_moves(topology, sizes, 0 if steps is None else steps(), waits)
             new, report = self._place(load, single, topology, old, sizes, refuses)
@@ -159,6 +164,8 @@ class EnginePlanner:
                 agree_on_plan(new, ranks())
             except Exception as error:
                 new, report = old, withdrawn(report, self._failure_log.add(error))
+        if self.recorder is not None and load is not None and single is not None and topology is not None:
+            self.recorder.add(IntervalLoad(load, single), old, topology, expert_bytes, steps, step_seconds)
         self.failures += report.failed
         self.reports.append(report)
         if self.speaks:
@@ -264,7 +271,8 @@ class EnginePlanner:
         shares_before = self.shares(in_force, topology, samples)
         start = time.perf_counter()
         window = torch.cat(list(self._history))
-        new = self.plan(window, topology, in_force)
+        observes = self.options.mode == "observe"
+        new = in_force if observes else self.plan(window, topology, in_force)
         if (new.num_layers, new.num_logical) != (in_force.num_layers, in_force.num_logical):
             raise PlacementError(f"{new} was planned in place of {in_force}")
         # Made anew: its checks run on the present content of the tensor.
@@ -272,6 +280,8 @@ class EnginePlanner:
         new.validate(topology)
         seconds = time.perf_counter() - start
         reason = f"no layer gains min_gain={self.options.planner.min_gain}"
+        if observes:
+            reason = "mode observe plans nothing"
         if refuses is not None and new != in_force and (refusal := refuses(old, new.physical_to_logical)):
             moves = int(count_moves(in_force, new, topology).sum())
             new, reason = in_force, f"a plan of {moves} moves is dropped: {refusal}"

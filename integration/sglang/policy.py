@@ -15,6 +15,7 @@ from ...core.placement import Placement
 from ...core.topology import Topology
 from ...planning.planner import plan, warmup
 from ...runtime.control.rank_group import RankGroup, content_hash
+from ...runtime.move_times import StepTimes
 from ..common.agreement import agree_on_plan, announce
 from ..common.options import SHARED, EngineOptions, options_in_settings
 from ..common.telemetry import ExpertBytes
@@ -47,7 +48,7 @@ _SETTINGS = {name: f"planner.{name}" for name in PlannerOptions.model_fields if 
 _SETTINGS |= SHARED
 _LONGEST = 200
 
-OPTIONS = ("config", "check_agreement", *_SETTINGS)
+OPTIONS = ("config", "check_agreement", "mode", *_SETTINGS)
 """Options after the name."""
 
 
@@ -60,8 +61,8 @@ def parse_algorithm(algorithm: str) -> EngineOptions:
     """The options in `eplb_plugin`, or in `eplb_plugin:OPTION=VALUE,OPTION=VALUE` with names from `OPTIONS`.
 
     They go over the environment, which goes over the file in `config` or EPLB_PLUGIN_CONFIG. Of the file
-    count the section `planner`, of `rebalancer` `snapshots`, `history`, `dispatch` and `expert_cost`, and
-    `enabled` of `metrics`.
+    count the section `planner`, of `rebalancer` what `SHARED` names and `mode: observe`, and `enabled` of
+    `metrics`.
 
     Raises:
         ConfigError: a malformed, unknown or repeated option, a wrong value, or an unusable file.
@@ -71,7 +72,7 @@ def parse_algorithm(algorithm: str) -> EngineOptions:
     path = given.pop("config", None)
     overrides = {_SETTINGS[name]: given.pop(name) for name in list(given) if name in _SETTINGS}
     try:
-        return EngineOptions(**options_in_settings(path, overrides), **given)
+        return EngineOptions(**{**options_in_settings(path, overrides), **given})
     except ConfigError as error:
         # The name of the file may have line breaks in it.
         raise ConfigError(f"{source}: {' '.join(str(error).split())}") from None
@@ -106,6 +107,7 @@ class SglangBalancer:
         expert_bytes: gives the bytes of one expert's weights by layer; None where they are unknown.
         before_first: called once, before the first rebalance.
         solvers: of dispatch `balanced`, where each rank has its own tokens; else None.
+        step_times: durations of the forward passes since the last rebalance, on the first rank.
 
     Raises:
         ConfigError: the options are wrong.
@@ -118,6 +120,7 @@ class SglangBalancer:
         self.expert_bytes: ExpertBytes | None = None
         self.before_first: Callable[[], None] | None = None
         self.solvers: LayerSolvers | None = None
+        self.step_times = StepTimes()
 
     def start(self, current: torch.Tensor, num_logical: int) -> None:
         """Compare options and map with the other ranks, and compile the planner. All ranks call it, when the
@@ -137,7 +140,8 @@ class SglangBalancer:
         if dist.is_initialized():
             compare(range(dist.get_world_size()))
         Placement(current, num_logical)
-        warmup(dispatch=self.options.planner.for_dispatch(self.options.splits).dispatch)
+        if self.options.mode != "observe":
+            warmup(dispatch=self.options.planner.for_dispatch(self.options.splits).dispatch)
         if is_first_rank():
             # SGLang starts without the plugin too, and fails at the first rebalance: a line to search for.
             _logger.warning("eplb-plugin is active: --eplb-algorithm %s, options %s", self.algorithm, options)
@@ -184,6 +188,7 @@ class SglangBalancer:
             ranks=lambda: _all_ranks(counts),
             expert_bytes=self.expert_bytes,
             steps=lambda: int(counts.any(2).any(1).sum()),
+            step_seconds=self.step_times.take(),
         )
         return SglangMaps.of(Placement(ids, num_logical))
 

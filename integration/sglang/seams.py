@@ -11,6 +11,7 @@ from typing import Any, Literal
 from ...runtime.verify.unregistered import warn_unregistered
 from ..common.options import EngineOptions, uneven_slots
 from ..common.planner import IndexMapping
+from ..common.recording import ModelRecorder
 from ..common.seams import missing_here, seams_of
 from ..common.telemetry import bytes_of_one_expert, engine_telemetry
 from .policy import SglangBalancer, is_first_rank
@@ -120,22 +121,34 @@ def no_first_map(model_config: Any) -> str | None:
 
 
 def watch(manager: Any, balancer: SglangBalancer) -> None:
-    """Read weight sizes from SGLang's EPLBManager. With metrics, count its passes and show its rebalances."""
+    """Read weight sizes from SGLang's EPLBManager. On the first rank, show its rebalances and record loads.
+
+    Raises:
+        ConfigError: the folder for recordings cannot be made.
+    """
 
     def expert_bytes() -> dict[int, int]:
         layers = manager._get_model().routed_experts_weights_of_layer
         return {layer: bytes_of_one_expert(tensors) for layer, tensors in layers.items()}
 
     balancer.expert_bytes = expert_bytes
-    telemetry = engine_telemetry(balancer.options, is_first_rank())
-    if telemetry is None:
+    options = balancer.options
+    telemetry = engine_telemetry(options, is_first_rank())
+    if options.record is not None and is_first_rank():
+        # SGLang's maps have a row for each layer of the model, dense ones too.
+        balancer.planner.recorder = ModelRecorder(
+            options.record, options.record_mib, "SGLang", _model_name(), (), _token_copies()
+        )
+    if telemetry is None and balancer.planner.recorder is None:
         return
-    model = telemetry.of(_model_name())
+    model = None if telemetry is None else telemetry.of(_model_name())
     pass_ended = manager.on_forward_pass_end
 
     def counting() -> None:
         # Before: the pass may end with a rebalance, which starts the count anew.
-        model.stepped()
+        balancer.step_times.stepped()
+        if model is not None:
+            model.stepped()
         pass_ended()
 
     manager.on_forward_pass_end = counting
@@ -162,6 +175,13 @@ def warn_unmoved(manager: Any) -> None:
             warn_unregistered([experts[n] for n in layers], [moved[n] for n in layers], slots, layers)
     except Exception:
         _logger.exception("whether SGLang moves all weights of the experts could not be checked; it goes on")
+
+
+def _token_copies() -> int:
+    """Ranks that count each token: all of them, unless an all-to-all backend sends tokens between them."""
+    from sglang.srt.runtime_context import get_exec, get_parallel
+
+    return int(get_parallel().tp_size) if get_exec().moe.moe_a2a_backend == "none" else 1
 
 
 def _model_name() -> str:

@@ -22,7 +22,7 @@ from ..common.options import EngineOptions
 from ..common.planner import DispatchInForce
 from ..common.replacement import replace_function
 
-__all__ = ["BalancedMapping", "bind_dispatch", "restore_mapping", "token_layout"]
+__all__ = ["BalancedMapping", "bind_dispatch", "restore_mapping", "token_copies", "token_layout"]
 
 _logger = logging.getLogger(__name__)
 
@@ -212,6 +212,22 @@ def _layout_of(index: int, layer: Any, parallel: Any) -> TokenLayout:
         f"context parallelism {config.pcp_size}: MoE layer {index} is not sequence parallel, so some ranks "
         "share tokens that others do not have"
     )
+
+
+def token_copies(model: Any, parallel: Any, ranks: int) -> int:
+    """Ranks that count each token of a batch, by the first MoE layer of a model.
+
+    Args:
+        model: a `MixtureOfExperts` whose kernels are made.
+        parallel: vLLM's `ParallelConfig`.
+        ranks: of the expert-parallel group.
+    """
+    layer = model.moe_layers[0]
+    if not hasattr(layer, "moe_config"):
+        return 1  # MegaMoE: each rank counts the tokens that it has
+    if layer.do_naive_dispatch_combine:
+        return ranks  # the tokens of all ranks are gathered first
+    return 1 if layer.moe_config.is_sequence_parallel else int(parallel.tensor_parallel_size)
 
 
 def _own_mapping() -> Callable[..., torch.Tensor]:

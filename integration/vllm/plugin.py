@@ -158,6 +158,7 @@ def _enable(state: Any) -> None:
     about = f"{version_of('eplb-plugin')} in vLLM {vllm.__version__}, options {options.model_dump_json()}"
     bind_policy(state, options, about, _active.append, compare)
     WorkerBase.eplb_plugin_report = _report
+    WorkerBase.eplb_plugin_record = _record
 
 
 def _share_log() -> None:
@@ -173,6 +174,20 @@ def _report(worker: Any) -> dict[str, Any]:
     rank = get_ep_group().rank_in_group
     about = {"vllm": vllm.__version__, "plugin": version_of("eplb-plugin"), "rank": rank}
     return {**about, "warnings": dict(_warnings), **(_active[-1].report() if _active else {})}
+
+
+def _record(worker: Any, folder: str | None = None) -> str | None:
+    """`llm.collective_rpc("eplb_plugin_record", args=(folder,))`: record from now on; without one, stop.
+
+    Returns:
+        The folder, on the rank that writes.
+
+    Raises:
+        ConfigError: there is no model to record, or the folder cannot be made.
+    """
+    if not _active:
+        raise ConfigError("eplb_plugin_record: the plugin plans for no model in this process")
+    return _active[-1].record_to(folder)
 
 
 def _in_file(config: Path | None) -> InFile:

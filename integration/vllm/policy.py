@@ -8,7 +8,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,10 +20,11 @@ from ...planning.planner import plan
 from ...runtime.control.rank_group import RankGroup
 from ..common.options import EngineOptions
 from ..common.planner import DispatchInForce, EnginePlanner, IndexMapping
+from ..common.recording import ModelRecorder
 from ..common.telemetry import ExpertBytes
 from .warnings import dropped_plan
 
-__all__ = ["Interval", "VllmPolicy"]
+__all__ = ["Interval", "RecordedModel", "VllmPolicy"]
 
 _logger = logging.getLogger(__name__)
 
@@ -42,6 +44,7 @@ class Interval:
         steps: forward steps between two rearrangements; 0: unknown.
         waits: whether vLLM waits for the transfers: in its synchronous mode.
         mapping: vLLM's own mapping from experts to slots; None where it is unknown.
+        step_seconds: duration of a forward step on this rank; 0: unknown.
     """
 
     model: str
@@ -54,6 +57,7 @@ class Interval:
     steps: int = 0
     waits: bool = True
     mapping: IndexMapping | None = None
+    step_seconds: float = 0.0
 
     def arrived(self) -> torch.Tensor:
         """The load, once it is on the host; raises if a rank had none."""
@@ -63,6 +67,20 @@ class Interval:
         if self.failures is not None and bool(self.failures):
             raise LoadError(f"{int(self.failures)} ranks could not read their window")
         return self.load
+
+
+class RecordedModel(NamedTuple):
+    """What a recording says of a model beside its loads.
+
+    Attributes:
+        layer_ids: layer of the model of each row; empty: unknown.
+        copies: ranks that count each token.
+        subfolder: of the folder for recordings; empty for the model itself, on the first pipeline stage.
+    """
+
+    layer_ids: tuple[int, ...]
+    copies: int
+    subfolder: str
 
 
 class VllmPolicy:
@@ -81,6 +99,7 @@ class VllmPolicy:
         telemetry: the series of this process, or None.
         dispatch: dispatch `balanced` in force; None while vLLM's own mapping is.
         drops_small_plans: whether vLLM drops plans that gain little, see `dropped_plan`.
+        folder: where loads are recorded; None where they are not.
     """
 
     def __init__(
@@ -96,6 +115,8 @@ class VllmPolicy:
         self.telemetry: Telemetry | None = None
         self.dispatch: DispatchInForce | None = None
         self.drops_small_plans = False
+        self.folder: str | None = options.record
+        self._models: dict[str, RecordedModel] = {}
         self._ranks = ranks
         self._speaks = speaks
         self._expected: deque[Interval] = deque()
@@ -139,7 +160,12 @@ class VllmPolicy:
             int64 [layers, slots] on the CPU; the map in force after a failure or where the gain is too small.
         """
         old, numbers = old_global_expert_indices, (num_replicas, num_groups, num_nodes, num_ranks)
-        if self._scaling or (old is not None and (old.shape[1] != num_replicas or bool((old < 0).any()))):
+        observes = self.options.mode == "observe"
+        if (
+            self._scaling
+            or (old is None and observes)
+            or (old is not None and (old.shape[1] != num_replicas or bool((old < 0).any())))
+        ):
             return self._by_vllm(weight, *numbers, old)
         if self._profiling and old is not None:
             return old.to("cpu", torch.int64, copy=True)
@@ -168,7 +194,42 @@ class VllmPolicy:
             refuses=(lambda was, new: dropped_plan(weight, was, new, num_ranks)) if drops else None,
             steps=lambda: interval.steps,
             waits=interval.waits,
+            step_seconds=interval.step_seconds,
         )
+
+    def know(self, model: str, about: RecordedModel) -> None:
+        """A model that vLLM has added. With a folder, its recording begins.
+
+        Raises:
+            ConfigError: the folder cannot be made.
+        """
+        self._models[model] = about
+        self._record(model)
+
+    def record_to(self, folder: str | None) -> str | None:
+        """Record the loads of all models in `folder` from the next interval on; None ends recording.
+
+        Returns:
+            The folder as an absolute path; None on ranks that write nothing.
+
+        Raises:
+            ConfigError: the folder cannot be made; then nothing is recorded.
+        """
+        self.folder = folder
+        for model in self._models:
+            self._record(model)
+        return None if folder is None or not self._speaks else str(Path(folder).absolute())
+
+    def _record(self, model: str) -> None:
+        planner, about = self.planner_of(model), self._models[model]
+        before, planner.recorder = planner.recorder, None
+        if before is not None:
+            before.files.flush()
+        if self.folder is not None and self._speaks:
+            folder = str(Path(self.folder) / about.subfolder)
+            planner.recorder = ModelRecorder(
+                folder, self.options.record_mib, "vLLM", model, about.layer_ids, about.copies
+            )
 
     def report(self) -> dict[str, Any]:
         """Options, and for each model its failures, warnings and latest reports, as plain data."""
@@ -178,6 +239,7 @@ class VllmPolicy:
                 model: {
                     "failures": planner.failures,
                     "warnings": dict(planner.warnings),
+                    "recorded": _recorded(planner),
                     "reports": [dataclasses.asdict(report) for report in list(planner.reports)],
                 }
                 # Copies: in the asynchronous mode, another thread plans meanwhile.
@@ -196,3 +258,12 @@ class VllmPolicy:
         planner = self.planners[model]
         planner.telemetry = None if self.telemetry is None else self.telemetry.of(model)
         return planner
+
+
+def _recorded(planner: EnginePlanner) -> dict[str, Any] | None:
+    """Folder and numbers of the recording; None where this rank records nothing."""
+    recorder = planner.recorder
+    if recorder is None:
+        return None
+    files = recorder.files
+    return {"folder": str(files.folder.absolute()), "written": files.written, "lost": files.lost}

@@ -55,6 +55,7 @@ PLANNING = (
     Seam(f"{_MOE}.config.FusedMoEConfig.experts_per_token"),
     Seam("vllm.distributed.parallel_state.get_ep_group"),
     Seam("vllm.distributed.parallel_state.get_eplb_group"),
+    Seam("vllm.distributed.parallel_state.get_pp_group"),
     Seam("vllm.distributed.parallel_state.GroupCoordinator.cpu_group"),
     Seam("vllm.distributed.parallel_state.GroupCoordinator.device_group"),
     Seam("vllm.distributed.parallel_state.GroupCoordinator.rank_in_group"),
@@ -75,7 +76,13 @@ CHECKING = (
     Seam("vllm.model_executor.models.interfaces.get_mixture_of_experts_model", ("model",)),
     *(
         Seam(f"{_PARALLEL}.{name}")
-        for name in ("data_parallel_size", "enable_eplb", "eplb_config", "prefill_context_parallel_size")
+        for name in (
+            "data_parallel_size",
+            "enable_eplb",
+            "eplb_config",
+            "pipeline_parallel_size",
+            "prefill_context_parallel_size",
+        )
     ),
     Seam("vllm.config.parallel.EPLBConfig.num_redundant_experts"),
 )
@@ -103,7 +110,7 @@ DISPATCH = (
     ),
     *(
         Seam(f"{_MOE}.runner.moe_runner.MoERunner.{name}")
-        for name in ("do_naive_dispatch_combine", "is_monolithic", "moe_config")
+        for name in ("do_naive_dispatch_combine", "is_monolithic", "layer_name", "moe_config")
     ),
     Seam("vllm.distributed.parallel_state.GroupCoordinator.all_gather", ("input_", "dim")),
 )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import re
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,18 +19,27 @@ from ...dispatch.shares import VLLM_HASH
 from ...observability.prometheus import Telemetry
 from ...planning.planner import warmup
 from ...runtime.control.rank_group import RankGroup
+from ...runtime.move_times import StepTimes
 from ...runtime.verify.unregistered import warn_unregistered
 from ..common.options import EngineOptions
 from ..common.planner import IndexMapping
 from ..common.seams import missing_here
 from ..common.telemetry import bytes_of_one_expert, engine_telemetry
-from .dispatch import bind_dispatch
-from .policy import Interval, VllmPolicy
+from .dispatch import bind_dispatch, token_copies
+from .policy import Interval, RecordedModel, VllmPolicy
 from .seam_table import PLANNING
 from .warnings import StallWatch, drops_small_plans, long_window, model_names
 from .window import RingKeeper, fold_window, no_samples, no_window, sample_window, sum_over_ranks
 
-__all__ = ["bind_policy", "expert_bytes", "missing_seams", "warn_unmoved", "wrap_rearrange", "wrap_step"]
+__all__ = [
+    "bind_policy",
+    "expert_bytes",
+    "layer_ids_of",
+    "missing_seams",
+    "warn_unmoved",
+    "wrap_rearrange",
+    "wrap_step",
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -74,6 +85,7 @@ def bind_policy(
             _warm_up(state, options)
         state.policy = policy
         policy.dispatch = bind_dispatch(state, options, _ep_group())
+        policy.know(model_names(state)[-1], _recorded_model(state))
         if policy.telemetry is not None:
             policy.telemetry.of(model_names(state)[-1])
         if _is_first_rank():
@@ -129,15 +141,21 @@ def _make_policy(state: Any, options: EngineOptions) -> VllmPolicy:
     policy.drops_small_plans = drops_small_plans(state)
     ring = RingKeeper(state)
     watch = StallWatch(state, lambda model, line: policy.planner_of(model).warn("stalled_transfer", line))
-    wrap_step(state, ring, policy.telemetry, watch)
-    wrap_rearrange(state, ring, policy)
+    times = StepTimes()
+    wrap_step(state, ring, policy.telemetry, watch, times)
+    wrap_rearrange(state, ring, policy, times)
     return policy
 
 
 def wrap_step(
-    state: Any, ring: RingKeeper, telemetry: Telemetry | None, watch: StallWatch | None = None
+    state: Any,
+    ring: RingKeeper,
+    telemetry: Telemetry | None,
+    watch: StallWatch | None = None,
+    times: StepTimes | None = None,
 ) -> None:
-    """Have `state` count its forward steps, but for profiling ones, clear its rings, and watch for stalls."""
+    """Have `state` count and time its forward steps, but for profiling ones, clear its rings, and watch for
+    stalls."""
     step = state.step
 
     @functools.wraps(step)
@@ -145,6 +163,8 @@ def wrap_step(
         # Before: the step may end with a rebalance, which starts the count anew.
         if telemetry is not None and not is_profile:
             telemetry.stepped()
+        if times is not None and not is_profile:
+            times.stepped()
         result = step(is_dummy, is_profile, *args, **kwargs)
         ring.clear()
         if watch is not None and not is_profile:
@@ -154,7 +174,7 @@ def wrap_step(
     state.step = stepping
 
 
-def wrap_rearrange(state: Any, ring: RingKeeper, policy: VllmPolicy) -> None:
+def wrap_rearrange(state: Any, ring: RingKeeper, policy: VllmPolicy, times: StepTimes | None = None) -> None:
     """Have `state` hand the snapshots of its window to the policy before each rearrangement."""
     rearrange = state.rearrange
     signature = inspect.signature(rearrange)
@@ -169,7 +189,7 @@ def wrap_rearrange(state: Any, ring: RingKeeper, policy: VllmPolicy) -> None:
             policy.expect_scaling()
         else:
             ring.clear()
-            policy.expect(_intervals(state, policy))
+            policy.expect(_intervals(state, policy, 0.0 if times is None else times.take()))
         result = rearrange(*args, **kwargs)
         ring.rearranged()
         return result
@@ -177,12 +197,13 @@ def wrap_rearrange(state: Any, ring: RingKeeper, policy: VllmPolicy) -> None:
     state.rearrange = rearranging
 
 
-def _intervals(state: Any, policy: VllmPolicy) -> list[Interval]:
+def _intervals(state: Any, policy: VllmPolicy, step_seconds: float) -> list[Interval]:
     """Each model's load since the last rearrangement, summed over the ranks. All ranks call it together."""
     models, names = list(state.model_states.values()), model_names(state)
     error: Exception | None = None
     steps, position = state.expert_rearrangement_step_interval, state.expert_load_window_step
     snapshots = policy.options.snapshots
+    # Recording may begin at any moment, on the ranks one after the other, and all sum the same shapes.
     samples = policy.options.samples
     try:
         loads = []
@@ -223,6 +244,7 @@ def _intervals(state: Any, policy: VllmPolicy) -> list[Interval]:
             steps,
             waits=not state.is_async,
             mapping=_own_mapping(model.model),
+            step_seconds=step_seconds,
         )
         for name, load, sampled, model in zip(names, on_host[::2], on_host[1::2], models, strict=True)
     ]
@@ -236,8 +258,36 @@ def _own_mapping(model: Any) -> IndexMapping | None:
     return IndexMapping(VLLM_HASH, config.experts_per_token * _ep_group().world_size)
 
 
+def _recorded_model(state: Any) -> RecordedModel:
+    """Of the model that was added last, for its recording. What it does not say is left out, and logged."""
+    model = list(state.model_states.values())[-1].model
+    parts = []
+    if len(state.model_states) > 1:
+        parts.append(re.sub(r"[^\w.-]+", "-", model_names(state)[-1]).strip("-."))
+    try:
+        parallel = state.parallel_config
+        if parallel.pipeline_parallel_size > 1 and (stage := _pipeline_stage()):
+            parts.insert(0, f"stage-{stage}")
+        copies, layer_ids = token_copies(model, parallel, _ep_group().world_size), layer_ids_of(model)
+    except AttributeError as error:
+        if _is_first_rank():
+            _logger.warning("a recording of %s will not name its layers: %s", model_names(state)[-1], error)
+        copies, layer_ids = 1, ()
+    return RecordedModel(layer_ids, copies, "/".join(parts))
+
+
+def layer_ids_of(model: Any) -> tuple[int, ...]:
+    """The layers of a model that are MoE layers, by the names of these; empty where they do not say."""
+    names = [str(getattr(layer, "layer_name", "")) for layer in model.moe_layers]
+    found = [re.search(r"\.layers\.(\d+)\.", name) for name in names]
+    ids = tuple(int(match[1]) for match in found if match)
+    return ids if len(ids) == len(names) and all(a < b for a, b in pairwise(ids)) else ()
+
+
 def _warm_up(state: Any, options: EngineOptions) -> None:
-    """Compile the planner."""
+    """Compile the planner, which mode `observe` does not need."""
+    if options.mode == "observe":
+        return
     model = next(iter(state.model_states.values())).model
     started = time.perf_counter()
     slots, groups = model.num_physical_experts, max(model.num_expert_groups, 1)
@@ -251,14 +301,23 @@ def _say(state: Any, options: EngineOptions, about: str) -> None:
     """Say that the plugin is active, for the model that was added last."""
     name, model = model_names(state)[-1], list(state.model_states.values())[-1].model
     how = f"{'asynchronously' if state.is_async else 'synchronously'} by policy {options.planner.policy}"
+    does = "plans"
+    if options.mode == "observe":
+        does, how = "observes", "and leaves its map as it is"
     experts, slots = model.num_logical_experts, model.num_physical_experts
     sizes = f"{model.num_moe_layers} layers, {experts} experts, {slots} slots, {_ep_group().world_size} ranks"
-    _logger.info("eplb_plugin %s: plans %s %s: %s", about, name, how, sizes)
+    _logger.info("eplb_plugin %s: %s %s %s: %s", about, does, name, how, sizes)
     if drops_small_plans(state):
         _logger.warning(
             "on ROCm, vLLM's synchronous mode drops plans that lower max over mean rank load, summed over "
             "layers, by under 5 %%: reports say which. use_async of --eplb-config has no such rule"
         )
+
+
+def _pipeline_stage() -> int:
+    from vllm.distributed import parallel_state
+
+    return int(parallel_state.get_pp_group().rank_in_group)
 
 
 def _ep_group() -> Any:

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from eplb_plugin.advisor import advice as advice_module
-from eplb_plugin.advisor.advice import advise, is_worth_it, similarity, verdict
+from eplb_plugin.advisor.advice import advise, similarity
 from eplb_plugin.advisor.trial import Trial
+from eplb_plugin.advisor.verdict import is_worth_it, verdict
 from eplb_plugin.config.options import PlannerOptions
 from eplb_plugin.core.balancedness import balancedness
 from eplb_plugin.core.errors import TopologyError, TraceError

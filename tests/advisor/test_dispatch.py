@@ -10,10 +10,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from eplb_plugin.advisor.advice import advise, verdict
+from eplb_plugin.advisor.advice import advise
 from eplb_plugin.advisor.dispatch import DispatchGain, dispatch_gain, dispatch_verdict
 from eplb_plugin.advisor.machine import model_preset
 from eplb_plugin.advisor.trial import Setting, TrialCache, try_setting
+from eplb_plugin.advisor.verdict import verdict
 from eplb_plugin.cli import app
 from eplb_plugin.config.options import RebalancerOptions
 from eplb_plugin.core.errors import ConfigError
@@ -87,14 +88,12 @@ def test_the_gain_is_that_of_both_halves_and_the_time_of_a_layer_that_of_the_slo
     assert gain.layer_seconds == pytest.approx(512 * trial.even_cost * 1e-7)
     even = 512 * trial.even_cost * 1e-7
     balanced = 512 * trial.balanced_cost * 1e-7 + 2e-5
-    assert advice.best.dispatched == pytest.approx(advice.best.speedup * even / balanced)
+    assert advice.best.dispatched == pytest.approx(advice.best.net * even / balanced)
     assert not advice.message_left_out
     unknown = advise(steady, machine_of(message_seconds=2e-5), PLANNER, REBALANCER, **LISTS)
     assert unknown.message_left_out
     assert unknown.dispatch.layer_seconds is None
-    assert unknown.best.dispatched == pytest.approx(
-        advice.best.speedup * trial.even_cost / trial.balanced_cost
-    )
+    assert unknown.best.dispatched == pytest.approx(advice.best.net * trial.even_cost / trial.balanced_cost)
 
 
 def test_with_an_expert_cost_the_time_is_the_cost_of_the_slowest_rank(steady):
@@ -160,6 +159,14 @@ def test_what_is_said(gain, redundant, told):
     assert re.search(told, " ".join(dispatch_verdict(gain, redundant)))
 
 
+def test_placement_and_dispatch_have_their_shares():
+    best = replace(advice_of().best, dispatched=1.6)
+    said = " ".join(verdict(replace(advice_of(), best=best, rated=(best,)), 32))
+    assert "Placement gives 1.33 times. Dispatch balanced multiplies that by 1.20, to 1.60 times." in said
+    alone = replace(best, setting=Setting(32, 8, 0.01))
+    assert "Placement gives" not in " ".join(verdict(replace(advice_of(), best=alone, rated=(alone,)), 32))
+
+
 def test_more_redundant_experts_may_pay_with_dispatch():
     advice = advice_of()
     more = replace(rated(48, 1.34), dispatched=1.5)
@@ -200,7 +207,10 @@ def test_the_command_takes_the_expert_cost_from_model_and_accelerator(tmp_path, 
     assert content["dispatch"]["layer_seconds"] == pytest.approx(seconds)
     assert content["dispatch"]["message_seconds"] == 2e-5
     assert f"{content['best']['dispatched']:.2f}" in out
-    assert max(len(line) for line in out.splitlines()[:-1]) <= 80
+    # The line of arguments is to be copied, and not broken.
+    *told, _, _ = out.splitlines()
+    assert told[-1] in ("Enable it with:", "To try it all the same:")
+    assert max(map(len, told)) <= 80
     # The one that is found, and one that nobody knows.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
