@@ -44,6 +44,7 @@ _WORTH_MOVES = 0.005  # minimum relative gain of a setting with more moves
 _REDUNDANT_PER_RANK = (0, 1, 2, 4)
 _INTERVALS_PER_HALF = (16, 8, 4)
 _PRICES = (0.25, 4.0)
+_MOST_PLANS = 500  # of layers, for dispatch `balanced`
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ def advise(
         machine.topology(count).check_experts(trace.num_experts)
     done, total = 0, len(slots) * len(steps) + len(more_prices) + 1
 
-    def attempt(load: LoadTrace, setting: Setting) -> Trial:
+    def attempt(load: LoadTrace, setting: Setting, planner: PlannerOptions = planner) -> Trial:
         nonlocal done
         topology = machine.topology(setting.slots)
         key = cache.key(load, topology, setting, planner, rebalancer)
@@ -239,6 +240,14 @@ def advise(
         message_seconds=machine.message_seconds,
     )
     left_out = machine.message_seconds > 0 and machine.token_seconds is None
+    planned = None
+    if _plans_for_dispatch(best, planner, trace, half):
+        total += 1
+        made = attempt(first, best.setting, planner.model_copy(update={"dispatch": "balanced"}))
+        # Against the even split of the placements that are made for that one.
+        made = made.model_copy(update={"even_cost": best.trial.even_cost})
+        dispatched = machine.with_dispatch(made, rank_load)
+        planned = dispatched and best.net * dispatched
     return Advice(
         static.balancedness,
         tuple(rated),
@@ -247,9 +256,19 @@ def advise(
         cache.hits,
         gain,
         left_out,
+        planned,
         rank_load=rank_load,
         engine_steps=trace.engine_steps,
     )
+
+
+def _plans_for_dispatch(best: Rated, planner: PlannerOptions, trace: LoadTrace, half: int) -> bool:
+    """Whether plans for dispatch `balanced` are worth a trial, which takes a tenth of a second a layer."""
+    if best.dispatched is None or planner.dispatch == "balanced":
+        return False
+    gain = best.dispatched / best.net if best.net else 1.0
+    plans = trace.num_layers * (half // best.setting.interval)
+    return gain > 1 + WORTH_MEMORY and best.setting.slots > trace.num_experts and plans <= _MOST_PLANS
 
 
 def similarity(one: torch.Tensor, other: torch.Tensor) -> float:

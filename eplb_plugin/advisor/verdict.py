@@ -78,7 +78,9 @@ def _shares(advice: Advice, redundant: int) -> list[str]:
         f"{best.dispatched / best.net:.2f}, to {best.dispatched:.2f} times{left_out}."
     ]
     if advice.planned is not None:
-        said.append(f"With plans made for it (planner.dispatch), it reaches {advice.planned:.2f} times.")
+        said.append(
+            f"With plans made for it, as engines make them, it reaches {advice.planned:.2f} times{left_out}."
+        )
     return said
 
 

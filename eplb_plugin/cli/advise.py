@@ -122,7 +122,7 @@ def advise(
     cost = assumed_cost(settings, size.name, preset, accelerator)
     step = step_time(step_ms, recording)
     with compiling(errors, "loading the planner"):
-        warmup()
+        warmup(dispatch="balanced")
     options = settings.simulate
     groups = options.groups
     if preset is not None and "simulate.groups" not in settings.origins:

@@ -163,6 +163,8 @@ def test_placement_and_dispatch_have_their_shares():
     best = replace(advice_of().best, dispatched=1.6)
     said = " ".join(verdict(replace(advice_of(), best=best, rated=(best,)), 32))
     assert "Placement gives 1.33 times. Dispatch balanced multiplies that by 1.20, to 1.60 times." in said
+    said = " ".join(verdict(replace(advice_of(), best=best, rated=(best,), planned=1.7), 32))
+    assert "With plans made for it, as engines make them, it reaches 1.70 times." in said
     alone = replace(best, setting=Setting(32, 8, 0.01))
     assert "Placement gives" not in " ".join(verdict(replace(advice_of(), best=alone, rated=(alone,)), 32))
 
@@ -244,3 +246,21 @@ def test_the_command_takes_the_expert_cost_and_the_message_that_it_is_told(tmp_p
     ):
         with pytest.raises(ConfigError, match=told):
             ask(path, "--expert-mb", 10, *flags)
+
+
+def test_plans_for_dispatch_are_tried_with_the_best_setting(steady):
+    advice = advise(steady, machine_of(), PLANNER, REBALANCER, **LISTS)
+    best = advice.best
+    first = LoadTrace(steady.load[: steady.num_steps // 2])
+    made = try_setting(
+        first,
+        machine_of().topology(best.setting.slots),
+        best.setting,
+        PLANNER.model_copy(update={"dispatch": "balanced"}),
+        REBALANCER.model_copy(update={"expert_cost": 0}),
+    )
+    assert advice.planned == pytest.approx(best.net * best.trial.even_cost / made.balanced_cost)
+    asked = PLANNER.model_copy(update={"dispatch": "balanced"})
+    assert advise(steady, machine_of(), asked, REBALANCER, **LISTS).planned is None
+    none = {**LISTS, "redundant": [0]}
+    assert advise(steady, machine_of(), PLANNER, REBALANCER, **none).planned is None
