@@ -431,7 +431,7 @@ def test_recording_fails_alone(tmp_path, caplog):
 
     planner = observer(tmp_path)
     for part in traffic(40).split(20):
-        ids = rebalance(planner, part, steps=broken)
+        ids = rebalance(planner, part, expert_bytes=broken)
     assert planner.failures == 0
     assert not torch.equal(ids, start().physical_to_logical)
     assert caplog.text.count("recording moe failed: RuntimeError: no sizes today") == 1
