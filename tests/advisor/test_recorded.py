@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 from eplb_plugin.advisor.machine import model_preset, models_of_shape
 from eplb_plugin.advisor.rules import how_to_enable, when_not
 from eplb_plugin.cli import app
-from eplb_plugin.config.options import PlannerOptions
 from eplb_plugin.core.balancedness import balancedness
 from eplb_plugin.core.load import fold_steps
 from eplb_plugin.core.placement import Placement
@@ -116,18 +115,21 @@ def test_ranks_that_have_all_tokens_need_no_message(recording, tmp_path):
 
 def test_options_win_over_the_recording(recording):
     out, content = advise(
-        recording, "--ranks", 8, "--expert-mb", 3, "--step-ms", 50, "--interval", 12, "--redundant", 8
-    )
+        recording, "--ranks", 8, "--expert-mb", 3, "--step-ms", 50, "--interval", 12, "--redundant", 8,
+        "--move-price", 0.009,
+    )  # fmt: skip
     assert "of 3.0 MB on 8 ranks" in out
     assert "at 50 ms a step" in out
     assert {item["interval"] for item in content["tried"]} == {4}
-    (best,) = [item for item in content["tried"] if item["move_price"] == PlannerOptions().move_price]
+    (best,) = content["tried"]
     assert best["bytes_per_hour"] == pytest.approx(best["moves"] * 3e6 * 3600 / (4 * 0.15))
 
 
 def test_simulate_and_report_take_it_too(recording, tmp_path):
     steps = steps_of(8 * 24)
-    out = run("simulate", recording, "--policy", "adaptive", "--interval", 24, "--json")
+    arguments = ("simulate", recording, "--policy", "adaptive", "--interval", 24, "--json")
+    assert "for experts of" in " ".join(run(*arguments).split())  # the price follows from their size
+    out = run(*arguments, "--move-price", 0.009)
     (result,) = json.loads(out.splitlines()[-1])
     trace = LoadTrace(
         fold_steps(steps, 64).long(),

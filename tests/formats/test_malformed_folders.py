@@ -91,7 +91,7 @@ def test_sizes_are_bounded_before_anything_is_unpacked(tmp_path):
 
 def test_folders_and_files_that_are_not_there(tmp_path):
     for path, message in [
-        (tmp_path, "neither meta_info.json"),
+        (tmp_path, "nor meta_info.json"),
         (tmp_path / "no.pt", "no such file"),
         (tmp_path / "no.json", "no such file"),
         (tmp_path / "no.csv", "no such file"),
