@@ -67,6 +67,8 @@ FAMILIES = {
             "qk_nope_head_dim": 32,
             "qk_rope_head_dim": 16,
             "v_head_dim": 32,
+            "topk_method": "noaux_tc",
+            "scoring_func": "sigmoid",
         },
         3,
     ),
