@@ -55,6 +55,8 @@ PLANNING = (
     Seam(f"{_MOE}.config.FusedMoEConfig.experts_per_token"),
     Seam("vllm.distributed.parallel_state.get_ep_group"),
     Seam("vllm.distributed.parallel_state.get_eplb_group"),
+    Seam("vllm.distributed.parallel_state.get_pp_group"),
+    Seam(f"{_PARALLEL}.pipeline_parallel_size"),
     Seam("vllm.distributed.parallel_state.GroupCoordinator.cpu_group"),
     Seam("vllm.distributed.parallel_state.GroupCoordinator.device_group"),
     Seam("vllm.distributed.parallel_state.GroupCoordinator.rank_in_group"),

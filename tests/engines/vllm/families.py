@@ -50,7 +50,6 @@ FAMILIES = {
             "moe_layer_start_index": 1,
             "moe_layer_end_index": 3,
             "moe_layer_interval": 1,
-            "initializer_range": 0.2,
         },
         3,
     ),
@@ -94,6 +93,10 @@ def save_family(name: str, folder: Path) -> list[list[int]]:
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**{**_SHARED, **options})
     model = getattr(transformers, f"{kind}ForCausalLM")(config).float().eval()
+    with torch.no_grad():
+        for part, weight in model.named_parameters():
+            if part.endswith("gate.weight") and not weight.any():  # transformers leaves Ernie's at zero
+                torch.nn.init.normal_(weight, std=_SHARED["initializer_range"])
     model.save_pretrained(folder)
     prompts = torch.tensor(PROMPTS)
     decoded = model.generate(
