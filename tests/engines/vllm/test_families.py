@@ -2,8 +2,9 @@
 
 import pytest
 
+from tests.engines.families import EXPERTS, FAMILIES, save_family
+
 from .conftest import LIMIT, RESTLESS, drive, eplb_arguments, llm_arguments
-from .families import EXPERTS, FAMILIES, save_family
 
 pytestmark = pytest.mark.timeout(LIMIT)
 

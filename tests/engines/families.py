@@ -1,10 +1,10 @@
-"""Tiny random models of the families that vLLM balances, and the greedy tokens that transformers gives."""
+"""Tiny random models of the families that engines balance, and the greedy tokens that transformers gives."""
 
 from pathlib import Path
 
 import torch
 
-from .prompts import NEW_TOKENS, PROMPTS
+from .vllm.prompts import NEW_TOKENS, PROMPTS
 
 EXPERTS = 16
 _SHARED = {
