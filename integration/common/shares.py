@@ -1,4 +1,4 @@
-"""The mapping from experts to slots that is in force in an engine, and the shares that replicas get from it."""
+"""The mapping from experts to slots in force in an engine, and the shares that replicas get from it."""
 
 from __future__ import annotations
 
