@@ -24,8 +24,8 @@ STEPS = [
     },
 ]
 
-# On a CPU, vLLM gives other tokens than transformers for these, before any rearrangement too. With Ernie, only
-# one of eight prompts differs, where two tokens are nearly equal.
+# On a CPU, vLLM gives other tokens than transformers for these, before any rearrangement too. With Ernie,
+# only one of eight prompts differs, where two tokens are nearly equal.
 OTHER_THAN_TRANSFORMERS = {"DeepSeek-V3", "Ernie-4.5-MoE", "LFM2-MoE"}
 
 # vLLM's processes would take requests as they come: batches of other requests give these other tokens.
