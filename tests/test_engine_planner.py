@@ -9,11 +9,13 @@ import torch
 from prometheus_client import CollectorRegistry, generate_latest
 
 import eplb_plugin as eplb
+from eplb_plugin.core.balancedness import balancedness
 from eplb_plugin.core.load import fold_steps
 from eplb_plugin.dispatch.rank_costs import split_balancedness
+from eplb_plugin.dispatch.shares import VLLM_HASH, indexed_shares
 from eplb_plugin.formats.recordings import read_recording, recorded_files
 from eplb_plugin.integration.common.options import EngineOptions
-from eplb_plugin.integration.common.planner import DispatchInForce, EnginePlanner
+from eplb_plugin.integration.common.planner import DispatchInForce, EnginePlanner, IndexMapping
 from eplb_plugin.integration.common.recording import ModelRecorder
 from eplb_plugin.integration.common.telemetry import bytes_of_one_expert
 from eplb_plugin.observability.prometheus import Telemetry, lower_bound_gap
@@ -440,3 +442,30 @@ def test_recording_fails_alone(tmp_path, caplog):
     planner.rebalance(broken, start().physical_to_logical)
     planner.recorder.files.flush()
     assert recorded_files(tmp_path) == []
+
+
+def test_balancedness_is_that_of_the_engines_own_mapping():
+    """By vLLM's hash, with batches of 8 tokens of 4 experts each, that all ranks count."""
+    scores = torch.rand(6, LAYERS, 8, LOGICAL, generator=torch.Generator().manual_seed(2))
+    scores[..., :2] += 1  # hot experts
+    chosen = scores.topk(4).indices
+    steps = TOPOLOGY.num_ranks * torch.nn.functional.one_hot(chosen, LOGICAL).sum((2, 3))
+    # Where replicas are 1, 2 or 4, the hash is even.
+    row = torch.cat([torch.arange(LOGICAL), torch.tensor([0, 0, 1, 1])])
+    before, planner = eplb.Placement(row.expand(LAYERS, -1), LOGICAL), EnginePlanner()
+    planner.mapping = IndexMapping(VLLM_HASH, 4 * TOPOLOGY.num_ranks)
+    ids = rebalance(planner, steps, before.physical_to_logical, samples=lambda: steps)
+    (report,) = planner.reports
+    window = fold_steps(steps, planner.options.snapshots)
+    scores = []
+    for placement in (before, eplb.Placement(ids, LOGICAL)):
+        shares = indexed_shares(placement, torch.tensor([8]), VLLM_HASH)
+        scores.append(balancedness(window, placement, TOPOLOGY, shares))
+    assert [report.balancedness_before, report.balancedness_after] == pytest.approx(scores)
+    assert scores[0] != pytest.approx(eplb.balancedness(window, before, TOPOLOGY))
+
+    # Without single steps, replicas are taken to get equal shares.
+    planner = EnginePlanner()
+    planner.mapping = IndexMapping(VLLM_HASH, 4 * TOPOLOGY.num_ranks)
+    rebalance(planner, steps)
+    assert planner.reports[0].balancedness_before == eplb.balancedness(window, start(), TOPOLOGY)

@@ -13,6 +13,8 @@ import torch
 from prometheus_client import CollectorRegistry, generate_latest
 
 import eplb_plugin as eplb
+from eplb_plugin.core.balancedness import balancedness
+from eplb_plugin.dispatch.shares import nearest_shares
 from eplb_plugin.integration.sglang.policy import SglangBalancer, fold_busy_steps, sample_busy_steps
 from eplb_plugin.observability.prometheus import Telemetry
 from tests.processes import RanksFailedError, run_ranks
@@ -225,3 +227,49 @@ def start_from(rank, row):
 def test_a_map_that_leaves_experts_out_does_not_start():
     with pytest.raises(RanksFailedError, match="layer 0 has no slot for expert 7 of 8"):
         run_ranks(start_from, 2, [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4])
+
+
+def hot_interval() -> torch.Tensor:
+    """Three passes in which expert 0 has a third of all tokens."""
+    counts = interval(5)[:3].clone()
+    counts[..., 0] = counts.sum(2) // 2
+    return counts
+
+
+@pytest.mark.parametrize("static", ["fair", "engine"])
+def test_reports_have_the_shares_of_static_dispatch(static):
+    balancer = SglangBalancer("eplb_plugin")
+    balancer.planner.static = static
+    maps = balancer.rebalance(hot_interval(), TOPOLOGY, start())
+    (report,) = balancer.planner.reports
+    new = eplb.Placement(maps.physical_to_logical, LOGICAL)
+    window = fold_busy_steps(hot_interval(), 32)
+    rows = torch.stack([balancer.planner.row(new, TOPOLOGY, rank) for rank in range(TOPOLOGY.num_ranks)])
+    if static == "fair":
+        served = [torch.bincount(row.flatten(), minlength=TOPOLOGY.num_slots) for row in rows.transpose(0, 1)]
+        shares = torch.stack(served).double() / TOPOLOGY.num_ranks
+    else:
+        shares = nearest_shares(new, TOPOLOGY)
+    assert report.balancedness_after == pytest.approx(balancedness(window, new, TOPOLOGY, shares))
+
+    # The map stays, and so does its table: what was predicted is what is observed.
+    balancer.planner.plan = lambda window, topology, current: current
+    balancer.rebalance(hot_interval(), TOPOLOGY, new.physical_to_logical)
+    assert balancer.planner.reports[1].balancedness_before == pytest.approx(report.balancedness_after)
+
+
+def test_a_plan_that_ranks_did_not_agree_on_leaves_the_table_of_the_map_in_force():
+    planner = SglangBalancer("eplb_plugin").planner
+    planner.static = "fair"
+    window, first = fold_busy_steps(hot_interval(), 32), eplb.Placement(start(), LOGICAL)
+    second = planner.plan(window, TOPOLOGY, first)
+    row = planner.row(second, TOPOLOGY, 1)
+    third = planner.plan(window.flip(2), TOPOLOGY, second)
+    assert third != second
+    assert torch.equal(planner.row(second, TOPOLOGY, 1), row)
+    # Tables are for the ranks of the topology.
+    planner.forget()
+    alone = eplb.Topology(num_ranks=1, num_slots=TOPOLOGY.num_slots)
+    ids = second.physical_to_logical
+    chosen = planner.row(second, alone, 0)
+    assert torch.equal(ids.gather(1, chosen), torch.arange(LOGICAL).expand(len(ids), -1))

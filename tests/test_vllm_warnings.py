@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,13 @@ from prometheus_client import CollectorRegistry, generate_latest
 from eplb_plugin.integration.common.options import uneven_slots
 from eplb_plugin.integration.vllm.policy import Interval
 from eplb_plugin.integration.vllm.seams import wrap_step
-from eplb_plugin.integration.vllm.warnings import StallWatch, dropped_plan, drops_small_plans, long_window
+from eplb_plugin.integration.vllm.warnings import (
+    StallWatch,
+    dropped_plan,
+    drops_small_plans,
+    long_window,
+    model_names,
+)
 from eplb_plugin.observability.prometheus import Telemetry
 
 from .series import samples
@@ -211,3 +218,26 @@ def test_only_steps_since_the_last_map_count():
     ids = torch.tensor([[0, 1]])
     folded = fold_window(window, ids, 2, position=0, steps=4, snapshots=32)
     assert folded[:, 0, 0].tolist() == [9, 10, 11, 12]
+
+
+@pytest.mark.parametrize(
+    ("rank", "layers", "name"),
+    [
+        (0, [3, 4, 29], "deepseek, stage 1 of 2, MoE layers 3 to 29"),
+        (1, [30, 59], "deepseek, stage 2 of 2, MoE layers 30 to 59"),
+        (1, [], "deepseek, stage 2 of 2"),
+    ],
+)
+def test_a_pipeline_stage_has_a_name_of_its_own(monkeypatch, rank, layers, name):
+    """Each stage numbers its MoE layers from 0; the name says which of the model they are."""
+    vllm, distributed, state = (ModuleType(part) for part in ("vllm", "distributed", "parallel_state"))
+    state.get_pp_group = lambda: SimpleNamespace(rank_in_group=rank, world_size=2)
+    modules = {"vllm": vllm, "vllm.distributed": distributed, "vllm.distributed.parallel_state": state}
+    for module, stand in modules.items():
+        monkeypatch.setitem(sys.modules, module, stand)
+    moe_layers = [SimpleNamespace(layer_name=f"model.layers.{layer}.mlp.experts") for layer in layers]
+    model = SimpleNamespace(model_name="deepseek", model=SimpleNamespace(moe_layers=moe_layers))
+    for stages, expected in ((1, "deepseek"), (2, name)):
+        parallel = SimpleNamespace(pipeline_parallel_size=stages)
+        stand = SimpleNamespace(model_states={"hash": model}, parallel_config=parallel)
+        assert model_names(stand) == [expected]

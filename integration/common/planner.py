@@ -7,7 +7,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import torch
 
@@ -18,7 +18,6 @@ from ...core.load import as_snapshots, fold_steps
 from ...core.placement import Placement
 from ...core.topology import Topology
 from ...dispatch.rank_costs import split_balancedness
-from ...dispatch.shares import balanced_shares, indexed_shares
 from ...observability.failures import FailureLog
 from ...observability.prometheus import ModelTelemetry
 from ...planning.move_cost import MoveCost, default_bandwidth, serving_share, with_price
@@ -30,6 +29,7 @@ from .agreement import agree_on_plan
 from .options import EngineOptions
 from .recording import ModelRecorder
 from .report_lines import bytes_moved, said_of, withdrawn
+from .shares import DispatchInForce, IndexMapping
 from .telemetry import ExpertBytes
 
 __all__ = [
@@ -48,31 +48,6 @@ Inputs: TypeAlias = Callable[[], tuple[torch.Tensor, Topology]]
 
 Refusal: TypeAlias = Callable[[torch.Tensor, torch.Tensor], str | None]
 """Says why the engine would drop a plan, from map in force and plan, int64 [layers, slots]; else None."""
-
-
-class DispatchInForce(NamedTuple):
-    """Dispatch `balanced` in an engine, for measuring it on sampled steps.
-
-    Attributes:
-        expert_cost: least cost of a replica in use, in tokens.
-        copies: ranks that count each token; 1 where ranks have tokens of their own.
-    """
-
-    expert_cost: int
-    copies: int
-
-
-class IndexMapping(NamedTuple):
-    """An engine's own mapping, by the index of a token in its batch.
-
-    Attributes:
-        multiplier: see `indexed_shares`.
-        entries: counts of a token over all ranks: its experts, times the ranks that count it or batches of
-            other ranks.
-    """
-
-    multiplier: int
-    entries: int
 
 
 class EnginePlanner:
@@ -232,15 +207,9 @@ class EnginePlanner:
         Args:
             samples: int64 [samples, layers, logical], single steps of the interval; there may be none.
         """
-        if not len(samples):
-            return None
-        if self.dispatch is not None:
-            cost, copies = self.dispatch()
-            return balanced_shares(samples // copies, placement, topology, cost)
-        if self.mapping is None:
-            return None
-        batches = samples.sum(2).amax(1) // self.mapping.entries
-        return indexed_shares(placement, batches, self.mapping.multiplier)
+        if len(samples) and self.dispatch is not None:
+            return self.dispatch().shares(samples, placement, topology)
+        return self.mapping.shares(samples, placement) if len(samples) and self.mapping is not None else None
 
     def _planner_options(self) -> PlannerOptions:
         """For the dispatch in force: an engine that could not take ours has said so."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from importlib import import_module
 from typing import Any, NamedTuple
 
-__all__ = ["Seam", "missing_here", "seams_of"]
+__all__ = ["Seam", "has_member", "missing_here", "seams_of"]
 
 
 _BOUND = ("self", "cls")
@@ -54,6 +54,11 @@ def missing_here(seams: Iterable[Seam]) -> list[str]:
         elif seam.arguments or seam.exactly:
             missing += seam.wrong_arguments(inspect.signature(found).parameters)
     return missing
+
+
+def has_member(owner: type, name: str) -> bool:
+    """Whether a class has a member, or its instances have a field of that name."""
+    return hasattr(owner, name) or _is_field(owner, name)
 
 
 def _resolve(target: str) -> Any:

@@ -70,6 +70,7 @@ READ: Mapping[str, tuple[str, ...]] = MappingProxyType(
         f"{_EPLB}.expert_location.get_global_expert_location_metadata": (),
         f"{_EPLB}.expert_location.ModelConfigForExpertLocation.from_model_config": ("model_config",),
         f"{_EPLB}.expert_location.ModelConfigForExpertLocation.num_logical_experts": (),
+        "sglang.srt.model_loader.utils.get_model_architecture": ("model_config",),
         f"{_METADATA}.ep_size": (),
         f"{_METADATA}.num_logical_experts": (),
         f"{_METADATA}.num_physical_experts": (),

@@ -12,7 +12,7 @@ from ...runtime.verify.unregistered import warn_unregistered
 from ..common.options import EngineOptions, uneven_slots
 from ..common.planner import IndexMapping
 from ..common.recording import ModelRecorder
-from ..common.seams import missing_here, seams_of
+from ..common.seams import has_member, missing_here, seams_of
 from ..common.telemetry import bytes_of_one_expert, engine_telemetry
 from .policy import SglangBalancer, is_first_rank
 from .seam_table import PLANNING, RING, STATIC
@@ -31,6 +31,9 @@ __all__ = [
 ]
 
 _logger = logging.getLogger(__name__)
+
+_WEIGHTS = "routed_experts_weights_of_layer"
+"""Where SGLang looks for the weights of a model's experts, layer by layer."""
 
 
 def missing_seams(needed: Mapping[str, tuple[str, ...]] | None = None) -> list[str]:
@@ -105,15 +108,16 @@ def row_mapping(manager: Any) -> IndexMapping | None:
 def no_first_map(model_config: Any) -> str | None:
     """Why SGLang cannot place the experts of a model, and what to give or remove; None where it can."""
     from sglang.srt.eplb.expert_location import ModelConfigForExpertLocation
+    from sglang.srt.model_loader.utils import get_model_architecture
     from sglang.srt.runtime_context import get_parallel
 
+    remove = "Remove --enable-eplb, --eplb-algorithm and --ep-num-redundant-experts"
+    name = ", ".join(getattr(model_config.hf_config, "architectures", None) or ["this model"])
     model = ModelConfigForExpertLocation.from_model_config(model_config)
     if model is None:
-        name = ", ".join(getattr(model_config.hf_config, "architectures", None) or ["this model"])
-        return (
-            f"{name} has no EPLB support in this SGLang: no expert would move. Remove --enable-eplb, "
-            "--eplb-algorithm and --ep-num-redundant-experts"
-        )
+        return f"{name} has no EPLB support in this SGLang: no expert would move. {remove}"
+    if not has_member(get_model_architecture(model_config)[0], _WEIGHTS):
+        return f"{name} has no {_WEIGHTS} in this SGLang, which would end at its first rebalance. {remove}"
     ranks = int(get_parallel().ep_size)
     return uneven_slots(
         int(model.num_logical_experts), redundant_experts(), ranks, "--ep-num-redundant-experts"

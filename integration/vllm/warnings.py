@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,8 @@ from ..common.options import uneven_slots
 __all__ = ["StallWatch", "dropped_plan", "drops_small_plans", "long_window", "model_names", "watch_load"]
 
 _logger = logging.getLogger(__name__)
+
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 _PATIENCE = 3
 """Intervals until a rearrangement that has not ended is warned of. Usually it takes a fraction of one."""
@@ -82,10 +85,29 @@ def _without_eplb(worker: Any) -> str | None:
 
 
 def model_names(state: Any) -> list[str]:
-    """A name for each model of an `EplbState`: vLLM's, with a number after its second use."""
-    names = [model.model_name for model in state.model_states.values()]
+    """A name for each model of an `EplbState`: vLLM's, with a number after its second use.
+
+    With pipeline parallelism, each stage balances layers of its own: stage and layers are in the name.
+    """
+    names = [model.model_name + _stage(state, model) for model in state.model_states.values()]
     seen = [names[:n].count(name) for n, name in enumerate(names)]
     return [f"{name} ({count})" if count else name for name, count in zip(names, seen, strict=True)]
+
+
+def _stage(state: Any, model_state: Any) -> str:
+    """The pipeline stage of this process, counted from 1, and its MoE layers as the model numbers them.
+
+    Example: ", stage 2 of 2, MoE layers 30 to 59". Empty with one stage.
+    """
+    if getattr(getattr(state, "parallel_config", None), "pipeline_parallel_size", 1) == 1:
+        return ""
+    from vllm.distributed.parallel_state import get_pp_group
+
+    group = get_pp_group()
+    names = [getattr(layer, "layer_name", "") for layer in model_state.model.moe_layers]
+    layers = [int(found[1]) for name in names if (found := _LAYER.search(name))]
+    told = f", MoE layers {min(layers)} to {max(layers)}" if layers else ""
+    return f", stage {group.rank_in_group + 1} of {group.world_size}{told}"
 
 
 def long_window(state: Any) -> str | None:

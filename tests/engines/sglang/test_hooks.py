@@ -304,6 +304,12 @@ def config_of(tiny, monkeypatch, architecture):
             "LlamaForCausalLM has no EPLB support in this SGLang: no expert would move. Remove "
             "--enable-eplb, --eplb-algorithm and --ep-num-redundant-experts",
         ),
+        (
+            "Glm4MoeForCausalLM",
+            4,
+            "Glm4MoeForCausalLM has no routed_experts_weights_of_layer in this SGLang, which would end at "
+            "its first rebalance. Remove --enable-eplb",
+        ),
     ],
 )
 def test_the_first_map_is_refused_by_name(tiny, monkeypatch, architecture, redundant, message):
@@ -314,13 +320,15 @@ def test_the_first_map_is_refused_by_name(tiny, monkeypatch, architecture, redun
     compute = model_runner.compute_initial_expert_location_metadata
     assert compute is expert_location.compute_initial_expert_location_metadata
     config = config_of(tiny, monkeypatch, architecture)
+    monkeypatch.setattr(config.hf_config, "n_routed_experts", 16, raising=False)
+    monkeypatch.setattr(config.hf_config, "n_group", 1, raising=False)
     with serving(redundant=redundant), pytest.raises(ConfigError, match=message):
         compute(model_config=config, moe_ep_rank=0)
     with serving(algorithm="deepseek", redundant=redundant):
         if redundant == 1:
             with pytest.raises(AssertionError):
                 compute(model_config=config, moe_ep_rank=0)
-        else:
+        elif architecture == "LlamaForCausalLM":
             assert compute(model_config=config, moe_ep_rank=0) is None
 
 

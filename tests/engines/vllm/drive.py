@@ -8,7 +8,13 @@ from pathlib import Path
 # What an engine's processes would import one by one. Without the planner's numba: vLLM's workers look through
 # all modules when they start, and fail on llvmlite's.
 import vllm.distributed.eplb.async_worker
+import vllm.model_executor.models.deepseek_v2
+import vllm.model_executor.models.ernie45_moe
+import vllm.model_executor.models.glm4_moe
+import vllm.model_executor.models.lfm2_moe
+import vllm.model_executor.models.mixtral
 import vllm.model_executor.models.qwen3_moe
+import vllm.model_executor.models.registry
 import vllm.v1.engine.coordinator
 import vllm.v1.engine.core
 import vllm.v1.engine.utils
@@ -26,6 +32,10 @@ MOST_ROUNDS = 40  # of a step that waits for failures
 # seconds. `test_server.py` has those, too.
 for module in (vllm.v1.engine.coordinator, vllm.v1.engine.utils, vllm.v1.executor.multiproc_executor):
     module.get_mp_context = lambda: multiprocessing.get_context("fork")
+
+
+# It starts an interpreter to look at a model's class, so that CUDA is not initialised.
+vllm.model_executor.models.registry._run_in_subprocess = lambda look: look()
 
 
 class Meeting:

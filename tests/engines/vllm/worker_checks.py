@@ -49,6 +49,19 @@ class WorkerChecks:
             policy.rebalance_experts = counted
         self._write("checks", self.seen)
 
+    def rearrange_every(self, steps):
+        """From now on, a rearrangement begins every so many steps."""
+        state = self.model_runner.eplb_state
+        state.expert_rearrangement_step_interval = steps
+        state.expert_rearrangement_step = 0
+
+    def go_on_in_sync_mode(self):
+        """From now on, rearrange in vLLM's synchronous mode. No rearrangement may be under way."""
+        state = self.model_runner.eplb_state
+        assert state.is_async
+        assert not self.model_state.rebalanced
+        state.is_async = False
+
     def break_planner(self, how):
         """Replace the planner: one that raises, returns a wrong map, is slow, or differs between ranks."""
         policy = self.model_runner.eplb_state.policy
