@@ -4,7 +4,7 @@
 
 Replays the demo's traffic and three generated profiles, each on a machine, with the trials and the costs of
 `eplb-plugin advise`. The time of an interval is the time of the slowest ranks plus the transfers of the
-busiest rank: all of them for sync, a tenth for async. The first rebalance is left out. Prints the excess over
+busiest rank. Async counts a tenth of the transfers. The first rebalance is left out. Prints the excess over
 the best fixed price in percent, means over the draws of traffic, and one line of JSON. With one draw,
 neighbouring prices differ by up to 1 % by chance.
 """

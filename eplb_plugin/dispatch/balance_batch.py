@@ -22,10 +22,10 @@ def balance_batch(
 ) -> torch.Tensor:
     """Split each batch over the replicas of its experts so that the slowest rank has the least to do.
 
-    Water filling, from the even split on. The tokens of one replicated expert after the other come off its
-    ranks, and are filled back in at the lowest level, in nine sweeps over all experts. The cost of a rank is
-    the sum over its slots in use of max(`expert_cost`, tokens). The cost of the slowest rank is never above
-    its cost with the even split.
+    Water filling, from the even split on, in nine sweeps over all experts. The tokens of one replicated expert
+    after the other come off its ranks, and are filled back in at the lowest level. The cost of a rank is the
+    sum over its slots in use of max(`expert_cost`, tokens). The cost of the slowest rank is never above its
+    cost with the even split.
 
     Example: expert 0 with 8 tokens has replicas on two ranks, one of which has 4 tokens of another expert.
     It gets 2 tokens there and 6 on the other rank: both ranks have 6.

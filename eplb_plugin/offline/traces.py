@@ -36,8 +36,8 @@ class LoadTrace:
         name: origin of the load, for titles and errors.
         layer_ids: layer of the model of each row, rising; by default 0, 1, ... Engines number dense layers
             too: the first MoE layer of DeepSeek-V3 is 3.
-        samples: [samples, layers, experts], tokens of single steps in time order, where each "step" of `load`
-            is a sum of several; None: each is a single step.
+        samples: [samples, layers, experts], tokens of single steps in time order, for a `load` of sums over
+            several steps. None: the steps of `load` are single ones.
         sample_steps: for each sample its "step" of `load`; never falling.
         engine_steps: forward steps of the engine in one "step" of `load`, on average.
 

@@ -104,7 +104,7 @@ def plan(
             and `current` is ignored there.
 
     Raises:
-        LoadError: a malformed load. TopologyError: more experts than living slots, a malformed mask, or a
+        LoadError: a malformed load, or samples that do not fit it. TopologyError: more experts than living slots, a malformed mask, or a
         topology that the policy cannot plan. PlacementError: `current` does not fit the load or the topology.
         ConfigError: an unknown policy, or a bound that it cannot keep.
     """

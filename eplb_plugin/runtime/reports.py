@@ -40,8 +40,8 @@ class RebalanceReport:
         moves: transfers of one expert's weights to one rank, over all ranks.
         bytes_moved: bytes sent between ranks, over all ranks; 0 for a loop without weights, None if unknown.
         move_cost_seconds: time that serving loses by the moves, by bytes and bandwidth; None if unknown.
-        gain_seconds: expected fall of the slowest ranks' time until the next rebalance: the latest interval
-            under the old placement, less the same under the new one. None if unknown.
+        gain_seconds: expected fall of the slowest ranks' time until the next rebalance. It is the time of the
+            latest interval under the old placement, less its time under the new one. None if unknown.
         mismatches: experts whose weights did not match their fingerprint, in a slot or on arrival.
         gather_seconds: time to sum the interval over the ranks.
         plan_seconds: time to plan; in the online loop also to exchange the plan and to agree on it.

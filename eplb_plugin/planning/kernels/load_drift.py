@@ -22,14 +22,14 @@ _NOISY = 0.018
 def price_factor(whole, older, even, num_ranks, least):
     """The factor on the price of a move, from `least` where traffic is steady to 1 where it drifts.
 
-    Drift is the root mean square of the change of a rank load from the older to the newer half of the window,
-    as a fraction of the mean rank load. It is that of ranks of independent experts without replicas, so no
+    Drift is the change of a rank load from the older to the newer half of the window, as a fraction of the
+    mean rank load (root mean square). Ranks are taken to hold independent experts without replicas, so no
     placement changes it. Noise is the same for even and odd snapshots, between which nothing drifts. The
     variance of the noise is part of the change from half to half, and is subtracted from it.
 
     Args:
-        whole, older, even: float64 [logical], load of all snapshots, of the older half of them, and of those
-            with even numbers.
+        whole, older, even: float64 [logical], load of all snapshots, of the older half of them, and of the
+            even-numbered ones.
     """
     change = num_ranks * _squared_change(whole, older)
     noise = num_ranks * _squared_change(whole, even)

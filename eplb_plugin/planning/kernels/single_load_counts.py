@@ -273,7 +273,7 @@ def _search_counts(total, count, num_experts, num_ranks, bound, target, seed):
 def _choose_taker(pairs, num_experts, heavy, light, word):
     """The expert that a trial gives a replica to.
 
-    Often it is one of the heaviest pair, or one whose replicas are lighter still: each of these may leave the
+    Often it is one of the heaviest pair, or one whose replicas are lighter still. Each of these may leave the
     heavy replica with a lighter one.
     """
     guide = np.float64(word & np.uint64(0xFFFF)) * 2.0**-16
