@@ -22,8 +22,8 @@ def balance_batch(
 ) -> torch.Tensor:
     """Split each batch over the replicas of its experts so that the slowest rank has the least to do.
 
-    Water filling, from the even split on, in nine sweeps over all experts. The tokens of one replicated expert
-    after the other come off its ranks, and are filled back in at the lowest level. The cost of a rank is the
+    Water filling, from the even split on, in nine sweeps over all experts. The tokens of each replicated
+    expert in turn come off its ranks, and are filled back in at the lowest level. The cost of a rank is the
     sum over its slots in use of max(`expert_cost`, tokens). The cost of the slowest rank is never above its
     cost with the even split.
 

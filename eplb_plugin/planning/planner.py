@@ -97,16 +97,15 @@ def plan(
             rank keep their slot. Slots may be empty (-1), as on a rank that has just joined; the tensor may
             then also lack experts, as with `active_ranks`: see `Plan.lost`.
         options: policy and its options.
-        samples: [steps, layers, logical], tokens of single steps of the same time, for
-            `options.dispatch="balanced"`, which is planned for by them. None, or no step: `load` is taken for
-            them.
+        samples: [steps, layers, logical], tokens of single steps of the same time, for plans with
+            `options.dispatch="balanced"`. None, or no step: `load` stands for them.
         active_ranks: bool [ranks], True for living ranks; None: all are alive. Dead ranks get empty slots,
             and `current` is ignored there.
 
     Raises:
-        LoadError: a malformed load, or samples that do not fit it. TopologyError: more experts than living slots, a malformed mask, or a
-        topology that the policy cannot plan. PlacementError: `current` does not fit the load or the topology.
-        ConfigError: an unknown policy, or a bound that it cannot keep.
+        LoadError: a malformed load, or samples that do not fit it. TopologyError: more experts than living
+        slots, a malformed mask, or a topology that the policy cannot plan. PlacementError: `current` does not
+        fit the load or the topology. ConfigError: an unknown policy, or a bound that it cannot keep.
     """
     started = time.perf_counter()
     if not isinstance(topology, Topology):

@@ -22,8 +22,8 @@ _NOISY = 0.018
 def price_factor(whole, older, even, num_ranks, least):
     """The factor on the price of a move, from `least` where traffic is steady to 1 where it drifts.
 
-    Drift is the change of a rank load from the older to the newer half of the window, as a fraction of the
-    mean rank load (root mean square). Ranks are taken to hold independent experts without replicas, so no
+    Drift is the root mean square change of a rank load between the older and the newer half of the window. It
+    is a fraction of the mean rank load. Ranks are taken to hold independent experts without replicas, so no
     placement changes it. Noise is the same for even and odd snapshots, between which nothing drifts. The
     variance of the noise is part of the change from half to half, and is subtracted from it.
 
