@@ -14,10 +14,11 @@ from eplb_plugin.core.load import fold_steps
 from eplb_plugin.dispatch.rank_costs import split_balancedness
 from eplb_plugin.dispatch.shares import VLLM_HASH, indexed_shares
 from eplb_plugin.formats.recordings import read_recording, recorded_files
+from eplb_plugin.integration.common.expert_bytes import bytes_of_one_expert
 from eplb_plugin.integration.common.options import EngineOptions
-from eplb_plugin.integration.common.planner import DispatchInForce, EnginePlanner, IndexMapping
+from eplb_plugin.integration.common.planner import EnginePlanner
 from eplb_plugin.integration.common.recording import ModelRecorder
-from eplb_plugin.integration.common.telemetry import bytes_of_one_expert
+from eplb_plugin.integration.common.shares import DispatchInForce, IndexMapping
 from eplb_plugin.observability.prometheus import Telemetry, lower_bound_gap
 from eplb_plugin.offline.synthetic_traffic import generate
 from eplb_plugin.planning.move_cost import MoveCost

@@ -26,19 +26,13 @@ from ...runtime.control.rank_group import RankGroup
 from ...runtime.load_window import IntervalLoad
 from ...runtime.reports import RebalanceReport
 from .agreement import agree_on_plan
+from .expert_bytes import ExpertBytes, bytes_moved
 from .options import EngineOptions
 from .recording import ModelRecorder
-from .report_lines import bytes_moved, said_of, withdrawn
+from .report_lines import said_of, withdrawn
 from .shares import DispatchInForce, IndexMapping
-from .telemetry import ExpertBytes
 
-__all__ = [
-    "DispatchInForce",
-    "EnginePlanner",
-    "IndexMapping",
-    "Inputs",
-    "Refusal",
-]
+__all__ = ["EnginePlanner", "Inputs", "Refusal"]
 
 _logger = logging.getLogger(__name__)
 _REPORTS = 64

@@ -12,7 +12,7 @@ from ...core.topology import Topology
 from ...observability.failures import FailureLog
 from ...runtime.load_window import IntervalLoad
 from ...runtime.recorder import Recorder
-from .telemetry import ExpertBytes
+from .expert_bytes import ExpertBytes
 
 __all__ = ["ModelRecorder"]
 

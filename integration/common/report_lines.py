@@ -1,17 +1,16 @@
-"""Reports of rebalances in an engine: the line of the log, and figures that the planner adds."""
+"""Reports of rebalances in an engine: their line in the log, and plans that were withdrawn."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from ...runtime.reports import RebalanceReport
 
-__all__ = ["bytes_moved", "said_of", "withdrawn"]
+__all__ = ["said_of", "withdrawn"]
 
 
 def said_of(report: RebalanceReport) -> str:
-    """What the log says of a rebalance."""
+    """The line of the log, without the number of the rebalance."""
     observed = f"balancedness {report.balancedness_before:.3f} observed"
     before, after = report.window_balancedness_before, report.window_balancedness_after
     if report.failed:
@@ -49,9 +48,3 @@ def withdrawn(report: RebalanceReport, cause: str) -> RebalanceReport:
         move_cost_seconds=None,
         gain_seconds=None,
     )
-
-
-def bytes_moved(moves: list[int], sizes: Mapping[int, int]) -> int | None:
-    """Bytes of the moves of each layer; None unless the size of each moved expert is known."""
-    known = all(layer in sizes for layer, count in enumerate(moves) if count)
-    return sum(count * sizes.get(layer, 0) for layer, count in enumerate(moves)) if known else None

@@ -1,24 +1,17 @@
-"""The series of an engine's process, and what one expert of it weighs."""
+"""The metrics of an engine's process, shown by the engine's own server."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
 from functools import cache
-from typing import TypeAlias
-
-import torch
 
 from ...config.sources import metrics_folder
 from ...observability.prometheus import Telemetry
 from .options import EngineOptions
 
-__all__ = ["ExpertBytes", "bytes_of_one_expert", "engine_telemetry"]
+__all__ = ["engine_telemetry"]
 
 _logger = logging.getLogger(__name__)
-
-ExpertBytes: TypeAlias = Callable[[], Mapping[int, int]]
-"""Gives the bytes of one expert's weights by layer."""
 
 
 def engine_telemetry(options: EngineOptions, is_first_rank: bool) -> Telemetry | None:
@@ -42,8 +35,3 @@ def _of_this_process() -> Telemetry:
     from prometheus_client import REGISTRY
 
     return Telemetry(REGISTRY)
-
-
-def bytes_of_one_expert(tensors: Iterable[torch.Tensor]) -> int:
-    """Bytes of one expert of a layer from the layer's tensors, each [slots on this rank, ...]."""
-    return sum(tensor[0].numel() * tensor.element_size() for tensor in tensors)

@@ -15,8 +15,8 @@ from ...core.topology import Topology
 from ...dispatch.batch_split import GatherCounts
 from ...dispatch.expert_cost import resolve_expert_cost
 from ..common.agreement import announce
-from ..common.planner import DispatchInForce
 from ..common.replacement import replace_function
+from ..common.shares import DispatchInForce
 from .dispatch import NO_BACKEND, LayerSolvers, ServedSplit, check_dispatch, serve, to_slots
 from .policy import SglangBalancer, is_first_rank
 from .seam_table import INIT_SOLVERS, MAPPING, REPLICATED, SHARDED

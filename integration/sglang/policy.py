@@ -17,8 +17,8 @@ from ...planning.planner import plan, warmup
 from ...runtime.control.rank_group import RankGroup, content_hash
 from ...runtime.move_times import StepTimes
 from ..common.agreement import agree_on_plan, announce
+from ..common.expert_bytes import ExpertBytes
 from ..common.options import SHARED, EngineOptions, options_in_settings
-from ..common.telemetry import ExpertBytes
 from .dispatch import LayerSolvers
 from .static_dispatch import SglangPlanner
 

@@ -9,11 +9,12 @@ from contextlib import suppress
 from typing import Any, Literal
 
 from ...runtime.verify.unregistered import warn_unregistered
+from ..common.expert_bytes import bytes_of_one_expert
 from ..common.options import EngineOptions, uneven_slots
-from ..common.planner import IndexMapping
 from ..common.recording import ModelRecorder
 from ..common.seams import has_member, missing_here, seams_of
-from ..common.telemetry import bytes_of_one_expert, engine_telemetry
+from ..common.shares import IndexMapping
+from ..common.telemetry import engine_telemetry
 from .policy import SglangBalancer, is_first_rank
 from .seam_table import PLANNING, RING, STATIC
 

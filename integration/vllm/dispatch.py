@@ -19,8 +19,8 @@ from ...dispatch.expert_cost import resolve_expert_cost
 from ...dispatch.tables import LayerTables
 from ..common.agreement import announce
 from ..common.options import EngineOptions
-from ..common.planner import DispatchInForce
 from ..common.replacement import replace_function
+from ..common.shares import DispatchInForce
 
 __all__ = ["BalancedMapping", "bind_dispatch", "restore_mapping", "token_copies", "token_layout"]
 

@@ -18,10 +18,11 @@ from ...core.topology import Topology
 from ...observability.prometheus import Telemetry
 from ...planning.planner import plan
 from ...runtime.control.rank_group import RankGroup
+from ..common.expert_bytes import ExpertBytes
 from ..common.options import EngineOptions
-from ..common.planner import DispatchInForce, EnginePlanner, IndexMapping
+from ..common.planner import EnginePlanner
 from ..common.recording import ModelRecorder
-from ..common.telemetry import ExpertBytes
+from ..common.shares import DispatchInForce, IndexMapping
 from .warnings import dropped_plan
 
 __all__ = ["Interval", "RecordedModel", "VllmPolicy"]

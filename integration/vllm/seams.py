@@ -21,10 +21,11 @@ from ...planning.planner import warmup
 from ...runtime.control.rank_group import RankGroup
 from ...runtime.move_times import StepTimes
 from ...runtime.verify.unregistered import warn_unregistered
+from ..common.expert_bytes import bytes_of_one_expert
 from ..common.options import EngineOptions
-from ..common.planner import IndexMapping
 from ..common.seams import missing_here
-from ..common.telemetry import bytes_of_one_expert, engine_telemetry
+from ..common.shares import IndexMapping
+from ..common.telemetry import engine_telemetry
 from .dispatch import bind_dispatch, token_copies
 from .policy import Interval, RecordedModel, VllmPolicy
 from .seam_table import PLANNING
