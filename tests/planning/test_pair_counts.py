@@ -16,8 +16,8 @@ from eplb_plugin.planning.kernels import single_load_counts as counts
 from eplb_plugin.planning.kernels import single_load_pairs as pairing
 from eplb_plugin.planning.kernels.api import plan_from_scratch
 from eplb_plugin.planning.kernels.lpt_packing import pack_lpt
-from eplb_plugin.planning.kernels.plan_layers import Problem
 from eplb_plugin.planning.kernels.single_load_plan import plan_node
+from tests.planning.single_load_cases import problem_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered")  # of pseudo-random words, which wrap
 
@@ -188,27 +188,6 @@ def test_replicas_are_on_different_ranks_of_their_node(nodes, groups, sigma):
     assert (ids[:, :, 0] != ids[:, :, 1]).all()
     group_of_rank = ids.view(30, nodes, -1) // (16 // groups)
     assert all(len(node.unique()) == groups // nodes for layer in group_of_rank for node in layer)
-
-
-def problem_of(load: np.ndarray, room: np.ndarray) -> Problem:
-    """A layer of one node from scratch, as `plan_from_scratch` makes it."""
-    none = np.empty((1, 0), np.int64)
-    return Problem(
-        weight=load[None, None].astype(np.float64),
-        expert_node=np.zeros((1, len(load)), np.int64),
-        current=none,
-        start=none,
-        rank_slots=room,
-        ranks_per_node=len(room),
-        price=0.0,
-        least_price=1.0,
-        max_moves=0,
-        rounds=200,
-        candidates=4,
-        patience=1,
-        tolerance=5e-4,
-        seed=0,
-    )
 
 
 @given(st.integers(0, 2**20), st.integers(2, 8), st.integers(2, 9))

@@ -14,8 +14,9 @@ import eplb_plugin as eplb
 from eplb_plugin.planning.kernels import single_load_search as search
 from eplb_plugin.planning.kernels import single_load_state as node_state
 from eplb_plugin.planning.kernels.lower_bounds import counts_bound
-from eplb_plugin.planning.kernels.plan_layers import Problem, plan_layers
+from eplb_plugin.planning.kernels.plan_layers import plan_layers
 from eplb_plugin.planning.kernels.single_load_plan import plan_node
+from tests.planning.single_load_cases import problem_of
 
 LEAST_GAIN = 1e-5
 SLACK = 1e-4
@@ -150,28 +151,12 @@ def test_no_packing_of_the_replicas_is_below_the_bound_of_the_counts(weight, ran
 def test_compiled_and_interpreted_search_agree():
     """The oracles above run the search as plain Python."""
     weight = np.random.default_rng(0).lognormal(0, 1, 20)
-    room, tolerance = np.full(4, 6), 5e-4
+    room = np.full(4, 6)
     compiled, interpreted = np.empty((2, 24), np.int64)
-    none = np.empty((1, 0), np.int64)
-    problem = Problem(
-        weight=weight[None, None],
-        expert_node=np.zeros((1, 20), np.int64),
-        current=none,
-        start=none,
-        rank_slots=room,
-        ranks_per_node=4,
-        price=0.0,
-        least_price=1.0,
-        max_moves=0,
-        rounds=200,
-        candidates=4,
-        patience=1,
-        tolerance=tolerance,
-        seed=0,
-    )
+    problem = problem_of(weight, room)
     plan_layers(problem, 0, 1, compiled[None])
     load = (weight * (4 / sum(weight))).astype(np.float32)  # as `plan_layers` scales it
-    target = max(1.0, float(load.sum(dtype=np.float64)) / 4) + tolerance
+    target = max(1.0, float(load.sum(dtype=np.float64)) / 4) + problem.tolerance
     plan_node(problem, load, room, target, interpreted)
     assert compiled.tolist() == interpreted.tolist()
 
