@@ -9,8 +9,8 @@ things bring nine of them within 0.2 points of the balancedness of the linear pr
 - **Over-relaxation.** Half of each change is added on top of it, see D. Young, 1954, "Iterative methods for
   solving partial difference equations of elliptic type".
 
-Where all that ends with a higher peak than the even split, the even split is taken. Integers throughout, in
-one order: equal counts give equal splits everywhere.
+Where all that ends with a higher peak than the even split, the even split is taken. Of several replicas on one
+rank, the first gets all tokens. Integers throughout, in one order: equal counts give equal splits everywhere.
 
 From the split to the slots of tokens is here too. Numba's cache notices a change of this file alone: with the
 split elsewhere, ranks with older caches would split in another way.
@@ -77,6 +77,7 @@ def split_layer(counts, slots, first, count, rank_of_slot, expert_cost, cost, qu
     _sweep(counts, slots, first, count, rank_of_slot, expert_cost, shift, True, cost, base, order, quota)
     if cost.max() > highest:
         _split_evenly(counts, slots, first, count, rank_of_slot, expert_cost, shift, cost, quota)
+        _join_on_ranks(slots, first, count, rank_of_slot, expert_cost << shift, cost, quota)
     cost >>= shift
     quota >>= shift
 
@@ -97,6 +98,22 @@ def _split_evenly(counts, slots, first, count, rank_of_slot, expert_cost, shift,
             quota[slot] = (whole + (replica < rest)) << shift
             cost[rank_of_slot[slot]] += _cost(quota[slot], expert_cost << shift)
     return cost.max()
+
+
+@cached_njit(nogil=True, fastmath=False, boundscheck=False)
+def _join_on_ranks(slots, first, count, rank_of_slot, expert_cost, cost, quota):
+    """Give the tokens of an expert on one rank to its first replica there, as sweeps do."""
+    for expert in range(count.shape[0]):
+        keeper = slots[first[expert]]
+        for slot in slots[first[expert] + 1 : first[expert] + count[expert]]:
+            rank = rank_of_slot[slot]
+            if rank != rank_of_slot[keeper]:
+                keeper = slot
+                continue
+            cost[rank] -= _cost(quota[keeper], expert_cost) + _cost(quota[slot], expert_cost)
+            quota[keeper] += quota[slot]
+            quota[slot] = 0
+            cost[rank] += _cost(quota[keeper], expert_cost)
 
 
 @cached_njit(nogil=True, fastmath=False, boundscheck=False, inline="always")

@@ -191,9 +191,14 @@ def split_batch(
         given = tl.load(lists + GIVEN * NUM_SLOTS + slot, mask=inside, other=0) >> shift.to(tl.int32)
         if is_even:
             index = tl.load(lists + INDEX * NUM_SLOTS + slot, mask=mine >= 0, other=0)
+            copies = tl.load(lists + COPIES * NUM_SLOTS + slot, mask=mine >= 0, other=0)
+            task = tl.load(lists + TASK * NUM_SLOTS + slot, mask=inside, other=-1)
             tokens = tl.load(total + mine, mask=mine >= 0, other=0)
             replicas = tl.load(counts + mine, mask=mine >= 0, other=1).to(tl.int32)
-            given = tokens // replicas + (index < tokens % replicas).to(tl.int32)
+            # The first replica on a rank gets the tokens of the others there.
+            whole = tokens // replicas
+            larger = tl.minimum(tl.maximum(tokens - whole * replicas - index, 0), copies)
+            given = tl.where(task >= 0, copies * whole + larger, tl.where(replicas == 1, tokens, 0))
         tl.store(lists + GIVEN * NUM_SLOTS + slot, given, mask=inside)
 
 

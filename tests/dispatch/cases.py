@@ -31,3 +31,9 @@ def worse_by_sweeps() -> tuple[torch.Tensor, eplb.Placement, eplb.Topology]:
     """Counts of one layer whose sweeps end above the even split, with an `expert_cost` of 4."""
     placement = eplb.Placement(torch.tensor([[0, 1, 0, 1, 2, 1]]), 3)
     return torch.tensor([13, 9, 8]), placement, eplb.Topology(num_ranks=3, num_slots=6)
+
+
+def worse_with_two_on_a_rank() -> tuple[torch.Tensor, eplb.Placement, eplb.Topology]:
+    """The same with an `expert_cost` of 8, where a rank has two replicas of expert 0."""
+    placement = eplb.Placement(torch.tensor([[2, 3, 0, 0, 0, 3, 1, 3, 2]]), 4)
+    return torch.tensor([50, 26, 17, 25]), placement, eplb.Topology(num_ranks=3, num_slots=9)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import eplb_plugin as eplb
 from eplb_plugin.dispatch.split_kernels import FINE_SWEEPS, SHIFT
-from tests.dispatch.cases import best_peak, worse_by_sweeps
+from tests.dispatch.cases import best_peak, worse_by_sweeps, worse_with_two_on_a_rank
 from tests.runtime.cases import random_placement
 
 COSTS = (0, 1, 8, 30)
@@ -58,7 +58,7 @@ def pour(count: int, base: Sequence[int], expert_cost: int) -> list[int]:
 
 def slow_split(counts: list[int], slots: list[int], topology: eplb.Topology, expert_cost: int) -> list[int]:
     """The split of one layer: even, then `pour` for one replicated expert after the other, in parts of tokens
-    and at last in tokens; even again if that is lower."""
+    and at last in tokens; even again if that is lower, with the tokens of a rank in its first replica."""
     unit = 2**SHIFT
     rank_of = [rank for rank in range(topology.num_ranks) for _ in range(topology.slots_by_rank[rank])]
     tokens = [0] * len(slots)
@@ -89,7 +89,10 @@ def slow_split(counts: list[int], slots: list[int], topology: eplb.Topology, exp
     if max(rank_costs(tokens, topology, unit * expert_cost)) > max(
         rank_costs(even, topology, unit * expert_cost)
     ):
-        tokens = even
+        tokens = [0] * len(slots)
+        for slot, part in enumerate(even):
+            on_rank = (other for other in replicas[slots[slot]] if rank_of[other] == rank_of[slot])
+            tokens[next(on_rank)] += part
     return [part // unit for part in tokens]
 
 
@@ -146,6 +149,12 @@ def test_sweeps_that_end_above_the_even_split_are_dropped() -> None:
     tokens = eplb.balance_batch(counts[None], placement, topology, expert_cost=4)
     assert tokens.tolist() == [[7, 3, 6, 3, 8, 3]]
     assert max(rank_costs(tokens[0].tolist(), topology, 4)) == 12
+
+
+def test_an_even_split_leaves_no_tokens_in_the_second_replica_on_a_rank() -> None:
+    counts, placement, topology = worse_with_two_on_a_rank()
+    tokens = eplb.balance_batch(counts[None], placement, topology, expert_cost=8)
+    assert tokens.tolist() == [[9, 9, 17, 33, 0, 8, 26, 8, 8]]
 
 
 @settings(max_examples=60, deadline=None)

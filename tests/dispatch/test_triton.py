@@ -16,7 +16,7 @@ from eplb_plugin.dispatch.batch_split import BatchSplit
 from eplb_plugin.dispatch.split_kernels import FINE_SWEEPS, MOST_FINE
 from eplb_plugin.dispatch.tables import LayerTables, ReplicaTables
 from eplb_plugin.dispatch.triton_batch import TritonSplit
-from tests.dispatch.cases import worse_by_sweeps
+from tests.dispatch.cases import worse_by_sweeps, worse_with_two_on_a_rank
 from tests.dispatch.interpreter import interpreter
 from tests.runtime.cases import random_placement
 
@@ -150,6 +150,7 @@ def test_experts_without_a_common_rank_take_the_same_step(interpreted: Interpret
 
 def check_even_split() -> None:
     check_split(*worse_by_sweeps(), 4)
+    check_split(*worse_with_two_on_a_rank(), 8)
 
 
 def test_sweeps_that_end_above_the_even_split_are_dropped(interpreted: Interpreted) -> None:
