@@ -149,7 +149,8 @@ class MoEModel:
         # (2) Record the choices of the router, as logical experts.
         self.rebalancer.record(layer, expert_ids, valid)
         # (3) Dispatch: get the replica of each token.
-        slots = self.rebalancer.physical(layer, expert_ids).flatten()
+        chosen, received = self.rebalancer.physical_and_received(layer, expert_ids)
+        slots = chosen.flatten()
 
         # Rows sorted by slot are sorted by rank too.
         slots, order = slots.sort(stable=True)
@@ -157,7 +158,8 @@ class MoEModel:
         sent = torch.bincount(slots, minlength=self.topology.num_slots)
         slots_by_rank, num_ranks = list(self.topology.slots_by_rank), self.topology.num_ranks
         here = slots_by_rank[self.rebalancer.rank]
-        received = self._exchange(sent, slots_by_rank, [here] * num_ranks).view(num_ranks, here)
+        if received is None:
+            received = self._exchange(sent, slots_by_rank, [here] * num_ranks).view(num_ranks, here)
         to_rank = [int(part.sum()) for part in sent.split(slots_by_rank)]
         from_rank = received.sum(1).tolist()
         rows = self._exchange(rows, to_rank, from_rank)

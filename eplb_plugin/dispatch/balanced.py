@@ -8,7 +8,7 @@ from ..core.errors import LoadError
 from ..core.placement import Placement
 from ..core.topology import Topology
 from .batch_split import BatchSplit
-from .tables import ReplicaTables
+from .tables import LayerTables, ReplicaTables
 
 __all__ = ["BalancedDispatch"]
 
@@ -42,9 +42,18 @@ class BalancedDispatch(ReplicaTables):
         Raises:
             LoadError: wrong shape, dtype or layer, or an id beyond the experts.
         """
+        return self._split.slots(expert_ids, self._replicas(layer, expert_ids))
+
+    def physical_and_received(
+        self, layer: int, expert_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `physical`, and the tokens that this rank gets, see `BatchSplit.slots_and_received`."""
+        return self._split.slots_and_received(expert_ids, self._replicas(layer, expert_ids))
+
+    def _replicas(self, layer: int, expert_ids: torch.Tensor) -> LayerTables:
         if expert_ids.dim() not in (1, 2) or not 0 <= layer < self._shape[0]:
             raise LoadError(
                 f"expert_ids has shape {tuple(expert_ids.shape)} for layer {layer} of {self._shape[0]}, "
                 "not [tokens, top_k] or [tokens]"
             )
-        return self._split.slots(expert_ids, self.of_layer(layer))
+        return self.of_layer(layer)

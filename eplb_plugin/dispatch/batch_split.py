@@ -16,6 +16,8 @@ from .triton_batch import TritonSplit
 
 __all__ = ["BatchSplit", "GatherCounts"]
 
+_NOT_WANTED = np.zeros((0, 0), np.int64)
+
 GatherCounts = Callable[[torch.Tensor], torch.Tensor]
 """From this rank's counts, [logical], to those of all ranks, [ranks, logical]. All ranks call it together."""
 
@@ -47,6 +49,7 @@ class BatchSplit:
     ) -> None:
         self.expert_cost = checked_cost(expert_cost)
         self.num_ranks = topology.num_ranks
+        self._slots_here = topology.slots_by_rank[rank]
         self._gather = gather
         self._row = 0 if gather is None else rank
         self._on_gpu: TritonSplit | None = None
@@ -82,8 +85,27 @@ class BatchSplit:
             return self._on_gpu.slots(expert_ids, replicas, num_tokens)
         return self._slots_on_cpu(expert_ids, replicas, num_tokens)
 
+    def slots_and_received(
+        self, expert_ids: torch.Tensor, replicas: LayerTables
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The slot of each token, as `slots`, and the tokens that the slots of this rank get from each rank.
+
+        Returns:
+            slots: shape and dtype of `expert_ids`.
+            received: int64 [ranks, slots on this rank], tokens. None where they are not known: without
+                `gather`, and on CUDA, where the host does not wait for counts.
+        """
+        if self._on_gpu is not None or self._gather is None:
+            return self.slots(expert_ids, replicas), None
+        received = torch.zeros(self.num_ranks, self._slots_here, dtype=torch.int64)
+        return self._slots_on_cpu(expert_ids, replicas, None, received), received
+
     def _slots_on_cpu(
-        self, expert_ids: torch.Tensor, replicas: LayerTables, num_tokens: torch.Tensor | None
+        self,
+        expert_ids: torch.Tensor,
+        replicas: LayerTables,
+        num_tokens: torch.Tensor | None,
+        received: torch.Tensor | None = None,
     ) -> torch.Tensor:
         # Importing numba takes a while.
         from .split_kernels import choose_slots, count_tokens
@@ -111,6 +133,7 @@ class BatchSplit:
             self.num_ranks,
             self.expert_cost,
             chosen.view(-1).numpy(),
+            _NOT_WANTED if received is None else received.numpy(),
         )
         return chosen
 
@@ -130,4 +153,4 @@ def _compile(*, slots: bool) -> None:
     for dtype in (np.int32, np.int64):
         ids = np.zeros(1, dtype)
         count_tokens(ids, np.zeros(1, np.int64))
-        choose_slots(ids, 1, 1, one[None], 0, zero, zero, one, zero, 1, 0, np.zeros(1, dtype))
+        choose_slots(ids, 1, 1, one[None], 0, zero, zero, one, zero, 1, 0, np.zeros(1, dtype), _NOT_WANTED)

@@ -77,3 +77,7 @@ class EvenDispatch(ReplicaTables):
         index = replica.add_(self._first[layer].index_select(0, row))
         slots = self._slots[layer].index_select(0, index)
         return slots.view(expert_ids.shape).to(expert_ids.dtype)
+
+    def physical_and_received(self, layer: int, expert_ids: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """As `physical`; what other ranks send is not known."""
+        return self.physical(layer, expert_ids), None

@@ -25,6 +25,13 @@ class Dispatch(Protocol):
     def physical(self, layer: int, expert_ids: torch.Tensor) -> torch.Tensor:
         """The slot of each token, numbered over all ranks; shape and dtype of `expert_ids`. -1 stays -1."""
 
+    def physical_and_received(
+        self, layer: int, expert_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `physical`, and the tokens that this rank gets: int64 [ranks, slots on this rank].
+
+        None where they are not known."""
+
     def update(self, placement: Placement, layers: Sequence[int] | None = None) -> None:
         """Put the rows of `layers` (None: all) of `placement` in force."""
 

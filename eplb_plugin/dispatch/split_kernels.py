@@ -9,7 +9,7 @@ things bring nine of them within 0.2 points of the balancedness of the linear pr
 - **Over-relaxation.** Half of each change is added on top of it, see D. Young, 1954, "Iterative methods for
   solving partial difference equations of elliptic type".
 
-Where all that ends with a higher peak than the even split, the even split is taken. Of several replicas on one
+Where all that ends with a higher peak than the even split, the even split is taken. Of several replicas on a
 rank, the first gets all tokens. Integers throughout, in one order: equal counts give equal splits everywhere.
 
 From the split to the slots of tokens is here too. Numba's cache notices a change of this file alone: with the
@@ -238,6 +238,7 @@ def choose_slots(
     num_ranks,
     expert_cost,
     chosen,
+    received,
 ):
     """Split the batch over all ranks, and choose the slots of this rank's tokens.
 
@@ -251,8 +252,11 @@ def choose_slots(
         rank: the row of this rank's tokens in `counts`.
         slots, first, count: replicas of the layer, see `split_layer`.
         chosen: integer [ids]; written: the slot of each id, or -1.
+        received: int64 [sources, slots of this rank], zeros; written: the tokens that each source sends to
+            each slot. Without rows: not wanted.
     """
     num_logical = counts.shape[1]
+    begin = np.searchsorted(rank_of_slot, rank)
     cost = np.empty(num_ranks, np.int64)
     quota = np.empty(rank_of_slot.shape[0], np.int64)
     split_layer(counts.sum(0), slots, first, count, rank_of_slot, expert_cost, cost, quota)
@@ -267,9 +271,12 @@ def choose_slots(
         at[expert] = first[expert]
         if counts.shape[0] == 1:
             continue
+        mine = slots[first[expert] : first[expert] + count[expert]]
+        if received.shape[0] > 0:
+            _count_received(counts[:, expert], mine, rank_of_slot, quota, rank, begin, received)
         for source in range(rank):
             passed[expert] += counts[source, expert]
-        for slot in slots[first[expert] : first[expert] + count[expert]]:
+        for slot in mine:
             holder = rank_of_slot[slot]
             stay = min(counts[holder, expert], quota[slot])
             if holder < rank:
@@ -297,3 +304,39 @@ def choose_slots(
                 at[expert] += 1
             quota[slots[at[expert]]] -= 1
             chosen[index] = slots[at[expert]]
+
+
+@cached_njit(nogil=True, fastmath=False, boundscheck=False)
+def _count_received(counts, slots, rank_of_slot, quota, rank, begin, received):
+    """Count one expert's tokens that `rank` gets from each source, in the order of `choose_slots`.
+
+    Args:
+        counts: int64 [sources], its tokens on each rank.
+        slots: its slots, rising.
+        quota: int64 [all slots], tokens of each slot.
+        begin: first slot of the rank.
+        received: int64 [sources, slots of the rank], added to.
+    """
+    is_here = False
+    for slot in slots:
+        is_here |= rank_of_slot[slot] == rank
+    if not is_here:
+        return
+    left, free = counts.copy(), np.empty(slots.shape[0], np.int64)
+    for place in range(slots.shape[0]):
+        slot = slots[place]
+        holder = rank_of_slot[slot]
+        stay = min(left[holder], quota[slot])
+        left[holder] -= stay
+        free[place] = quota[slot] - stay
+        if holder == rank:
+            received[rank, slot - begin] += stay
+    place = 0
+    for source in range(left.shape[0]):
+        while left[source] > 0:
+            taken = min(left[source], free[place])
+            if rank_of_slot[slots[place]] == rank:
+                received[source, slots[place] - begin] += taken
+            left[source] -= taken
+            free[place] -= taken
+            place += free[place] == 0 and left[source] > 0

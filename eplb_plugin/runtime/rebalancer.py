@@ -166,6 +166,16 @@ class Rebalancer:
         """
         return self.tables.physical(layer, expert_ids)
 
+    def physical_and_received(
+        self, layer: int, expert_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `physical`, and the tokens that this rank gets: int64 [ranks, slots on this rank].
+
+        None where they are not known: then the ranks have to exchange them before an all-to-all. Dispatch
+        `balanced` knows them of sharded batches on the CPU, as its all-gather tells.
+        """
+        return self.tables.physical_and_received(layer, expert_ids)
+
     def step(self, is_dummy: bool = False) -> RebalanceReport | None:
         """End a forward step. All ranks call it; every `interval` steps a rebalance begins.
 

@@ -90,7 +90,7 @@ def start_up(
     if options.verify != "off" and options.mode != "observe" and registered.signature:
         holding = Placement(held, num_logical)
         prints = ExpertFingerprints.make(registered, holding, topology, control, options.verify)
-    gather = group.all_gather if options.batch == "sharded" and group.size > 1 else None
+    gather = group.all_gather_at_once if options.batch == "sharded" and group.size > 1 else None
     serving = Serving(control.rank, device, expert_cost, gather)
     tables = find_dispatch(options.dispatch)(start, topology, serving)
     window = LoadWindow(

@@ -67,12 +67,19 @@ def test_sharded_batches_keep_their_quotas_and_stay_where_they_may(
         assert torch.equal(mine, counts[rank])
         return counts
 
-    for rank, wanted in enumerate(slow_slots(batches, placement, expert_cost)):
+    all_wanted = slow_slots(batches, placement, expert_cost)
+    for rank, wanted in enumerate(all_wanted):
         split = BatchSplit(TOPOLOGY, rank=rank, expert_cost=expert_cost, gather=gather)
         for dtype in (torch.int32, torch.int64):
             slots = BalancedDispatch(placement, TOPOLOGY, split).physical(0, batches[rank].to(dtype))
             assert slots.dtype == dtype
             assert torch.equal(slots, wanted.to(dtype))
+        balanced = BalancedDispatch(placement, TOPOLOGY, split)
+        slots, received = balanced.physical_and_received(0, batches[rank])
+        assert torch.equal(slots, wanted)
+        sent = torch.stack([torch.bincount(of[of >= 0], minlength=SLOTS) for of in all_wanted])
+        assert received is not None
+        assert torch.equal(received, sent[:, TOPOLOGY.slots_of_rank(rank)])
 
 
 @settings(max_examples=60, deadline=None)

@@ -95,6 +95,22 @@ class RankGroup:
         """[ranks, ...]: the tensors of all ranks, of one shape."""
         return self._begin_all_gather(tensor)()
 
+    def all_gather_at_once(self, tensor: torch.Tensor) -> torch.Tensor:
+        """As `all_gather`, by one message from each rank to each: for small tensors within a forward step.
+
+        In gloo's all-gather the tensors go around all ranks, one message after the other. Of 8 processes on 2
+        cores it took 11.5 ms, and this takes 3.9 ms.
+        """
+        group = self._connected()
+        if group is None or self.device.type != "cpu":
+            return self.all_gather(tensor)
+        gathered = tensor.new_empty(self.size, *tensor.shape)
+        options, sent = dist.AllToAllOptions(), tensor.repeat(self.size, *[1] * (tensor.dim() - 1))
+        answered(
+            "exchange", lambda: group.alltoall_base(gathered.view(-1), sent.view(-1), [], [], options).wait()
+        )
+        return gathered
+
     def collect(self, value: _T) -> list[_T]:
         """The values of all ranks: anything that can be pickled."""
         if self.size == 1:
