@@ -58,15 +58,17 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0)
     seconds = parser.parse_args().seconds / ROUNDS
     torch.set_num_threads(1)
-    eplb.warmup()
+    eplb.warmup(dispatch="balanced")
     topology = eplb.Topology(num_ranks=32, num_slots=288)
     load = generate("deepseek-v3", steps=128).load.double()
     window = torch.stack([part.sum(0) for part in load.tensor_split(64)])
     current = eplb.plan(load[:32].sum(0), topology).placement
+    single, balanced = load[-64:], eplb.PlannerOptions(dispatch="balanced")
     planners: dict[str, Callable[[], object] | None] = {
         "nothing": None,
         "eplb-plugin, one load": lambda: eplb.plan(window.sum(0), topology),
         "eplb-plugin, 64 snapshots": lambda: eplb.plan(window, topology, current),
+        "the same, for dispatch": lambda: eplb.plan(window, topology, current, balanced, samples=single),
     }
     if peers.available():
         planners["vLLM default"] = lambda: peers.vllm_default(window, topology, current)

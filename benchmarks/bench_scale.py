@@ -2,8 +2,9 @@
 
     python benchmarks/bench_scale.py [--repeat 5]
 
-From scratch: one summed load. Full: 16 snapshots and a placement in force. Sharded: what one of 8 ranks
-plans, an eighth of the layers. Prints a table and, as the last line, one JSON object.
+From scratch: one summed load. Full: 16 snapshots and a placement in force. For dispatch: the same for
+dispatch `balanced`, with 64 single steps. Divided by 8: what one of 8 ranks plans, an eighth of the layers.
+Prints a table and, as the last line, one JSON object.
 """
 
 from __future__ import annotations
@@ -59,11 +60,23 @@ def measure(size: tuple[int, int, int, int], repeat: int) -> dict[str, object]:
     settled = eplb.plan(load[:16], topology).placement
     share = layers // SHARDS
     part = eplb.Placement(settled.physical_to_logical[:share], experts)
+    balanced, single = eplb.PlannerOptions(dispatch="balanced"), traffic(64, layers, experts)
+    for_dispatch = eplb.plan(load[:16], topology, settled, balanced, samples=single).placement
+    part_for_dispatch = eplb.Placement(for_dispatch.physical_to_logical[:share], experts)
     return {
         "size": size,
         "scratch_ms": median_ms(lambda: eplb.plan(load.sum(0), topology), repeat),
         "full_ms": median_ms(lambda: eplb.plan(load[16:], topology, settled), repeat),
         "sharded_ms": median_ms(lambda: eplb.plan(load[16:, :share], topology, part), repeat),
+        "dispatch_ms": median_ms(
+            lambda: eplb.plan(load[16:], topology, for_dispatch, balanced, samples=single), repeat
+        ),
+        "dispatch_sharded_ms": median_ms(
+            lambda: eplb.plan(
+                load[16:, :share], topology, part_for_dispatch, balanced, samples=single[:, :share]
+            ),
+            repeat,
+        ),
     }
 
 
@@ -71,10 +84,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeat", type=int, default=5)
     repeat = parser.parse_args().repeat
-    eplb.warmup()
+    eplb.warmup(dispatch="balanced")
     rows = [measure(size, repeat) for size in SIZES]
     table = Table(title="Planning time (median, ms)")
-    for column in ("layers", "experts", "slots", "ranks", "scratch", "full", f"full / {SHARDS} ranks"):
+    plans = ("scratch", "full", f"full / {SHARDS}", "for dispatch", f"for dispatch / {SHARDS}")
+    for column in ("layers", "experts", "slots", "ranks", *plans):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
@@ -82,6 +96,8 @@ def main() -> None:
             f"{row['scratch_ms']:.1f}",
             f"{row['full_ms']:.1f}",
             f"{row['sharded_ms']:.1f}",
+            f"{row['dispatch_ms']:.0f}",
+            f"{row['dispatch_sharded_ms']:.0f}",
         )
     Console(width=110).print(table)
     print(json.dumps({"benchmark": "scale", "shards": SHARDS, "rows": rows}))
