@@ -282,8 +282,8 @@ class ModelTelemetry:
 def lower_bound_gap(load: torch.Tensor, placement: Placement, topology: Topology) -> float | None:
     """Excess of the peak rank load over its lower bound, as a fraction of the bound, summed over layers.
 
-    Example: peaks of 100 and 110 tokens over bounds of 100 and 100 give 0.05. Snapshots are summed first: the
-    bound of one snapshot takes as long as a plan.
+    Example: peaks of 100 and 110 tokens over bounds of 100 and 100 give 0.05. Peak and bound are those of an
+    even split. Snapshots are summed first: the bound of one snapshot takes as long as a plan.
 
     Args:
         load: [layers, logical] or [snapshots, layers, logical], tokens.
