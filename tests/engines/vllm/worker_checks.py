@@ -114,6 +114,12 @@ class WorkerChecks:
             "report": hasattr(self, "eplb_plugin_report"),
         }
 
+    def show_metrics(self):
+        """The series of this process, as its `/metrics` would show them."""
+        from prometheus_client import generate_latest
+
+        return generate_latest().decode()
+
     def _count_step(self):
         """Write what vLLM has counted in the step that ends, and the map that was in force."""
         load = self.model_state.expert_load_pass.tolist()

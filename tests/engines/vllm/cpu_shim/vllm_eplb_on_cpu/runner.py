@@ -6,6 +6,7 @@ import functools
 def with_eplb():
     """(7, 8) A device index for vLLM's thread, and the state around the loading of the model."""
     from vllm.distributed.eplb.eplb_state import EplbState
+    from vllm.distributed.parallel_state import get_pp_group
     from vllm.model_executor.models.interfaces import get_mixture_of_experts_model
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
@@ -23,6 +24,10 @@ def with_eplb():
         if enabled:
             self.eplb_state = EplbState(self.parallel_config, self.device)
         load(self, *args, **kwargs)
+        if not get_pp_group().is_first_rank:
+            self.intermediate_tensors = self.model.make_empty_intermediate_tensors(
+                batch_size=self.max_num_tokens, dtype=self.model_config.dtype, device=self.device
+            )
         if enabled:
             self._moe_model = get_mixture_of_experts_model(self.model)
             if self._moe_model is not None:
