@@ -476,15 +476,30 @@ def test_what_vllm_does_not_move_is_told(caplog):
     assert caplog.text.count("could not be checked; it goes on") == 2
 
 
-def test_a_product_of_scales_that_vllm_keeps_is_told():
-    """vllm 34646 and 37217: `FusedMoEQuantConfig` held a product of scales that was made once."""
+@pytest.mark.parametrize("registered", [False, True])
+def test_a_product_of_scales_that_vllm_keeps_is_told_unless_it_is_a_parameter(registered):
+    """vllm 34646 and 37217, in vLLM's own code: without the layer, products of scales are made once and kept.
+    The inverse of a scale for all experts, expanded with stride 0, is the same in every slot."""
+    from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend, make_fp8_moe_quant_config
+
     experts = [routed_experts() for _ in range(2)]
-    config = experts[1].quant_method.moe_quant_config
-    config._w1.alpha_or_gscale = experts[1].w13_weight_scale.amax((1, 2)) * experts[1].w13_input_scale
-    assert torch.equal(config.g1_alphas, config._w1.alpha_or_gscale)
-    assert unmoved_of(experts).endswith(
-        "layer 1: quant_method.moe_quant_config._w1.alpha_or_gscale (5,) float32"
-    )
+    shared = torch.rand(1).expand(5)
+    for module in experts:
+        module.quant_method.moe_quant_config = make_fp8_moe_quant_config(
+            Fp8MoeBackend.FLASHINFER_CUTLASS,
+            w1_scale=torch.nn.Parameter(torch.rand(5)),
+            w2_scale=torch.nn.Parameter(torch.rand(5)),
+            a1_scale=shared,
+            a2_scale=shared,
+            layer=module if registered else None,
+        )
+        config = module.quant_method.moe_quant_config
+        module.w13_scale, module.w2_scale = config.w1_scale, config.w2_scale
+        assert len(config.g1_alphas.unique()) == 5
+        assert len(config.a2_gscale.unique()) == 1
+    told = unmoved_of(experts)
+    kept = [f"quant_method.moe_quant_config._w{n}.alpha_or_gscale (5,) float32" for n in (1, 2)]
+    assert told.endswith(f"layers 0-1: {', '.join(kept)}") if not registered else told == ""
 
 
 def test_weights_that_are_no_parameters_are_told():
