@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from eplb_plugin.integration.common.options import EngineOptions
 from eplb_plugin.integration.common.planner import EnginePlanner
-from eplb_plugin.integration.vllm.startup_checks import check_start, check_weights
+from eplb_plugin.integration.vllm.startup import check_start, check_weights
 from eplb_plugin.integration.vllm.warnings import never_stepped
 from eplb_plugin.observability.prometheus import Telemetry
 from eplb_plugin.runtime.control.rank_group import RankGroup

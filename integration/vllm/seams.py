@@ -27,7 +27,7 @@ from ..common.telemetry import engine_telemetry
 from .dispatch import bind_dispatch, token_copies
 from .policy import Interval, RecordedModel, VllmPolicy
 from .seam_table import PLANNING
-from .startup_checks import check_start
+from .startup import check_start
 from .warnings import StallWatch, drops_small_plans, layer_ids_of, model_names
 from .window import RingKeeper, fold_window, no_samples, no_window, sample_window, sum_over_ranks
 

@@ -21,7 +21,7 @@ from eplb_plugin.integration.vllm import plugin as vllm_plugin
 from eplb_plugin.integration.vllm.dispatch import BalancedMapping, bind_dispatch, restore_mapping
 from eplb_plugin.integration.vllm.seam_table import SEAMS
 from eplb_plugin.integration.vllm.seams import missing_seams
-from eplb_plugin.integration.vllm.startup_checks import check_weights
+from eplb_plugin.integration.vllm.startup import check_weights
 from eplb_plugin.integration.vllm.warnings import dropped_plan, drops_small_plans, watch_load
 from eplb_plugin.observability.prometheus import Telemetry
 from eplb_plugin.runtime.control.rank_group import RankGroup

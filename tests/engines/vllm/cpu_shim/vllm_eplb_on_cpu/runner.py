@@ -4,7 +4,7 @@ import functools
 
 
 def with_eplb():
-    """(7, 8, 9) A device index for vLLM's thread, the state around the loading of the model, and pipelines."""
+    """(7, 8, 9) A device index for vLLM's thread, the state around the loading of the model, pipelines."""
     from vllm.distributed.eplb.eplb_state import EplbState
     from vllm.distributed.parallel_state import get_pp_group
     from vllm.model_executor.models.interfaces import get_mixture_of_experts_model
