@@ -131,9 +131,7 @@ class Rebalancer:
         except BaseException:
             connections.close()
             raise
-        if unmoved:
-            self._warned("unmoved_tensors", unmoved)
-        self._warn_of_differing()
+        self._warn(unmoved)
         self._context.weights.claim()
         self.window, self.tables = self._context.window, self._context.in_force.tables
         self._steps = self._asked = 0
@@ -240,7 +238,7 @@ class Rebalancer:
             yield
             if not self.off:
                 self._context = register_again(self._context)
-                self._warn_of_differing()
+                self._warn()
         except BaseException as error:
             if not self.off:
                 self._end(f"weights were not replaced: {type(error).__name__}: {error}")
@@ -257,18 +255,17 @@ class Rebalancer:
         if not self.off:
             self._end("closed", failed=False)
 
-    def _warn_of_differing(self) -> None:
-        """Count replicas that differ; who took the fingerprints has logged them."""
+    def _warn(self, unmoved: str = "") -> None:
+        """Log and count what is wrong with the weights that are registered now."""
         prints = self._context.fingerprints
-        if prints is not None and prints.any_differ:
-            self._warned("differing_replicas")
-
-    def _warned(self, cause: str, line: str = "") -> None:
-        self.warnings[cause] += 1
-        if line and self.rank == 0:
-            _logger.warning("%s", line)
-        if self.observer is not None:
-            self.observer.warned(cause)
+        differing = "" if prints is None else prints.differing
+        for cause, line in (("unmoved_tensors", unmoved), ("differing_replicas", differing)):
+            if line:
+                self.warnings[cause] += 1
+                if self.rank == 0:
+                    _logger.warning("%s", line)
+                if self.observer is not None:
+                    self.observer.warned(cause)
 
     def _finish(self) -> None:
         if self._runner.busy:

@@ -16,7 +16,6 @@ cryptographic hash.
 
 from __future__ import annotations
 
-import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,8 +44,6 @@ __all__ = [
 
 Coverage = Literal["sampled", "all"]
 """Bytes of each tensor that count: 1024 sampled words (all of a small tensor), or every byte."""
-
-_logger = logging.getLogger(__name__)
 
 _AT_ONCE = 32  # experts
 _NAMED = 5  # experts in a warning
@@ -185,13 +182,13 @@ class ExpertFingerprints:
         table: int64 [layers, logical], on the CPU.
         known: bool [layers, logical]; an expert without a known fingerprint is never wrong.
         coverage: bytes that count.
-        any_differ: whether some expert had replicas with different weights.
+        differing: a line on experts whose replicas had different weights; empty without any.
     """
 
     table: torch.Tensor
     known: torch.Tensor
     coverage: Coverage
-    any_differ: bool = False
+    differing: str = ""
 
     @classmethod
     def make(
@@ -204,7 +201,7 @@ class ExpertFingerprints:
     ) -> ExpertFingerprints:
         """Fingerprint the present content of all slots. All ranks call it together.
 
-        Unknown are layers without tensors, and experts whose replicas differ; rank 0 warns of these.
+        Unknown are layers without tensors, and experts whose replicas differ.
 
         Raises:
             EplbError: on all ranks, if one of them cannot read its weights.
@@ -213,10 +210,11 @@ class ExpertFingerprints:
         ids, num_logical = placement.physical_to_logical.cpu(), placement.num_logical
         lowest, highest = _extremes(found, ids, num_logical)
         differs = lowest != highest
-        if group.rank == 0 and bool(differs.any()):
-            _logger.warning("%s", describe_differing(differs, also=", and moves of these are not verified"))
+        told = ""
+        if bool(differs.any()):
+            told = describe_differing(differs, also=", and moves of these are not verified")
         known = _extremes(read.long(), ids, num_logical)[0].bool() & ~differs
-        return cls(lowest, known, coverage, bool(differs.any()))
+        return cls(lowest, known, coverage, told)
 
     def wrong_arrivals(self, arrivals: Sequence[Arrival]) -> list[Arrival]:
         """The arrivals, all on one device, with a wrong fingerprint; unknown fingerprints match anything."""

@@ -16,7 +16,7 @@ STEPS = [
     {
         "name": "serving",
         "before": [["watch"]],
-        "rounds": 3,
+        "rounds": 2,
         "traffic": True,
         "report": True,
     },
