@@ -36,7 +36,16 @@ _logger = logging.getLogger(__name__)
 
 _RESULTS = ("applied", "skipped", "failed")
 _PHASES = ("gather", "plan", "transfer", "commit")
-WARNING_CAUSES = ("dropped_plan", "long_window", "no_eplb_support", "shared_expert", "stalled_transfer")
+WARNING_CAUSES = (
+    "differing_replicas",
+    "dropped_plan",
+    "long_window",
+    "never_stepped",
+    "no_eplb_support",
+    "shared_expert",
+    "stalled_transfer",
+    "unmoved_tensors",
+)
 """What an engine does without a word: see `docs/metrics.md`."""
 
 _UNLABELLED = ""  # key of a metric's only value, where the model's name is its only label
@@ -113,7 +122,7 @@ ACTIVE = Metric(
 )
 WARNINGS = Metric(
     "eplb_warnings_total",
-    "Times that the engine was seen to balance less than it seems to, by cause; the log has a line.",
+    "Silent failures of the engine that were seen, by cause; the log has a line.",
     lambda done: {},
     label="cause",
     start=dict.fromkeys(WARNING_CAUSES, 0.0),
@@ -252,7 +261,7 @@ class ModelTelemetry:
             self._write([(metric, metric.values(done)) for metric in METRICS])
 
     def warned(self, cause: str) -> None:
-        """The engine balances less than it seems to, for one of `WARNING_CAUSES`."""
+        """A silent failure was seen, by one of `WARNING_CAUSES`."""
         with self._guard():
             self._series[WARNINGS.name].labels(self._model, cause).inc()
 

@@ -63,5 +63,8 @@ def serve_metrics(
     if not options.enabled or rebalancer.rank != 0:
         return None
     server = MetricsServer(options)
-    rebalancer.observer = server.telemetry.of(model)
+    telemetry = server.telemetry.of(model)
+    for cause in rebalancer.warnings.elements():  # from the start, before anyone observed
+        telemetry.warned(cause)
+    rebalancer.observer = telemetry
     return server

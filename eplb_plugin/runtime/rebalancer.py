@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -25,7 +25,7 @@ from .move_times import StepTimes
 from .rebalance import Request
 from .reports import RebalanceObserver, RebalanceReport
 from .startup import Restore, register_again, start_up
-from .verify.unregistered import warn_unregistered
+from .verify.unregistered import search_unregistered
 
 __all__ = ["RebalanceReport", "Rebalancer"]
 
@@ -57,15 +57,17 @@ class Rebalancer:
         planner: of the planner.
         group: process group; None is the default group, or no group at all for a topology of one rank.
         device: where expert ids arrive; None is where the weights are.
-        modules: the MoE layers themselves. A warning names their tensors that have slots, but are not among
-            `weights`.
+        modules: the MoE layers themselves. A warning names tensors that have slots, but are not among
+            `weights`: theirs, and of objects that they refer to.
         store: keeps the decisions of commits; None is the store of the default group.
 
     Attributes:
         rank: this rank within the group.
         off: why there will be no more rebalances; empty while there will.
         reports: the latest reports.
-        observer: is told of steps and rebalances on this rank; `serve_metrics` sets it.
+        warnings: silent failures that were seen, by cause: `unmoved_tensors`, `differing_replicas`. The log
+            of rank 0 has a line for each.
+        observer: is told of steps, rebalances and warnings on this rank; `serve_metrics` sets it.
 
     Raises:
         TopologyError: the group has another size, or experts outnumber slots.
@@ -95,6 +97,7 @@ class Rebalancer:
         self.options = options = options or RebalancerOptions()
         self.planner = planner or PlannerOptions()
         self.reports: deque[RebalanceReport] = deque(maxlen=_REPORTS)
+        self.warnings: Counter[str] = Counter()
         self.observer: RebalanceObserver | None = None
         if device is None:
             device = next((t.device for tensors in weights or () for t in tensors), None)
@@ -123,13 +126,14 @@ class Rebalancer:
                 planner=self.planner,
                 group=group_of_engine,
             )
+            looked_at = ([], []) if modules is None or weights is None else (modules, weights)
+            unmoved = search_unregistered(connections.control, *looked_at, topology.slots_by_rank[self.rank])
         except BaseException:
             connections.close()
             raise
+        self._warn(unmoved)
         self._context.weights.claim()
         self.window, self.tables = self._context.window, self._context.in_force.tables
-        if modules is not None and weights is not None:
-            warn_unregistered(modules, weights, topology.slots_by_rank[self.rank])
         self._steps = self._asked = 0
         self._step_times = StepTimes()
         self._number = 0
@@ -244,6 +248,7 @@ class Rebalancer:
             yield
             if not self.off:
                 self._context = register_again(self._context)
+                self._warn()
         except BaseException as error:
             if not self.off:
                 self._end(f"weights were not replaced: {type(error).__name__}: {error}")
@@ -259,6 +264,18 @@ class Rebalancer:
             self._context.recorder.flush(self.options.time_limit)
         if not self.off:
             self._end("closed", failed=False)
+
+    def _warn(self, unmoved: str = "") -> None:
+        """Log and count what is wrong with the weights that are registered now."""
+        prints = self._context.fingerprints
+        differing = "" if prints is None else prints.differing
+        for cause, line in (("unmoved_tensors", unmoved), ("differing_replicas", differing)):
+            if line:
+                self.warnings[cause] += 1
+                if self.rank == 0:
+                    _logger.warning("%s", line)
+                if self.observer is not None:
+                    self.observer.warned(cause)
 
     def _finish(self) -> None:
         if self._runner.busy:

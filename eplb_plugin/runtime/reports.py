@@ -135,5 +135,8 @@ class RebalanceObserver(Protocol):
             topology: nodes, ranks, slots and groups.
         """
 
+    def warned(self, cause: str) -> None:
+        """A silent failure was seen, such as `differing_replicas`; the log has a line."""
+
     def ended(self, *, failed: bool) -> None:
         """The last rebalance is over: something failed, or the balancer was closed."""

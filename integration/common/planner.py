@@ -56,7 +56,7 @@ class EnginePlanner:
     Attributes:
         reports: the latest 64 reports.
         failures: failed rebalances.
-        warnings: times that the engine was seen to balance less than it seems to, by cause.
+        warnings: silent failures of the engine that were seen, by cause.
         telemetry: shows the reports of this rank; None on all ranks but one.
         dispatch: gives the dispatch `balanced` of the engine; None while its own mapping is in force.
         mapping: the engine's own mapping; None where it is even, or not by index.
@@ -164,7 +164,7 @@ class EnginePlanner:
         self._history.append(load)
 
     def warn(self, cause: str, line: str) -> None:
-        """Count that the engine balances less than it seems to. Each line is logged once, on one rank.
+        """Count a silent failure of the engine. Each line is logged once, on one rank.
 
         Args:
             cause: one of `WARNING_CAUSES`.

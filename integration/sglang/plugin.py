@@ -201,7 +201,7 @@ def _about_table(balancer: SglangBalancer) -> str:
 
 def _before_first(manager: Any, balancer: SglangBalancer) -> None:
     """The model is loaded, and its experts are about to move for the first time."""
-    warn_unmoved(manager)
+    warn_unmoved(manager, balancer.planner.warn)
     balancer.planner.mapping = row_mapping(manager)
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Literal
 
-from ...runtime.verify.unregistered import warn_unregistered
+from ...runtime.verify.unregistered import describe_unregistered, find_unregistered
 from ..common.expert_bytes import bytes_of_one_expert
 from ..common.options import EngineOptions, uneven_slots
 from ..common.recording import ModelRecorder
@@ -160,11 +160,11 @@ def watch(manager: Any, balancer: SglangBalancer) -> None:
     balancer.planner.telemetry = model
 
 
-def warn_unmoved(manager: Any) -> None:
+def warn_unmoved(manager: Any, warn: Callable[[str, str], object]) -> None:
     """Warn, on the first rank, of tensors that look like an expert's and that SGLang will not move.
 
     To be called just before the first move: SGLang's EPLBManager keeps the model's first answer, and before
-    loading that would name the wrong tensors. Raises nothing.
+    loading that would name the wrong tensors. Raises nothing. `warn` gets a cause and a line.
     """
     if not is_first_rank():
         return
@@ -177,7 +177,10 @@ def warn_unmoved(manager: Any) -> None:
         layers = sorted(experts.keys() & moved.keys())
         if layers:
             slots = experts[layers[0]].num_local_experts
-            warn_unregistered([experts[n] for n in layers], [moved[n] for n in layers], slots, layers)
+            weights = [moved[n] for n in layers]
+            found = find_unregistered([experts[n] for n in layers], weights, slots, layers)
+            if line := describe_unregistered([found]):
+                warn("unmoved_tensors", line)
     except Exception:
         _logger.exception("whether SGLang moves all weights of the experts could not be checked; it goes on")
 

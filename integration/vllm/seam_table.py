@@ -58,6 +58,7 @@ PLANNING = (
     Seam("vllm.distributed.parallel_state.get_pp_group"),
     Seam("vllm.distributed.parallel_state.GroupCoordinator.cpu_group"),
     Seam("vllm.distributed.parallel_state.GroupCoordinator.device_group"),
+    Seam("vllm.distributed.parallel_state.GroupCoordinator.is_last_rank"),
     Seam("vllm.distributed.parallel_state.GroupCoordinator.rank_in_group"),
     Seam("vllm.distributed.parallel_state.GroupCoordinator.ranks"),
     Seam("vllm.distributed.parallel_state.GroupCoordinator.world_size"),
@@ -72,12 +73,15 @@ CHECKING = (
     Seam(f"{_WORKER}.rank"),
     Seam(f"{_WORKER}.vllm_config"),
     Seam("vllm.config.ModelConfig.get_num_experts"),
+    Seam("vllm.config.ModelConfig.runner_type"),
     Seam("vllm.config.VllmConfig.additional_config"),
+    Seam("vllm.config.VllmConfig.use_v2_model_runner"),
     Seam("vllm.model_executor.models.interfaces.get_mixture_of_experts_model", ("model",)),
     *(
         Seam(f"{_PARALLEL}.{name}")
         for name in (
             "data_parallel_size",
+            "distributed_executor_backend",
             "enable_eplb",
             "eplb_config",
             "pipeline_parallel_size",

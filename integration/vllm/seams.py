@@ -8,7 +8,6 @@ import logging
 import re
 import time
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,7 +19,6 @@ from ...observability.prometheus import Telemetry
 from ...planning.planner import warmup
 from ...runtime.control.rank_group import RankGroup
 from ...runtime.move_times import StepTimes
-from ...runtime.verify.unregistered import warn_unregistered
 from ..common.expert_bytes import bytes_of_one_expert
 from ..common.options import EngineOptions
 from ..common.seams import missing_here
@@ -29,15 +27,14 @@ from ..common.telemetry import engine_telemetry
 from .dispatch import bind_dispatch, token_copies
 from .policy import Interval, RecordedModel, VllmPolicy
 from .seam_table import PLANNING
-from .warnings import StallWatch, drops_small_plans, long_window, model_names
+from .startup import check_start
+from .warnings import StallWatch, drops_small_plans, layer_ids_of, model_names
 from .window import RingKeeper, fold_window, no_samples, no_window, sample_window, sum_over_ranks
 
 __all__ = [
     "bind_policy",
     "expert_bytes",
-    "layer_ids_of",
     "missing_seams",
-    "warn_unmoved",
     "wrap_rearrange",
     "wrap_step",
 ]
@@ -91,21 +88,10 @@ def bind_policy(
             policy.telemetry.of(model_names(state)[-1])
         if _is_first_rank():
             _say(state, options, about)
-            warn_unmoved(list(state.model_states.values())[-1].model)
-        if line := long_window(state):
-            policy.planner_of(model_names(state)[-1]).warn("long_window", line)
+        check_start(state, policy.planner_of(model_names(state)[-1]), _plan_ranks)
         return result
 
     state.add_model = add
-
-
-def warn_unmoved(model: Any) -> None:
-    """Warn of tensors that look like an expert's and that vLLM will not move; raises nothing."""
-    try:
-        experts = [getattr(layer, "routed_experts", layer) for layer in model.moe_layers]
-        warn_unregistered(experts, model.expert_weights, model.num_local_physical_experts)
-    except Exception:
-        _logger.exception("whether vLLM moves all weights of the experts could not be checked; it goes on")
 
 
 def expert_bytes(model: Any) -> dict[int, int]:
@@ -128,16 +114,7 @@ def _missing_fields(state: Any) -> list[str]:
 
 
 def _make_policy(state: Any, options: EngineOptions) -> VllmPolicy:
-    from vllm.distributed import parallel_state
-
-    # In the asynchronous mode only vLLM's own thread uses this group, and it calls the policy; in the
-    # synchronous mode only the main thread does, and it calls the policy. So all ranks agree in order.
-    policy = VllmPolicy(
-        options,
-        state.policy,
-        lambda: RankGroup(parallel_state.get_eplb_group().cpu_group, "cpu"),
-        speaks=_is_first_rank(),
-    )
+    policy = VllmPolicy(options, state.policy, _plan_ranks, speaks=_is_first_rank())
     policy.telemetry = engine_telemetry(options, _is_first_rank())
     policy.drops_small_plans = drops_small_plans(state)
     ring = RingKeeper(state)
@@ -277,14 +254,6 @@ def _recorded_model(state: Any) -> RecordedModel:
     return RecordedModel(layer_ids, copies, "/".join(parts))
 
 
-def layer_ids_of(model: Any) -> tuple[int, ...]:
-    """The layers of a model that are MoE layers, by the names of these; empty where they do not say."""
-    names = [str(getattr(layer, "layer_name", "")) for layer in model.moe_layers]
-    found = [re.search(r"\.layers\.(\d+)\.", name) for name in names]
-    ids = tuple(int(match[1]) for match in found if match)
-    return ids if len(ids) == len(names) and all(a < b for a, b in pairwise(ids)) else ()
-
-
 def _warm_up(state: Any, options: EngineOptions) -> None:
     """Compile the planner, which mode `observe` does not need."""
     if options.mode == "observe":
@@ -313,6 +282,16 @@ def _say(state: Any, options: EngineOptions, about: str) -> None:
             "on ROCm, vLLM's synchronous mode drops plans that lower max over mean rank load, summed over "
             "layers, by under 5 %%: reports say which. use_async of --eplb-config has no such rule"
         )
+
+
+def _plan_ranks() -> RankGroup:
+    """The ranks that compare their plans."""
+    from vllm.distributed import parallel_state
+
+    # In the asynchronous mode only vLLM's own thread uses this group, and it calls the policy; in the
+    # synchronous mode only the main thread does, and it calls the policy. So all ranks agree in order. While
+    # models are loaded, that thread has not begun yet.
+    return RankGroup(parallel_state.get_eplb_group().cpu_group, "cpu")
 
 
 def _pipeline_stage() -> int:

@@ -7,6 +7,7 @@ import inspect
 import logging
 import re
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,7 +15,16 @@ import torch
 from ...core.errors import ConfigError, EplbError
 from ..common.options import uneven_slots
 
-__all__ = ["StallWatch", "dropped_plan", "drops_small_plans", "long_window", "model_names", "watch_load"]
+__all__ = [
+    "StallWatch",
+    "dropped_plan",
+    "drops_small_plans",
+    "layer_ids_of",
+    "long_window",
+    "model_names",
+    "never_stepped",
+    "watch_load",
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -110,6 +120,14 @@ def _stage(state: Any, model_state: Any) -> str:
     return f", stage {group.rank_in_group + 1} of {group.world_size}{told}"
 
 
+def layer_ids_of(model: Any) -> tuple[int, ...]:
+    """The layers of a model that are MoE layers, by the names of these; empty where they do not say."""
+    names = [str(getattr(layer, "layer_name", "")) for layer in model.moe_layers]
+    found = [_LAYER.search(name) for name in names]
+    ids = tuple(int(match[1]) for match in found if match)
+    return ids if len(ids) == len(names) and all(a < b for a, b in pairwise(ids)) else ()
+
+
 def long_window(state: Any) -> str | None:
     """A line where the window of an `EplbState` is longer than its interval, else None."""
     interval = state.expert_rearrangement_step_interval
@@ -121,6 +139,34 @@ def long_window(state: Any) -> str | None:
     return (
         f"window_size={window} is longer than step_interval={interval}: only steps since the last map count. "
         f"window_size={interval} records the same, and frees {unused / 2**20:.1f} MiB a rank"
+    )
+
+
+def never_stepped() -> str | None:
+    """A line where vLLM counts no steps of EPLB in this process, else None.
+
+    Its model runner V1 counts a step after sampling. Pooling models sample nothing. Of a pipeline only the
+    last stage samples, except with an external launcher.
+    """
+    from vllm.config import get_current_vllm_config_or_none
+    from vllm.distributed.parallel_state import get_pp_group
+
+    config = get_current_vllm_config_or_none()
+    if config is None or config.use_v2_model_runner:
+        return None
+    if config.model_config.runner_type == "pooling":
+        what = "pooling models"
+    elif (
+        config.parallel_config.pipeline_parallel_size > 1
+        and config.parallel_config.distributed_executor_backend != "external_launcher"
+        and not get_pp_group().is_last_rank
+    ):
+        what = "the stages of a pipeline before the last one"
+    else:
+        return None
+    return (
+        f"vLLM's model runner V1 counts no steps of {what}: no expert will move there. Model runner V2 does "
+        "(VLLM_USE_V2_MODEL_RUNNER=1)"
     )
 
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-import logging
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from eplb_plugin.runtime.verify.unregistered import unregistered_tensors, warn_unregistered
+from eplb_plugin.runtime.control.rank_group import RankGroup
+from eplb_plugin.runtime.verify.unregistered import (
+    describe_unregistered,
+    find_unregistered,
+    search_unregistered,
+    unregistered_tensors,
+)
+from tests.processes import run_ranks
 
 SLOTS = 9
 
@@ -140,21 +148,149 @@ def test_wrapped_tensors_are_looked_into(experts: Experts) -> None:
     assert names(experts, [*experts.weights, experts.wrapped.data_int8]) == ["wrapped.scale"]
 
 
-def test_one_warning_names_all(caplog: pytest.LogCaptureFixture) -> None:
+@dataclass
+class Descriptor:
+    """As an engine keeps what a quantisation derives: no module, and made once, after loading."""
+
+    scale: object = None
+
+
+@dataclass
+class Configuration:
+    weight: Descriptor = field(default_factory=Descriptor)
+    activation: Descriptor = field(default_factory=Descriptor)
+
+
+def quantised(experts: Experts) -> Configuration:
+    """Two objects away from the module: module, method, configuration, descriptor, tensor."""
+    experts.method = SimpleNamespace(configuration=Configuration())
+    return experts.method.configuration
+
+
+def test_a_vector_that_was_derived_and_cached_outside_of_the_parameters_is_named(experts: Experts) -> None:
+    """vllm 34646 and 37217: the product of two scales goes stale when its experts move."""
+    configuration = quantised(experts)
+    assert names(experts, experts.weights) == []
+    configuration.weight.scale = experts.w13.data.abs().amax((1, 2)) * 0.5
+    assert unregistered_tensors(experts, experts.weights, SLOTS) == [
+        "method.configuration.weight.scale (9,) float32"
+    ]
+    # A view of what moves follows it.
+    configuration.weight.scale = experts.w13.data[:, 0, 0]
+    assert names(experts, experts.weights) == []
+
+
+def test_a_scale_that_was_expanded_is_left_alone(experts: Experts) -> None:
+    """vllm 37217: one number for all slots, stride 0. It is the same wherever an expert goes."""
+    configuration = quantised(experts)
+    shared = torch.rand(1).expand(SLOTS)
+    assert shared.stride() == (0,)
+    configuration.activation.scale = shared
+    experts.w13_input_scale = nn.Parameter(shared, requires_grad=False)
+    experts.register_buffer("w2_input_scale", torch.rand(1, 3).expand(SLOTS, 3))
+    assert names(experts, experts.weights) == []
+    configuration.activation.scale = torch.rand(SLOTS)
+    assert names(experts, experts.weights) == ["method.configuration.activation.scale"]
+
+
+def test_weights_as_plain_attributes_are_named_beside_scales_that_move() -> None:
+    """vllm 47588: what moves are the parameters, and those are the scales alone."""
+    experts = nn.Module()
+    experts.w13_weight = torch.rand(SLOTS, 4, 6)
+    experts.w2_weight = torch.rand(SLOTS, 3, 4)
+    experts.w13_scale = nn.Parameter(torch.rand(SLOTS, 4))
+    experts.w2_scale = nn.Parameter(torch.rand(SLOTS, 3))
+    assert unregistered_tensors(experts, list(experts.parameters()), SLOTS) == [
+        "w13_weight (9, 4, 6) float32",
+        "w2_weight (9, 3, 4) float32",
+    ]
+
+
+def test_lists_and_dictionaries_are_looked_into(experts: Experts) -> None:
+    experts.packed = (torch.zeros(2), torch.rand(SLOTS, 2))
+    experts.by_name = {"scale": torch.rand(SLOTS, 3), 4: [torch.rand(SLOTS, 5)], None: torch.rand(SLOTS, 6)}
+    assert names(experts, experts.weights) == ["packed[1]", "by_name['scale']", "by_name[4][0]"]
+
+
+def test_a_list_with_one_tensor_for_each_slot_is_named_as_one(experts: Experts) -> None:
+    experts.weight_list = list(torch.rand(SLOTS, 2, 3).unbind())
+    experts.scale_list = [torch.tensor(float(slot)) for slot in range(SLOTS)]
+    experts.views = list(experts.w13.data.unbind())
+    experts.alike = [torch.ones(2, 3) for _ in range(SLOTS)]
+    experts.too_few = [torch.rand(2, 3) for _ in range(SLOTS - 1)]
+    experts.uneven = [torch.rand(2, 3 + slot) for slot in range(SLOTS)]
+    assert unregistered_tensors(experts, experts.weights, SLOTS) == [
+        "weight_list 9 of (2, 3) float32",
+        "scale_list 9 of () float32",
+    ]
+
+
+def test_circles_and_deep_objects_end_the_search(experts: Experts) -> None:
+    """Objects refer to each other, and to other layers: each is looked at once, and no module is entered."""
+    configuration = quantised(experts)
+    experts.method.back = experts.method
+    experts.method.model = SimpleNamespace(other_layer=Experts())
+    scales = torch.rand(SLOTS)
+    configuration.activation.scale = within(3, scales)
+    assert names(experts, experts.weights) == ["method.configuration.activation.scale.of.of.of"]
+    configuration.activation.scale = far = within(4, scales)
+    assert names(experts, experts.weights) == [], "seven objects away"
+    # Reached by a shorter way as well, after the long one.
+    experts.near = far.of
+    assert names(experts, experts.weights) == ["near.of.of.of"]
+
+
+def within(objects: int, tensor: torch.Tensor) -> SimpleNamespace:
+    """A tensor in so many objects, one in the other."""
+    return SimpleNamespace(of=within(objects - 1, tensor) if objects > 1 else tensor)
+
+
+def test_what_layers_share_is_named_once() -> None:
+    layers = [Experts(), Experts()]
+    shared = SimpleNamespace(scales=torch.rand(SLOTS))
+    for layer in layers:
+        layer.config = shared
+    found = find_unregistered(layers, [layer.weights for layer in layers], SLOTS)
+    assert found == {"config.scales (9,) float32": [0]}
+
+
+def test_one_line_names_all() -> None:
     layers = [Experts() for _ in range(7)]
     weights = [layer.weights for layer in layers]
-    with caplog.at_level(logging.WARNING):
-        assert warn_unregistered(layers, weights, SLOTS) == 0
-        assert caplog.records == []
-        for number in (0, 2, 3, 4):
-            layers[number].w13_weight_scale = nn.Parameter(torch.rand(SLOTS, 2))
-            layers[number].register_buffer("alphas", torch.rand(SLOTS))
-        layers[6].odd = torch.rand(SLOTS, 1).half()
-        assert warn_unregistered(layers, weights, SLOTS) == 9
-        assert warn_unregistered(layers[2:5], weights[2:5], SLOTS, numbers=[58, 59, 60]) == 6
-    first, second = (record.getMessage() for record in caplog.records)
-    assert first.startswith("tensors with a row for each of 9 slots do not move with the experts")
-    assert first.endswith(
+    assert find_unregistered(layers, weights, SLOTS) == {}
+    assert describe_unregistered([{}, {}]) == ""
+    for number in (0, 2, 3, 4):
+        layers[number].w13_weight_scale = nn.Parameter(torch.rand(SLOTS, 2))
+        layers[number].register_buffer("alphas", torch.rand(SLOTS))
+    layers[6].odd = torch.rand(SLOTS, 1).half()
+    found = find_unregistered(layers, weights, SLOTS)
+    assert sum(map(len, found.values())) == 9
+    line = describe_unregistered([found])
+    assert line.startswith("tensors with a row for each slot do not move with the experts")
+    assert line.endswith(
         "layers 0, 2-4: w13_weight_scale (9, 2) float32, alphas (9,) float32; layer 6: odd (9, 1) float16"
     )
-    assert second.endswith("layers 58-60: w13_weight_scale (9, 2) float32, alphas (9,) float32")
+    some = find_unregistered(layers[2:5], weights[2:5], SLOTS, numbers=[58, 59, 60])
+    assert describe_unregistered([some]).endswith(
+        "layers 58-60: w13_weight_scale (9, 2) float32, alphas (9,) float32"
+    )
+    # Ranks together: a tensor counts that one of them alone has found.
+    others = {"alphas (9,) float32": [2, 57], "own (9, 3) float32": [57]}
+    assert describe_unregistered([some, {}, others]).endswith(
+        "layers 58-60: w13_weight_scale (9, 2) float32; layers 2, 57-60: alphas (9,) float32; "
+        "layer 57: own (9, 3) float32"
+    )
+
+
+def search(rank: int) -> str:
+    """Two ranks: the slots of rank 0 happen to have equal scales, and rank 2 has no modules to show."""
+    layer = Experts()
+    layer.scales = torch.full((SLOTS,), 0.5) if rank == 0 else torch.rand(SLOTS)
+    layers = [] if rank == 2 else [layer]
+    return search_unregistered(RankGroup(), layers, [layer.weights for layer in layers], SLOTS)
+
+
+def test_all_ranks_learn_what_one_has_found() -> None:
+    lines = run_ranks(search, 3)
+    assert lines[0].endswith(": layer 0: scales (9,) float32")
+    assert lines == [lines[0]] * 3

@@ -16,7 +16,6 @@ cryptographic hash.
 
 from __future__ import annotations
 
-import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,12 +32,18 @@ from ..weights.expert_weights import ExpertWeights
 from ..weights.staging import Arrival
 from .checksum import checksum_at, checksum_rows, sample, sample_experts
 
-__all__ = ["Coverage", "ExpertFingerprints", "fingerprint_experts", "fingerprint_rows"]
+__all__ = [
+    "Coverage",
+    "ExpertFingerprints",
+    "describe_differing",
+    "differing_replicas",
+    "fingerprint_experts",
+    "fingerprint_rows",
+    "fingerprint_slots",
+]
 
 Coverage = Literal["sampled", "all"]
 """Bytes of each tensor that count: 1024 sampled words (all of a small tensor), or every byte."""
-
-_logger = logging.getLogger(__name__)
 
 _AT_ONCE = 32  # experts
 _NAMED = 5  # experts in a warning
@@ -100,6 +105,75 @@ def fingerprint_experts(experts: Sequence[Sequence[torch.Tensor]], coverage: Cov
     return found
 
 
+def fingerprint_slots(
+    rows: Sequence[Sequence[torch.Tensor]], topology: Topology, group: RankGroup, coverage: Coverage
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fingerprints of the present content of all slots of all ranks. All ranks call it together.
+
+    Args:
+        rows: for each layer and tensor, uint8 [slots on this rank, bytes]; a layer may have no tensors.
+
+    Returns:
+        int64 [layers, slots], and bool [layers, slots]: whether the slot was read; both on the CPU.
+
+    Raises:
+        EplbError: on all ranks, if one of them cannot read its weights.
+    """
+    mine = topology.slots_of_rank(group.rank)
+
+    def fingerprint_all() -> torch.Tensor:
+        found = torch.zeros(2, len(rows), topology.num_slots, dtype=torch.int64)
+        for layer, tensors in enumerate(rows):
+            if tensors:
+                found[0, layer, mine] = fingerprint_rows(tensors, coverage).cpu()
+                found[1, layer, mine] = 1
+        return found.to(group.device)
+
+    found = group.sum(group.attempt("fingerprinting expert weights", fingerprint_all)).cpu()
+    return found[0], found[1].bool()
+
+
+def differing_replicas(fingerprints: torch.Tensor, ids: torch.Tensor, num_logical: int) -> torch.Tensor:
+    """Experts whose replicas do not all have the same fingerprint.
+
+    Args:
+        fingerprints: int64 [layers, slots], on the CPU.
+        ids: int64 [layers, slots], the expert in each slot; -1 for an empty one.
+
+    Returns:
+        bool [layers, logical].
+    """
+    lowest, highest = _extremes(fingerprints, ids, num_logical)
+    return lowest != highest
+
+
+def _extremes(
+    of_slots: torch.Tensor, ids: torch.Tensor, num_logical: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lowest and highest value over the replicas of each expert, int64 [layers, logical]; 0 without any."""
+    # Column 0 is for empty slots.
+    nothing = torch.zeros(len(ids), num_logical + 1, dtype=torch.int64)
+    low = nothing.scatter_reduce(1, ids + 1, of_slots, "amin", include_self=False)
+    high = nothing.scatter_reduce(1, ids + 1, of_slots, "amax", include_self=False)
+    return low[:, 1:], high[:, 1:]
+
+
+def describe_differing(differs: torch.Tensor, numbers: Sequence[int] | None = None, *, also: str = "") -> str:
+    """One line that names experts whose replicas differ.
+
+    Args:
+        differs: bool [layers, logical], not all false.
+        numbers: of the layers; None is 0, 1 and so on.
+        also: a further consequence.
+    """
+    pairs = differs.nonzero().tolist()
+    first = [(layer if numbers is None else numbers[layer], expert) for layer, expert in pairs[:_NAMED]]
+    return (
+        f"{len(pairs)} of {differs.numel()} experts have replicas with different weights, so answers depend "
+        f"on the replica that serves a token{also}; the first (layer, expert): {', '.join(map(str, first))}"
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class ExpertFingerprints:
     """The fingerprint of each expert at the start. Weights that an engine replaces later need new ones.
@@ -108,11 +182,13 @@ class ExpertFingerprints:
         table: int64 [layers, logical], on the CPU.
         known: bool [layers, logical]; an expert without a known fingerprint is never wrong.
         coverage: bytes that count.
+        differing: a line on experts whose replicas had different weights; empty without any.
     """
 
     table: torch.Tensor
     known: torch.Tensor
     coverage: Coverage
+    differing: str = ""
 
     @classmethod
     def make(
@@ -125,41 +201,20 @@ class ExpertFingerprints:
     ) -> ExpertFingerprints:
         """Fingerprint the present content of all slots. All ranks call it together.
 
-        Unknown are layers without tensors, and experts whose replicas differ; rank 0 warns of these.
+        Unknown are layers without tensors, and experts whose replicas differ.
 
         Raises:
             EplbError: on all ranks, if one of them cannot read its weights.
         """
-        mine = topology.slots_of_rank(group.rank)
-
-        def fingerprint_all() -> torch.Tensor:
-            found = torch.zeros(2, len(weights.rows), topology.num_slots, dtype=torch.int64)
-            for layer, rows in enumerate(weights.rows):
-                if rows:
-                    found[0, layer, mine] = fingerprint_rows(rows, coverage).cpu()
-                    found[1, layer, mine] = 1
-            return found.to(group.device)
-
-        found = group.sum(group.attempt("fingerprinting expert weights", fingerprint_all)).cpu()
-        # Column 0 is for empty slots.
-        experts = placement.physical_to_logical.cpu() + 1
-        of_expert = torch.zeros(2, *experts.shape[:1], placement.num_logical + 1, dtype=torch.int64)
-        experts = experts.expand_as(found)
-        lowest, highest = (
-            of_expert.scatter_reduce(2, experts, found, how, include_self=False)[:, :, 1:]
-            for how in ("amin", "amax")
-        )
-        alike = lowest[0] == highest[0]
-        if group.rank == 0 and not bool(alike.all()):
-            differ = (~alike).nonzero().tolist()
-            _logger.warning(
-                "%d of %d experts have replicas with different weights, so moves of these are not verified; "
-                "the first (layer, expert): %s",
-                len(differ),
-                alike.numel(),
-                ", ".join(str(tuple(pair)) for pair in differ[:_NAMED]),
-            )
-        return cls(lowest[0], alike & lowest[1].bool(), coverage)
+        found, read = fingerprint_slots(weights.rows, topology, group, coverage)
+        ids, num_logical = placement.physical_to_logical.cpu(), placement.num_logical
+        lowest, highest = _extremes(found, ids, num_logical)
+        differs = lowest != highest
+        told = ""
+        if bool(differs.any()):
+            told = describe_differing(differs, also=", and moves of these are not verified")
+        known = _extremes(read.long(), ids, num_logical)[0].bool() & ~differs
+        return cls(lowest, known, coverage, told)
 
     def wrong_arrivals(self, arrivals: Sequence[Arrival]) -> list[Arrival]:
         """The arrivals, all on one device, with a wrong fingerprint; unknown fingerprints match anything."""

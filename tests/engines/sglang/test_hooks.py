@@ -10,8 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from prometheus_client import CollectorRegistry, generate_latest
 
 from eplb_plugin import ConfigError
+from eplb_plugin.integration.common.options import EngineOptions
+from eplb_plugin.integration.common.planner import EnginePlanner
 from eplb_plugin.integration.common.replacement import replace_function
 from eplb_plugin.integration.common.seams import missing_here
 from eplb_plugin.integration.sglang import dispatch_seams
@@ -20,6 +23,8 @@ from eplb_plugin.integration.sglang.dispatch import to_slots
 from eplb_plugin.integration.sglang.policy import SglangBalancer
 from eplb_plugin.integration.sglang.seam_table import SEAMS
 from eplb_plugin.integration.sglang.seams import missing_seams, warn_unmoved
+from eplb_plugin.observability.prometheus import Telemetry
+from tests.series import samples
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -409,13 +414,18 @@ def test_what_sglang_does_not_move_is_warned_of(caplog):
     moved = {block.experts.layer_id: block.get_moe_weights() for block in blocks}
     assert [len(tensors) for tensors in moved.values()] == [2, 2, 2]
     model.routed_experts_weights_of_layer = moved
-    warn_unmoved(manager)
+    planner = EnginePlanner(EngineOptions())
+    registry = CollectorRegistry()
+    planner.telemetry = Telemetry(registry).of("tiny")
+    warn_unmoved(manager, planner.warn)
     assert ours() == []
     for block in blocks[1:]:
         # As SGLang keeps padded scales for one of its kernels.
         block.experts.hpc_ops_w13_weight_scale = torch.rand(5, 8)
-    warn_unmoved(manager)
+    warn_unmoved(manager, planner.warn)
     (said,) = ours()
     assert said.endswith(": layers 3-4: hpc_ops_w13_weight_scale (5, 8) float32")
-    warn_unmoved(SimpleNamespace())
+    assert planner.warnings == {"unmoved_tensors": 1}
+    assert samples(generate_latest(registry))["eplb_warnings_total{unmoved_tensors,tiny}"] == 1
+    warn_unmoved(SimpleNamespace(), planner.warn)
     assert "could not be checked; it goes on" in ours()[-1]

@@ -22,7 +22,7 @@ import vllm.v1.executor.multiproc_executor
 import vllm.v1.worker.cpu_worker
 from vllm import LLM, SamplingParams
 
-from . import worker_checks  # noqa: F401
+from . import weight_faults, worker_checks  # noqa: F401
 from .prompts import NEW_TOKENS, PROMPTS, traffic
 from .step_loads import count_steps
 
@@ -58,6 +58,8 @@ def count_failures(llm):
 
 
 def main(scenario, result_path):
+    if "put_in" in scenario:
+        weight_faults.put_in(scenario["put_in"])
     llm = LLM(**scenario["llm"])
     length = scenario.get("new_tokens", NEW_TOKENS)
     sampling = SamplingParams(temperature=0, max_tokens=length, ignore_eos=True, detokenize=False)

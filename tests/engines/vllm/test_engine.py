@@ -156,19 +156,32 @@ def test_it_says_what_it_does(served):
     assert "could not be checked" not in served["log"]
 
 
-@pytest.mark.parametrize("use_async", [False, True], ids=["sync", "async"])
-def test_four_ranks(use_async, model, expected, tmp_path):
-    arguments = llm_arguments(model, 4, **eplb_arguments(use_async=use_async))
+def test_four_ranks(model, expected, tmp_path):
+    """One engine for both modes: asynchronous rearrangements first, synchronous ones after them."""
+    arguments = llm_arguments(model, 4, **eplb_arguments(use_async=True))
     arguments["additional_config"] = {"eplb_plugin": BALANCED | {"expert_cost": 4}}
-    steps = [{"name": "serving", "before": [["watch"]], "rounds": 3, **EVERY}]
+    interval = arguments["eplb_config"]["step_interval"]
+    steps = [
+        {"name": "async", "before": [["watch"]], "rounds": 3, **EVERY},
+        # Whatever was under way ends.
+        {"name": "at rest", "before": [["rearrange_every", 2**30]], "rounds": 1},
+        {
+            "name": "sync",
+            "before": [["go_on_in_sync_mode"], ["rearrange_every", interval]],
+            "rounds": 2,
+            **EVERY,
+        },
+    ]
     result = drive(tmp_path, {"llm": arguments, "steps": steps, "watched": str(tmp_path)}, 4)
-    step = result["steps"]["serving"]
-    assert all(tokens == expected for tokens in step["rounds"])
-    assert len(step["checks"]) == 4
-    for checks in step["checks"]:
-        assert checks["wrong"] == []
-        assert checks["changes"] >= 10
-    assert [rank["failures"] for rank in reports(step)] == [0] * 4
+    before = [0] * 4
+    for name, step in result["steps"].items():
+        assert all(tokens == expected for tokens in step["rounds"]), name
+        assert [checks["wrong"] for checks in step["checks"]] == [[]] * 4
+        changes = [checks["changes"] for checks in step["checks"]]
+        if name != "at rest":
+            assert min(now - then for then, now in zip(before, changes, strict=True)) >= 10, name
+            assert [rank["failures"] for rank in reports(step)] == [0] * 4
+        before = changes
     loads, maps = read_steps(tmp_path)
     assert loads.shape[:2] >= (50, 4)
     assert wrong_steps(loads, maps, sharded=False, expert_cost=4) == []

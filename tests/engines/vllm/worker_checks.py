@@ -14,15 +14,20 @@ from eplb_plugin import Placement
 class WorkerChecks:
     """vLLM mixes this into its worker (`worker_extension_cls`); each method runs on every rank.
 
-    Results go to one file per rank, since vLLM returns only the first engine's under data parallelism.
+    Results go to one file per rank, since vLLM returns only the first engine's under data parallelism. With a
+    pipeline, each stage has a folder.
     """
 
     def watch(self):
         """From now on, check all rows of this rank after each step that changed a map."""
-        from vllm.distributed.parallel_state import get_ep_group
+        from vllm.distributed.parallel_state import get_ep_group, get_pp_group
 
         self.ep_rank = get_ep_group().rank_in_group
         self.folder = Path(os.environ["WORKER_CHECKS_FOLDER"])
+        if get_pp_group().world_size > 1:
+            # Each stage numbers its ranks and its layers anew.
+            self.folder /= f"stage-{get_pp_group().rank_in_group}"
+            self.folder.mkdir(exist_ok=True)
         state = self.model_runner.eplb_state
         (self.model_state,) = state.model_states.values()
         self.seen = {"changes": 0, "rows": 0, "wrong": [], "layers": 0, "calls": 0}
@@ -113,6 +118,12 @@ class WorkerChecks:
             "bound": sorted({"add_model", "rearrange"} & set(vars(state))),
             "report": hasattr(self, "eplb_plugin_report"),
         }
+
+    def show_metrics(self):
+        """The series of this process, as its `/metrics` would show them."""
+        from prometheus_client import generate_latest
+
+        return generate_latest().decode()
 
     def _count_step(self):
         """Write what vLLM has counted in the step that ends, and the map that was in force."""

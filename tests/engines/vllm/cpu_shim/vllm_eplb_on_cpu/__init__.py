@@ -1,4 +1,4 @@
-"""Test only: the eight places where vLLM 0.32 keeps expert parallelism and EPLB from running on a CPU.
+"""Test only: the nine places where vLLM 0.32 keeps expert parallelism and EPLB from running on a CPU.
 
 vLLM calls `register` in each of its processes. What it replaces is what touches an accelerator; planning,
 moving weights and switching maps stay vLLM's own.
