@@ -134,11 +134,11 @@ class Rebalancer:
         self._warn(unmoved)
         self._context.weights.claim()
         self.window, self.tables = self._context.window, self._context.in_force.tables
-        self._steps = self._asked = 0
+        self._steps = 0
         self._step_times = StepTimes()
         self._number = 0
-        # Intervals that ended while a rebalance was under way wait for the next one.
-        self._waiting: deque[IntervalLoad] = deque(maxlen=options.history)
+        # Steps and loads of intervals that ended while a rebalance was under way wait for the next one.
+        self._waiting: deque[tuple[int, IntervalLoad]] = deque(maxlen=options.history)
         self._runner = Runner(connections, options)
         self.off = ""
         self._replacing = False
@@ -173,10 +173,9 @@ class Rebalancer:
     def physical_and_received(
         self, layer: int, expert_ids: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As `physical`, and the tokens that this rank gets: int64 [ranks, slots on this rank].
+        """As `physical`, and the tokens that this rank gets: int64 [ranks, slots on this rank], or None.
 
-        None where they are not known: then the ranks have to exchange them before an all-to-all. Dispatch
-        `balanced` knows them of sharded batches on the CPU, as its all-gather tells.
+        Dispatch `balanced` has them of sharded batches on the CPU. Else ranks have to exchange them.
         """
         return self.tables.physical_and_received(layer, expert_ids)
 
@@ -206,7 +205,7 @@ class Rebalancer:
             report = self._collect()
         if self.off or self._steps % self.options.interval:
             return report
-        self._waiting.append(self.window.take())
+        self._end_interval()
         if self._runner.busy or self._replacing:
             return report
         if self.options.mode == "sync":
@@ -226,7 +225,7 @@ class Rebalancer:
         if self._replacing:
             return RebalanceReport.of_nothing(self._steps, "the engine is replacing weights")
         if self.window.steps:
-            self._waiting.append(self.window.take())
+            self._end_interval()
         return self._run()
 
     @contextmanager
@@ -282,17 +281,21 @@ class Rebalancer:
             self._runner.finish()
             self._collect()
 
+    def _end_interval(self) -> None:
+        """The oldest of too many waiting intervals makes room."""
+        if len(self._waiting) == self._waiting.maxlen and self._context.recorder is not None:
+            self._context.recorder.lose(f"{len(self._waiting)} intervals wait for a rebalance to end")
+        self._waiting.append((self.window.steps, self.window.take()))
+
     def _request(self) -> Request:
         self._number += 1
         self._context.streams.mark()
-        intervals = list(self._waiting)
-        self._waiting.clear()
-        num_steps, self._asked = self._steps - self._asked, self._steps
+        waiting, self._waiting = self._waiting, deque(maxlen=self._waiting.maxlen)
         return Request(
             number=self._number,
             step=self._steps,
-            intervals=intervals,
-            num_steps=num_steps,
+            intervals=[load for _, load in waiting],
+            num_steps=sum(steps for steps, _ in waiting),
             step_seconds=self._step_times.take(),
         )
 
@@ -326,12 +329,9 @@ class Rebalancer:
         if isinstance(error, UndecidedError):
             _logger.critical("rank %d does not know which weights other ranks use: %s", self.rank, self.off)
         else:
-            _logger.error(
-                "expert balancing is turned off on rank %d; the placement in force stays. %s",
-                self.rank,
-                self.off,
-                exc_info=None if isinstance(error, RankLostError) else error,
-            )
+            told = "expert balancing is turned off on rank %d; the placement in force stays. %s"
+            cause = None if isinstance(error, RankLostError) else error
+            _logger.error(told, self.rank, self.off, exc_info=cause)
         self._check_decided()
         report = RebalanceReport.of_nothing(self._steps, self.off)
         self.reports.append(report)

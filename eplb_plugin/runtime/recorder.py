@@ -61,7 +61,7 @@ class Recorder:
         self._started = time.time()
         self._number = 0
         self._waiting: deque[RecordedInterval] = deque()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._thread: threading.Thread | None = None
         self._said = False
         try:
@@ -107,7 +107,7 @@ class Recorder:
         )
         with self._lock:
             if len(self._waiting) >= _MOST_WAITING:
-                self._lose(f"{_MOST_WAITING} intervals wait already")
+                self.lose(f"{_MOST_WAITING} intervals wait already")
                 return
             self._waiting.append(recorded)
             if self._thread is None:
@@ -135,11 +135,12 @@ class Recorder:
                 self.written += 1
                 remove_oldest(self.folder, self._max_bytes)
             except Exception as error:  # the next interval may fare better, and serving is not concerned
-                with self._lock:
-                    self._lose(f"{type(error).__name__}: {error}")
+                self.lose(f"{type(error).__name__}: {error}")
 
-    def _lose(self, cause: str) -> None:
-        self.lost += 1
-        if not self._said:
-            self._said = True
+    def lose(self, cause: str) -> None:
+        """Count an interval that is not recorded, and log the first one."""
+        with self._lock:
+            self.lost += 1
+            told, self._said = self._said, True
+        if not told:
             _logger.error("an interval is not recorded: %s. Later ones are only counted", cause)

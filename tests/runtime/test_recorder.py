@@ -11,7 +11,7 @@ import torch
 import eplb_plugin as eplb
 from eplb_plugin.config.options import RebalancerOptions
 from eplb_plugin.core.errors import ConfigError
-from eplb_plugin.formats.recordings import read_recording, recorded_files
+from eplb_plugin.formats.recordings import read_interval, read_recording, recorded_files
 from eplb_plugin.runtime import recorder as recorder_module
 from eplb_plugin.runtime.load_window import IntervalLoad
 from eplb_plugin.runtime.recorder import Recorder
@@ -132,6 +132,34 @@ def test_a_loop_that_observes_records_and_changes_nothing(tmp_path):
             assert (report.moves, report.skipped, report.failed) == (0, True, False)
             assert report.reason == "mode observe plans nothing"
             assert report.balancedness_before == report.balancedness_after < 0.9
+
+
+def test_intervals_that_come_too_fast_are_lost_and_their_steps_are_not_counted(tmp_path, caplog):
+    """While the first of six intervals is recorded, five end, and two of them may wait."""
+    options = RebalancerOptions(mode="observe", interval=4, history=2, record=str(tmp_path))
+    loop = eplb.Rebalancer(eplb.Topology(num_ranks=1, num_slots=16), 3, 16, options=options)
+    recorder = loop._context.recorder
+    going, go_on, add = threading.Event(), threading.Event(), recorder.add
+
+    def slow(*args, **kwargs):
+        going.set()
+        assert go_on.wait(60)
+        add(*args, **kwargs)
+
+    recorder.add = slow
+    for step in range(24):
+        for layer in range(3):
+            loop.record_counts(layer, torch.full((16,), step // 4 + 1))
+        loop.step()
+        assert step < 3 or going.wait(60)
+    go_on.set()
+    loop.rebalance()
+    loop.close()
+    assert (recorder.written, recorder.lost) == (2, 3)
+    intervals = [read_interval(file) for file in recorded_files(tmp_path)]
+    assert [interval.steps for interval in intervals] == [4, 8]
+    assert [int(interval.snapshots[:, 0, 0].sum()) for interval in intervals] == [4, 4 * 5 + 4 * 6]
+    assert any("2 intervals wait for a rebalance to end" in line for line in caplog.messages)
 
 
 def test_a_loop_that_balances_records_the_map_that_each_interval_ran_with(tmp_path):
