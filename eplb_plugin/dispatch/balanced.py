@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..core.errors import LoadError
+from ..core.errors import TopologyError
 from ..core.placement import Placement
 from ..core.topology import Topology
 from .batch_split import BatchSplit
@@ -20,9 +20,17 @@ class BalancedDispatch(ReplicaTables):
         placement: the placement in force.
         topology: number of slots.
         split: of the batches of this rank.
+
+    Raises:
+        TopologyError: the split is of other slots by rank.
     """
 
     def __init__(self, placement: Placement, topology: Topology, split: BatchSplit) -> None:
+        if split.slots_by_rank != topology.slots_by_rank:
+            raise TopologyError(
+                f"the split is for {sum(split.slots_by_rank)} slots on {split.num_ranks} ranks, "
+                f"the tables are for {topology.num_slots} on {topology.num_ranks}"
+            )
         super().__init__(placement, topology, device=split.device)
         self._split = split
 
@@ -51,9 +59,5 @@ class BalancedDispatch(ReplicaTables):
         return self._split.slots_and_received(expert_ids, self._replicas(layer, expert_ids))
 
     def _replicas(self, layer: int, expert_ids: torch.Tensor) -> LayerTables:
-        if expert_ids.dim() not in (1, 2) or not 0 <= layer < self._shape[0]:
-            raise LoadError(
-                f"expert_ids has shape {tuple(expert_ids.shape)} for layer {layer} of {self._shape[0]}, "
-                "not [tokens, top_k] or [tokens]"
-            )
+        self.check_ids(layer, expert_ids)
         return self.of_layer(layer)

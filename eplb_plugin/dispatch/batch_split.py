@@ -34,7 +34,7 @@ class BatchSplit:
         device: where expert ids arrive.
 
     Raises:
-        LoadError: `expert_cost` is negative or not an integer.
+        LoadError: `expert_cost` is negative or not an integer. TopologyError: there is no such rank.
         ConfigError: on CUDA, Triton cannot be imported, or is too old.
     """
 
@@ -49,8 +49,10 @@ class BatchSplit:
     ) -> None:
         self.expert_cost = checked_cost(expert_cost)
         self.num_ranks = topology.num_ranks
-        self._slots_here = topology.slots_by_rank[rank]
-        self._gather = gather
+        self.slots_by_rank = topology.slots_by_rank
+        here = topology.slots_of_rank(rank)
+        self._slots_here = here.stop - here.start
+        self._gather = gather = gather if self.num_ranks > 1 else None
         self._row = 0 if gather is None else rank
         self._on_gpu: TritonSplit | None = None
         if torch.device(device).type == "cuda":
@@ -115,17 +117,18 @@ class BatchSplit:
         counted = len(ids) if num_tokens is None else min(int(num_tokens) * top_k, len(ids))
         counts = torch.empty_like(replicas.counts)
         bad = count_tokens(ids[:counted], counts.numpy())
-        gathered = counts.unsqueeze(0) if self._gather is None else self._gather(counts)
+        gathered = counts.unsqueeze(0) if self._gather is None else self._gathered(counts, self._gather)
         # After the message: the other ranks wait for it.
         if bad != -1:
             raise LoadError(
                 f"expert_ids holds {bad}; there are experts 0..{len(counts) - 1}, and -1 for none"
             )
         chosen = torch.empty_like(expert_ids, memory_format=torch.contiguous_format)
-        choose_slots(
+        possible = choose_slots(
             ids,
             counted,
             max(top_k, 1),
+            counts.numpy(),
             gathered.numpy(),
             self._row,
             *(table.numpy() for table in replicas),
@@ -135,7 +138,18 @@ class BatchSplit:
             chosen.view(-1).numpy(),
             _NOT_WANTED if received is None else received.numpy(),
         )
+        if not possible:
+            raise LoadError(f"gather returned counts below 0, or others than its own for rank {self._row}")
         return chosen
+
+    def _gathered(self, counts: torch.Tensor, gather: GatherCounts) -> torch.Tensor:
+        """What `gather` returns, of the right shape and dtype."""
+        gathered = gather(counts)
+        wanted = (self.num_ranks, len(counts))
+        if gathered.dtype != counts.dtype or gathered.shape != wanted:
+            shape = tuple(gathered.shape)
+            raise LoadError(f"gather returned {gathered.dtype} {shape}, not {counts.dtype} {wanted}")
+        return gathered
 
 
 def _compile(*, slots: bool) -> None:
@@ -153,4 +167,6 @@ def _compile(*, slots: bool) -> None:
     for dtype in (np.int32, np.int64):
         ids = np.zeros(1, dtype)
         count_tokens(ids, np.zeros(1, np.int64))
-        choose_slots(ids, 1, 1, one[None], 0, zero, zero, one, zero, 1, 0, np.zeros(1, dtype), _NOT_WANTED)
+        choose_slots(
+            ids, 1, 1, one, one[None], 0, zero, zero, one, zero, 1, 0, np.zeros(1, dtype), _NOT_WANTED
+        )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from ..core.errors import LoadError
 from ..core.placement import Placement
 from ..core.topology import Topology
 from .tables import ReplicaTables
@@ -58,17 +57,13 @@ class EvenDispatch(ReplicaTables):
 
         Args:
             layer: index of the MoE layer.
-            expert_ids: integer [tokens, top_k] or [tokens], logical experts; -1 stays -1.
+            expert_ids: int32 or int64 [tokens, top_k] or [tokens], logical experts; -1 stays -1.
 
         Raises:
-            LoadError: wrong shape or layer. Ids beyond the experts raise torch's index error, on CUDA
+            LoadError: wrong shape, dtype or layer. Ids beyond the experts raise torch's index error, on CUDA
                 asynchronously.
         """
-        if expert_ids.dim() not in (1, 2) or not 0 <= layer < self._shape[0]:
-            raise LoadError(
-                f"expert_ids has shape {tuple(expert_ids.shape)} for layer {layer} of {self._shape[0]}, "
-                "not [tokens, top_k] or [tokens]"
-            )
+        self.check_ids(layer, expert_ids)
         tokens = expert_ids.shape[0]
         self.reserve(tokens)
         row = expert_ids.reshape(-1).to(torch.int64) + 1

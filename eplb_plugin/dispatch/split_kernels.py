@@ -229,6 +229,7 @@ def choose_slots(
     expert_ids,
     counted,
     top_k,
+    own,
     counts,
     rank,
     slots,
@@ -248,14 +249,20 @@ def choose_slots(
     Args:
         expert_ids: integer [ids] of this rank, in the order of tokens, top_k ids each; -1 for none.
         counted: number of ids that are in `counts`; those behind are padding, spread evenly by their token.
+        own: int64 [logical], the tokens of those ids.
         counts: int64 [sources, logical]: tokens on each rank, or one row for tokens that all ranks hold.
-        rank: the row of this rank's tokens in `counts`.
+        rank: the row of this rank in `counts`.
         slots, first, count: replicas of the layer, see `split_layer`.
         chosen: integer [ids]; written: the slot of each id, or -1.
-        received: int64 [sources, slots of this rank], zeros; written: the tokens that each source sends to
-            each slot. Without rows: not wanted.
+        received: int64 [sources, slots of this rank], zeros; written: tokens from each source, or no rows.
+
+    Returns:
+        False for counts below 0, or others than `own` in the row of this rank: then nothing is written.
     """
     num_logical = counts.shape[1]
+    for expert in range(num_logical):
+        if counts[rank, expert] != own[expert] or counts[:, expert].min() < 0:
+            return False
     begin = np.searchsorted(rank_of_slot, rank)
     cost = np.empty(num_ranks, np.int64)
     quota = np.empty(rank_of_slot.shape[0], np.int64)
@@ -304,6 +311,7 @@ def choose_slots(
                 at[expert] += 1
             quota[slots[at[expert]]] -= 1
             chosen[index] = slots[at[expert]]
+    return True
 
 
 @cached_njit(nogil=True, fastmath=False, boundscheck=False)

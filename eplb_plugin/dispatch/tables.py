@@ -8,11 +8,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..core.errors import PlacementError
+from ..core.errors import LoadError, PlacementError
 from ..core.placement import Placement
 from ..core.topology import Topology
 
 __all__ = ["LayerTables", "ReplicaTables"]
+
+
+_ID_DTYPES = (torch.int32, torch.int64)
 
 
 class LayerTables(NamedTuple):
@@ -80,6 +83,16 @@ class ReplicaTables:
     def of_layer(self, layer: int) -> LayerTables:
         """The tables in force of one layer: views, which later placements are written to."""
         return LayerTables(self._slots[layer], self._first[layer, 1:], self._count[layer, 1:])
+
+    def check_ids(self, layer: int, expert_ids: torch.Tensor) -> None:
+        """Raise LoadError unless these are int32 or int64 [tokens, top_k] or [tokens], of a known layer."""
+        if expert_ids.dim() not in (1, 2) or not 0 <= layer < self._shape[0]:
+            raise LoadError(
+                f"expert_ids has shape {tuple(expert_ids.shape)} for layer {layer} of {self._shape[0]}, "
+                "not [tokens, top_k] or [tokens]"
+            )
+        if expert_ids.dtype not in _ID_DTYPES:
+            raise LoadError(f"expert_ids has dtype {expert_ids.dtype}, not int32 or int64, which fit slots")
 
     def update(self, placement: Placement, layers: Sequence[int] | None = None) -> None:
         """Put the rows of `layers` (None: all) of `placement` in force.

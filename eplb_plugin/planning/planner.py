@@ -123,9 +123,8 @@ def plan(
         _warn_of_global_plan(topology, active, num_logical)
 
     balanced = options.dispatch == "balanced"
-    measured = snapshots
-    if balanced and samples is not None and len(samples):
-        measured = _checked_samples(samples, snapshots)
+    checked = None if samples is None else _checked_samples(samples, snapshots)
+    measured = snapshots if checked is None else checked
     peaks = split_peaks if balanced else step_peaks
     expected = expected_load(snapshots, options.snapshot_decay, options.persistence)
     in_force: Placement | None = None
@@ -240,8 +239,10 @@ def _checked_current(
     return ids.cpu()
 
 
-def _checked_samples(samples: torch.Tensor, snapshots: torch.Tensor) -> torch.Tensor:
-    """`samples` as float64 [steps, layers, logical] on the CPU."""
+def _checked_samples(samples: torch.Tensor, snapshots: torch.Tensor) -> torch.Tensor | None:
+    """`samples` as float64 [steps, layers, logical] on the CPU; None without any step."""
+    if isinstance(samples, torch.Tensor) and samples.shape == (0, *snapshots.shape[1:]):
+        return None
     steps = as_snapshots(samples, "samples").cpu()
     if steps.shape[1:] != snapshots.shape[1:]:
         raise LoadError(

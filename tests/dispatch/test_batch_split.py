@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -150,3 +152,45 @@ def test_ids_beyond_the_experts_are_refused_after_the_message() -> None:
         tables.physical(1, torch.tensor([0]))
     with pytest.raises(eplb.LoadError, match="expert_cost=-2 is below 0"):
         BatchSplit(TOPOLOGY, expert_cost=-2)
+    with pytest.raises(eplb.LoadError, match=r"dtype torch.uint8, not int32 or int64"):
+        tables.physical(0, torch.tensor([0, 1], dtype=torch.uint8))
+
+
+def test_what_does_not_fit_together_is_refused() -> None:
+    placement = random_placement(1, LOGICAL, SLOTS, 3)
+    with pytest.raises(eplb.TopologyError, match=r"rank=-1 is outside 0..3"):
+        BatchSplit(TOPOLOGY, rank=-1)
+    other = BatchSplit(eplb.Topology(num_ranks=1, num_slots=2))
+    with pytest.raises(eplb.TopologyError, match="for 2 slots on 1 ranks, the tables are for 12 on 4"):
+        BalancedDispatch(placement, TOPOLOGY, other)
+
+
+@pytest.mark.parametrize(
+    ("gather", "says"),
+    [
+        (lambda counts: counts.expand(3, -1), r"int64 \(3, 7\), not torch.int64 \(4, 7\)"),
+        (lambda counts: counts.expand(RANKS, -1).float(), r"float32 \(4, 7\), not torch.int64"),
+        (lambda counts: torch.stack([counts, -counts, counts, counts]), "below 0, or others than its own"),
+        (lambda counts: torch.stack([counts + 1] * RANKS), "others than its own for rank 0"),
+    ],
+)
+def test_counts_that_nobody_can_have_gathered_are_refused(
+    gather: Callable[[torch.Tensor], torch.Tensor], says: str
+) -> None:
+    tables = BalancedDispatch(
+        random_placement(1, LOGICAL, SLOTS, 3), TOPOLOGY, BatchSplit(TOPOLOGY, gather=gather)
+    )
+    with pytest.raises(eplb.LoadError, match=says):
+        tables.physical(0, torch.tensor([0, 1, 1]))
+
+
+def test_a_lone_rank_needs_no_message() -> None:
+    alone = eplb.Topology(num_ranks=1, num_slots=SLOTS)
+
+    def gather(counts: torch.Tensor) -> torch.Tensor:
+        raise AssertionError
+
+    tables = BalancedDispatch(random_placement(1, LOGICAL, SLOTS, 3), alone, BatchSplit(alone, gather=gather))
+    slots, received = tables.physical_and_received(0, torch.tensor([0, 1, 1]))
+    assert received is None
+    assert torch.equal(slots, tables.physical(0, torch.tensor([0, 1, 1])))
