@@ -100,7 +100,4 @@ def how_to_enable(advice: Advice, machine: Machine, engine: str, num_experts: in
     topology = f"num_ranks={machine.ranks}, num_slots={best.slots}"
     topology += f", num_nodes={machine.nodes}" if machine.nodes > 1 else ""
     topology += f", num_groups={machine.groups}" if machine.groups > 1 else ""
-    return (
-        f"Rebalancer(Topology({topology}), ..., "
-        f"options=RebalancerOptions({options}){price})"
-    )
+    return f"Rebalancer(Topology({topology}), ..., options=RebalancerOptions({options}){price})"
