@@ -12,6 +12,7 @@ from rich.console import Console
 
 from ..core.errors import ConfigError, TraceError
 from ..core.safe_files import check_output
+from ..formats.loads import recognise
 from ..formats.recordings import is_recording
 from ..offline.simulation import policy_setup
 from ..planning.planner import warmup
@@ -77,14 +78,11 @@ def report(
     if map_file is not None:
         report_map(context, map_file, traces or [], settings, as_json)
         return
-    if (
-        output is None
-        and traces
-        and len(traces) == 1
-        and os.path.isdir(traces[0])
-        and is_recording(traces[0])
-    ):
-        output = Path(traces[0]) / _PAGE
+    if output is None and traces and len(traces) == 1 and os.path.isdir(traces[0]):
+        if is_recording(traces[0]):
+            output = Path(traces[0]) / _PAGE
+        else:
+            recognise(Path(traces[0]))  # an error if the folder has no load at all
     if not traces or output is None:
         raise ConfigError("report needs a load and --output FILE, or --map FILE")
     if as_json:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from ..config.sources import COMMAND_LINE, Settings
 from ..core.balancedness import balancedness
-from ..core.errors import ConfigError
+from ..core.errors import ConfigError, TopologyError
 from ..core.placement import Placement
 from ..core.topology import Topology
 from ..formats.placements import PlacementFile, read_placement_file
@@ -90,7 +90,10 @@ def _topology(path: Path, content: PlacementFile, settings: Settings) -> Topolog
     nodes = content.num_nodes
     if nodes is None or origins.get("simulate.nodes") == COMMAND_LINE:
         nodes = given.nodes
-    return Topology(num_nodes=nodes, num_ranks=ranks, num_slots=slots, rank_slots=rank_slots)
+    try:
+        return Topology(num_nodes=nodes, num_ranks=ranks, num_slots=slots, rank_slots=rank_slots)
+    except TopologyError as error:
+        raise TopologyError(f"{path}: {error}") from None
 
 
 class _Balance(NamedTuple):

@@ -16,7 +16,7 @@ from ..core.errors import EplbError, TraceError
 from ..core.placement import Placement
 from ..core.safe_files import MAX_BYTES, opened_zip, written_whole
 from ..core.topology import Topology
-from ..offline.traces import LoadTrace, as_load
+from ..offline.traces import LoadTrace, as_load, check_layer_ids
 from .npz import NpzArrays, layer_ids_of
 
 __all__ = [
@@ -194,6 +194,10 @@ def read_interval(path: Path, max_bytes: int = MAX_BYTES) -> RecordedInterval:
         raise TraceError(f"{path}: {error}") from None
     if snapshots.dim() != 3 or snapshots.shape[1:] != (placement.num_layers, num_logical):
         raise TraceError(f"{path}: load {tuple(snapshots.shape)} does not fit {placement}")
+    if len(samples) and samples.shape[1:] != snapshots.shape[1:]:
+        raise TraceError(f"{path}: samples {tuple(samples.shape)} do not fit load {tuple(snapshots.shape)}")
+    if layer_ids:
+        check_layer_ids(str(path), layer_ids, placement.num_layers)
     return RecordedInterval(
         snapshots=snapshots,
         samples=samples,

@@ -171,6 +171,28 @@ def test_wrong_arrays_are_named(tmp_path, array, value, message):
         read_recording(file)
 
 
+@pytest.mark.parametrize(
+    ("array", "value", "message"),
+    [
+        ("layer_ids", np.array([5, 5]), r"layer_ids \(5, 5\) do not rise from 0 or above"),
+        ("layer_ids", np.array([-1, 5]), r"layer_ids \(-1, 5\) do not rise from 0 or above"),
+        ("layer_ids", np.array([3, 4, 5]), "3 layer_ids for 2 layers"),
+        ("samples", np.ones((2, 1, EXPERTS), np.int32), r"samples \(2, 1, 8\) do not fit load \(4, 2, 8\)"),
+    ],
+)
+def test_a_file_with_wrong_layers_leaves_the_rest_readable(tmp_path, array, value, message):
+    write_all(tmp_path, interval(0), interval(1))
+    newest = recorded_files(tmp_path)[1]
+    with np.load(newest) as content:
+        arrays = dict(content)
+    np.savez(newest, **{**arrays, array: value})
+    with pytest.raises(TraceError, match=f"{newest}: {message}"):
+        read_interval(newest)
+    read = read_recording(tmp_path)
+    assert torch.equal(read.trace.load, interval(0).snapshots)
+    assert str(newest) in read.left_out[0]
+
+
 def test_what_is_no_recording(tmp_path):
     np.savez(tmp_path / "load.npz", load=np.ones((3, 2, 4), np.int32))
     (tmp_path / "notes.npz").write_text("no archive")
