@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +21,7 @@ from ..report.figures import picture
 from ..report.page import picture_set, write_page
 from ..report.replay import replay
 from . import arguments
-from .console import compiling, progress_bar
+from .console import compiling, progress_bar, tell_left_out
 from .loading import fit_interval, load_for, planner_for, recording_for, topology_for
 from .report_map import report_map
 
@@ -103,6 +104,7 @@ def report(
             task = bar.add_task(f"{source}: reading", total=None)
             recording, of_source = recording_for(source, settings)
             load = load_for(source, of_source, alone=len(traces) == 1, recording=recording)
+            tell_left_out(errors, source, recording)
             fitting = fit_interval(of_source, load)
             topology = topology_for(load, fitting.simulate)
             bar.update(task, description=f"{source}: loading the planner")
@@ -121,6 +123,8 @@ def report(
                     task, description=f"{source}: {name}", completed=step, total=total
                 ),
             )
+            if recording is not None:
+                done = replace(done, left_out=recording.left_out)
             bar.update(task, description=f"{source}: drawing", total=None)
             sections.append((done, list(picture_set(done))))
             bar.remove_task(task)

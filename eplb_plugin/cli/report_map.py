@@ -20,8 +20,8 @@ from ..core.topology import Topology
 from ..formats.placements import PlacementFile, read_placement_file
 from ..offline.traces import LoadTrace
 from ..report.replica_spread import ReplicaSpread, replica_spread
-from .console import counted, size_of
-from .loading import load_for
+from .console import counted, size_of, tell_left_out
+from .loading import load_for, recording_for
 
 __all__ = ["report_map"]
 
@@ -61,8 +61,12 @@ def report_map(
         raise ConfigError(f"--map takes one load, not {len(traces)}")
     load = None
     if traces:
-        with Console(stderr=True).status("reading the load"):
-            load = load_for(traces[0], settings)
+        errors = Console(stderr=True)
+        with errors.status("reading the load"):
+            # The map, not the recording, says how many ranks there are.
+            recording, _ = recording_for(traces[0], settings)
+            load = load_for(traces[0], settings, recording=recording)
+        tell_left_out(errors, traces[0], recording)
     expected = (None, None) if load is None else (load.num_experts, load.layer_ids)
     content = read_placement_file(path, *expected)
     topology = _topology(path, content, settings)
