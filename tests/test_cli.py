@@ -21,7 +21,7 @@ import eplb_plugin
 from eplb_plugin.cli import app, arguments, console, main
 from eplb_plugin.cli.loading import load_for
 from eplb_plugin.config.sources import Settings, load_settings
-from eplb_plugin.core.errors import ConfigError, TraceError
+from eplb_plugin.core.errors import ConfigError, TopologyError, TraceError
 from eplb_plugin.formats.npz import save_load_trace
 from eplb_plugin.offline.synthetic_traffic import generate
 from eplb_plugin.offline.traces import LoadTrace
@@ -159,6 +159,44 @@ def test_ranks_may_differ_in_slots(tmp_path, load_file):
     first, second = (last_json(result) for result in (by_flags, by_file))
     assert [item["balancedness"] for item in first] == [item["balancedness"] for item in second]
     assert first[-1]["balancedness"] > first[0]["balancedness"]
+
+
+def test_ranks_and_slots_beside_rank_slots_must_agree(tmp_path, load_file):
+    flags = ["--rank-slots", 20, "--rank-slots", 20, "--interval", 10, "--policy", "static", "--json"]
+    alone = last_json(run("simulate", load_file, *flags))
+    assert (
+        last_json(run("simulate", load_file, *flags, "--ranks", 2, "--slots", 40))[0]["balancedness"]
+        == (alone[0]["balancedness"])
+    )
+    config = tmp_path / "c.yaml"
+    config.write_text("simulate: {rank_slots: [20, 20], slots: null}")
+    for command, options, message in (
+        ("simulate", ["--ranks", 8, *flags], "--ranks 8 contradicts --rank-slots, which gives 2 ranks"),
+        ("simulate", ["--slots", 41, *flags], "--slots 41 contradicts --rank-slots, which gives 40 slots"),
+        ("plan", ["-o", tmp_path / "p.json", "--ranks", 8, *flags[:4]], "--ranks 8 contradicts --rank-slots"),
+        (
+            "simulate",
+            ["--config", config, "--ranks", 4],
+            r"--ranks 4 contradicts simulate\.rank_slots \(.*c\.yaml\), which gives 2 ranks; leave one",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            run(command, load_file, *options)
+    # Nothing is given beside it, not even what the file leaves open.
+    assert "40 slots on 2 ranks" in " ".join(
+        run("simulate", load_file, "--config", config, "--interval", 10).stdout.split()
+    )
+
+
+def test_the_help_shows_a_form_of_rank_slots_that_works(load_file):
+    commands = typer.main.get_command(app).commands
+    for command in ("simulate", "plan"):
+        (parameter,) = (item for item in commands[command].params if item.name == "rank_slots")
+        example = re.search(r"(--rank-slots \d+ ?)+", parameter.help).group().split()
+        assert len(example) == 6
+        # The example is for fewer experts than the load has: it was parsed, and summed.
+        with pytest.raises(TopologyError, match="do not fit into num_slots=13"):
+            run(command, load_file, *example, *(["-o", "out.json"] if command == "plan" else []))
 
 
 def test_the_price_of_moves_can_be_given(load_file):

@@ -216,6 +216,28 @@ def test_ranks_that_differ_and_empty_slots(tmp_path):
         }
 
 
+def test_numbers_of_a_file_that_contradict_each_other_name_it(tmp_path):
+    rows = np.array([[0, 1, 0, 1]])
+    for arrays, message in (
+        ({"num_ranks": 0}, "num_ranks=0 is below 1"),
+        ({"num_ranks": -1}, "num_ranks=-1 is below 1"),
+        ({"num_ranks": 2**40}, "num_ranks is above 1048576"),
+        ({"rank_slots": np.array([1, 2])}, r"rank_slots=\(1, 2\) are 3 slots in all, num_slots=4"),
+    ):
+        np.savez(tmp_path / "a.npz", physical_to_logical=rows, **arrays)
+        with pytest.raises(TopologyError, match=rf"a\.npz: {message}"):
+            told("--map", tmp_path / "a.npz", code=2)
+
+
+def test_a_folder_without_a_load_is_named(tmp_path):
+    for output in ([], ["-o", tmp_path / "a.html"]):
+        with pytest.raises(TraceError, match=f"{tmp_path}: a folder with neither recorded intervals"):
+            told(tmp_path, *output, code=2)
+    torch.save({}, tmp_path / "a.pt")
+    with pytest.raises(ConfigError, match="report needs a load and --output FILE"):
+        told(tmp_path, code=2)
+
+
 def test_what_is_of_no_use_is_refused(published, tmp_path):
     cases = {
         ("-o", "out.html"): "--output is of no use with --map",
@@ -246,7 +268,15 @@ BAD_FILES = {
     ),
     "twice": (
         {"physical_to_logical": np.array([[0, 1], [1, 0]]), "layer_ids": np.array([1, 1])},
-        "1 layer_ids for 2 layers",
+        r"a\.npz: layer_ids repeated: \[1\]",
+    ),
+    "layer below 0": (
+        {"physical_to_logical": np.array([[0, 1]]), "layer_ids": np.array([-2])},
+        r"a\.npz: layer_ids below 0: \[-2\]",
+    ),
+    "experts": (
+        {"physical_to_logical": np.array([[0, 1]]), "num_logical": 2**40},
+        r"a\.npz: num_logical is above 1048576",
     ),
     "ranks": ({"physical_to_logical": np.array([[0, 1]]), "num_ranks": 0.5}, "num_ranks is float64"),
     "no expert": (

@@ -19,6 +19,7 @@ from eplb_plugin.config.sources import (
     read_section,
 )
 from eplb_plugin.core.errors import ConfigError
+from eplb_plugin.core.safe_files import read_yaml
 from eplb_plugin.integration.common.options import EngineOptions
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -236,3 +237,19 @@ def test_variables_hold_lists_and_nested_options_as_json(monkeypatch):
     settings = load_settings()
     assert settings.planner.ensemble.seed == 3
     assert settings.simulate.rank_slots == (5, 5, 3)
+
+
+def test_a_key_that_is_there_twice_is_refused(tmp_path):
+    path = tmp_path / "c.yaml"
+    for text, line, key in (
+        ("simulate: {ranks: 4, ranks: 8}", 1, "ranks"),
+        ("simulate:\n  ranks: 4\nsimulate:\n  slots: 40\n", 3, "simulate"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=rf"c\.yaml: line {line}: the key '{key}' is there twice"):
+            load_settings(path)
+    # What is merged in from another mapping is not there twice.
+    path.write_text("planner: &a {}\nsimulate: &b {<<: *a, ranks: 4}\nmetrics: {<<: [*a]}\n")
+    assert load_settings(path).simulate.ranks == 4
+    path.write_text("a: &a {x: 1, y: 1}\nb: &b {<<: *a, x: 2}\nc: {<<: *b, x: 3}\n")
+    assert read_yaml(path, 1000, 100)["c"] == {"x": 3, "y": 1}

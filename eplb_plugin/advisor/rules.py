@@ -63,10 +63,12 @@ def when_not(advice: Advice, machine: Machine, num_experts: int, seconds: float)
     return said
 
 
-def how_to_enable(advice: Advice, engine: str, num_experts: int) -> str:
+def how_to_enable(advice: Advice, machine: Machine, engine: str, num_experts: int) -> str:
     """The best setting as the arguments of an engine, worth it or not.
 
     Args:
+        advice: result of the sweep.
+        machine: ranks, nodes and groups.
         engine: `vLLM`, `SGLang`, or anything else for the library.
         num_experts: logical experts per layer.
     """
@@ -95,7 +97,7 @@ def how_to_enable(advice: Advice, engine: str, num_experts: int) -> str:
         )
     options = f"interval={interval}" + (', dispatch="balanced"' if balanced else "")
     price = "" if default else f", planner=PlannerOptions(move_price={best.move_price:g})"
-    return (
-        f"Rebalancer(Topology(num_ranks=..., num_slots={best.slots}), ..., "
-        f"options=RebalancerOptions({options}){price})"
-    )
+    topology = f"num_ranks={machine.ranks}, num_slots={best.slots}"
+    topology += f", num_nodes={machine.nodes}" if machine.nodes > 1 else ""
+    topology += f", num_groups={machine.groups}" if machine.groups > 1 else ""
+    return f"Rebalancer(Topology({topology}), ..., options=RebalancerOptions({options}){price})"

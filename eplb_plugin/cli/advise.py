@@ -168,7 +168,7 @@ def advise(
     for line in said:
         console.print(line, highlight=False)
     engine = "" if recording is None else recording.newest.engine
-    enable = how_to_enable(advice, engine, load.num_experts)
+    enable = how_to_enable(advice, machine, engine, load.num_experts)
     console.print("Enable it with:" if is_worth_it(advice) else "To try it all the same:", highlight=False)
     console.print(f"  {enable}", highlight=False, soft_wrap=True)
     if as_json:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..config.options import Options
-from ..config.sources import Settings, load_settings
+from ..config.sources import COMMAND_LINE, Settings, load_settings
 from ..core.errors import ConfigError
 from ..offline.dispatch_replay import SPLITS
 from ..offline.simulation import POLICIES
@@ -77,7 +77,14 @@ Load = Annotated[
 ]
 Ranks = Annotated[int | None, option("simulate.ranks")]
 Slots = Annotated[int | None, option("simulate.slots")]
-RankSlots = Annotated[list[int] | None, option("simulate.rank_slots")]
+RankSlots = Annotated[
+    list[int] | None,
+    option(
+        "simulate.rank_slots",
+        meaning="Slots of one rank, in place of --ranks and --slots; once for each rank: "
+        "--rank-slots 5 --rank-slots 5 --rank-slots 3.",
+    ),
+]
 Nodes = Annotated[int | None, option("simulate.nodes")]
 Groups = Annotated[int | None, option("simulate.groups")]
 Interval = Annotated[
@@ -130,7 +137,7 @@ def settings_for(context: typer.Context, section: str = "simulate") -> Settings:
         section: the section of options of the same name.
 
     Raises:
-        ConfigError: an unknown option or a wrong value.
+        ConfigError: an unknown option, a wrong value, or ranks or slots that contradict `rank_slots`.
     """
     given = {}
     for parameter in context.command.params:
@@ -139,7 +146,32 @@ def settings_for(context: typer.Context, section: str = "simulate") -> Settings:
         if place is not None and value not in (None, [], ()):
             check_value(parameter.opts[0], place, value)
             given[place] = value
-    return load_settings(context.params["config"], given)
+    settings = load_settings(context.params["config"], given)
+    if section == "simulate" and "ranks" in context.params:
+        _check_rank_slots(settings)
+    return settings
+
+
+def _check_rank_slots(settings: Settings) -> None:
+    """Raise ConfigError if ranks or slots are given beside `rank_slots`, and are others than there."""
+    rank_slots = settings.simulate.rank_slots
+    if rank_slots is None:
+        return
+    for name, right in (("ranks", len(rank_slots)), ("slots", sum(rank_slots))):
+        value = getattr(settings.simulate, name)
+        if f"simulate.{name}" in settings.origins and value not in (None, right):
+            given, other = (_told(f"simulate.{item}", settings) for item in (name, "rank_slots"))
+            raise ConfigError(
+                f"{given} {value} contradicts {other}, which gives {right} {name}; leave one of them out"
+            )
+
+
+def _told(place: str, settings: Settings) -> str:
+    """The flag of a given setting, or its name and origin."""
+    origin = settings.origins[place]
+    if origin == COMMAND_LINE:
+        return f"--{place.rpartition('.')[2].replace('_', '-')}"
+    return f"{place} ({origin})"
 
 
 def check_value(flag: str, place: str, value: object) -> None:

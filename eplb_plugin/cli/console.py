@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..core.topology import Topology
+from ..formats.recordings import Recording
 from ..offline.traces import LoadTrace
 
-__all__ = ["compiling", "counted", "progress_bar", "size_in", "size_of"]
+__all__ = ["compiling", "counted", "progress_bar", "size_in", "size_of", "tell_left_out"]
 
 _PATIENCE = 5.0
 """Seconds until the line on an output without a terminal."""
@@ -33,6 +34,18 @@ def size_in(load: LoadTrace, topology: Topology) -> str:
     """For example `40 steps, 2 layers, 32 experts in 40 slots on 8 ranks`."""
     slots, ranks = counted(topology.num_slots, "slot"), counted(topology.num_ranks, "rank")
     return f"{size_of(load)} in {slots} on {ranks}"
+
+
+def tell_left_out(console: Console, source: str, recording: Recording | None) -> None:
+    """Print one line for each kind of files that a recording was read without.
+
+    Args:
+        console: of standard error.
+        source: the folder.
+        recording: what was read; None: another load.
+    """
+    for sentence in () if recording is None else recording.left_out:
+        console.print(f"{source}: {sentence}", highlight=False, markup=False, soft_wrap=True)
 
 
 def progress_bar(console: Console) -> Progress:

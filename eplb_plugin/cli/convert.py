@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -11,8 +12,8 @@ from rich.console import Console
 from ..formats.loads import LOAD_FORMATS, format_for_output, write_load
 from ..offline.traces import LoadTrace
 from . import arguments
-from .console import size_of
-from .loading import load_for
+from .console import size_of, tell_left_out
+from .loading import load_for, recording_for
 
 __all__ = ["convert", "with_first_layer"]
 
@@ -40,8 +41,11 @@ def convert(
     """Convert a recorded load to another format (see `docs/formats.md`). Token traces become loads."""
     form = format_for_output(output, to)
     settings = arguments.settings_for(context)
-    with Console(stderr=True).status("reading the load"):
-        load = with_first_layer(load_for(source, settings), first_layer)
+    errors = Console(stderr=True)
+    with errors.status("reading the load"):
+        recording, settings = recording_for(source, settings)
+        load = with_first_layer(load_for(source, settings, recording=recording), first_layer)
+    tell_left_out(errors, source, recording)
     write_load(output, load, form, top_k)
     Console().print(f"{output}: {size_of(load)} ({form.name})", highlight=False, soft_wrap=True)
 
@@ -50,4 +54,4 @@ def with_first_layer(load: LoadTrace, first_layer: int | None) -> LoadTrace:
     """The load with rows numbered from `first_layer`; None keeps their numbers."""
     if first_layer is None:
         return load
-    return LoadTrace(load.load, load.name, tuple(range(first_layer, first_layer + load.num_layers)))
+    return replace(load, layer_ids=tuple(range(first_layer, first_layer + load.num_layers)))

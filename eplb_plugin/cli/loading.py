@@ -46,10 +46,13 @@ def recording_for(source: str, settings: Settings) -> tuple[Recording | None, Se
         return None, settings
     recording = read_recording(source)
     topology, given = recording.newest.topology, settings.origins
+    given_slots = settings.simulate.slots if "simulate.slots" in given else None
     found: dict[str, Any] = {"groups": topology.num_groups}
     if not {"simulate.ranks", "simulate.rank_slots"} & given.keys():
         found |= {"ranks": topology.num_ranks, "nodes": topology.num_nodes}
-        found |= {"slots": topology.num_slots, "rank_slots": topology.rank_slots}
+        found["slots"] = topology.num_slots
+        if given_slots is None:
+            found["rank_slots"] = topology.rank_slots
     for name, value in found.items():
         if f"simulate.{name}" not in given:
             settings = settings.replaced(f"simulate.{name}", value)

@@ -22,9 +22,9 @@ from ..planning.planner import Plan, warmup
 from ..planning.planner import plan as plan_placement
 from ..planning.policies import policy_for
 from . import arguments
-from .console import compiling, size_in
+from .console import compiling, size_in, tell_left_out
 from .convert import with_first_layer
-from .loading import load_for, topology_for
+from .loading import load_for, recording_for, topology_for
 
 __all__ = ["plan"]
 
@@ -69,7 +69,9 @@ def plan(
     check_output(output)
     errors = Console(stderr=True)
     with errors.status("reading the load"):
-        trace = with_first_layer(load_for(load, settings), first_layer)
+        recording, settings = recording_for(load, settings)
+        trace = with_first_layer(load_for(load, settings, recording=recording), first_layer)
+    tell_left_out(errors, load, recording)
     topology = topology_for(trace, settings.simulate)
     in_force = None if current is None else read_placement(current, trace.num_experts, trace.layer_ids)
     window = fold_steps(trace.load, settings.rebalancer.snapshots * settings.rebalancer.history)
@@ -88,8 +90,8 @@ def _table(
     trace: LoadTrace, window: torch.Tensor, topology: Topology, made: Plan, in_force: Placement | None
 ) -> Table:
     before = in_force or Placement.default(trace.num_layers, trace.num_experts, topology.num_slots)
-    # Of single steps: ranks wait for peaks that a mean over snapshots hides.
-    steps = trace.load
+    # Of single steps: ranks wait for peaks that a sum of steps hides.
+    steps = trace.single_steps
     peak = float(peak_rank_loads(window, made.placement, topology).mean(0).sum())
     bound = float(made.lower_bound.sum())
     title = f"{trace.name}: {size_in(trace, topology)}"

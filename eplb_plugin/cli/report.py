@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,7 @@ from rich.console import Console
 
 from ..core.errors import ConfigError, TraceError
 from ..core.safe_files import check_output
+from ..formats.loads import recognise
 from ..formats.recordings import is_recording
 from ..offline.simulation import policy_setup
 from ..planning.planner import warmup
@@ -19,7 +21,7 @@ from ..report.figures import picture
 from ..report.page import picture_set, write_page
 from ..report.replay import replay
 from . import arguments
-from .console import compiling, progress_bar
+from .console import compiling, progress_bar, tell_left_out
 from .loading import fit_interval, load_for, planner_for, recording_for, topology_for
 from .report_map import report_map
 
@@ -77,14 +79,11 @@ def report(
     if map_file is not None:
         report_map(context, map_file, traces or [], settings, as_json)
         return
-    if (
-        output is None
-        and traces
-        and len(traces) == 1
-        and os.path.isdir(traces[0])
-        and is_recording(traces[0])
-    ):
-        output = Path(traces[0]) / _PAGE
+    if output is None and traces and len(traces) == 1 and os.path.isdir(traces[0]):
+        if is_recording(traces[0]):
+            output = Path(traces[0]) / _PAGE
+        else:
+            recognise(Path(traces[0]))  # an error if the folder has no load at all
     if not traces or output is None:
         raise ConfigError("report needs a load and --output FILE, or --map FILE")
     if as_json:
@@ -105,6 +104,7 @@ def report(
             task = bar.add_task(f"{source}: reading", total=None)
             recording, of_source = recording_for(source, settings)
             load = load_for(source, of_source, alone=len(traces) == 1, recording=recording)
+            tell_left_out(errors, source, recording)
             fitting = fit_interval(of_source, load)
             topology = topology_for(load, fitting.simulate)
             bar.update(task, description=f"{source}: loading the planner")
@@ -123,6 +123,8 @@ def report(
                     task, description=f"{source}: {name}", completed=step, total=total
                 ),
             )
+            if recording is not None:
+                done = replace(done, left_out=recording.left_out)
             bar.update(task, description=f"{source}: drawing", total=None)
             sections.append((done, list(picture_set(done))))
             bar.remove_task(task)

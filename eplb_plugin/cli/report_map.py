@@ -14,14 +14,14 @@ from rich.table import Table
 
 from ..config.sources import COMMAND_LINE, Settings
 from ..core.balancedness import balancedness
-from ..core.errors import ConfigError
+from ..core.errors import ConfigError, TopologyError
 from ..core.placement import Placement
 from ..core.topology import Topology
 from ..formats.placements import PlacementFile, read_placement_file
 from ..offline.traces import LoadTrace
 from ..report.replica_spread import ReplicaSpread, replica_spread
-from .console import counted, size_of
-from .loading import load_for
+from .console import counted, size_of, tell_left_out
+from .loading import load_for, recording_for
 
 __all__ = ["report_map"]
 
@@ -61,8 +61,12 @@ def report_map(
         raise ConfigError(f"--map takes one load, not {len(traces)}")
     load = None
     if traces:
-        with Console(stderr=True).status("reading the load"):
-            load = load_for(traces[0], settings)
+        errors = Console(stderr=True)
+        with errors.status("reading the load"):
+            # The map, not the recording, says how many ranks there are.
+            recording, _ = recording_for(traces[0], settings)
+            load = load_for(traces[0], settings, recording=recording)
+        tell_left_out(errors, traces[0], recording)
     expected = (None, None) if load is None else (load.num_experts, load.layer_ids)
     content = read_placement_file(path, *expected)
     topology = _topology(path, content, settings)
@@ -90,7 +94,10 @@ def _topology(path: Path, content: PlacementFile, settings: Settings) -> Topolog
     nodes = content.num_nodes
     if nodes is None or origins.get("simulate.nodes") == COMMAND_LINE:
         nodes = given.nodes
-    return Topology(num_nodes=nodes, num_ranks=ranks, num_slots=slots, rank_slots=rank_slots)
+    try:
+        return Topology(num_nodes=nodes, num_ranks=ranks, num_slots=slots, rank_slots=rank_slots)
+    except TopologyError as error:
+        raise TopologyError(f"{path}: {error}") from None
 
 
 class _Balance(NamedTuple):

@@ -19,7 +19,7 @@ from ..offline.simulation import simulate as replay
 from ..offline.traces import LoadTrace
 from ..planning.planner import warmup
 from . import arguments
-from .console import compiling, counted, progress_bar, size_in
+from .console import compiling, counted, progress_bar, size_in, tell_left_out
 from .loading import fit_interval, load_for, planner_for, recording_for, topology_for
 
 __all__ = ["simulate"]
@@ -62,6 +62,7 @@ def simulate(
     with errors.status("reading the load"):
         recording, settings = recording_for(trace, settings)
         load = load_for(trace, settings, recording=recording)
+    tell_left_out(errors, trace, recording)
     fitting = fit_interval(settings, load)
     options = fitting.rebalancer
     topology = topology_for(load, settings.simulate)

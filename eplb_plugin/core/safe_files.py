@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import reprlib
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ MAX_TEXT_BYTES = 512 * 2**20
 """Bound on the size of a text file (JSON, YAML, CSV), in bytes. Parsing takes a multiple of it in memory."""
 
 _DEEPEST = 32
+_YAML_MERGES = ("tag:yaml.org,2002:merge", "tag:yaml.org,2002:value")
 _LONGEST_INTEGER = 64  # bits; Python refuses to print integers of thousands of digits
 
 _Schema = TypeVar("_Schema", bound=BaseModel)
@@ -49,6 +51,8 @@ def read_bytes(path: str | Path, max_bytes: int = MAX_TEXT_BYTES) -> bytes:
             content = stream.read(max_bytes + 1)
     except FileNotFoundError:
         raise TraceError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise TraceError(f"{path}: is a folder, not a file") from None
     except (OSError, ValueError) as error:  # ValueError: an impossible file name
         raise TraceError(f"{path}: cannot be read: {error}") from None
     if len(content) > max_bytes:
@@ -90,7 +94,8 @@ def read_yaml(path: str | Path, max_bytes: int, max_values: int) -> Any:
         max_values: bound on the number of values; an alias counts like a copy of its anchor.
 
     Raises:
-        TraceError: the file is missing, too large, not YAML, or nested deeper than 32 levels.
+        TraceError: the file is missing, too large, not YAML, or nested deeper than 32 levels; a mapping has a
+            key twice.
     """
     # Importing the package is to stay cheap.
     import yaml
@@ -98,9 +103,29 @@ def read_yaml(path: str | Path, max_bytes: int, max_values: int) -> Any:
     base = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
     class Loader(base):  # type: ignore[misc, valid-type]
-        """Bounds the depth: deep nesting would overflow the stack of the compiled parser."""
+        """Bounds the depth: deep nesting would overflow the stack of the compiled parser. Refuses a key that
+        a mapping has twice: the safe loader keeps the last one."""
 
         depth = 0
+
+        def __init__(self, stream: Any) -> None:
+            super().__init__(stream)
+            self.checked: set[int] = set()
+
+        def flatten_mapping(self, node: Any) -> None:
+            # Called before keys of another mapping are merged in; again where it is merged into another one.
+            if id(node) not in self.checked:
+                self.checked.add(id(node))
+                seen = set()
+                for key, _ in node.value:
+                    if not isinstance(key, yaml.ScalarNode) or key.tag in _YAML_MERGES:
+                        continue
+                    value = self.construct_object(key)
+                    if value in seen:
+                        line = key.start_mark.line + 1
+                        raise TraceError(f"{path}: line {line}: the key {reprlib.repr(value)} is there twice")
+                    seen.add(value)
+            super().flatten_mapping(node)
 
         def descend_resolver(self, node: Any, index: Any) -> None:
             self.depth += 1
@@ -115,6 +140,8 @@ def read_yaml(path: str | Path, max_bytes: int, max_values: int) -> Any:
     data = read_bytes(path, max_bytes)
     try:
         content = yaml.load(data, Loader)
+    except TraceError:
+        raise
     except Exception as error:  # values such as 2001-99-99 or !!bool x raise many types
         raise TraceError(f"{path}: not YAML: {' '.join(str(error).split())[:300]}") from None
     count = 1
@@ -149,6 +176,8 @@ def opened_zip(path: Path, kind: str) -> Iterator[zipfile.ZipFile]:
         raise
     except FileNotFoundError:
         raise TraceError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        raise TraceError(f"{path}: is a folder, not {kind}") from None
     except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, ValueError) as error:
         raise TraceError(f"{path}: not {kind}: {error}") from None
 

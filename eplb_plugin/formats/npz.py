@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import reprlib
 import zipfile
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,7 +17,14 @@ from ..core.errors import TraceError
 from ..core.safe_files import MAX_BYTES, opened_zip, written_whole
 from ..offline.traces import LoadTrace, TokenTrace, as_load
 
-__all__ = ["NpzArrays", "layer_ids_of", "read_npz_placement", "read_npz_trace", "save_load_trace"]
+__all__ = [
+    "NpzArrays",
+    "check_unique",
+    "layer_ids_of",
+    "read_npz_placement",
+    "read_npz_trace",
+    "save_load_trace",
+]
 
 _MAX_HEADER = 4096
 # 100 layers of 1,000 slots are 0.8 MB. As lists, ids take several times that in memory.
@@ -85,8 +95,9 @@ def read_npz_placement(
         arrays = NpzArrays(archive, path, max_bytes)
         table = arrays.integers("physical_to_logical", 2)
         layer_ids = layer_ids_of(arrays) or tuple(range(table.shape[0]))
-        if len(layer_ids) != table.shape[0] or len(set(layer_ids)) != len(layer_ids):
-            raise TraceError(f"{path}: {len(set(layer_ids))} layer_ids for {table.shape[0]} layers")
+        if len(layer_ids) != table.shape[0]:
+            raise TraceError(f"{path}: {len(layer_ids)} layer_ids for {table.shape[0]} layers")
+        check_unique(path, layer_ids)
         num_logical, num_ranks, num_nodes = (
             arrays.number(name) if name in arrays.names else None
             for name in ("num_logical", "num_ranks", "num_nodes")
@@ -96,6 +107,13 @@ def read_npz_placement(
             rank_slots = tuple(arrays.integers("rank_slots", 1).tolist())
     rows = dict(zip(layer_ids, table.tolist(), strict=True))
     return rows, num_logical, num_ranks, num_nodes, rank_slots
+
+
+def check_unique(path: Path, layer_ids: Sequence[int]) -> None:
+    """Raise TraceError if a layer has several rows: a reader would keep one of them."""
+    twice = sorted(layer for layer, rows in Counter(layer_ids).items() if rows > 1)
+    if twice:
+        raise TraceError(f"{path}: layer_ids repeated: {reprlib.repr(twice)}")
 
 
 class NpzArrays:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from ..core.errors import PlacementError, TopologyError, TraceError
 from ..core.placement import Placement
 from ..core.safe_files import MAX_TEXT_BYTES, read_bytes, read_json, written_whole
 from ..core.topology import Topology
-from .npz import read_npz_placement
+from .npz import check_unique, read_npz_placement
 from .sglang import read_sglang_dump_placement, read_sglang_location, write_sglang_location
 from .tensorrt_llm import read_tensorrt_llm_config, write_tensorrt_llm_config
 
@@ -70,6 +71,7 @@ def _read_json(path: Path) -> _Content:
         raise TraceError(
             f"{path}: {len(content.layer_ids)} layer_ids for {len(content.physical_to_logical)} rows"
         )
+    check_unique(path, content.layer_ids)
     for layer, row in zip(content.layer_ids, content.physical_to_logical, strict=True):
         if content.rank_slots is not None and sum(content.rank_slots) != len(row):
             raise TraceError(
@@ -108,6 +110,9 @@ PLACEMENT_FORMATS: Mapping[str, Callable[[Path, Placement, tuple[int, ...], Topo
     )
 )
 """Writers by name of the format: `write(path, placement, layer_ids, topology)`. They raise TraceError."""
+
+_MOST_EXPERTS = 2**20
+"""Largest `num_logical` of a file, as of `Topology`: a mistyped number must not become an allocation."""
 
 # Formats with empty slots, and with ranks that differ in slots; engines can load neither.
 _EMPTY_SLOTS = _UNEVEN_RANKS = frozenset({"json"})
@@ -171,6 +176,8 @@ def read_placement_file(
     """
     path = Path(path)
     content = _read(path)
+    if content.num_logical is not None and content.num_logical > _MOST_EXPERTS:
+        raise PlacementError(f"{path}: num_logical is above {_MOST_EXPERTS}")
     if num_logical is not None and content.num_logical not in (None, num_logical):
         raise PlacementError(f"{path}: is of {content.num_logical} experts, not of {num_logical}")
     layer_ids = tuple(sorted(content.rows)) if layer_ids is None else layer_ids
@@ -189,6 +196,19 @@ def read_placement_file(
 
 
 def _read(path: Path) -> _Content:
+    """Read a file of any format.
+
+    Raises:
+        TraceError: the file is missing, of no known format, or has a layer twice or below 0.
+    """
+    content = _read_any(path)
+    below = sorted(layer for layer in content.rows if layer < 0)
+    if below:
+        raise TraceError(f"{path}: layer_ids below 0: {reprlib.repr(below)}")
+    return content
+
+
+def _read_any(path: Path) -> _Content:
     """Read a file of any format. Suffixes tell TensorRT-LLM's YAML, `.npz` and `.pt`; keys tell JSON."""
     suffix = path.suffix.lower()
     if suffix in (".yaml", ".yml"):
@@ -197,8 +217,9 @@ def _read(path: Path) -> _Content:
         return _Content(*read_npz_placement(path))
     if suffix == ".pt":
         return _Content(read_sglang_dump_placement(path))
+    text = read_bytes(path, MAX_TEXT_BYTES)
     try:
-        keys = json.loads(read_bytes(path, MAX_TEXT_BYTES))
+        keys = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise TraceError(f"{path}: neither JSON nor named .yaml, .npz or .pt: {error}") from None
     ours = not (isinstance(keys, dict) and "physical_to_logical_map" in keys)
@@ -214,10 +235,11 @@ def _table(path: Path, rows: Mapping[int, list[int]], layer_ids: tuple[int, ...]
     for layer in layer_ids:
         if len(rows[layer]) != slots:
             raise TraceError(f"{path}: layer {layer} has {len(rows[layer])} slots, others {slots}")
-    try:
-        return torch.tensor([rows[layer] for layer in layer_ids], dtype=torch.int64)
-    except (RuntimeError, OverflowError, ValueError) as error:  # ids beyond 64 bits
-        raise TraceError(f"{path}: {error}") from None
+    for layer in layer_ids:
+        wide = next((item for item in rows[layer] if item.bit_length() >= 64), None)
+        if wide is not None:
+            raise TraceError(f"{path}: layer {layer} holds an expert of {wide.bit_length()} bits")
+    return torch.tensor([rows[layer] for layer in layer_ids], dtype=torch.int64)
 
 
 def _ranges(layers: list[int]) -> str:

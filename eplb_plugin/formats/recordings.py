@@ -16,7 +16,7 @@ from ..core.errors import EplbError, TraceError
 from ..core.placement import Placement
 from ..core.safe_files import MAX_BYTES, opened_zip, written_whole
 from ..core.topology import Topology
-from ..offline.traces import LoadTrace, as_load
+from ..offline.traces import LoadTrace, as_load, check_layer_ids
 from .npz import NpzArrays, layer_ids_of
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
 
 FORMAT = "eplb-plugin recording 1"
 _FILES = "interval-*.npz"
+_MOST_NAMES = 3  # of files left out
 _LONGEST_NAME = 300  # characters of a model's name
 
 
@@ -75,7 +76,8 @@ class Recording:
         trace: loads of all intervals, with their samples.
         newest: the last interval: its map was in force last.
         step_seconds: median over the intervals; 0: unknown.
-        left_out: files that could not be read, and older ones of another shape, as one sentence each.
+        left_out: files that could not be read, and older ones of another shape: a sentence each, with the
+            names of the newest of them.
     """
 
     trace: LoadTrace
@@ -194,6 +196,10 @@ def read_interval(path: Path, max_bytes: int = MAX_BYTES) -> RecordedInterval:
         raise TraceError(f"{path}: {error}") from None
     if snapshots.dim() != 3 or snapshots.shape[1:] != (placement.num_layers, num_logical):
         raise TraceError(f"{path}: load {tuple(snapshots.shape)} does not fit {placement}")
+    if len(samples) and samples.shape[1:] != snapshots.shape[1:]:
+        raise TraceError(f"{path}: samples {tuple(samples.shape)} do not fit load {tuple(snapshots.shape)}")
+    if layer_ids:
+        check_layer_ids(str(path), layer_ids, placement.num_layers)
     return RecordedInterval(
         snapshots=snapshots,
         samples=samples,
@@ -227,25 +233,33 @@ def read_recording(path: str | Path, max_bytes: int = MAX_BYTES) -> Recording:
     if not files:
         raise TraceError(f"{path}: a folder without recorded intervals ({_FILES})")
     kept: list[RecordedInterval] = []
-    broken: list[str] = []
-    others = 0
+    broken: list[Path] = []
+    others: list[Path] = []
+    reasons: list[str] = []
     left = max_bytes
     for file in reversed(files):
         try:
             interval = read_interval(file, left)
         except TraceError as error:
-            broken.append(str(error))
+            broken.append(file)
+            reasons.append(str(error).removeprefix(f"{file}: "))
             continue
         if kept and _shape(interval) != _shape(kept[0]):
-            others += 1
+            others.append(file)
             continue
         left -= sum(part.nbytes for part in (interval.snapshots, interval.samples))
         kept.append(interval)
     if not kept:
-        raise TraceError(broken[0] if len(files) == 1 else f"{broken[0]}; {len(broken)} files are like that")
-    left_out = [f"{len(broken)} files cannot be read: {broken[0]}"] if broken else []
+        first = f"{broken[0]}: {reasons[0]}"
+        raise TraceError(first if len(files) == 1 else f"{first}; {len(broken)} files are like that")
+    left_out = []
+    if broken:
+        one = len(broken) == 1
+        count = "1 file cannot be read, and is" if one else f"{len(broken)} files cannot be read, and are"
+        left_out.append(f"{count} left out: {_names(broken, reasons[0])}")
     if others:
-        left_out.append(f"{others} older files are of another model, and left out")
+        count = "1 older file is" if len(others) == 1 else f"{len(others)} older files are"
+        left_out.append(f"{count} of another model, and left out: {_names(others)}")
     newest, kept = kept[0], kept[::-1]
     times = sorted(interval.step_seconds for interval in kept if interval.step_seconds > 0)
     return Recording(
@@ -276,6 +290,15 @@ def _trace(name: str, intervals: Sequence[RecordedInterval]) -> LoadTrace:
         sample_steps=tuple(steps),
         engine_steps=sum(interval.steps for interval in known) / rows if rows else 1.0,
     )
+
+
+def _names(files: Sequence[Path], reason: str = "") -> str:
+    """For example `a.npz (is damaged), b.npz, c.npz and 2 more`; `reason` is of the first."""
+    shown = [file.name for file in files[:_MOST_NAMES]]
+    if reason:
+        shown[0] += f" ({reason})"
+    more = f" and {len(files) - len(shown)} more" if len(files) > len(shown) else ""
+    return f"{', '.join(shown)}{more}"
 
 
 def _shape(interval: RecordedInterval) -> tuple[Any, ...]:

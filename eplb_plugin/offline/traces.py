@@ -13,7 +13,7 @@ import torch
 
 from ..core.errors import TraceError
 
-__all__ = ["MAX_CELLS", "MAX_COUNT", "LoadTrace", "TokenTrace", "as_load"]
+__all__ = ["MAX_CELLS", "MAX_COUNT", "LoadTrace", "TokenTrace", "as_load", "check_layer_ids"]
 
 MAX_COUNT = 2**53
 """Maximum count: planning computes in float64, which is exact up to here."""
@@ -70,12 +70,7 @@ class LoadTrace:
                 f"{int(bad.sum())} of {bad.numel()} values are NaN, infinite or negative"
             )
         layer_ids = self.layer_ids or tuple(range(self.num_layers))
-        if len(layer_ids) != self.num_layers:
-            raise TraceError(f"{self.name}: {len(layer_ids)} layer_ids for {self.num_layers} layers")
-        if layer_ids[0] < 0 or any(a >= b for a, b in pairwise(layer_ids)):
-            raise TraceError(f"{self.name}: layer_ids {reprlib.repr(layer_ids)} do not rise from 0 or above")
-        if layer_ids[-1] >= _MAX_LAYER:
-            raise TraceError(f"{self.name}: layer_ids go up to {layer_ids[-1]}, not below {_MAX_LAYER}")
+        check_layer_ids(self.name, layer_ids, self.num_layers)
         object.__setattr__(self, "layer_ids", layer_ids)
         self._check_samples()
 
@@ -204,6 +199,16 @@ class TokenTrace:
     def lengths(self) -> _Array:
         """int64 [requests]: tokens of each request, 0 or more."""
         return np.diff(self.first)
+
+
+def check_layer_ids(name: str, layer_ids: tuple[int, ...], num_layers: int) -> None:
+    """Raise TraceError unless there is one number for each layer, and they rise from 0 or above."""
+    if len(layer_ids) != num_layers:
+        raise TraceError(f"{name}: {len(layer_ids)} layer_ids for {num_layers} layers")
+    if layer_ids[0] < 0 or any(a >= b for a, b in pairwise(layer_ids)):
+        raise TraceError(f"{name}: layer_ids {reprlib.repr(layer_ids)} do not rise from 0 or above")
+    if layer_ids[-1] >= _MAX_LAYER:
+        raise TraceError(f"{name}: layer_ids go up to {layer_ids[-1]}, not below {_MAX_LAYER}")
 
 
 def as_load(array: _Array, name: str) -> torch.Tensor:

@@ -143,11 +143,12 @@ def _section(replay: Replay, pictures: list[Picture]) -> str:
         f'<figcaption class="quiet">{escape(item.note)}</figcaption></figure>\n'
         for item in pictures
     )
+    left_out = "".join(f'<p class="quiet">{escape(line)}.</p>\n' for line in replay.left_out)
     return (
         f"<h2>{escape(trace.name)}</h2>\n"
         f'<p class="quiet">{trace.length}, {trace.num_layers} layers, {trace.num_experts} experts '
         f"in {topology.num_slots} slots on {topology.num_ranks} ranks{nodes}; rebalanced every "
-        f"{replay.interval} steps.</p>\n"
+        f"{replay.interval} steps.</p>\n{left_out}"
         f'<div class="grid">\n<div>{_numbers(replay)}</div>\n{shown}</div>\n'
     )
 

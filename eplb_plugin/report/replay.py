@@ -60,6 +60,7 @@ class Replay:
         expert_cost: least cost of a replica in use, in tokens.
         message_us: assumed time of the message of dispatch `balanced`, in microseconds for each layer and
             batch; 0: none is needed.
+        left_out: sentences on the files that a recording was read without.
     """
 
     trace: LoadTrace
@@ -68,6 +69,7 @@ class Replay:
     policies: tuple[PolicyReplay, ...]
     expert_cost: int = 0
     message_us: float = 0.0
+    left_out: tuple[str, ...] = ()
 
     @property
     def unit(self) -> str:

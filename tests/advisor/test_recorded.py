@@ -204,10 +204,14 @@ def test_rules_of_when_not_to_balance(changes, machine, seconds, rule):
 
 def test_each_engine_gets_its_own_arguments():
     advice = replace(advice_of(), engine_steps=10.0)
-    assert how_to_enable(advice, "SGLang", 32) == (
+    assert how_to_enable(advice, machine_of(), "SGLang", 32) == (
         "--enable-eplb --eplb-algorithm eplb_plugin:move_price=0.01 --ep-num-redundant-experts 4 "
         "--eplb-rebalance-num-iterations 80"
     )
     assert parse_algorithm("eplb_plugin:move_price=0.01").planner.move_price == 0.01
-    assert '"step_interval": 80, "window_size": 80' in how_to_enable(advice, "vLLM", 32)
-    assert "num_slots=36" in how_to_enable(advice, "", 32)
+    assert '"step_interval": 80, "window_size": 80' in how_to_enable(advice, machine_of(), "vLLM", 32)
+    alone, grouped = machine_of(nodes=1), machine_of(groups=4)
+    assert "Topology(num_ranks=4, num_slots=36), " in how_to_enable(advice, alone, "", 32)
+    assert "Topology(num_ranks=4, num_slots=36, num_nodes=2, num_groups=4), " in how_to_enable(
+        advice, grouped, "", 32
+    )

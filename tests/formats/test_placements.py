@@ -99,7 +99,30 @@ OURS = {
 }
 
 
+# Of two rows for one layer, a reader would keep one.
+TWICE = {"layer_ids": [4, 0, 4], "physical_to_logical": [[0, 1], [0, 1], [1, 0]]}
+
+
 BAD_PLACEMENTS = {
+    "layer twice": ("a.json", json.dumps(OURS | TWICE), r"a\.json: layer_ids repeated: \[4\]"),
+    "layer below 0": (
+        "a.json",
+        json.dumps(OURS | {"layer_ids": [-3]}),
+        r"a\.json: layer_ids below 0: \[-3\]",
+    ),
+    "yaml layer twice": (
+        "a.yaml",
+        "num_slots: 2\ninitial_global_assignments:\n  0: [0, 1]\n  3: [0, 1]\n  0x3: [1, 0]",
+        r"a\.yaml: line 5: the key 3 is there twice",
+    ),
+    "yaml layer below 0": (
+        "a.yaml",
+        "num_slots: 2\ninitial_global_assignments: {0: [0, 1], -1: [0, 1]}",
+        r"a\.yaml: layer_ids below 0: \[-1\]",
+    ),
+    "missing": ("a.json", None, r"^[^:]*a\.json: no such file$"),
+    "folder": ("a.json", "FOLDER", r"/a\.json: is a folder, not a file$"),
+    "folder npz": ("a.npz", "FOLDER", r"/a\.npz: is a folder, not a readable \.npz"),
     "truncated": ("a.json", json.dumps(OURS)[:-5], "neither JSON"),
     "empty": ("a.json", "", "neither JSON"),
     "list": ("a.json", "[1]", "valid dictionary|object"),
@@ -116,7 +139,11 @@ BAD_PLACEMENTS = {
         json.dumps(OURS | {"physical_to_logical": [[0, 0]]}),
         "no slot for expert 1",
     ),
-    "huge id": ("a.json", json.dumps(OURS | {"physical_to_logical": [[0, 10**30]]}), "a.json"),
+    "huge id": (
+        "a.json",
+        json.dumps(OURS | {"physical_to_logical": [[0, 10**20]]}),
+        r"a\.json: layer 0 holds an expert of 67 bits",
+    ),
     "negative id": ("a.json", json.dumps(OURS | {"physical_to_logical": [[0, -2]]}), "holds expert -2"),
     "sglang float": ("a.json", '{"physical_to_logical_map": [[0, 1.5]]}', "physical_to_logical_map.0.1: "),
     "sglang empty": ("a.json", '{"physical_to_logical_map": []}', "has no layer 0; it has none"),
@@ -145,7 +172,10 @@ BAD_PLACEMENTS = {
 @pytest.mark.parametrize("case", BAD_PLACEMENTS)
 def test_malformed_placements_are_told(tmp_path, case):
     name, text, message = BAD_PLACEMENTS[case]
-    (tmp_path / name).write_text(text)
+    if text == "FOLDER":
+        (tmp_path / name).mkdir()
+    elif text is not None:
+        (tmp_path / name).write_text(text)
     with pytest.raises(EplbError, match=message) as caught:
         read_placement(tmp_path / name, 2, (0,))
     assert "\n" not in str(caught.value)

@@ -128,7 +128,13 @@ def test_older_files_of_another_model_are_left_out(tmp_path):
     write_all(tmp_path, interval(0, model="other"), interval(1), interval(2))
     read = read_recording(tmp_path)
     assert read.trace.num_steps == 8
-    assert read.left_out == ("1 older files are of another model, and left out",)
+    first = recorded_files(tmp_path)[0]
+    assert read.left_out == (f"1 older file is of another model, and left out: {first.name}",)
+    write_all(tmp_path, *(interval(seed, model="other") for seed in range(5)), interval(5))
+    names = [file.name for file in recorded_files(tmp_path)]
+    (said,) = read_recording(tmp_path).left_out
+    shown = ", ".join(names[4:1:-1])
+    assert said == f"5 older files are of another model, and left out: {shown} and 2 more"
 
 
 @pytest.mark.parametrize("keep", [0, 1, 100, -1])
@@ -139,7 +145,12 @@ def test_truncated_files_are_left_out(tmp_path, keep):
     read = read_recording(tmp_path)
     assert torch.equal(read.trace.load, torch.cat([interval(0).snapshots, interval(2).snapshots]))
     (said,) = read.left_out
-    assert said.startswith(f"1 files cannot be read: {cut}")
+    assert said.startswith(f"1 file cannot be read, and is left out: {cut.name} (")
+    assert str(tmp_path) not in said
+    recorded_files(tmp_path)[0].write_bytes(b"")
+    (said,) = read_recording(tmp_path).left_out
+    assert said.startswith(f"2 files cannot be read, and are left out: {cut.name} (")
+    assert said.endswith(f"), {recorded_files(tmp_path)[0].name}")
     for file in recorded_files(tmp_path):
         file.write_bytes(file.read_bytes()[:50])
     assert is_recording(tmp_path)
@@ -169,6 +180,28 @@ def test_wrong_arrays_are_named(tmp_path, array, value, message):
     np.savez(file, **{**arrays, array: value})
     with pytest.raises(TraceError, match=message):
         read_recording(file)
+
+
+@pytest.mark.parametrize(
+    ("array", "value", "message"),
+    [
+        ("layer_ids", np.array([5, 5]), r"layer_ids \(5, 5\) do not rise from 0 or above"),
+        ("layer_ids", np.array([-1, 5]), r"layer_ids \(-1, 5\) do not rise from 0 or above"),
+        ("layer_ids", np.array([3, 4, 5]), "3 layer_ids for 2 layers"),
+        ("samples", np.ones((2, 1, EXPERTS), np.int32), r"samples \(2, 1, 8\) do not fit load \(4, 2, 8\)"),
+    ],
+)
+def test_a_file_with_wrong_layers_leaves_the_rest_readable(tmp_path, array, value, message):
+    write_all(tmp_path, interval(0), interval(1))
+    newest = recorded_files(tmp_path)[1]
+    with np.load(newest) as content:
+        arrays = dict(content)
+    np.savez(newest, **{**arrays, array: value})
+    with pytest.raises(TraceError, match=f"{newest}: {message}"):
+        read_interval(newest)
+    read = read_recording(tmp_path)
+    assert torch.equal(read.trace.load, interval(0).snapshots)
+    assert newest.name in read.left_out[0]
 
 
 def test_what_is_no_recording(tmp_path):
