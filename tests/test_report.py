@@ -227,6 +227,12 @@ def test_layers_without_load_do_not_matter(trace):
     assert len(list(picture_set(done))) == 6
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_policy_that_never_moves_needs_no_legend_of_moves(trace):
+    done = replay(trace, TOPOLOGY, ("static",), PlannerOptions(), OPTIONS)
+    assert figures.moves_over_time(done).axes[0].get_legend() is None
+
+
 class References(HTMLParser):
     """Everything that a browser would fetch, and what it would run."""
 

@@ -248,4 +248,6 @@ def _some(count: int) -> list[int]:
 
 
 def _legend_above(axis: Axes) -> None:
-    axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2, handlelength=1.6)
+    """A legend, if any policy has something to show there: `static` alone has no moves."""
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2, handlelength=1.6)
