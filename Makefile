@@ -35,7 +35,7 @@ $(VENV)/.fuzzing: $(STAMP)
 	touch $@
 
 fuzz: $(VENV)/.fuzzing  ## hostile input for every parser, for some minutes
-	OMP_NUM_THREADS=1 EPLB_FUZZ_EFFORT=20 $(BIN)/python -m pytest -n auto tests/fuzz
+	OMP_NUM_THREADS=1 EPLB_FUZZ_EFFORT=20 $(BIN)/python -m pytest -n auto --hypothesis-profile=default tests/fuzz
 	$(BIN)/python -m tests.fuzz.fuzz_formats --seconds 20
 
 SGLANG := .venv-sglang

@@ -1,10 +1,15 @@
-"""What a plain run leaves out."""
+"""What a plain run leaves out, and that every run draws the same examples."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# What fails is then the change at hand. `--hypothesis-profile=default` draws other examples, as `make fuzz` does.
+settings.register_profile("same", derandomize=True)
+settings.load_profile("same")
 
 APART = ("faults", "wheels")
 

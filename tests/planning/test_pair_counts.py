@@ -71,7 +71,8 @@ def replicas_of_pairs(draw):
     weight = np.round(
         rng.lognormal(1, draw(st.sampled_from([0.2, 1.0, 2.0])), experts), draw(st.integers(0, 2))
     )
-    return weight, count, ranks
+    # Without any load, ranks stay level whatever LPT packing puts there, and two replicas may share one.
+    return np.maximum(weight, 0.01), count, ranks
 
 
 @given(replicas_of_pairs())
