@@ -34,8 +34,9 @@ $(VENV)/.fuzzing: $(STAMP)
 	$(BIN)/python $(INSTALL) atheris
 	touch $@
 
-fuzz: $(VENV)/.fuzzing  ## hostile input for every parser, for some minutes
-	OMP_NUM_THREADS=1 EPLB_FUZZ_EFFORT=20 $(BIN)/python -m pytest -n auto --hypothesis-profile=default tests/fuzz
+fuzz: $(VENV)/.fuzzing  ## hostile input for every parser, and new examples for property tests, for some minutes
+	OMP_NUM_THREADS=1 EPLB_FUZZ_EFFORT=20 $(BIN)/python -m pytest -n auto tests/fuzz
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --hypothesis-profile=default tests/planning tests/dispatch tests/formats
 	$(BIN)/python -m tests.fuzz.fuzz_formats --seconds 20
 
 SGLANG := .venv-sglang

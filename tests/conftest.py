@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-# What fails is then the change at hand. `--hypothesis-profile=default` draws other examples, as `make fuzz` does.
+# What fails is then the change at hand. `make fuzz` draws other examples, by `--hypothesis-profile=default`.
 settings.register_profile("same", derandomize=True)
 settings.load_profile("same")
 
