@@ -42,22 +42,22 @@ def test_each_stage_balances_its_own_layers_and_says_which(model, expected, tmp_
         assert about["failures"] == 0
         # vLLM's runner on CPUs counts no steps of the first stage; the one on accelerators does, as the shim.
         assert about["warnings"] == ({"never_stepped": 1} if place < 2 else {})
-        assert sum(report["moves"] > 0 for report in about["reports"]) >= 8
+        assert sum(report["moves"] > 0 for report in about["reports"]) >= 4
     for stage in range(2):
         checks = [
             json.loads(path.read_text()) for path in (tmp_path / f"stage-{stage}").glob("checks-*.json")
         ]
         assert [rank["wrong"] for rank in checks] == [[], []]
-        assert min(rank["changes"] for rank in checks) >= 8
+        assert min(rank["changes"] for rank in checks) >= 4
 
     # The first rank of each stage speaks, and shows its metrics under the name of the stage.
     for stage, name in enumerate(names):
         said = [line for line in result["log"].splitlines() if re.search(r"\] rebalance \d+ of ", line)]
         mine = [line for line in said if f" of {name}: " in line]
-        assert len(mine) >= 8
+        assert len(mine) >= 4
         assert all(f"Worker_PP{stage}_TP0_EP0 " in line for line in mine)
         shown = samples(result["show_metrics"][2 * stage])
-        assert shown[f"eplb_rebalances_total{{{name},applied}}"] >= 8
+        assert shown[f"eplb_rebalances_total{{{name},applied}}"] >= 4
         assert not any(other in key for key in shown for other in names if other != name)
     told = (
         f"{names[0]}: vLLM's model runner V1 counts no steps of the stages of a pipeline before the last one"
