@@ -32,7 +32,7 @@ LAYERS = (
 )
 ENGINES = {"vllm", "sglang"}
 READ_ENVIRONMENT = {"sources.py", "ranks.py", "transport.py"}
-MOST_LINES, FEWEST_LINES, MOST_FILES, MOST_FILES_OF_RUNTIME = 350, 20, 186, 16
+MOST_LINES, FEWEST_LINES, MOST_FILES, MOST_FILES_OF_RUNTIME = 350, 20, 187, 16
 
 
 def imported_modules(path: Path, package: str) -> list[str]:

@@ -78,6 +78,11 @@ class EngineOptions(Options):
         return self
 
     @property
+    def engine_table(self) -> bool:
+        """Whether SGLang's own table of dispatch `static` stays. `mode: observe` changes nothing."""
+        return self.dispatch == "engine" or self.mode == "observe"
+
+    @property
     def splits(self) -> bool:
         """Whether dispatch `balanced` is asked for, with single steps to plan from."""
         return self.dispatch == "balanced" and self.samples > 0

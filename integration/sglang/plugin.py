@@ -161,8 +161,8 @@ def _start(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         _check_seams(algorithm)
         current = map_in_force()
         balancer = balancer_of(algorithm)
-        balancer.start(current.physical_to_logical_map, current.num_logical_experts)
         balancer.planner.static = static_table(balancer.options)
+        balancer.start(current.physical_to_logical_map, current.num_logical_experts)
         if is_first_rank() and balancer.planner.static is not None:
             _logger.info("%s", _about_table(balancer))
         watch(args[0], balancer)
@@ -180,7 +180,7 @@ def _new_metadata(original: Callable[..., Any], *args: Any, **kwargs: Any) -> An
 def _static_table(original: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
     """With our algorithm, the table of dispatch `static` is fair. Each rank makes its own row."""
     algorithm, ids = algorithm_in_use(), map_of_table()
-    if ids is None or not is_ours(algorithm) or balancer_of(algorithm).options.dispatch == "engine":
+    if ids is None or not is_ours(algorithm) or balancer_of(algorithm).options.engine_table:
         return original(*args, **kwargs)
     given = _arguments(original, args, kwargs)
     lists = given["logical_to_all_physical_map"]
@@ -195,7 +195,8 @@ def _about_table(balancer: SglangBalancer) -> str:
     if balancer.planner.static == "fair":
         return "dispatch=even: the replicas of an expert serve equally many ranks, near ones first"
     missing = missing_seams(STATIC)
-    why = f"this SGLang lacks {'; '.join(missing)}" if missing else "dispatch=engine"
+    asked = "mode=observe" if balancer.options.mode == "observe" else "dispatch=engine"
+    why = f"this SGLang lacks {'; '.join(missing)}" if missing else asked
     return f"{why}: SGLang's own table stays, in which each rank asks its nearest replica"
 
 

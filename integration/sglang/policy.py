@@ -142,6 +142,8 @@ class SglangBalancer:
         Placement(current, num_logical)
         if self.options.mode != "observe":
             warmup(dispatch=self.options.planner.for_dispatch(self.options.splits).dispatch)
+        if self.planner.static == "fair":
+            self.planner.compile_tables()
         if is_first_rank():
             # SGLang starts without the plugin too, and fails at the first rebalance: a line to search for.
             _logger.warning("eplb-plugin is active: --eplb-algorithm %s, options %s", self.algorithm, options)

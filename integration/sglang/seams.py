@@ -87,7 +87,7 @@ def static_table(options: EngineOptions) -> Literal["fair", "engine"] | None:
 
     if get_exec().moe.ep_dispatch_algorithm != "static":
         return None
-    return "engine" if options.dispatch == "engine" or missing_seams(STATIC) else "fair"
+    return "engine" if options.engine_table or missing_seams(STATIC) else "fair"
 
 
 def row_mapping(manager: Any) -> IndexMapping | None:

@@ -12,9 +12,8 @@ import torch
 from ...core.load import as_snapshots
 from ...core.placement import Placement
 from ...core.topology import Topology
-from ...dispatch.fair_table import FairTable, fair_table
 from ...dispatch.shares import nearest_shares
-from ...planning.fair_dispatch import plan_fair_table
+from ...planning.fair_table import FairTable, fair_table, plan_fair_table
 from ...planning.forecast import expected_load
 from ..common.options import EngineOptions
 from ..common.planner import EnginePlanner
@@ -55,8 +54,14 @@ class SglangPlanner(EnginePlanner):
         # That of the latest plan, and the one before: ranks may not have agreed on the latest.
         self._tables: deque[FairTable] = deque(maxlen=2)
 
+    def compile_tables(self) -> None:
+        """Compile whatever the first table would compile, or load it from the cache on disk."""
+        topology, placement = Topology(num_ranks=2, num_slots=4), Placement.default(1, 3, 4)
+        load = torch.ones(1, 3, dtype=torch.float64)
+        plan_fair_table(load, topology, placement, placement, self.options.planner).of_rank(0)
+
     def plan(self, window: torch.Tensor, topology: Topology, current: Placement) -> Placement:
-        """See `EnginePlanner.plan`; with a fair table, slots may be swapped for it."""
+        """See `EnginePlanner.plan`; with a fair table, experts may change slots for it."""
         planned = super().plan(window, topology, current)
         return self.with_table(window, topology, planned, current)
 

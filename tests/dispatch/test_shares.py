@@ -16,7 +16,7 @@ from eplb_plugin.dispatch.shares import (
     nearest_shares,
 )
 
-from .test_fair_table import TOPOLOGIES, lognormal, random_placement
+from ..planning.test_fair_table import TOPOLOGIES, lognormal, random_placement
 
 
 @pytest.mark.parametrize("multiplier", [1, VLLM_HASH])

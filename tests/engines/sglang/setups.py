@@ -61,6 +61,8 @@ class Static:
     """The same if all replicas of an expert got the same."""
     wrong_tokens: int = 0
     """Choices whose slot holds another expert."""
+    table: str | None = None
+    """Whose table it was."""
     near: int = 0
     """Choices on the rank itself, of those with a replica there."""
     far: int = 0

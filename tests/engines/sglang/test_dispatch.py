@@ -126,8 +126,12 @@ def static(rank, setup):
     return dispatch_ranks.static(rank, setup)
 
 
-@pytest.mark.parametrize("option", ["", ":dispatch=engine"], ids=["fair", "engine"])
-def test_reports_of_static_dispatch_are_what_slots_get(option):
+@pytest.mark.parametrize(
+    ("option", "table"),
+    [("", "fair"), (":dispatch=engine", "engine"), (":mode=observe", "engine")],
+    ids=["fair", "engine", "observe"],
+)
+def test_reports_of_static_dispatch_are_what_slots_get(option, table):
     """On four ranks and two nodes, three replicas cannot serve equally many ranks."""
     setup = Setup(
         algorithm=f"eplb_plugin{option}",
@@ -141,10 +145,14 @@ def test_reports_of_static_dispatch_are_what_slots_get(option):
     )
     outcomes = run_ranks(static, 4, setup, timeout=180)
     for outcome in outcomes:
-        assert outcome.wrong_tokens == outcome.failures == 0 < outcome.moves
+        assert outcome.wrong_tokens == outcome.failures == 0
+        assert outcome.table == table
+        assert (outcome.moves == 0) == (option == ":mode=observe")
         assert outcome.reported == pytest.approx(outcome.counted, abs=1e-9)
         assert outcome.far == 0 < outcome.near
         assert outcome.counted != outcome.even
+    if option == ":mode=observe":
+        return
     # From the first rebalance on, the maps are planned.
     counted, even = (sum(values[1:]) for values in (outcomes[0].counted, outcomes[0].even))
     assert counted > even - 0.1

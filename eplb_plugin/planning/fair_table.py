@@ -10,11 +10,15 @@ from dataclasses import dataclass
 
 import torch
 
+from ..config.options import PlannerOptions
 from ..core.errors import LoadError, PlacementError
 from ..core.placement import Placement
 from ..core.topology import Topology
+from .hierarchy import effective_topology
 
-__all__ = ["FairTable", "fair_table"]
+__all__ = ["FairTable", "fair_table", "plan_fair_table"]
+
+_TOLERANCE = 0.01  # of the peak of the even split: what a table may cost before slots are changed for it
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class FairTable:
         Each rank uses its own slot first. What a slot has left goes to the ranks of its node, then to others.
         Example: replicas on ranks 0 and 4 of 8, on two nodes. Each serves the four ranks of its node.
         """
-        from .fair_kernels import assign_sources
+        from .kernels.fair_search import assign_sources
 
         ids, topology = self.placement.physical_to_logical.numpy(), self.topology
         per_node = topology.num_ranks // topology.num_nodes
@@ -66,16 +70,69 @@ def fair_table(placement: Placement, topology: Topology, load: torch.Tensor | No
         PlacementError: an empty slot, or another number of slots than in the topology. LoadError: `load` has
         another shape. TopologyError: ranks differ in slots.
     """
-    ids, load = checked_inputs(placement, topology, load)
-    from .fair_kernels import level_sources
+    ids, load = _checked_inputs(placement, topology, load)
+    from .kernels.fair_search import level_sources
 
-    none = torch.zeros(len(ids), dtype=torch.bool).numpy()
-    arguments = topology.num_ranks, 0, ids.numpy(), 0.0, 0.0, none
-    sources = level_sources(ids.numpy(), load.numpy(), *arguments)
-    return FairTable(placement, torch.from_numpy(sources), topology)
+    sources = torch.from_numpy(level_sources(ids.numpy(), load.numpy(), topology.num_ranks))
+    return FairTable(placement, sources, topology)
 
 
-def checked_inputs(
+def plan_fair_table(
+    load: torch.Tensor,
+    topology: Topology,
+    planned: Placement,
+    in_force: Placement | None,
+    options: PlannerOptions,
+) -> FairTable:
+    """The fair table for a plan for the even split; where it costs over 1 %, experts change slots for it.
+
+    Example: an expert with 75 % of all tokens has 13 replicas on 16 ranks. Three of them serve two ranks, 1.5
+    times the mean rank load. With 16 replicas each serves one.
+
+    Args:
+        load: [layers, logical], tokens that are expected.
+        planned: for the even split.
+        in_force: what moves are counted from; None: no placement is, and moves are free. A layer that was
+            changed for the table keeps it where it gains too little.
+        options: with `move_price`, `min_gain` and `max_moves`. A bound on moves is kept by the plan: nothing
+            changes for the table then.
+
+    Returns:
+        The table, with the placement to go to.
+
+    Raises:
+        As `fair_table`.
+    """
+    if options.max_moves is not None:
+        return fair_table(planned, topology, load)
+    ids, load = _checked_inputs(planned, topology, load)
+    from .kernels.fair_search import level_by_exchanges
+
+    # Groups stay within their nodes.
+    width = topology.num_ranks // effective_topology(topology, planned.num_logical).num_nodes
+    held = planned if in_force is None else in_force
+    price = 0.0 if in_force is None else options.known_price
+    arguments = topology.num_ranks, width, held.physical_to_logical.cpu().numpy(), price, _TOLERANCE
+    sources = torch.from_numpy(level_by_exchanges(ids.numpy(), load.numpy(), *arguments))
+    made = FairTable(Placement(ids, planned.num_logical), sources, topology)
+    changed = (ids != planned.physical_to_logical.cpu()).any(1)
+    if in_force is None or not bool(changed.any()):
+        return made
+    kept = fair_table(in_force, topology, load)
+    peaks = [_peaks(load, table) for table in (kept, made)]
+    mean = load.sum(1) / topology.num_ranks
+    gain = torch.where(mean > 0, mean / peaks[1] - mean / peaks[0], 0.0)
+    stays = changed & (gain < options.min_gain)
+    placement = made.placement.with_layers(stays, in_force)
+    return FairTable(placement, torch.where(stays[:, None], kept.sources, sources), topology)
+
+
+def _peaks(load: torch.Tensor, table: FairTable) -> torch.Tensor:
+    tokens = load.gather(1, table.placement.physical_to_logical) * table.shares
+    return table.topology.by_rank(tokens, 0.0).sum(2).amax(1)
+
+
+def _checked_inputs(
     placement: Placement, topology: Topology, load: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """For the kernels, a copy of int64 [layers, slots], and float64 [layers, logical]; see `fair_table`."""

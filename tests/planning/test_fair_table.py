@@ -6,11 +6,10 @@ import pytest
 import torch
 
 import eplb_plugin as eplb
-from eplb_plugin.core.balancedness import balancedness
+from eplb_plugin.core.balancedness import balancedness, rank_loads
 from eplb_plugin.core.errors import LoadError, PlacementError, TopologyError
-from eplb_plugin.dispatch.fair_table import fair_table
 from eplb_plugin.dispatch.shares import nearest_shares
-from eplb_plugin.planning.fair_dispatch import plan_fair_table
+from eplb_plugin.planning.fair_table import fair_table, plan_fair_table
 
 # Experts, slots, ranks, nodes and spread of the load: cases where SGLang's own table costs 5 to 41 points.
 CASES = [
@@ -25,6 +24,28 @@ def lognormal(layers: int, experts: int, sigma: float, seed: int = 0) -> torch.T
     generator = torch.Generator().manual_seed(seed)
     load = (torch.randn(layers, experts, generator=generator, dtype=torch.float64) * sigma).exp()
     return 1e6 * load / load.sum(1, keepdim=True)
+
+
+def hot_layers() -> torch.Tensor:
+    """Layers of 128 experts; the hottest get these percents of all tokens, the others follow a curve."""
+    hottest = [
+        (88, 6),
+        (78, 5),
+        (75, 11),
+        (63, 22),
+        (57, 27),
+        (54, 29),
+        (44, 40),
+        (42, 32),
+        (28, 24, 11),
+        (96,),
+    ]
+    load = torch.zeros(len(hottest), 128, dtype=torch.float64)
+    for layer, percents in enumerate(hottest):
+        tail = torch.arange(1, 129 - len(percents), dtype=torch.float64).pow(-1.2)
+        load[layer, : len(percents)] = torch.tensor(percents, dtype=torch.float64)
+        load[layer, len(percents) :] = (100 - sum(percents)) * tail / tail.sum()
+    return 1e4 * load
 
 
 def random_placement(topology: eplb.Topology, logical: int, seed: int) -> eplb.Placement:
@@ -99,6 +120,56 @@ def test_a_fair_table_costs_less_than_one_and_a_half_points(experts, slots, rank
     # Without a load, replicas are as fair as ranks can be shared out, and rank loads are less level.
     blind = fair_table(planned, topology)
     assert balancedness(load, planned, topology, blind.shares) < even - 0.005
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("current", [None, eplb.Placement.default(24, 128, 160)], ids=["first", "default"])
+def test_a_fair_table_costs_as_little_with_other_draws_of_hot_experts(seed, current):
+    """Among them layers in which an expert has over three fourths of the tokens."""
+    topology = eplb.Topology(num_nodes=2, num_ranks=16, num_slots=160)
+    load = lognormal(24, 128, 2.59, seed)
+    planned = eplb.plan(load, topology, current).placement
+    table = plan_fair_table(load, topology, planned, current, eplb.PlannerOptions())
+    lost = balancedness(load, planned, topology) - balancedness(load, table.placement, topology, table.shares)
+    assert lost < 0.015
+    table.placement.validate(topology)
+
+
+def test_a_layer_with_very_hot_experts_is_level_as_far_as_its_slots_allow():
+    """With 57 and 27 %, 30 of the 32 spare slots go to the two: the next ones get two replicas each."""
+    topology = eplb.Topology(num_nodes=2, num_ranks=16, num_slots=160)
+    load, bounded = hot_layers(), eplb.PlannerOptions(max_moves=2**31)
+    planned = eplb.plan(load, topology).placement
+    table = plan_fair_table(load, topology, planned, None, eplb.PlannerOptions())
+    fixed = plan_fair_table(load, topology, planned, None, bounded)
+    ours, before = (rank_loads(load, each.placement, topology, each.shares)[0] for each in (table, fixed))
+    assert (ours.mean(1) / ours.amax(1)).min() > 0.88
+    assert (ours.amax(1) <= before.amax(1)).all()
+    assert (before.mean(1) / before.amax(1)).min() < 0.6
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_plan_is_never_worse_than_one_without_other_counts(seed):
+    """Small and odd numbers, groups of experts, replicas that share ranks."""
+    for topology, logical in [
+        *TOPOLOGIES,
+        (eplb.Topology(num_nodes=2, num_ranks=8, num_slots=40, num_groups=4), 16),
+    ]:
+        load = lognormal(4, logical, 2.5, seed)
+        planned = eplb.plan(load, topology).placement
+        current = eplb.Placement.default(4, logical, topology.num_slots)
+        for in_force in (None, current):
+            table = plan_fair_table(load, topology, planned, in_force, eplb.PlannerOptions())
+            table.placement.validate(topology)
+            assert (table.sources.sum(1) == topology.num_ranks * logical).all()
+            by_expert = torch.zeros(4, logical, dtype=torch.int64)
+            by_expert.scatter_add_(1, table.placement.physical_to_logical, table.sources)
+            assert (by_expert == topology.num_ranks).all()
+            peaks = [
+                rank_loads(load, each.placement, topology, each.shares)[0].amax(1)
+                for each in (table, fair_table(planned, topology, load), fair_table(current, topology, load))
+            ]
+            assert (peaks[0] <= torch.maximum(peaks[1], peaks[2]) + 1e-3).all()
 
 
 def test_slots_are_swapped_once_and_not_at_each_rebalance():
