@@ -118,3 +118,32 @@ def test_every_command_names_the_files_that_it_leaves_out(tmp_path):
     page = (folder / "report.html").read_text()
     assert unreadable in page
     assert f"{other}.</p>" in page
+
+
+def test_a_map_without_ranks_gets_those_of_the_recording(tmp_path):
+    path = tmp_path / "map.json"
+    rows = Placement.default(LAYERS, EXPERTS, 12).physical_to_logical.tolist()
+    path.write_text(
+        json.dumps({"physical_to_logical_map": rows * 3})
+    )  # the model's layers, 3 and 5 among them
+    folders = {topology: record(tmp_path / str(topology.num_ranks), topology) for topology in (EVEN, UNEVEN)}
+
+    def found(topology, *options):
+        lines = run("report", "--map", path, folders[topology], *options, "--json").stdout.splitlines()
+        content = json.loads(lines[-1])
+        return content["ranks"], content["nodes"], content["balancedness"]
+
+    assert found(EVEN)[:2] == (4, 2)
+    assert found(EVEN, "--ranks", 6)[:2] == (6, 1)
+    assert found(UNEVEN)[:2] == (3, 1)
+    # Five experts of a rank have more tokens than four.
+    assert found(UNEVEN)[2] < found(UNEVEN, "--ranks", 3)[2]
+
+
+def test_advise_says_that_recorded_ranks_differ_in_slots(tmp_path):
+    said = "The recorded ranks differ in slots; every setting tried here gives all ranks as many."
+    for topology in (EVEN, UNEVEN):
+        folder = record(tmp_path / str(topology.num_ranks), topology, 4)
+        assert (said in " ".join(run("advise", folder, "--expert-mb", 1).stdout.split())) == (
+            topology is UNEVEN
+        )

@@ -162,6 +162,10 @@ def advise(
     said += [*size.said, *step.said, cost.said]
     if recording is not None:
         said += [f"{sentence}." for sentence in recording.left_out]
+        if recording.newest.topology.rank_slots is not None:
+            said.append(
+                "The recorded ranks differ in slots; every setting tried here gives all ranks as many."
+            )
     recorded = busy_layers(load)
     if preset is not None and recorded < preset.layers:
         said.append(f"{recorded} of {preset.layers} MoE layers are recorded: costs are of these.")

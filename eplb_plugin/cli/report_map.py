@@ -59,17 +59,16 @@ def report_map(
             raise ConfigError(f"{parameter.opts[0]} is for a load, and none is given beside --map")
     if len(traces) > 1:
         raise ConfigError(f"--map takes one load, not {len(traces)}")
-    load = None
+    load = recording = None
     if traces:
         errors = Console(stderr=True)
         with errors.status("reading the load"):
-            # The map, not the recording, says how many ranks there are.
             recording, _ = recording_for(traces[0], settings)
             load = load_for(traces[0], settings, recording=recording)
         tell_left_out(errors, traces[0], recording)
     expected = (None, None) if load is None else (load.num_experts, load.layer_ids)
     content = read_placement_file(path, *expected)
-    topology = _topology(path, content, settings)
+    topology = _topology(path, content, settings, None if recording is None else recording.newest.topology)
     spread = replica_spread(content.placement, topology)
     balance = None if load is None else _balance(load.load, content.placement, topology)
     Console().print(_table(path, content, topology, spread, load, balance))
@@ -77,8 +76,8 @@ def report_map(
         print(json.dumps(_plain(path, content, topology, spread, balance)))
 
 
-def _topology(path: Path, content: PlacementFile, settings: Settings) -> Topology:
-    """The topology of the file; the command line wins over the file, and the file over other settings."""
+def _topology(path: Path, content: PlacementFile, settings: Settings, recorded: Topology | None) -> Topology:
+    """The topology of the file. The command line wins over it, and it over other settings and a recording."""
     given, origins = settings.simulate, settings.origins
     slots = content.placement.num_slots
     if origins.get("simulate.slots") == COMMAND_LINE and given.slots != slots:
@@ -87,11 +86,14 @@ def _topology(path: Path, content: PlacementFile, settings: Settings) -> Topolog
     ranks, rank_slots = content.num_ranks, content.rank_slots
     if asked or (ranks is None and rank_slots is None and "simulate.ranks" in origins):
         ranks, rank_slots = given.ranks, None
+    nodes = content.num_nodes
+    if ranks is None and rank_slots is None and recorded is not None:
+        ranks, nodes = recorded.num_ranks, recorded.num_nodes if nodes is None else nodes
+        rank_slots = recorded.rank_slots if recorded.num_slots == slots else None
     if rank_slots is not None:
         ranks = len(rank_slots)
     if ranks is None:
         raise ConfigError(f"{path}: does not say over how many ranks its {slots} slots spread; add --ranks")
-    nodes = content.num_nodes
     if nodes is None or origins.get("simulate.nodes") == COMMAND_LINE:
         nodes = given.nodes
     try:
