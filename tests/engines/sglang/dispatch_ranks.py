@@ -165,6 +165,7 @@ def static(rank: int, setup: Setup) -> Static:
         loads = topology.by_rank(fold_busy_steps(slots, 32).double(), 0.0).sum(3)
         result.counted.append(balancedness_of_peaks(loads.mean(2), loads.amax(2)))
         result.even.append(eplb.balancedness(fold_busy_steps(passes, 32), placement, topology))
+    assert bool(planner._tables) == (planner.static == "fair")
     result.table = planner.static
     result.reported = [report.balancedness_before for report in planner.reports]
     result.moves = sum(report.moves for report in planner.reports)
