@@ -99,6 +99,28 @@ def prepared():
     preload("tests.engines.vllm.drive")
 
 
+@pytest.fixture
+def registered(monkeypatch):
+    """The plugins of this environment, as vLLM loads them, on a class that is as before afterwards."""
+    from importlib.metadata import entry_points
+
+    from vllm.distributed.eplb.eplb_state import EplbState
+    from vllm.v1.worker.worker_base import WorkerBase
+    from vllm_eplb_on_cpu.device import with_cpu_streams
+
+    from eplb_plugin.integration.vllm import plugin as vllm_plugin
+
+    with_cpu_streams()
+    monkeypatch.setattr(EplbState, "__init__", EplbState.__init__)
+    monkeypatch.setattr(WorkerBase, "__init__", WorkerBase.__init__)
+    monkeypatch.setattr(vllm_plugin, "_active", [])
+    # The lines go to the root logger, where caplog reads them, not to vLLM's.
+    monkeypatch.setattr(vllm_plugin, "_share_log", lambda: None)
+    monkeypatch.delenv("EPLB_PLUGIN_CONFIG", raising=False)
+    (ours,) = (one for one in entry_points(group="vllm.general_plugins") if one.name == "eplb_plugin")
+    ours.load()()
+
+
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
     from vllm_eplb_on_cpu.model import save_tiny_model
