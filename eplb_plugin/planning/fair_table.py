@@ -14,7 +14,8 @@ from ..config.options import PlannerOptions
 from ..core.errors import LoadError, PlacementError
 from ..core.placement import Placement
 from ..core.topology import Topology
-from .hierarchy import effective_topology
+from .anti_affinity import shared_replicas
+from .hierarchy import effective_topology, groups_within_nodes
 
 __all__ = ["FairTable", "fair_table", "plan_fair_table"]
 
@@ -92,8 +93,8 @@ def plan_fair_table(
     Args:
         load: [layers, logical], tokens that are expected.
         planned: for the even split.
-        in_force: what moves are counted from; None: no placement is, and moves are free. A layer that was
-            changed for the table keeps it where it gains too little.
+        in_force: what moves are counted from; None: no placement is, and moves are free. A layer keeps it
+            where it gains too little by its table.
         options: with `move_price`, `min_gain` and `max_moves`. A bound on moves is kept by the plan: nothing
             changes for the table then.
 
@@ -115,14 +116,14 @@ def plan_fair_table(
     arguments = topology.num_ranks, width, held.physical_to_logical.cpu().numpy(), price, _TOLERANCE
     sources = torch.from_numpy(level_by_exchanges(ids.numpy(), load.numpy(), *arguments))
     made = FairTable(Placement(ids, planned.num_logical), sources, topology)
-    changed = (ids != planned.physical_to_logical.cpu()).any(1)
-    if in_force is None or not bool(changed.any()):
+    if in_force is None:
         return made
     kept = fair_table(in_force, topology, load)
     peaks = [_peaks(load, table) for table in (kept, made)]
     mean = load.sum(1) / topology.num_ranks
     gain = torch.where(mean > 0, mean / peaks[1] - mean / peaks[0], 0.0)
-    stays = changed & (gain < options.min_gain)
+    stays = (gain < options.min_gain) | (gain <= 0)
+    stays &= _keeps_rules(in_force, made.placement, effective_topology(topology, planned.num_logical))
     placement = made.placement.with_layers(stays, in_force)
     return FairTable(placement, torch.where(stays[:, None], kept.sources, sources), topology)
 
@@ -130,6 +131,13 @@ def plan_fair_table(
 def _peaks(load: torch.Tensor, table: FairTable) -> torch.Tensor:
     tokens = load.gather(1, table.placement.physical_to_logical) * table.shares
     return table.topology.by_rank(tokens, 0.0).sum(2).amax(1)
+
+
+def _keeps_rules(in_force: Placement, made: Placement, topology: Topology) -> torch.Tensor:
+    """Layers with groups within nodes, and no more replicas that share ranks than `made`: bool [layers]."""
+    start, end = (each.physical_to_logical.cpu() for each in (in_force, made))
+    shared = [shared_replicas(ids, topology).sum(1) for ids in (start, end)]
+    return groups_within_nodes(start, made.num_logical, topology) & (shared[0] <= shared[1])
 
 
 def _checked_inputs(

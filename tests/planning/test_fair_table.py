@@ -172,6 +172,45 @@ def test_the_plan_is_never_worse_than_one_without_other_counts(seed):
             assert (peaks[0] <= torch.maximum(peaks[1], peaks[2]) + 1e-3).all()
 
 
+@pytest.mark.parametrize(
+    ("nodes", "ranks", "slots", "groups", "experts", "seed"),
+    [(3, 24, 72, 9, 36, 85), (2, 16, 64, 8, 32, 1389), (2, 16, 80, 8, 40, 1753), (4, 32, 96, 16, 16, 2281)],
+)
+def test_a_change_on_one_node_leaves_the_others_as_they_were(nodes, ranks, slots, groups, experts, seed):
+    """Nodes are changed one after the other. Draws in which the first one had come out higher."""
+    topology = eplb.Topology(num_nodes=nodes, num_ranks=ranks, num_slots=slots, num_groups=groups)
+    for sigma in (0.8, 1.5, 2.5, 3.5):
+        load = lognormal(4, experts, sigma, seed)
+        planned = eplb.plan(load, topology).placement
+        table = plan_fair_table(load, topology, planned, None, eplb.PlannerOptions())
+        ours, before = (
+            rank_loads(load, each.placement, topology, each.shares)[0].amax(1)
+            for each in (table, fair_table(planned, topology, load))
+        )
+        assert (ours <= before * (1 + 1e-9)).all()
+
+
+def test_a_layer_stays_where_the_plan_gains_by_the_even_split_alone():
+    """Such as replicas that serve as many ranks as before: moves for nothing."""
+    kept = 0
+    for seed in range(30):
+        topology = eplb.Topology(num_nodes=2, num_ranks=8, num_slots=32)
+        load, options = lognormal(6, 20, 1.5, seed), eplb.PlannerOptions(move_price=0.002)
+        first = eplb.plan(load, topology).placement
+        current = plan_fair_table(load, topology, first, None, options).placement
+        later = load * torch.exp(0.1 * torch.randn(load.shape, generator=torch.Generator().manual_seed(seed)))
+        planned = eplb.plan(later, topology, current, options).placement
+        table = plan_fair_table(later, topology, planned, current, options)
+        before, after = (
+            rank_loads(later, each.placement, topology, each.shares)[0].amax(1)
+            for each in (fair_table(current, topology, later), table)
+        )
+        moved = (table.placement.physical_to_logical != current.physical_to_logical).any(1)
+        assert (after[moved] < before[moved]).all()
+        kept += int(((planned.physical_to_logical != current.physical_to_logical).any(1) & ~moved).sum())
+    assert kept > 0
+
+
 def test_slots_are_swapped_once_and_not_at_each_rebalance():
     experts, slots, ranks, nodes, sigma = CASES[2]
     topology = eplb.Topology(num_nodes=nodes, num_ranks=ranks, num_slots=slots)

@@ -13,7 +13,7 @@ from .compiling import copy_into, jitted
 __all__ = ["fair_counts", "pack"]
 
 _TOPS = 3  # experts whose counts are enumerated
-_MOST_SERVED = 4  # ranks that a replica of these serves, at most
+_SERVED = 4  # numbers of ranks that a replica of these may serve, from the least possible
 
 
 @jitted
@@ -42,21 +42,20 @@ def fair_counts(unit, experts, num_ranks, width, per_rank, level, counts):
     trial = counts.copy()
     slots = np.empty(width * per_rank, np.int64)
     for enumerated in range(tops + 1):
-        for code in range(_MOST_SERVED**enumerated):
+        others = experts[enumerated:]
+        steps = _steps(unit, others, num_ranks, width, slots.shape[0] - experts.shape[0])
+        for code in range(_SERVED**enumerated):
             trial[experts] = 1
             rest = code
             fits = True
             for top in range(enumerated):
-                served = 1 + rest % _MOST_SERVED
-                rest //= _MOST_SERVED
+                served = -(-num_ranks // width) + rest % _SERVED
+                rest //= _SERVED
                 trial[experts[top]] = -(-num_ranks // served)
                 fits &= trial[experts[top]] <= width and served * unit[experts[top]] <= level
             spare = width * per_rank - trial[experts].sum()
-            if (
-                not fits
-                or spare < 0
-                or not _spend(unit, experts[enumerated:], num_ranks, width, spare, trial)
-            ):
+            fits &= spare >= 0
+            if not fits or not _spend(steps, others, width, spare, trial):
                 continue
             peak = pack(unit, experts, trial, num_ranks, width, slots)
             if peak < lowest:
@@ -66,20 +65,38 @@ def fair_counts(unit, experts, num_ranks, width, per_rank, level, counts):
 
 
 @jitted
-def _spend(unit, experts, num_ranks, width, spare, counts):
-    """Spend spare slots on the heaviest replicas in turn: each serves a rank less. Whether all were spent."""
-    while spare > 0:
+def _steps(unit, experts, num_ranks, width, spare):
+    """Which experts get spare slots, and how many at once: the heaviest replicas in turn serve a rank less.
+
+    Returns:
+        int64 [steps, 2], expert and slots of each step.
+    """
+    steps = np.empty((spare, 2), np.int64)
+    counts = np.ones(unit.shape[0], np.int64)
+    for step in range(spare):
         heaviest, part, added = -1, 0.0, 0
         for expert in experts:
+            if num_ranks * unit[expert] <= part:
+                break  # the others are no hotter
             served = -(-num_ranks // counts[expert])
             if served > 1 and served * unit[expert] > part:
                 wanted = -(-num_ranks // (served - 1))
                 if wanted <= width:
                     heaviest, part, added = expert, served * unit[expert], wanted - counts[expert]
         if heaviest < 0:
-            break
-        counts[heaviest] += min(added, spare)
-        spare -= min(added, spare)
+            return steps[:step]
+        counts[heaviest] += added
+        steps[step] = heaviest, added
+    return steps
+
+
+@jitted
+def _spend(steps, experts, width, spare, counts):
+    """Spend spare slots by `steps`, and what is left on the hottest; whether all were spent."""
+    for step in range(steps.shape[0]):
+        added = min(steps[step, 1], spare)
+        counts[steps[step, 0]] += added
+        spare -= added
     for expert in experts:
         added = min(spare, width - counts[expert])
         counts[expert] += added

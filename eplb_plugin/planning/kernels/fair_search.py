@@ -116,7 +116,7 @@ def _change_counts(state, nodes, held, was, goal, fee):
             for expert in experts:
                 while state.replicas[expert] < counts[expert] and _add_replica(state, nodes, expert, counts):
                     pass
-        share_out(state)
+        share_out(state, here)
         _search(state, nodes, was, goal, fee)
         now = _cost(state, nodes, was, fee)
         if now < cost * (1.0 - LEAST_GAIN):

@@ -44,20 +44,25 @@ def new_state(expert, load, num_ranks):
         weight=np.empty(num_slots, np.int64),
         replicas=np.empty(num_logical, np.int64),
     )
-    share_out(state)
+    share_out(state, np.ones(num_logical, np.bool_))
     return state
 
 
 @jitted
-def share_out(state):
-    """Every replica serves its part of the ranks, by the experts of the slots; low levels serve the rest."""
+def share_out(state, chosen):
+    """Each replica of some experts serves its part of the ranks, and low levels serve the rest.
+
+    `chosen`: bool [logical]. The others keep their sources; their slots must be those of the last time.
+    """
     _index(state)
     num_ranks = state.level.shape[0]
     for slot in range(state.expert.shape[0]):
-        state.sources[slot] = num_ranks * state.weight[slot] // state.replicas[state.expert[slot]]
+        if chosen[state.expert[slot]]:
+            state.sources[slot] = num_ranks * state.weight[slot] // state.replicas[state.expert[slot]]
     _set_levels(state)
     for expert in np.argsort(-state.unit, kind="mergesort"):
-        _hand_out_rest(state, expert)
+        if chosen[expert]:
+            _hand_out_rest(state, expert)
 
 
 @jitted
@@ -151,25 +156,29 @@ def _shift(state, peak):
         e = expert[slot]
         if at[e, peak] != slot or state.replicas[e] == 1 or unit[e] <= 0.0 or not _may_lose(state, slot):
             continue
+        left = level[peak] - unit[e]
+        if left >= lowest:
+            continue
         for b in range(num_ranks):
             to = at[e, b]
             if b == peak or to < 0 or not _may_gain(state, to):
                 continue
-            reached = max(level[peak] - unit[e], level[b] + unit[e])
+            reached = max(left, level[b] + unit[e])
             if reached < lowest:
                 lowest, chosen = reached, (slot, to, -1, -1)
             for second in range(b * per_rank, (b + 1) * per_rank):
                 f = expert[second]
-                if f == e or at[f, b] != second or state.replicas[f] == 1 or not _may_lose(state, second):
+                beside = level[b] + unit[e] - unit[f]
+                if beside >= lowest or f == e or at[f, b] != second:
+                    continue
+                if state.replicas[f] == 1 or not _may_lose(state, second):
                     continue
                 for c in range(num_ranks):
                     end = at[f, c]
                     if c == b or end < 0 or not _may_gain(state, end):
                         continue
-                    if c == peak:
-                        reached = max(level[peak] - unit[e] + unit[f], level[b] + unit[e] - unit[f])
-                    else:
-                        reached = max(level[peak] - unit[e], level[b] + unit[e] - unit[f], level[c] + unit[f])
+                    there = left if c == peak else level[c]
+                    reached = max(left, beside, there + unit[f])
                     if reached < lowest:
                         lowest, chosen = reached, (slot, to, second, end)
     for start, end in ((chosen[0], chosen[1]), (chosen[2], chosen[3])):
