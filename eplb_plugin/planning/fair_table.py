@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from ..config.options import PlannerOptions
-from ..core.errors import LoadError, PlacementError
+from ..core.errors import LoadError, PlacementError, TopologyError
+from ..core.load import as_snapshots
 from ..core.placement import Placement
 from ..core.topology import Topology
 from .anti_affinity import shared_replicas
@@ -19,7 +20,7 @@ from .hierarchy import effective_topology, groups_within_nodes
 
 __all__ = ["FairTable", "fair_table", "plan_fair_table"]
 
-_TOLERANCE = 0.01  # of the peak of the even split: what a table may cost before slots are changed for it
+_TOLERANCE = 0.01  # a layer is changed only if its peak is this far above that of the even split
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class FairTable:
         """
         from .kernels.fair_search import assign_sources
 
+        if not 0 <= rank < self.topology.num_ranks:
+            raise TopologyError(f"rank {rank} is not among {self.topology.num_ranks} ranks")
         ids, topology = self.placement.physical_to_logical.numpy(), self.topology
         per_node = topology.num_ranks // topology.num_nodes
         arguments = topology.num_ranks, per_node, rank, self.placement.num_logical
@@ -69,7 +72,7 @@ def fair_table(placement: Placement, topology: Topology, load: torch.Tensor | No
 
     Raises:
         PlacementError: an empty slot, or another number of slots than in the topology. LoadError: `load` has
-        another shape. TopologyError: ranks differ in slots.
+        another shape, or NaN, infinite or negative values. TopologyError: ranks differ in slots.
     """
     ids, load = _checked_inputs(placement, topology, load)
     from .kernels.fair_search import level_sources
@@ -102,8 +105,10 @@ def plan_fair_table(
         The table, with the placement to go to.
 
     Raises:
-        As `fair_table`.
+        As `fair_table`. PlacementError: `in_force` has an empty slot, or another shape than `planned`.
     """
+    if in_force is not None:
+        _check_alike(planned, in_force)
     if options.max_moves is not None:
         return fair_table(planned, topology, load)
     ids, load = _checked_inputs(planned, topology, load)
@@ -118,8 +123,9 @@ def plan_fair_table(
     made = FairTable(Placement(ids, planned.num_logical), sources, topology)
     if in_force is None:
         return made
+    # Both with tables made in the same way: else two placements could each gain over the other.
     kept = fair_table(in_force, topology, load)
-    peaks = [_peaks(load, table) for table in (kept, made)]
+    peaks = [_peaks(load, table) for table in (kept, fair_table(made.placement, topology, load))]
     mean = load.sum(1) / topology.num_ranks
     gain = torch.where(mean > 0, mean / peaks[1] - mean / peaks[0], 0.0)
     stays = (gain < options.min_gain) | (gain <= 0)
@@ -149,8 +155,16 @@ def _checked_inputs(
     if placement.has_empty_slots:
         raise PlacementError(f"{placement} has empty slots: no rank can send its tokens there")
     shape = placement.num_layers, placement.num_logical
-    if load is None:
-        load = torch.ones(shape, dtype=torch.float64)
-    if tuple(load.shape) != shape:
+    tokens = as_snapshots(torch.ones(shape) if load is None else load).cpu()
+    if load is not None and tuple(load.shape) != shape:
         raise LoadError(f"load is {tuple(load.shape)}, the placement has layers and experts {shape}")
-    return placement.physical_to_logical.cpu().clone(), load.to("cpu", torch.float64).contiguous()
+    return placement.physical_to_logical.cpu().clone(), tokens[0]
+
+
+def _check_alike(planned: Placement, in_force: Placement) -> None:
+    """Raise PlacementError if the placement in force has an empty slot or another shape."""
+    numbers = [(each.num_layers, each.num_slots, each.num_logical) for each in (in_force, planned)]
+    if numbers[0] != numbers[1]:
+        raise PlacementError(f"layers, slots and experts in force are {numbers[0]}, planned {numbers[1]}")
+    if in_force.has_empty_slots:
+        raise PlacementError(f"{in_force} in force has empty slots: no rank sends its tokens there")

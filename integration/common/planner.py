@@ -188,7 +188,7 @@ class EnginePlanner:
         The window is float64 [snapshots, layers, logical] in time order, tokens. Where dispatch `balanced` is
         in force, and planned for, the single steps of the window are planned for.
         """
-        options = with_price(self._planner_options(), self._cost, topology)
+        options = self._priced_options(topology)
         samples = torch.cat(list(self._samples)) if options.dispatch == "balanced" else None
         return plan(window, topology, current, options, samples=samples).placement
 
@@ -204,6 +204,10 @@ class EnginePlanner:
         if len(samples) and self.dispatch is not None:
             return self.dispatch().shares(samples, placement, topology)
         return self.mapping.shares(samples, placement) if len(samples) and self.mapping is not None else None
+
+    def _priced_options(self, topology: Topology) -> PlannerOptions:
+        """As `_planner_options`, with a number for `move_price: auto` where the cost of moves is known."""
+        return with_price(self._planner_options(), self._cost, topology)
 
     def _planner_options(self) -> PlannerOptions:
         """For the dispatch in force: an engine that could not take ours has said so."""

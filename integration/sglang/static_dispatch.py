@@ -53,12 +53,14 @@ class SglangPlanner(EnginePlanner):
         self.static: Literal["fair", "engine"] | None = None
         # That of the latest plan, and the one before: ranks may not have agreed on the latest.
         self._tables: deque[FairTable] = deque(maxlen=2)
+        self._served: FairTable | None = None  # the one that `row` was asked for last
 
     def compile_tables(self) -> None:
         """Compile whatever the first table would compile, or load it from the cache on disk."""
         topology, placement = Topology(num_ranks=2, num_slots=4), Placement.default(1, 3, 4)
         load = torch.ones(1, 3, dtype=torch.float64)
-        plan_fair_table(load, topology, placement, placement, self.options.planner).of_rank(0)
+        fair_table(placement, topology).of_rank(0)
+        plan_fair_table(load, topology, placement, placement, self.options.planner)
 
     def plan(self, window: torch.Tensor, topology: Topology, current: Placement) -> Placement:
         """See `EnginePlanner.plan`; with a fair table, experts may change slots for it."""
@@ -76,7 +78,7 @@ class SglangPlanner(EnginePlanner):
         """
         if self.static != "fair":
             return planned
-        options = self.options.planner
+        options = self._priced_options(topology)
         snapshots = as_snapshots(window).cpu()
         load = expected_load(snapshots, options.snapshot_decay, options.persistence).mean(0)
         table = plan_fair_table(load, topology, planned, current, options)
@@ -85,11 +87,12 @@ class SglangPlanner(EnginePlanner):
 
     def row(self, placement: Placement, topology: Topology, rank: int) -> torch.Tensor:
         """int64 [layers, logical]: the slot that `rank` sends the tokens of each expert to."""
-        return self._table(placement, topology).of_rank(rank)
+        self._served = self._table(placement, topology)
+        return self._served.of_rank(rank)
 
     def _table(self, placement: Placement, topology: Topology) -> FairTable:
-        for table in reversed(self._tables):
-            if table.placement == placement:
+        for table in (*reversed(self._tables), self._served):
+            if table is not None and table.placement == placement:
                 return table
         # A map that was not planned here, as at the start: no load is known.
         self._tables.append(fair_table(placement, topology))
@@ -107,3 +110,4 @@ class SglangPlanner(EnginePlanner):
         """Drop the history, and tables for other ranks."""
         super().forget()
         self._tables.clear()
+        self._served = None

@@ -257,3 +257,40 @@ def test_what_does_not_fit_is_named():
         fair_table(placement, eplb.Topology(num_ranks=2, num_slots=6))
     with pytest.raises(TopologyError, match="rank_slots"):
         fair_table(placement, eplb.Topology(num_ranks=2, num_slots=4, rank_slots=(1, 3)))
+    with pytest.raises(TopologyError, match="rank 2 is not among 2 ranks"):
+        fair_table(placement, topology).of_rank(2)
+    for wrong in (float("nan"), float("inf"), -1.0):
+        with pytest.raises(LoadError):
+            fair_table(placement, topology, torch.tensor([[1.0, 2.0, wrong]]))
+    for in_force, said in (
+        (eplb.Placement.default(2, 3, 4), r"in force are \(2, 4, 3\), planned \(1, 4, 3\)"),
+        (eplb.Placement.default(1, 3, 3), r"in force are \(1, 3, 3\)"),
+        (eplb.Placement.default(1, 4, 4), r"in force are \(1, 4, 4\)"),
+        (eplb.Placement(torch.tensor([[0, 1, 2, -1]]), 3), "empty slots"),
+    ):
+        with pytest.raises(PlacementError, match=said):
+            plan_fair_table(torch.ones(1, 3), topology, placement, in_force, eplb.PlannerOptions())
+
+
+@pytest.mark.parametrize(
+    ("ranks", "slots", "experts", "sigma"), [(8, 32, 20, 1.5), (16, 160, 128, 2.59), (4, 12, 9, 1.0)]
+)
+def test_a_constant_load_ends_in_no_moves(ranks, slots, experts, sigma):
+    """Each change lowers the peak of its layer under a table made for that placement alone: no cycle."""
+    topology = eplb.Topology(num_nodes=2, num_ranks=ranks, num_slots=slots)
+    for seed in range(6):
+        load, options = lognormal(6, experts, sigma, seed), eplb.PlannerOptions(move_price=0.002)
+        current, last = eplb.Placement.default(6, experts, slots), None
+        for _ in range(10):
+            planned = eplb.plan(load, topology, current, options).placement
+            table = plan_fair_table(load, topology, planned, current, options)
+            if last is not None:
+                again = fair_table(table.placement, topology, load)
+                peaks = [
+                    rank_loads(load, each.placement, topology, each.shares)[0].amax(1)
+                    for each in (last, again)
+                ]
+                changed = (table.placement.physical_to_logical != current.physical_to_logical).any(1)
+                assert (peaks[1][changed] < peaks[0][changed]).all()
+            last, current = fair_table(table.placement, topology, load), table.placement
+        assert not changed.any()

@@ -1,7 +1,7 @@
 """Fair tables: replica counts from which the tokens of a layer can be packed onto level ranks.
 
-Of 16 ranks, 9 to 15 replicas are alike: some serve two ranks. So counts are those at which each replica
-serves a rank less. Those of the hottest experts are enumerated, with LPT packing for each combination.
+Of 16 ranks, 9 to 15 replicas are alike: some serve two ranks. So hot experts get counts at which each replica
+serves a rank less. Those of the hottest are enumerated, with LPT packing for each combination.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def fair_counts(unit, experts, num_ranks, width, per_rank, level, counts):
     """Choose the replica counts with the lowest peak after packing.
 
     Example: experts with 75 % and 10 % of the tokens on 16 ranks. 16 replicas serve one rank each, 75 % of
-    the mean rank load; 8 replicas of the other one serve two, 20 % of it. The rest fits beside them.
+    the mean rank load. 8 replicas of the other one serve two, 20 % of it. The rest fits beside them.
 
     Args:
         unit: float64 [logical], tokens of an expert from one rank.
@@ -29,7 +29,7 @@ def fair_counts(unit, experts, num_ranks, width, per_rank, level, counts):
         num_ranks: ranks that send tokens.
         width: ranks to pack on.
         per_rank: slots of a rank.
-        level: tokens that a rank may have: no replica of the hottest experts gets more.
+        level: tokens that a rank may have: no replica of an enumerated expert gets more.
         counts: int64 [logical], written.
 
     Returns:

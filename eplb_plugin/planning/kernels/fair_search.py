@@ -74,7 +74,7 @@ def _swap(state, nodes, was, fee):
 
 @jitted
 def _search(state, nodes, was, goal, fee):
-    """Exchange source ranks, and above `goal` also slots, until neither lowers the peak."""
+    """Exchange source ranks, and above `goal` also slots, while that lowers the peak."""
     settle(state, nodes[0], nodes[1])
     for _ in range(_MOST_SWAPS):
         if state.level[nodes[0] : nodes[1]].max() <= goal or not _swap(state, nodes, was, fee):
@@ -143,8 +143,8 @@ def _pack_anew(ids, unit, experts, counts, num_ranks, width, held):
 def _add_replica(state, nodes, expert, counts):
     """Add a replica on the lowest rank without one, in place of one of an expert with more than its count.
 
-    Where that one is on another rank, the heaviest slot that fits there makes room. Sources are no longer
-    right then: `share_out` has to follow. Returns whether it was possible.
+    Where that one is on another rank, the heaviest slot that fits there makes room. Sources and levels are
+    guesses then: `share_out` has to follow. Returns whether it was possible.
     """
     ids, unit, level, at = state.expert, state.unit, state.level, state.at
     per_rank = ids.shape[0] // level.shape[0]
@@ -213,7 +213,7 @@ def _build(digest):
         Args:
             width: ranks within which experts may change slots, such as those of a node.
             held: int64 [layers, slots], what the slots hold now: changes away from it are moves.
-            price: least reduction of the peak for a move, in tokens for each token of the mean slot load.
+            price: least reduction of the peak for a move, as a fraction of the mean slot load.
             tolerance: only layers with a peak that far above that of the even split are changed, as a
                 fraction of it.
         """
@@ -225,15 +225,20 @@ def _build(digest):
             state = new_state(ids[layer], load[layer], num_ranks)
             was[:] = False
             for slot in range(num_slots):
-                if held[layer, slot] >= 0:
-                    was[held[layer, slot], slot * num_ranks // num_slots] = True
+                was[held[layer, slot], slot * num_ranks // num_slots] = True
             goal = _even_peak(state) * (1.0 + tolerance)
             fee = price * load[layer].sum() / num_slots
+            settle(state, 0, num_ranks)
+            cost = _cost(state, (0, num_ranks), was, fee)
+            settled = ids[layer].copy(), state.sources.copy()
             for first_rank in range(0, num_ranks, width):
                 nodes = first_rank, first_rank + width
                 _search(state, nodes, was, goal, fee)
                 if state.level[nodes[0] : nodes[1]].max() > goal:
                     _change_counts(state, nodes, held[layer], was, goal, fee)
+            # A node below the peak of the layer pays for moves too, and a swap lowers one of several peaks.
+            if _cost(state, (0, num_ranks), was, fee) >= cost * (1.0 - LEAST_GAIN):
+                restore(state, settled[0], settled[1])
             sources[layer] = state.sources
         return sources
 

@@ -118,7 +118,7 @@ def _hand_out_rest(state, expert):
 
 @jitted
 def settle(state, first_rank, last_rank):
-    """Take source ranks off the highest of some ranks until that lowers it no more."""
+    """Let the highest of ranks `first_rank..last_rank-1` serve fewer ranks, while that lowers it."""
     for _ in range(_MOST_SHIFTS):
         peak = first_rank
         for rank in range(first_rank, last_rank):
@@ -144,8 +144,8 @@ def _may_gain(state, slot):
 def _shift(state, peak):
     """Take a source rank off the peak, alone or against one of another expert's; whether that was possible.
 
-    Expert e goes from the peak to rank b. Where that makes b too high, another expert goes on from b: back to
-    the peak or to a third rank.
+    A source rank of expert e goes from the peak to rank b. Where that makes b too high, one of another expert
+    goes on from b: back to the peak or to a third rank.
     """
     expert, unit, at, level = state.expert, state.unit, state.at, state.level
     num_ranks = level.shape[0]
