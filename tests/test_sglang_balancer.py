@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ from prometheus_client import CollectorRegistry, generate_latest
 import eplb_plugin as eplb
 from eplb_plugin.core.balancedness import balancedness
 from eplb_plugin.dispatch.shares import nearest_shares
+from eplb_plugin.integration.sglang import static_dispatch
 from eplb_plugin.integration.sglang.policy import SglangBalancer, fold_busy_steps, sample_busy_steps
 from eplb_plugin.observability.prometheus import Telemetry
+from eplb_plugin.planning.fair_table import plan_fair_table
 from tests.processes import RanksFailedError, run_ranks
 from tests.series import samples
 
@@ -258,14 +261,29 @@ def test_reports_have_the_shares_of_static_dispatch(static):
     assert balancer.planner.reports[1].balancedness_before == pytest.approx(report.balancedness_after)
 
 
-def test_a_plan_that_ranks_did_not_agree_on_leaves_the_table_of_the_map_in_force():
+def test_the_table_pays_the_price_of_the_plan(monkeypatch):
+    planner = SglangBalancer("eplb_plugin:move_price=auto").planner
+    planner.static, planner._cost = "fair", SimpleNamespace(move_price=lambda topology: 0.03)
+    asked = []
+
+    def record(load, topology, planned, in_force, options):
+        asked.append(options.known_price)
+        return plan_fair_table(load, topology, planned, in_force, options)
+
+    monkeypatch.setattr(static_dispatch, "plan_fair_table", record)
+    planner.plan(fold_busy_steps(hot_interval(), 32), TOPOLOGY, eplb.Placement(start(), LOGICAL))
+    assert asked == [0.03]
+
+
+def test_plans_that_ranks_did_not_agree_on_leave_the_table_of_the_map_in_force():
     planner = SglangBalancer("eplb_plugin").planner
     planner.static = "fair"
     window, first = fold_busy_steps(hot_interval(), 32), eplb.Placement(start(), LOGICAL)
     second = planner.plan(window, TOPOLOGY, first)
     row = planner.row(second, TOPOLOGY, 1)
     third = planner.plan(window.flip(2), TOPOLOGY, second)
-    assert third != second
+    fourth = planner.plan(window.roll(1, 2), TOPOLOGY, second)
+    assert third != second != fourth
     assert torch.equal(planner.row(second, TOPOLOGY, 1), row)
     # Tables are for the ranks of the topology.
     planner.forget()

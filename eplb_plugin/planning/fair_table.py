@@ -46,8 +46,12 @@ class FairTable:
     def of_rank(self, rank: int) -> torch.Tensor:
         """int64 [layers, logical], the slot that `rank` sends the tokens of each expert to.
 
-        Each rank uses its own slot first. What a slot has left goes to the ranks of its node, then to others.
-        Example: replicas on ranks 0 and 4 of 8, on two nodes. Each serves the four ranks of its node.
+        Each rank uses its own slot first, if that serves any. What a slot has left goes to the ranks of its
+        node, then to others. Example: replicas on ranks 0 and 4 of 8, on two nodes. Each serves the four
+        ranks of its node.
+
+        Raises:
+            TopologyError: there is no such rank.
         """
         from .kernels.fair_search import assign_sources
 
@@ -62,8 +66,8 @@ class FairTable:
 def fair_table(placement: Placement, topology: Topology, load: torch.Tensor | None = None) -> FairTable:
     """The fair table for a placement. A pure function: the same on every rank.
 
-    A replica serves floor or ceil of ranks / replicas, at most one rank more or fewer. Who serves more is
-    chosen so that the rank loads come out level. Of several replicas on a rank, the first one serves for all:
+    A replica serves floor or ceil of ranks / replicas, or one rank beyond these. Who serves more is chosen so
+    that the rank loads come out level. Of several replicas on a rank, the first one serves for all:
     SGLang loads no weights into the others at the start.
 
     Args:
