@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ..config.options import PlannerOptions
+from ..core.balancedness import rank_loads
 from ..core.errors import LoadError, PlacementError, TopologyError
 from ..core.load import as_snapshots
 from ..core.placement import Placement
@@ -129,18 +130,14 @@ def plan_fair_table(
         return made
     # Both with tables made in the same way: else two placements could each gain over the other.
     kept = fair_table(in_force, topology, load)
-    peaks = [_peaks(load, table) for table in (kept, fair_table(made.placement, topology, load))]
+    tables = kept, fair_table(made.placement, topology, load)
+    peaks = [rank_loads(load, each.placement, topology, each.shares)[0].amax(1) for each in tables]
     mean = load.sum(1) / topology.num_ranks
     gain = torch.where(mean > 0, mean / peaks[1] - mean / peaks[0], 0.0)
     stays = (gain < options.min_gain) | (gain <= 0)
     stays &= _keeps_rules(in_force, made.placement, effective_topology(topology, planned.num_logical))
     placement = made.placement.with_layers(stays, in_force)
     return FairTable(placement, torch.where(stays[:, None], kept.sources, sources), topology)
-
-
-def _peaks(load: torch.Tensor, table: FairTable) -> torch.Tensor:
-    tokens = load.gather(1, table.placement.physical_to_logical) * table.shares
-    return table.topology.by_rank(tokens, 0.0).sum(2).amax(1)
 
 
 def _keeps_rules(in_force: Placement, made: Placement, topology: Topology) -> torch.Tensor:

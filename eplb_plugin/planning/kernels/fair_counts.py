@@ -1,7 +1,7 @@
 """Fair tables: replica counts from which the tokens of a layer can be packed onto level ranks.
 
 Of 16 ranks, 9 to 15 replicas are alike: some serve two ranks. So hot experts get counts at which each replica
-serves a rank less. Those of the hottest are enumerated, with LPT packing for each combination.
+serves a rank less. The counts of the hottest are enumerated, with LPT packing for each combination.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def fair_counts(unit, experts, num_ranks, width, per_rank, level, counts):
 
     Args:
         unit: float64 [logical], tokens of an expert from one rank.
-        experts: int64, those to pack, the hottest first.
+        experts: int64 [experts of the node], to be packed, the hottest first.
         num_ranks: ranks that send tokens.
         width: ranks to pack on.
         per_rank: slots of a rank.

@@ -141,10 +141,10 @@ def _pack_anew(ids, unit, experts, counts, num_ranks, width, held):
 
 @jitted
 def _add_replica(state, nodes, expert, counts):
-    """Add a replica on the lowest rank without one, in place of one of an expert with more than its count.
+    """Add a replica on the lowest rank without one, in place of a replica of an expert with too many.
 
-    Where that one is on another rank, the heaviest slot that fits there makes room. Sources and levels are
-    guesses then: `share_out` has to follow. Returns whether it was possible.
+    Where the replaced replica is on another rank, the heaviest slot that fits there makes room. Sources and
+    levels are guesses then: `share_out` has to follow. Returns whether it was possible.
     """
     ids, unit, level, at = state.expert, state.unit, state.level, state.at
     per_rank = ids.shape[0] // level.shape[0]
